@@ -1,0 +1,32 @@
+"""The errors fastgate raises, and the one form their messages take."""
+
+from __future__ import annotations
+
+
+class FastgateError(Exception):
+    """Base of every error fastgate raises on purpose."""
+
+
+class ArgumentError(FastgateError, ValueError):
+    """A value passed by the caller cannot be used."""
+
+
+class NothingPatched(FastgateError, ValueError):
+    """No encoder that fastgate knows was found in the model."""
+
+
+class Unsupported(FastgateError, ValueError):
+    """The model or the call needs something fastgate does not do; the message names the way out."""
+
+
+class CheckpointError(FastgateError, ValueError):
+    """A checkpoint is missing, damaged, or from a format this version cannot read."""
+
+
+class DataError(FastgateError, ValueError):
+    """A data file, column or label cannot be used for the task."""
+
+
+def say(where: str, argument: str, got: object, wanted: str, remedy: str) -> str:
+    """One sentence an error: `where: argument, got X, wanted Y; remedy`."""
+    return f"{where}: {argument}: got {got}, wanted {wanted}; {remedy}"

@@ -1,0 +1,173 @@
+"""The build: modes, remedies, tags, and a package that works with its library and without it."""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastgate import backends, info, ops
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = Path(backends.__file__).parent
+EMPTY_PATH = {**os.environ, "PATH": "/nonexistent"}
+EMPTY_PATH.pop("CXX", None)
+
+
+def setup_py(monkeypatch, environ):
+    """setup.py's own names, with setup() not run."""
+    import setuptools
+
+    monkeypatch.setattr(setuptools, "setup", lambda **keywords: None)
+    monkeypatch.setattr(os, "environ", environ)
+    return runpy.run_path(str(ROOT / "setup.py"), run_name="setup")
+
+
+def python(code, folder, **environ):
+    """Standard output of `code` in a fresh interpreter that imports from `folder` first."""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(folder), **environ},
+        cwd=folder,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_without_a_compiler_auto_goes_on_and_says_why(monkeypatch, capsys):
+    found = setup_py(monkeypatch, EMPTY_PATH)
+    assert (found["COMPILE"], found["REASON"]) == (
+        False,
+        "no C++ compiler found (looked for c++, g++, clang++)",
+    )
+    assert "the ops will run in torch: no C++ compiler found" in capsys.readouterr().err
+
+
+def test_without_a_compiler_cpu_fails_with_the_remedy(monkeypatch):
+    with pytest.raises(
+        SystemExit, match=r"FASTGATE_BUILD: got .cpu., .* no C\+\+ compiler found .*apt-get install g"
+    ):
+        setup_py(monkeypatch, {**EMPTY_PATH, "FASTGATE_BUILD": "cpu"})
+
+
+def test_none_never_compiles(monkeypatch):
+    found = setup_py(monkeypatch, {**os.environ, "FASTGATE_BUILD": "none"})
+    assert (found["COMPILE"], found["REASON"]) == (False, "built with FASTGATE_BUILD=none")
+
+
+@pytest.mark.parametrize("mode", ["gpu", "cuda"])
+def test_other_modes_are_refused_with_the_choice(monkeypatch, mode):
+    with pytest.raises(SystemExit, match=f"FASTGATE_BUILD: got '{mode}', wanted .*auto, none"):
+        setup_py(monkeypatch, {**os.environ, "FASTGATE_BUILD": mode})
+
+
+@pytest.mark.parametrize("system", [("Darwin", "arm64"), ("Windows", "AMD64"), ("Linux", "aarch64")])
+def test_other_platforms_get_the_torch_kernels(monkeypatch, system):
+    import platform
+
+    monkeypatch.setattr(platform, "system", lambda: system[0])
+    monkeypatch.setattr(platform, "machine", lambda: system[1])
+    environ = {name: value for name, value in os.environ.items() if name != "FASTGATE_BUILD"}
+    found = setup_py(monkeypatch, environ)
+    assert not found["COMPILE"] and " ".join(system) in found["REASON"]
+
+
+def test_wheel_without_library_serves_everything(tmp_path):
+    """A real wheel, FASTGATE_BUILD=none: its tag, what is in it, and that its ops run."""
+    command = [sys.executable, "setup.py", "-q", "bdist_wheel", "--dist-dir", str(tmp_path / "dist")]
+    source = tmp_path / "source"
+    kept = (
+        "fastgate",
+        "kernels",
+        "csrc",
+        "pyproject.toml",
+        "setup.py",
+        "README.md",
+        "LICENSE",
+        "MANIFEST.in",
+    )
+    for name in kept:
+        if (ROOT / name).is_dir():
+            ignored = shutil.ignore_patterns("*.so", "build.json", "__pycache__")
+            shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=ignored)
+        else:
+            shutil.copy(ROOT / name, source / name)
+    subprocess.run(
+        command, cwd=source, check=True, env={**os.environ, "FASTGATE_BUILD": "none"}, capture_output=True
+    )
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        archive.extractall(tmp_path / "installed")
+    assert "fastgate/build.json" in names and "fastgate/kernels/README.md" in names
+    assert not [
+        name for name in names if name.endswith(".so") or name.startswith(("tests/", "bench/", "kernels/"))
+    ]
+    code = (
+        "import torch, json; from fastgate import backends, info, ops\n"
+        "y = ops.gated_add_norm(torch.randn(2, 8), torch.randn(2, 8), torch.ones(8), torch.zeros(8), 1e-5)\n"
+        "assert abs(float(y.mean())) < 1e-6 and not ops.SLOTS\n"
+        "print(json.dumps(info.collect()['ops'][0]))"
+    )
+    first = json.loads(python(code, tmp_path / "installed"))
+    assert (first["backend"], first["chosen"]) == ("cpp", False)
+    assert first["reason"] == "not built: built with FASTGATE_BUILD=none"
+
+
+@pytest.mark.skipif(backends.load_cpu_library() != "", reason="the compiled library is not built")
+def test_library_has_no_python_symbol_and_is_tagged_for_every_python(monkeypatch):
+    from setuptools import Distribution
+
+    library = backends.CPU_LIBRARY.read_bytes()
+    assert b"PyInit" not in library and b"_Py_" not in library and b"libtorch_python" not in library
+    assert b"libtorch_cpu.so" in library  # torch's own are loaded locally: what is needed must be named
+    found = setup_py(monkeypatch, dict(os.environ))
+    extension = [found["Extension"]("fastgate.libfastgate_cpu", ["csrc/cpu/library.cpp"])]
+    command = found["Wheel"](Distribution({"name": "fastgate", "ext_modules": extension}))
+    command.finalize_options()
+    assert command.get_tag()[:2] == ("py3", "none")
+
+
+def test_what_was_built_is_what_runs():
+    """A build that says it has the library must load it: no silent fall back to torch."""
+    record = backends.build_record()
+    if record is None or not record["cpu"]:
+        assert backends.load_cpu_library()
+        return
+    assert backends.load_cpu_library() == ""
+    assert all(ops.implementation(op, "cpu", torch.float32).backend == "cpp" for op in ops.OPS)
+
+
+def test_a_missing_library_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(backends, "CPU_LIBRARY", tmp_path / "libfastgate_cpu.so")
+    monkeypatch.setattr(backends, "BUILD_RECORD", tmp_path / "build.json")
+    reason = backends.load_cpu_library.__wrapped__
+    assert "source folder that was not built" in reason()
+    (tmp_path / "build.json").write_text('{"mode": "auto", "cpu": false, "reason": "no C++ compiler found"}')
+    assert reason() == "not built: no C++ compiler found"
+    (tmp_path / "libfastgate_cpu.so").write_bytes(b"not a library")
+    assert "does not load under torch" in reason()
+
+
+def test_info_says_what_runs_and_why():
+    found = info.collect()
+    json.dumps(found)
+    assert {op["op"] for op in found["ops"]} == set(ops.OPS)
+    for op in ops.OPS:
+        assert any(candidate["chosen"] for candidate in found["ops"] if candidate["op"] == op)
+    text = info.render(found)
+    assert torch.__version__.split("+")[0] in text
+    for candidate in found["ops"]:
+        assert f"{candidate['op']} on {candidate['device']}: {candidate['backend']}" in text
+        assert candidate["reason"] in text
