@@ -1,0 +1,347 @@
+// gated_add_norm on the CPU, forward and backward: the equations of fastgate/reference.py, one row at a time.
+//
+// A row is read once, worked on in float32 inside the first-level cache, and written once. Backward recomputes the
+// row's statistics from x and residual, so forward keeps nothing. Parameters' gradients are summed over fixed blocks
+// of rows and the blocks in order: the same bits at every call and for every number of threads.
+#include <algorithm>
+#include <cmath>
+
+#include "ops.h"
+#include "rows.h"
+
+namespace fastgate::cpu {
+namespace {
+
+constexpr int64_t kForwardElements = 16384;  // per thread at least: less is not worth waking one
+constexpr int64_t kFlush = 32;               // rows summed before their sum joins the block's
+constexpr int64_t kBlocks = 64;              // row blocks at most, each with its own sums
+
+struct Operands {
+  int64_t rows, hidden;
+  const void *x, *residual;
+  const float *weight, *norm_bias;
+  const float *weight2, *norm_bias2;             // null: one norm
+  const float *bias, *scale, *shift, *undropped;  // zeros and ones where none was given; undropped is all ones
+  float gate, eps, eps2;
+  bool dropout;
+  uint64_t seed;
+  uint32_t threshold;
+  float kept;  // 1 / (1 - dropout_p)
+};
+
+// Scratch rows: room for the last group of four dropout factors, and each on its own cache line.
+constexpr int64_t padded(int64_t n) { return (n + 15) / 16 * 16; }
+
+struct Norm {
+  float mean, rstd;
+};
+
+FASTGATE_INLINE Norm statistics(const float* u, int64_t n, float total, float eps) {
+  const float mean = total / static_cast<float>(n);
+  const float squares = sum(n, [&](int64_t j) {
+    const float centred = u[j] - mean;
+    return centred * centred;
+  });
+  return {mean, 1.0f / std::sqrt(squares / static_cast<float>(n) + eps)};
+}
+
+FASTGATE_CLONES void draw_keep_factors(const Operands& o, int64_t row, float* keep) {
+  keep_factors(o.seed, row, o.hidden, o.threshold, o.kept, keep);
+}
+
+// u of one row into `u`, and its statistics. `keep` holds the row's dropout factors.
+template <class TX, class TR>
+FASTGATE_INLINE Norm mix(const Operands& o, const TX* x, const TR* residual, const float* keep, float* u) {
+  const float gate = o.gate;
+  const float *scale = o.scale, *bias = o.bias, *shift = o.shift;
+  const float total = sum(o.hidden, [&](int64_t j) {
+    const float dropped = keep[j] * (load(x, j) + bias[j]);
+    return u[j] = scale[j] * load(residual, j) + (gate * dropped + shift[j]);
+  });
+  return statistics(u, o.hidden, total, o.eps);
+}
+
+template <class TX, class TR, class TY>
+FASTGATE_INLINE void forward_rows(const Operands& o, void* out, float* scratch, int64_t begin, int64_t end) {
+  const int64_t n = o.hidden;
+  float *u = scratch, *drawn = u + padded(n);
+  const float *weight = o.weight, *norm_bias = o.norm_bias, *weight2 = o.weight2, *norm_bias2 = o.norm_bias2;
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t offset = row * n;
+    TY* y = static_cast<TY*>(out) + offset;
+    if (o.dropout) draw_keep_factors(o, row, drawn);
+    const Norm one = mix(
+        o, static_cast<const TX*>(o.x) + offset, static_cast<const TR*>(o.residual) + offset,
+        o.dropout ? drawn : o.undropped, u);
+    if (weight2 == nullptr) {
+      each(n, [&](int64_t j) { store(y, j, (u[j] - one.mean) * one.rstd * weight[j] + norm_bias[j]); });
+      continue;
+    }
+    const float total = sum(n, [&](int64_t j) {
+      return u[j] = (u[j] - one.mean) * one.rstd * weight[j] + norm_bias[j];
+    });
+    const Norm two = statistics(u, n, total, o.eps2);
+    each(n, [&](int64_t j) { store(y, j, (u[j] - two.mean) * two.rstd * weight2[j] + norm_bias2[j]); });
+  }
+}
+
+struct Gradients {
+  const void* grad;
+  void *dx, *dresidual;  // null: not wanted
+  int64_t wanted;
+};
+
+// The means over a row of t and of t * xhat.
+struct Means {
+  float t, along;
+};
+
+// xhat into `xhat`, which held the norm's input, and t = dy * weight into `t`, which may be dy itself.
+template <class TY>
+FASTGATE_INLINE Means norm_backward(
+    int64_t n, const TY* dy, const float* weight, Norm norm, float* xhat, float* t, float* dweight, float* dbias) {
+  float total = 0.0f, along = 0.0f;
+#pragma omp simd reduction(+ : total, along)
+  for (int64_t j = 0; j < n; ++j) {
+    const float g = load(dy, j), normed = (xhat[j] - norm.mean) * norm.rstd, weighted = g * weight[j];
+    xhat[j] = normed;
+    dweight[j] += g * normed;
+    dbias[j] += g;
+    t[j] = weighted;
+    total += weighted;
+    along += weighted * normed;
+  }
+  return {total / static_cast<float>(n), along / static_cast<float>(n)};
+}
+
+// An element of the gradient of the norm's input.
+FASTGATE_INLINE float through_norm(Norm norm, Means means, float xhat, float t) {
+  return norm.rstd * (t - means.t - xhat * means.along);
+}
+
+template <class TX, class TR, class TY>
+FASTGATE_INLINE void backward_rows(
+    const Operands& o, const Gradients& g, float* scratch, int64_t begin, int64_t end, float* block) {
+  const int64_t n = o.hidden, wanted = g.wanted;
+  float *u = scratch, *t = u + padded(n), *v = t + padded(n), *drawn = v + padded(n), *sums = drawn + padded(n);
+  float *dbias = sums, *dgate = dbias + n, *dscale = dgate + n, *dshift = dscale + n;
+  float *dweight = dshift + n, *dnorm_bias = dweight + n, *dweight2 = dnorm_bias + n, *dnorm_bias2 = dweight2 + n;
+  const float *weight = o.weight, *norm_bias = o.norm_bias, *scale = o.scale, *bias = o.bias;
+  const float *keep = o.dropout ? drawn : o.undropped;
+  const float gate = o.gate;
+  for (int64_t start = begin; start < end; start += kFlush) {
+    const int64_t stop = std::min(end, start + kFlush);
+    std::fill(sums, sums + kParameters * n, 0.0f);
+    for (int64_t row = start; row < stop; ++row) {
+      const int64_t offset = row * n;
+      const TX* x = static_cast<const TX*>(o.x) + offset;
+      const TR* residual = static_cast<const TR*>(o.residual) + offset;
+      const TY* dy = static_cast<const TY*>(g.grad) + offset;
+      if (o.dropout) draw_keep_factors(o, row, drawn);
+      const Norm one = mix(o, x, residual, keep, u);
+      Means means;
+      if (o.weight2 == nullptr) {
+        means = norm_backward(n, dy, weight, one, u, t, dweight, dnorm_bias);
+      } else {
+        const float total = sum(n, [&](int64_t j) {
+          return v[j] = (u[j] - one.mean) * one.rstd * weight[j] + norm_bias[j];
+        });
+        const Norm two = statistics(v, n, total, o.eps2);
+        means = norm_backward(n, dy, o.weight2, two, v, t, dweight2, dnorm_bias2);
+        each(n, [&](int64_t j) { t[j] = through_norm(two, means, v[j], t[j]); });
+        means = norm_backward(n, t, weight, one, u, t, dweight, dnorm_bias);
+      }
+      // From here on t is du. dbias is summed beside dx whether it is wanted or not: one pass less.
+      if (g.dresidual != nullptr) {
+        TR* dresidual = static_cast<TR*>(g.dresidual) + offset;
+        each(n, [&](int64_t j) {
+          const float du = t[j] = through_norm(one, means, u[j], t[j]);
+          store(dresidual, j, scale[j] * du);
+        });
+      } else {
+        each(n, [&](int64_t j) { t[j] = through_norm(one, means, u[j], t[j]); });
+      }
+      if (g.dx != nullptr) {
+        TX* dx = static_cast<TX*>(g.dx) + offset;
+        each(n, [&](int64_t j) {
+          const float along_x = gate * (keep[j] * t[j]);
+          store(dx, j, along_x);
+          dbias[j] += along_x;
+        });
+      } else if (wanted & kBias) {
+        each(n, [&](int64_t j) { dbias[j] += gate * (keep[j] * t[j]); });
+      }
+      if (wanted & kGate) each(n, [&](int64_t j) { dgate[j] += t[j] * (keep[j] * (load(x, j) + bias[j])); });
+      if (wanted & kScale) each(n, [&](int64_t j) { dscale[j] += t[j] * load(residual, j); });
+      if (wanted & kShift) each(n, [&](int64_t j) { dshift[j] += t[j]; });
+    }
+    float* into = block;
+    for (int place = 0; place < kParameters; ++place) {
+      if (!(wanted & parameter_bit(place))) continue;
+      const float* from = sums + place * n;
+      each(n, [&](int64_t j) { into[j] += from[j]; });
+      into += n;
+    }
+  }
+}
+
+// One pair of functions for each pair of element types, compiled for every clone.
+#define FASTGATE_KERNELS(NAME, TX, TR, TY)                                                                      \
+  FASTGATE_CLONES void forward_##NAME(const Operands& o, void* y, float* scratch, int64_t begin, int64_t end) { \
+    forward_rows<TX, TR, TY>(o, y, scratch, begin, end);                                                        \
+  }                                                                                                             \
+  FASTGATE_CLONES void backward_##NAME(                                                                         \
+      const Operands& o, const Gradients& g, float* scratch, int64_t begin, int64_t end, float* block) {        \
+    backward_rows<TX, TR, TY>(o, g, scratch, begin, end, block);                                                \
+  }
+
+FASTGATE_KERNELS(ff, float, float, float)
+FASTGATE_KERNELS(fb, float, bf16, float)
+FASTGATE_KERNELS(bf, bf16, float, float)
+FASTGATE_KERNELS(bb, bf16, bf16, bf16)
+
+struct Kernels {
+  void (*forward)(const Operands&, void*, float*, int64_t, int64_t);
+  void (*backward)(const Operands&, const Gradients&, float*, int64_t, int64_t, float*);
+};
+
+Kernels choose(ScalarType x, ScalarType residual) {
+  static constexpr auto kBf16 = ScalarType::BFloat16;
+  if (x == kBf16) return residual == kBf16 ? Kernels{forward_bb, backward_bb} : Kernels{forward_bf, backward_bf};
+  return residual == kBf16 ? Kernels{forward_fb, backward_fb} : Kernels{forward_ff, backward_ff};
+}
+
+// Holds what Operands points into.
+struct Prepared {
+  Operands operands{};
+  Kernels kernels{};
+  ScalarType y_dtype{};
+  std::vector<Tensor> kept_alive;
+  std::vector<std::vector<float>> copies;
+};
+
+// A vector operand as float32: itself, or a copy.
+const float* floats(Prepared& p, const Tensor& t, const char* name) {
+  const int64_t n = p.operands.hidden;
+  STD_TORCH_CHECK(
+      t.numel() == n, "gated_add_norm: ", name, ": got ", t.numel(), " elements, wanted ", n,
+      "; match x's last dimension");
+  if (t.scalar_type() == ScalarType::BFloat16 && t.is_contiguous()) {  // without the dispatcher's cost
+    const bf16* from = static_cast<const bf16*>(t.data_ptr());
+    p.copies.emplace_back(n);
+    for (int64_t j = 0; j < n; ++j) p.copies.back()[j] = load(from, j);
+    return p.copies.back().data();
+  }
+  p.kept_alive.push_back(as_float(t));
+  return static_cast<const float*>(p.kept_alive.back().data_ptr());
+}
+
+void check_dtype(const char* name, const Tensor& t) {
+  const auto dtype = t.scalar_type();
+  STD_TORCH_CHECK(
+      dtype == ScalarType::Float || dtype == ScalarType::BFloat16, "gated_add_norm: ", name,
+      ": got another dtype, wanted float32 or bfloat16; the torch reference takes the others");
+}
+
+Prepared prepare(const Tensor& x, const Tensor& residual, FASTGATE_GATED_ADD_NORM_OPERANDS) {
+  check_dtype("x", x);
+  check_dtype("residual", residual);
+  STD_TORCH_CHECK(
+      x.dim() > 0 && x.numel() == residual.numel(), "gated_add_norm: residual: got ", residual.numel(),
+      " elements, wanted ", x.numel(), "; match x's shape");
+  Prepared p;
+  Operands& o = p.operands;
+  p.kept_alive.reserve(12);
+  o.hidden = x.size(x.dim() - 1);
+  o.rows = o.hidden > 0 ? x.numel() / o.hidden : 0;
+  p.kept_alive.push_back(dense(x));
+  o.x = p.kept_alive.back().data_ptr();
+  p.kept_alive.push_back(dense(residual));
+  o.residual = p.kept_alive.back().data_ptr();
+  const bool both_bf16 = x.scalar_type() == ScalarType::BFloat16 && residual.scalar_type() == ScalarType::BFloat16;
+  p.y_dtype = both_bf16 ? ScalarType::BFloat16 : ScalarType::Float;
+  o.dropout = dropout_p > 0.0;
+  p.kernels = choose(x.scalar_type(), residual.scalar_type());
+  o.eps = static_cast<float>(eps);
+  o.eps2 = static_cast<float>(eps2);
+  o.weight = floats(p, weight, "weight");
+  o.norm_bias = floats(p, norm_bias, "norm_bias");
+  if (weight2) {
+    STD_TORCH_CHECK(norm_bias2, "gated_add_norm: norm_bias2: got None, wanted a tensor; pass both or neither");
+    o.weight2 = floats(p, *weight2, "weight2");
+    o.norm_bias2 = floats(p, *norm_bias2, "norm_bias2");
+  }
+  o.gate = gate ? *static_cast<const float*>(p.kept_alive.emplace_back(as_float(*gate)).data_ptr()) : 1.0f;
+  if (o.dropout) {
+    STD_TORCH_CHECK(
+        seed && seed->numel() == 1 && seed->scalar_type() == ScalarType::Long,
+        "gated_add_norm: seed: got none, wanted an int64 tensor of one element with dropout_p > 0; pass a seed");
+    o.seed = static_cast<uint64_t>(*static_cast<const int64_t*>(seed->data_ptr()));
+    o.threshold = static_cast<uint32_t>(std::min(std::nearbyint(dropout_p * 4294967296.0), 4294967295.0));
+    o.kept = static_cast<float>(1.0 / (1.0 - dropout_p));
+  }
+  const float* zeros = p.copies.emplace_back(o.hidden, 0.0f).data();
+  const float* ones = p.copies.emplace_back(o.hidden, 1.0f).data();
+  o.undropped = ones;
+  o.bias = bias ? floats(p, *bias, "bias") : zeros;
+  o.scale = scale ? floats(p, *scale, "scale") : ones;
+  o.shift = shift ? floats(p, *shift, "shift") : zeros;
+  return p;
+}
+
+}  // namespace
+
+Tensor gated_add_norm(Tensor x, Tensor residual, FASTGATE_GATED_ADD_NORM_OPERANDS) {
+  const Prepared p = prepare(
+      x, residual, weight, norm_bias, eps, bias, gate, scale, shift, dropout_p, seed, weight2, norm_bias2, eps2);
+  const Operands& o = p.operands;
+  Tensor y = empty_like(x, p.y_dtype);
+  void* out = y.data_ptr();
+  if (o.rows == 0) return y;
+  const int64_t grain = std::max<int64_t>(1, kForwardElements / o.hidden);
+  torch::stable::parallel_for(0, o.rows, grain, [&](int64_t begin, int64_t end) {
+    std::vector<float> scratch(2 * padded(o.hidden));
+    p.kernels.forward(o, out, scratch.data(), begin, end);
+  });
+  return y;
+}
+
+std::tuple<Tensor, Tensor, Tensor> gated_add_norm_backward(
+    Tensor grad, Tensor x, Tensor residual, FASTGATE_GATED_ADD_NORM_OPERANDS, int64_t wanted) {
+  const Prepared p = prepare(
+      x, residual, weight, norm_bias, eps, bias, gate, scale, shift, dropout_p, seed, weight2, norm_bias2, eps2);
+  const Operands& o = p.operands;
+  STD_TORCH_CHECK(
+      grad.scalar_type() == p.y_dtype && grad.numel() == x.numel(),
+      "gated_add_norm_backward: grad: got another shape or dtype, wanted y's; pass the gradient of y");
+  const Tensor dy = dense(grad);
+  const int64_t none = 0;
+  Tensor dx = wanted & kX ? empty_like(x, x.scalar_type()) : empty(&none, 1, x.scalar_type(), x);
+  Tensor dresidual =
+      wanted & kResidual ? empty_like(x, residual.scalar_type()) : empty(&none, 1, residual.scalar_type(), x);
+  int64_t count = 0;
+  for (int place = 0; place < kParameters; ++place) count += (wanted & parameter_bit(place)) != 0;
+  const int64_t shape[2] = {count, o.hidden};
+  Tensor parameters = empty(shape, 2, ScalarType::Float, x);
+
+  // Blocks depend on the number of rows only, never on the number of threads.
+  const int64_t least = std::max<int64_t>(1, (o.rows + kBlocks - 1) / kBlocks);
+  const int64_t block_rows = (least + kFlush - 1) / kFlush * kFlush;
+  const int64_t blocks = (o.rows + block_rows - 1) / block_rows, size = count * o.hidden;
+  std::vector<float> sums(blocks * size);
+  const Gradients g{
+      dy.data_ptr(), wanted & kX ? dx.data_ptr() : nullptr, wanted & kResidual ? dresidual.data_ptr() : nullptr, wanted};
+  torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> scratch(4 * padded(o.hidden) + kParameters * o.hidden);
+    for (int64_t b = begin; b < end; ++b)
+      p.kernels.backward(
+          o, g, scratch.data(), b * block_rows, std::min(o.rows, (b + 1) * block_rows), sums.data() + b * size);
+  });
+  float* out = static_cast<float*>(parameters.data_ptr());
+  std::fill(out, out + size, 0.0f);
+  for (int64_t b = 0; b < blocks; ++b)
+    for (int64_t j = 0; j < size; ++j) out[j] += sums[b * size + j];
+  return {dx, dresidual, parameters};
+}
+
+}  // namespace fastgate::cpu

@@ -1,0 +1,80 @@
+// The ops' C++ functions, one a schema in fastgate/ops.py, and the tensor helpers that they share.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <tuple>
+#include <vector>
+
+namespace fastgate {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// Operands of gated_add_norm after x and residual, in the schema's order.
+#define FASTGATE_GATED_ADD_NORM_OPERANDS                                                                     \
+  Tensor weight, Tensor norm_bias, double eps, OptionalTensor bias, OptionalTensor gate, OptionalTensor scale, \
+      OptionalTensor shift, double dropout_p, OptionalTensor seed, OptionalTensor weight2,                     \
+      OptionalTensor norm_bias2, double eps2
+
+// Bits of `wanted`: what gated_add_norm_backward is asked for. Parameters follow in the order they are stacked in.
+enum Wanted : int64_t {
+  kX = 1,
+  kResidual = 2,
+  kBias = 4,
+  kGate = 8,
+  kScale = 16,
+  kShift = 32,
+  kWeight = 64,
+  kNormBias = 128,
+  kWeight2 = 256,
+  kNormBias2 = 512,
+};
+constexpr int kParameters = 8;
+constexpr int64_t parameter_bit(int place) { return int64_t{4} << place; }
+
+// Operands of attention, in the schema's order: rows packed sequence after sequence, which end at cu_q and cu_k.
+#define FASTGATE_ATTENTION_OPERANDS                                                                        \
+  Tensor q, Tensor k, Tensor v, Tensor cu_q, Tensor cu_k, int64_t heads, double scale, double dropout_p, \
+      OptionalTensor seed
+
+namespace cpu {
+Tensor attention(FASTGATE_ATTENTION_OPERANDS);
+std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor grad, FASTGATE_ATTENTION_OPERANDS);
+Tensor gated_add_norm(Tensor x, Tensor residual, FASTGATE_GATED_ADD_NORM_OPERANDS);
+std::tuple<Tensor, Tensor, Tensor> gated_add_norm_backward(
+    Tensor grad, Tensor x, Tensor residual, FASTGATE_GATED_ADD_NORM_OPERANDS, int64_t wanted);
+}  // namespace cpu
+
+// An uninitialised contiguous tensor on `like`'s device. The shim is called straight: through the dispatcher an
+// allocation costs as much as a small kernel.
+inline Tensor empty(const int64_t* sizes, int64_t dims, ScalarType dtype, const Tensor& like) {
+  std::vector<int64_t> strides(dims);
+  int64_t step = 1;
+  for (int64_t d = dims; d-- > 0; step *= sizes[d] > 0 ? sizes[d] : 1) strides[d] = step;
+  int32_t device_type, device_index;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  const int32_t code = dtype == ScalarType::BFloat16 ? aoti_torch_dtype_bfloat16() : aoti_torch_dtype_float32();
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(dims, sizes, strides.data(), code, device_type, device_index, &handle));
+  return Tensor(handle);
+}
+
+inline Tensor empty_like(const Tensor& like, ScalarType dtype) {
+  return empty(like.sizes().data(), like.dim(), dtype, like);
+}
+
+inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
+// t as a contiguous float32 tensor.
+inline Tensor as_float(const Tensor& t) {
+  return t.scalar_type() == ScalarType::Float ? dense(t) : dense(torch::stable::to(t, ScalarType::Float));
+}
+
+}  // namespace fastgate

@@ -1,0 +1,270 @@
+"""Self-attention over packed rows: the usual form, the absorbed one, and probabilities."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import ops, reference
+from .packing import Ragged
+
+# From here on torch's own attention is the faster one on the CPU, where it need not pad.
+LONG = 64
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    queries: Ragged,
+    keys: Ragged,
+    heads: int,
+    scale: float,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """dropout(softmax(q k^T * scale)) v in each sequence.
+
+    q: (queries.rows, hidden); k, v: (keys.rows, hidden). Returns (queries.rows, hidden). A sequence without
+    keys gives zeros, as torch's scaled_dot_product_attention does for a row that is masked out entirely. The
+    dropout mask is a function of a seed from torch's default generator, of query row * heads + head, and of
+    the key's column.
+    """
+    seed = ops.draw_seed(dropout_p, q.device) if dropout_p else None
+    chosen = ops.implementation("attention", q.device.type, q.dtype)
+    even = queries.equal and keys.equal and keys.longest >= LONG and not dropout_p
+    if chosen.backend == "reference" or even:
+        return torch_attention(q, k, v, queries, keys, heads, scale, dropout_p, seed)
+    call: Callable[..., Tensor] = torch.ops.fastgate.attention
+    if ops.is_direct(q):
+        call = _Attention.apply if ops.needs_gradient(q, k, v) else chosen.forward
+    return call(q, k, v, queries.cu_seqlens, keys.cu_seqlens, heads, scale, dropout_p, seed)
+
+
+def torch_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    queries: Ragged,
+    keys: Ragged,
+    heads: int,
+    scale: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """`attention` in plain torch, for every device and dtype: the measure of compiled kernels."""
+    if dropout_p or keys.longest == 0:
+        return _openly(q, k, v, queries, keys, heads, scale, dropout_p, seed)
+    if queries.equal and keys.equal:
+        one, two, three = (_heads(t, len(queries.lengths), heads) for t in (q, k, v))
+        mixed = F.scaled_dot_product_attention(one, two, three, scale=scale)
+        return mixed.transpose(1, 2).reshape(q.shape)
+    return _padded(q, k, v, queries, keys, heads, scale)
+
+
+def _heads(rows: Tensor, sequences: int, heads: int) -> Tensor:
+    """(sequences * n, hidden) -> (sequences, heads, n, head_dim)."""
+    n = rows.shape[0] // max(sequences, 1)
+    return rows.view(sequences, n, heads, rows.shape[-1] // heads).transpose(1, 2)
+
+
+def _grid(rows: Tensor, ragged: Ragged) -> Tensor:
+    """(rows, hidden) -> (sequences, longest, hidden), zeros where no row is."""
+    shape = (len(ragged.lengths), ragged.longest, rows.shape[-1])
+    if ragged.equal:
+        return rows.view(shape)
+    flat, _ = ragged.padded
+    return rows.new_zeros(shape[0] * shape[1], shape[2]).index_copy(0, flat, rows).view(shape)
+
+
+def _padded(
+    q: Tensor, k: Tensor, v: Tensor, queries: Ragged, keys: Ragged, heads: int, scale: float
+) -> Tensor:
+    """Pads to the longest sequence and masks the keys."""
+    sequences = len(queries.lengths)
+    one, two, three = (
+        _heads(_grid(t, r).flatten(0, 1), sequences, heads) for t, r in ((q, queries), (k, keys), (v, keys))
+    )
+    mask = keys.padded[1][:, None, None, :]
+    mixed = F.scaled_dot_product_attention(one, two, three, attn_mask=mask, scale=scale)
+    return mixed.transpose(1, 2).reshape(-1, q.shape[-1]).index_select(0, queries.padded[0])
+
+
+def _openly(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    queries: Ragged,
+    keys: Ragged,
+    heads: int,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> Tensor:
+    """One sequence at a time, its probabilities in the open for the mask that all backends share."""
+    mixed, at, of = [q[:0]], 0, 0
+    mask = reference.keep_mask(seed, queries.rows * heads, keys.longest, dropout_p) if dropout_p else None  # type: ignore[arg-type]
+    for n, m in zip(queries.lengths, keys.lengths, strict=True):
+        one, two, three = (_heads(t, 1, heads)[0] for t in (q[at : at + n], k[of : of + m], v[of : of + m]))
+        p = (torch.matmul(one, two.transpose(1, 2)) * scale).softmax(-1)
+        if mask is not None:
+            kept = mask[at * heads : (at + n) * heads, :m].view(n, heads, m).transpose(0, 1)
+            p = torch.where(kept, p / (1.0 - dropout_p), 0.0)
+        mixed.append(torch.matmul(p, three).transpose(0, 1).reshape(n, q.shape[-1]))
+        at, of = at + n, of + m
+    return torch.cat(mixed)
+
+
+_OPERANDS = (
+    "Tensor q, Tensor k, Tensor v, Tensor cu_q, Tensor cu_k, int heads, float scale, float dropout_p, "
+    "Tensor? seed"
+)
+ops.library.define(f"attention({_OPERANDS}) -> Tensor")
+ops.library.define(f"attention_backward(Tensor grad, {_OPERANDS}) -> (Tensor, Tensor, Tensor)")
+
+
+def _lengths(cu_seqlens: Tensor) -> Ragged:
+    return Ragged(tuple(cu_seqlens.diff().tolist()), cu_seqlens.device)
+
+
+def _reference_forward(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, *rest: Any) -> Tensor:
+    return torch_attention(q, k, v, _lengths(cu_q), _lengths(cu_k), *rest)
+
+
+def _reference_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, *rest: Any
+) -> Any:
+    with torch.enable_grad():
+        q, k, v = (t.detach().requires_grad_() for t in (q, k, v))
+        out = torch_attention(q, k, v, _lengths(cu_q), _lengths(cu_k), *rest)
+    return torch.autograd.grad(out, (q, k, v), grad, materialize_grads=True)
+
+
+ops.REFERENCE["attention"] = ops.Implementation(
+    "reference", _reference_forward, _reference_backward, frozenset(ops.DTYPES)
+)
+
+
+def _forward(q: Tensor, *operands: Any) -> Tensor:
+    return ops.implementation("attention", q.device.type, q.dtype).forward(q, *operands)
+
+
+def _backward(grad: Tensor, q: Tensor, *operands: Any) -> tuple[Tensor, ...]:
+    return ops.implementation("attention", q.device.type, q.dtype).backward(grad, q, *operands)
+
+
+ops.library.impl("attention", _forward, "CompositeExplicitAutograd")
+ops.library.impl("attention_backward", _backward, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("fastgate::attention")
+def _fake(q: Tensor, *operands: Any) -> Tensor:
+    return q.new_empty(q.shape)
+
+
+@torch.library.register_fake("fastgate::attention_backward")
+def _fake_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *operands: Any) -> tuple[Tensor, ...]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    q, k, v, cu_q, cu_k, *ctx.numbers, seed = inputs
+    ctx.save_for_backward(q, k, v, cu_q, cu_k, seed)
+
+
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    *tensors, seed = ctx.saved_tensors
+    dq, dk, dv = torch.ops.fastgate.attention_backward(grad, *tensors, *ctx.numbers, seed)
+    return dq, dk, dv, None, None, None, None, None, None
+
+
+class _Attention(torch.autograd.Function):
+    """The same for eager training, without the registration's cost."""
+
+    @staticmethod
+    def forward(ctx: Any, *operands: Any) -> Tensor:
+        out = _forward(*operands)
+        _keep_for_backward(ctx, operands, out)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _differentiate(ctx, grad)
+
+
+torch.library.register_autograd(
+    "fastgate::attention", _differentiate, setup_context=_keep_for_backward, lib=ops.library
+)
+
+
+def absorbed_attention(
+    q: Tensor,
+    x: Tensor,
+    key: Tensor,
+    value: Tensor,
+    value_bias: Tensor | None,
+    keys: Ragged,
+    heads: int,
+    scale: float,
+    dropout_p: float,
+) -> Tensor:
+    """Attention with one query a sequence, forming neither keys nor values.
+
+    q: (sequences, hidden), one query a sequence; x: (keys.rows, hidden), what keys and values would be made
+    from; key, value: (hidden, hidden) weights; value_bias: (hidden,). The key's bias adds the same to every
+    score of a query and cancels in the softmax: score_j = x_j . (W_k^T q), output = W_v (sum_j p_j x_j) + b_v
+    sum_j p_j, a head at a time. Returns (sequences, hidden).
+    """
+    sequences, hidden = q.shape
+    width = hidden // heads
+    per_head = q.view(sequences, heads, width).transpose(0, 1)
+    probe = torch.bmm(per_head, key.to(q.dtype).view(heads, width, -1)).transpose(0, 1)
+    grid = _grid(x.to(q.dtype), keys)
+    scores = torch.bmm(probe * scale, grid.transpose(1, 2)).float()
+    if not keys.equal or keys.longest == 0:
+        scores = scores.masked_fill(~keys.padded[1][:, None, :], float("-inf"))
+    p = scores.softmax(-1)
+    if 0 in keys.lengths:
+        p = p.nan_to_num(0.0)
+    p = F.dropout(p, dropout_p).to(q.dtype) if dropout_p else p.to(q.dtype)
+    mixed = torch.bmm(p, grid).transpose(0, 1)
+    out = torch.bmm(mixed, value.to(q.dtype).view(heads, width, -1).transpose(1, 2)).transpose(0, 1)
+    if value_bias is not None:
+        weight = p.sum(-1, keepdim=True) if dropout_p or 0 in keys.lengths else 1.0
+        out = out + weight * value_bias.to(q.dtype).view(heads, width)
+    return out.reshape(sequences, hidden)
+
+
+def attention_probabilities(
+    q: Tensor,
+    k: Tensor,
+    queries: Ragged,
+    keys: Ragged,
+    key_places: Tensor,
+    length: int,
+    heads: int,
+    scale: float,
+) -> Tensor:
+    """softmax(q k^T * scale) as (sequences, heads, longest query, length), keys at their padded places.
+
+    q: (queries.rows, hidden); k: (keys.rows, hidden); key_places: (keys.rows,) int64, the column of each key.
+    """
+    sequences = len(queries.lengths)
+    row = torch.repeat_interleave(
+        torch.arange(sequences, device=q.device), torch.tensor(keys.lengths, device=q.device)
+    )
+    at = row * length + key_places
+    spread = k.new_zeros(sequences * length, k.shape[-1]).index_copy(0, at, k)
+    there = torch.zeros(sequences * length, dtype=torch.bool, device=q.device).index_fill(0, at, True)
+    there = there.view(sequences, 1, 1, length)
+    scores = torch.matmul(
+        _heads(_grid(q, queries).flatten(0, 1), sequences, heads),
+        _heads(spread, sequences, heads).transpose(2, 3),
+    )
+    p = (scores * scale).masked_fill(~there, float("-inf")).softmax(-1)
+    return p.nan_to_num(0.0) if 0 in keys.lengths else p

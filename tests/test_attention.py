@@ -1,0 +1,174 @@
+"""Attention over packed rows: backends against fp64, dropout masks, gradients, the absorbed form."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastgate import backends, reference
+from fastgate.attention import absorbed_attention, attention, attention_probabilities, torch_attention
+from fastgate.packing import Ragged
+
+CPU = torch.device("cpu")
+# (queries, keys) a sequence, and why.
+LENGTHS = {
+    "uneven": ((5, 1, 17, 40, 3), (5, 1, 17, 40, 3)),
+    "one query a sequence": ((1, 1, 1), (4, 9, 100)),
+    "more than a block of queries": ((70, 130), (70, 130)),
+    "no keys, no queries": ((3, 0, 2), (0, 4, 2)),
+    "even": ((16, 16), (16, 16)),
+    "nothing": ((), ()),
+}
+# heads, hidden: head_dim 32, 64, and one that is no multiple of a vector.
+WIDTHS = ((12, 384), (2, 128), (3, 30))
+
+
+def packed(lengths, hidden, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    queries, keys = (Ragged(tuple(n), CPU) for n in lengths)
+    rows = (queries.rows, keys.rows, keys.rows)
+    return queries, keys, [torch.randn(n, hidden, generator=generator).to(dtype) for n in rows]
+
+
+def exact(q, k, v, queries, keys, heads, scale, dropout_p=0.0, seed=None):
+    """fp64, one sequence and one head at a time, by the definition."""
+    out = 0 * q.double()
+    width = q.shape[1] // heads
+    mask = None
+    if dropout_p:
+        mask = reference.keep_mask(seed, queries.rows * heads, keys.longest, dropout_p)
+    at = of = 0
+    for n, m in zip(queries.lengths, keys.lengths, strict=True):
+        for h in range(heads):
+            part = slice(h * width, (h + 1) * width)
+            one, two, three = (
+                q[at : at + n, part].double(),
+                k[of : of + m, part].double(),
+                v[of : of + m, part].double(),
+            )
+            p = torch.softmax(one @ two.T * scale, -1)
+            if mask is not None:
+                p = p * mask[torch.arange(at, at + n) * heads + h][:, :m] / (1 - dropout_p)
+            out[at : at + n, part] = p @ three
+        at, of = at + n, of + m
+    return out
+
+
+@pytest.mark.parametrize("implementation", backends.implementations("attention"), ids=lambda i: i.backend)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heads, hidden", WIDTHS)
+@pytest.mark.parametrize("case", LENGTHS)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_backend_is_as_near_to_fp64_as_torch(implementation, dtype, heads, hidden, case, dropout_p):
+    queries, keys, (q, k, v) = packed(LENGTHS[case], hidden, dtype)
+    scale, seed = (hidden // heads) ** -0.5, torch.tensor(1234567) if dropout_p else None
+    args = (queries.cu_seqlens, keys.cu_seqlens, heads, scale, dropout_p, seed)
+    out = implementation.forward(q, k, v, *args)
+    leaves = [t.double().requires_grad_() for t in (q, k, v)]
+    truth = exact(*leaves, queries, keys, heads, scale, dropout_p, seed)
+    ours = torch_attention(q, k, v, queries, keys, heads, scale, dropout_p, seed)
+    unit = torch.finfo(dtype).eps
+    bound = 2 * (ours.double() - truth).abs().max().item() + 4 * unit if q.numel() else 0.0
+    assert out.dtype == dtype and out.shape == q.shape
+    assert q.numel() == 0 or (out.double() - truth).abs().max().item() <= bound
+
+    grad = torch.randn(q.shape, generator=torch.Generator().manual_seed(9)).to(dtype)
+    found = implementation.backward(grad, q, k, v, *args)
+    for got, want in zip(
+        found, torch.autograd.grad(truth, leaves, grad.double(), materialize_grads=True), strict=True
+    ):
+        assert got.shape == want.shape and got.dtype == dtype
+        if want.numel():
+            largest = max(want.abs().max().item(), 1.0)
+            assert (got.double() - want).abs().max().item() <= (
+                12 if dtype == torch.float32 else 4
+            ) * unit * largest
+
+
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=6), st.integers(1, 4), st.integers(1, 40))
+@settings(max_examples=40, deadline=None)
+def test_any_lengths_and_widths(lengths, heads, width):
+    queries, keys, (q, k, v) = packed((lengths, lengths), heads * width)
+    out = attention(q, k, v, queries, keys, heads, 0.3)
+    torch.testing.assert_close(out.double(), exact(q, k, v, queries, keys, heads, 0.3), rtol=1e-5, atol=1e-5)
+
+
+def test_autograd_matches_the_backward_and_repeats():
+    queries, keys, tensors = packed(LENGTHS["uneven"], 64)
+    results = []
+    for _ in range(2):
+        q, k, v = (t.clone().requires_grad_() for t in tensors)
+        torch.manual_seed(5)
+        out = attention(q, k, v, queries, keys, 4, 0.25, 0.2)
+        out.square().sum().backward()
+        results.append((out.detach(), q.grad, k.grad, v.grad))
+    for one, two in zip(*results, strict=True):
+        assert torch.equal(one, two)
+
+
+def test_gradcheck_of_the_reference():
+    queries, keys, tensors = packed(((3, 2), (3, 4)), 6)
+    leaves = [t.double().requires_grad_() for t in tensors]
+    assert torch.autograd.gradcheck(lambda *t: attention(*t, queries, keys, 2, 0.5), leaves)
+
+
+def test_opcheck():
+    queries, keys, (q, k, v) = packed(LENGTHS["uneven"], 32)
+    args = (queries.cu_seqlens, keys.cu_seqlens, 4, 0.35, 0.0, None)
+    torch.library.opcheck(torch.ops.fastgate.attention.default, (q.requires_grad_(), k, v, *args))
+
+
+def test_bad_ends_are_refused():
+    compiled = backends.implementations("attention")[-1]
+    if compiled.backend == "reference":
+        pytest.skip("no compiled library here")
+    q = torch.randn(4, 8)
+    for ends in ([0, 5], [1, 4], [0, 3, 2, 4]):
+        with pytest.raises(RuntimeError, match="cu_q"):
+            cu = torch.tensor(ends, dtype=torch.int32)
+            compiled.forward(q, q, q, cu, cu, 2, 1.0, 0.0, None)
+
+
+@pytest.mark.parametrize("lengths", [(5, 1, 17, 3), (7, 7), (4, 0, 2)])
+def test_absorbed_is_attention_with_one_query(lengths):
+    heads, hidden = 4, 32
+    generator = torch.Generator().manual_seed(1)
+    keys, queries = Ragged(lengths, CPU), Ragged((1,) * len(lengths), CPU)
+    x = torch.randn(keys.rows, hidden, generator=generator, dtype=torch.float64)
+    q = torch.randn(len(lengths), hidden, generator=generator, dtype=torch.float64)
+    key, value = (torch.randn(hidden, hidden, generator=generator, dtype=torch.float64) for _ in range(2))
+    key_bias, value_bias = (torch.randn(hidden, generator=generator, dtype=torch.float64) for _ in range(2))
+    leaves = [t.requires_grad_() for t in (q, x, key, value, value_bias)]
+    out = absorbed_attention(*leaves, keys, heads, 0.35, 0.0)
+    want = attention(q, x @ key.T + key_bias, x @ value.T + value_bias, queries, keys, heads, 0.35)
+    torch.testing.assert_close(out, want, rtol=1e-5, atol=1e-5)
+    got = torch.autograd.grad(out.square().sum(), leaves, retain_graph=True)
+    expected = torch.autograd.grad(want.square().sum(), leaves)
+    for one, two in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
+
+
+def test_absorbed_dropout_keeps_the_expectation():
+    draws = 2000
+    x, q, weight, bias = torch.randn(40, 16), torch.randn(1, 16), torch.randn(16, 16), torch.randn(16)
+    kept = absorbed_attention(q, x, weight, weight, bias, Ragged((40,), CPU), 2, 0.3, 0.0)
+    torch.manual_seed(0)
+    keys = Ragged((40,) * draws, CPU)
+    drawn = absorbed_attention(
+        q.repeat(draws, 1), x.repeat(draws, 1), weight, weight, bias, keys, 2, 0.3, 0.5
+    )
+    spread = drawn.std(0)
+    assert spread.min() > 0.05
+    assert ((drawn.mean(0) - kept[0]).abs() < 5 * spread / draws**0.5).all()
+
+
+def test_probabilities_reproduce_the_output():
+    queries, keys, (q, k, v) = packed(((5, 3), (5, 3)), 16)
+    places = torch.tensor([0, 1, 2, 3, 4, 0, 1, 2])
+    p = attention_probabilities(q, k, queries, keys, places, 6, 2, 0.4)
+    assert p.shape == (2, 2, 5, 6) and p[1, :, :3, 3:].abs().max() == 0 and p[0, :, :, 5].max() == 0
+    grid = torch.zeros(2, 6, 16)
+    grid[0, :5], grid[1, :3] = v[:5], v[5:]
+    mixed = (p @ grid.view(2, 6, 2, 8).transpose(1, 2)).transpose(1, 2).reshape(2, 5, 16)
+    out = attention(q, k, v, queries, keys, 2, 0.4)
+    torch.testing.assert_close(torch.cat([mixed[0], mixed[1, :3]]), out, rtol=1e-5, atol=1e-5)
