@@ -1,0 +1,49 @@
+"""fastgate: BERT and RoBERTa that do not compute what the task does not need."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from . import backends  # noqa: F401  leaves the compiled kernels where the ops look for them
+from .checkpoint import load, save
+from .errors import ArgumentError, CheckpointError, DataError, FastgateError, NothingPatched, Unsupported
+from .explain import explain
+from .patch import patch, unpatch
+from .prune import prune
+
+if TYPE_CHECKING:
+    from .pruning import Pruner, PruningConfig, SelfPruningMixin, SelfPruningTrainer, Sparsity, Speedup
+
+__version__ = "0.1.0"
+
+# Looked up on first use: they bring the Trainer along, which a model that only runs does not need.
+_PRUNING = ("Pruner", "PruningConfig", "SelfPruningMixin", "SelfPruningTrainer", "Sparsity", "Speedup")
+
+__all__ = [
+    "ArgumentError",
+    "CheckpointError",
+    "DataError",
+    "FastgateError",
+    "NothingPatched",
+    "Pruner",
+    "PruningConfig",
+    "SelfPruningMixin",
+    "SelfPruningTrainer",
+    "Sparsity",
+    "Speedup",
+    "Unsupported",
+    "explain",
+    "load",
+    "patch",
+    "prune",
+    "save",
+    "unpatch",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PRUNING:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from . import pruning
+
+    return getattr(pruning, name)

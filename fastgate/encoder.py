@@ -1,0 +1,308 @@
+"""Runs a plan over packed rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .attention import absorbed_attention, attention, attention_probabilities
+from .errors import Unsupported, say
+from .ops import gated_add_norm
+from .packing import Packing
+from .plan import Plan, Step, make_plan
+from .replacement import Replacement
+
+Gate = float | Tensor
+
+
+@dataclass
+class Record:
+    """What an encoder computed, while recording.
+
+    hidden: (index, rows) of the embeddings and of each layer in turn: rows (n, hidden), index (n,) int64 row
+    b * length + t of the padded batch. attention_output: (layer, rows), a kept attention's output before
+    dropout. steps: (op, layer, rows) of every step as it ran.
+    """
+
+    hidden: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    attention_output: list[tuple[int, Tensor]] = field(default_factory=list)
+    steps: list[tuple[str, int, int]] = field(default_factory=list)
+
+
+@dataclass
+class Run:
+    """One forward: what stays the same from step to step."""
+
+    encoder: Any
+    gates: list[Gate]
+    packing: Packing
+    plan: Plan
+    record: Record | None = None
+    probabilities: dict[int, Tensor] | None = None
+
+
+def is_plain(module: nn.Module) -> bool:
+    """An `nn.Linear` and nothing more: no subclass, no hooks, no replaced forward."""
+    return type(module) is nn.Linear and not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def linear(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """A Linear's product and the bias still to add; a module that is not plain is called, bias within."""
+    if is_plain(module):
+        return F.linear(x, module.weight), module.bias  # type: ignore[arg-type, return-value]
+    return module(x), None
+
+
+def drop(module: Any) -> float:
+    """The rate a Dropout module uses now."""
+    return module.p if module.training else 0.0
+
+
+def is_skipped(gate: Gate) -> bool:
+    return not isinstance(gate, Tensor) and gate == 0.0
+
+
+def replacement_of(layer: Any) -> Replacement | None:
+    found: Replacement | None = layer.attention._modules.get("replacement")
+    return found
+
+
+def plan_for(gates: list[Gate], absorbable: bool, packing: Packing, capture: bool) -> Plan:
+    """The plan for these gates; `absorbable`: the last attention's key and value weights can be read."""
+    attends = tuple(not is_skipped(g) for g in gates)
+    return make_plan(attends, packing.narrow, packing.single and absorbable, capture)
+
+
+def run_plan(run: Run, embedded: Callable[[bool], tuple[Tensor, Tensor | None]]) -> Tensor:
+    """Run every step; returns (demanded, hidden) rows, or (packed, hidden) if all are demanded.
+
+    embedded: called with whether only demanded rows are wanted; gives the two parts whose sum is normed, or
+    the finished embeddings and None.
+    """
+    h = _embed(run, run.plan.of_layer(-1)[0], embedded)
+    for i, layer in enumerate(run.encoder.encoder.layer):
+        if layer.gradient_checkpointing and layer.training and torch.is_grad_enabled():
+            h = layer._gradient_checkpointing_func(_run_layer, run, i, h)
+        else:
+            h = _run_layer(run, i, h)
+    return h
+
+
+def _embed(run: Run, step: Step, embedded: Callable[[bool], tuple[Tensor, Tensor | None]]) -> Tensor:
+    embeddings = run.encoder.embeddings
+    x, rest = embedded(step.narrow)
+    p = drop(embeddings.dropout)
+    if rest is None:
+        h = _skipped_norm(run, 0, x) if step.chained else x
+    elif p or not step.chained:
+        norm = embeddings.LayerNorm
+        h = F.dropout(gated_add_norm(x, rest, norm.weight, norm.bias, norm.eps), p, training=p > 0)
+        if step.chained:
+            h = _skipped_norm(run, 0, h)
+    else:
+        h = _norm_chain(run, -1, x, rest, None, 0.0, embeddings.LayerNorm)
+    _note(run, step, h)
+    _note_hidden(run, h, step.narrow)
+    return h
+
+
+def _run_layer(run: Run, i: int, h: Tensor) -> Tensor:
+    layer = run.encoder.encoder.layer[i]
+    x: Any = h
+    bias: Tensor | None = None
+    for step in run.plan.of_layer(i):
+        if step.op == "project_qkv":
+            h, x = _project_qkv(run, layer, step, h)
+        elif step.op == "project_query":
+            h, x = _project_query(run, layer, h)
+        elif step.op == "attention":
+            x = _attend(run, i, layer, step, x)
+        elif step.op == "absorbed_attention":
+            x = _absorb(run, layer, x)
+        elif step.op == "project_output":
+            x, bias = linear(layer.attention.output.dense, x)
+            if run.record is not None:
+                run.record.attention_output.append(
+                    (i, x.detach() if bias is None else x.detach() + bias.detach())
+                )
+        elif step.op == "attention_norm":
+            h = _attention_norm(run, i, layer, x, h, bias)
+        elif step.op == "skip_norm":
+            h = _skipped_norm(run, i, h)
+        elif step.op == "intermediate":
+            x = layer.intermediate(h)
+        elif step.op == "project_down":
+            x, bias = linear(layer.output.dense, x)
+        elif step.op == "output_norm":
+            h = _output_norm(run, i, layer, step, x, h, bias)
+        _note(run, step, h if step.op.endswith("norm") else x[0] if isinstance(x, tuple) else x)
+    _note_hidden(run, h, step.narrow)
+    return h
+
+
+def _project_qkv(run: Run, layer: Any, step: Step, h: Tensor) -> tuple[Tensor, Any]:
+    at, packing = layer.attention.self, run.packing
+    source = h if packing.key_rows is None else h.index_select(0, packing.key_rows)
+    k, v = at.key(source), at.value(source)
+    if step.narrow:
+        h = h.index_select(0, packing.wanted_rows)  # type: ignore[arg-type]
+    return h, (at.query(h), k, v)
+
+
+def _project_query(run: Run, layer: Any, h: Tensor) -> tuple[Tensor, Any]:
+    packing = run.packing
+    source = h if packing.key_rows is None else h.index_select(0, packing.key_rows)
+    h = h.index_select(0, packing.wanted_rows)  # type: ignore[arg-type]
+    return h, (layer.attention.self.query(h), source)
+
+
+def _attend(run: Run, i: int, layer: Any, step: Step, qkv: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    at, packing = layer.attention.self, run.packing
+    queries = packing.wanted if step.narrow else packing.queries
+    q, k, v = qkv
+    p = drop(at.dropout)
+    if run.probabilities is not None:
+        return _attend_openly(run, i, at, q, k, v, p)
+    return attention(q, k, v, queries, packing.keys, at.num_attention_heads, at.scaling, p)
+
+
+def _attend_openly(run: Run, i: int, at: Any, q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
+    """Attention by way of its probabilities, kept for `output_attentions`; every row is a query then."""
+    packing, heads = run.packing, at.num_attention_heads
+    index = packing.packed_index()
+    places = (index if packing.key_rows is None else index[packing.key_rows]) % packing.length
+    probabilities = attention_probabilities(
+        q, k, packing.queries, packing.keys, places, packing.length, heads, at.scaling
+    )
+    probabilities = F.dropout(probabilities, p)
+    assert run.probabilities is not None
+    run.probabilities[i] = probabilities
+    rows = index if packing.key_rows is None else index[packing.key_rows]
+    spread = v.new_zeros(packing.batch * packing.length, v.shape[-1]).index_copy(0, rows, v)
+    spread = spread.view(packing.batch, packing.length, heads, -1).transpose(1, 2)
+    return torch.matmul(probabilities, spread).transpose(1, 2).reshape(q.shape)
+
+
+def _absorb(run: Run, layer: Any, q_and_source: tuple[Tensor, Tensor]) -> Tensor:
+    at, (q, source) = layer.attention.self, q_and_source
+    if torch.is_grad_enabled() and at.key.bias is not None:
+        q = (
+            q + 0.0 * at.key.bias
+        )  # cancels in the softmax; its gradient is zero and not missing, as DDP and Adam expect
+    return absorbed_attention(
+        q,
+        source,
+        at.key.weight,
+        at.value.weight,
+        at.value.bias,
+        run.packing.keys,
+        at.num_attention_heads,
+        at.scaling,
+        drop(at.dropout),
+    )
+
+
+def _attention_norm(run: Run, i: int, layer: Any, x: Tensor, h: Tensor, bias: Tensor | None) -> Tensor:
+    out, gate = layer.attention.output, run.gates[i]
+    norm, p = out.LayerNorm, drop(out.dropout)
+    if not isinstance(gate, Tensor):
+        return gated_add_norm(x, h, norm.weight, norm.bias, norm.eps, bias=bias, dropout_p=p)
+    scale, shift = _stand_in(layer, 1.0 - gate)
+    return gated_add_norm(
+        x, h, norm.weight, norm.bias, norm.eps, bias=bias, gate=gate, scale=scale, shift=shift, dropout_p=p
+    )
+
+
+def _output_norm(
+    run: Run, i: int, layer: Any, step: Step, x: Tensor, h: Tensor, bias: Tensor | None
+) -> Tensor:
+    norm, p = layer.output.LayerNorm, drop(layer.output.dropout)
+    if step.chained:
+        return _norm_chain(run, i, x, h, bias, p, norm)
+    return gated_add_norm(x, h, norm.weight, norm.bias, norm.eps, bias=bias, dropout_p=p)
+
+
+def _norm_chain(
+    run: Run, i: int, x: Tensor, h: Tensor, bias: Tensor | None, p: float, norm: nn.LayerNorm
+) -> Tensor:
+    """`norm`, then the LayerNorm of the skipped attention of layer i + 1, its replacement folded in."""
+    following = run.encoder.encoder.layer[i + 1]
+    then = following.attention.output.LayerNorm
+    scale, shift = _stand_in(following, 1.0)
+    weight: Tensor = norm.weight
+    norm_bias: Tensor = norm.bias
+    if scale is not None:
+        weight, norm_bias = weight * scale, norm_bias * scale
+    if shift is not None:
+        norm_bias = norm_bias + shift
+    return gated_add_norm(
+        x,
+        h,
+        weight,
+        norm_bias,
+        norm.eps,
+        bias=bias,
+        dropout_p=p,
+        weight2=then.weight,
+        norm_bias2=then.bias,
+        eps2=then.eps,
+    )
+
+
+def _skipped_norm(run: Run, i: int, h: Tensor) -> Tensor:
+    """The LayerNorm a skipped attention leaves behind, by itself."""
+    layer = run.encoder.encoder.layer[i]
+    norm = layer.attention.output.LayerNorm
+    scale, shift = _stand_in(layer, 1.0)
+    if scale is not None:
+        h = h * scale
+    if shift is not None:
+        h = h + shift
+    return F.layer_norm(h, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+
+
+def _stand_in(layer: Any, share: Gate) -> tuple[Tensor | None, Tensor | None]:
+    """(a, b) of a * h + b, what a layer's residual becomes when `share` of the attention is replaced."""
+    replacement = replacement_of(layer)
+    return (None, None) if replacement is None else replacement.scale_and_shift(share)
+
+
+def _note(run: Run, step: Step, out: Tensor) -> None:
+    if run.record is not None:
+        run.record.steps.append((step.op, step.layer, out.shape[0]))
+
+
+def _note_hidden(run: Run, h: Tensor, narrow: bool) -> None:
+    if run.record is not None:
+        index = run.packing.wanted_index() if narrow else run.packing.packed_index()
+        run.record.hidden.append((index, h))
+
+
+def check_hidden_selection(selection: Any, layers: int) -> set[int] | None:
+    """The indices that `output_hidden_states` (True, an int or ints, negative from the end) asks for."""
+    if selection is None or selection is False:
+        return None
+    if selection is True:
+        return set(range(layers + 1))
+    wanted = [selection] if isinstance(selection, int) else list(selection)
+    if not all(isinstance(i, int) for i in wanted):
+        raise Unsupported(
+            say(
+                "forward",
+                "output_hidden_states",
+                selection,
+                "True, an int or a list of ints",
+                "pass one of these",
+            )
+        )
+    return {i % (layers + 1) for i in wanted if -(layers + 1) <= i <= layers}

@@ -1,0 +1,227 @@
+"""The forward of a swapped encoder: Hugging Face's arguments to packed rows, and rows back to its outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
+
+from .encoder import Record, Run, check_hidden_selection, is_plain, is_skipped, plan_for, run_plan
+from .errors import ArgumentError, Unsupported, say
+from .families import LAYER_MODULES, reject_hooks
+from .packing import Packing, pack_rows
+from .plan import Plan
+from .state import Runtime
+
+
+def forward_encoder(
+    encoder: Any,
+    input_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    token_type_ids: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    inputs_embeds: Tensor | None = None,
+    encoder_hidden_states: Tensor | None = None,
+    encoder_attention_mask: Tensor | None = None,
+    past_key_values: Any = None,
+    use_cache: bool | None = None,
+    fastgate_rows: Tensor | None = None,
+    **kwargs: Any,
+) -> Any:
+    """The forward of a swapped encoder; arguments and outputs are Hugging Face's."""
+    config = encoder.config
+    _refuse(encoder_hidden_states, encoder_attention_mask, past_key_values, use_cache, kwargs)
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ArgumentError(
+            say("forward", "input_ids, inputs_embeds", "both or neither", "exactly one", "pass one of them")
+        )
+    shape = input_ids.shape if input_ids is not None else inputs_embeds.shape[:-1]  # type: ignore[union-attr]
+    if len(shape) != 2:
+        raise ArgumentError(
+            say("forward", "input", f"shape {tuple(shape)}", "(batch, length)", "add or merge dimensions")
+        )
+    batch, length = shape
+    device = (input_ids if input_ids is not None else inputs_embeds).device  # type: ignore[union-attr]
+    runtime: Runtime = encoder.fastgate_runtime
+    layers = encoder.encoder.layer
+    for i, layer in enumerate(layers):
+        for path in LAYER_MODULES:
+            reject_hooks(f"layer {i} {path}", layer.get_submodule(path))
+
+    selection = kwargs.get("output_hidden_states")
+    wanted_hidden = check_hidden_selection(
+        getattr(config, "output_hidden_states", None) if selection is None else selection, len(layers)
+    )
+    attentions = kwargs.get("output_attentions")
+    attentions = getattr(config, "output_attentions", False) if attentions is None else attentions
+    whole = wanted_hidden is not None or bool(attentions)
+    attended = _attended(attention_mask, batch, length, device)
+    demanded = demanded_rows(encoder, runtime, attended, fastgate_rows, whole, batch, length, device)
+    packing = pack_rows(batch, length, attended, demanded, device)
+
+    record = runtime.record
+    if record is not None or wanted_hidden is not None:
+        record = record or Record()
+        record.hidden, record.attention_output, record.steps = [], [], []
+    plan = make_runtime_plan(encoder, packing, record is not None)
+    run = Run(encoder, runtime.gates, packing, plan, record, {} if attentions else None)
+    rows = run_plan(run, _embedder(encoder, packing, input_ids, token_type_ids, position_ids, inputs_embeds))
+
+    hidden = packing.pad(rows, narrow=True)
+    pooler = getattr(encoder, "pooler", None)
+    output = BaseModelOutputWithPoolingAndCrossAttentions(
+        last_hidden_state=hidden,
+        pooler_output=None if pooler is None else pooler(hidden),  # type: ignore[arg-type]
+    )
+    if wanted_hidden is not None and record is not None:
+        padded = [
+            packing.pad(h, narrow=False) if i in wanted_hidden else None
+            for i, (_, h) in enumerate(record.hidden)
+        ]
+        output["hidden_states"] = (*padded[:-1], hidden if padded[-1] is not None else None)
+    if run.probabilities is not None:
+        output["attentions"] = tuple(run.probabilities.get(i) for i in range(len(layers)))
+    return_dict = kwargs.get("return_dict")
+    return_dict = getattr(config, "return_dict", True) if return_dict is None else return_dict
+    return output if return_dict else output.to_tuple()
+
+
+def make_runtime_plan(encoder: Any, packing: Packing, capture: bool) -> Plan:
+    """The plan of a patched encoder for one packing, with its gates as they are now."""
+    gates = encoder.fastgate_runtime.gates
+    top = max((i for i, gate in enumerate(gates) if not is_skipped(gate)), default=None)
+    absorbable = top is not None and all(
+        is_plain(getattr(encoder.encoder.layer[top].attention.self, n)) for n in ("key", "value")
+    )
+    return plan_for(gates, absorbable, packing, capture)
+
+
+def _refuse(states: Any, mask: Any, cache: Any, use_cache: Any, kwargs: dict[str, Any]) -> None:
+    remedy = "call fastgate.unpatch(model) first"
+    given = {"encoder_hidden_states": states, "encoder_attention_mask": mask, "past_key_values": cache}
+    given |= {name: kwargs.get(name) for name in ("cu_seq_lens_q", "cu_seq_lens_k")}
+    for name, value in given.items():
+        if value is not None:
+            raise Unsupported(say("forward", name, type(value).__name__, "None", remedy))
+    for name, value in {"use_cache": use_cache, "is_causal": kwargs.get("is_causal")}.items():
+        if value:
+            raise Unsupported(say("forward", name, value, "False", remedy))
+
+
+def _attended(mask: Tensor | None, batch: int, length: int, device: torch.device) -> Tensor | None:
+    if mask is None:
+        return None
+    if mask.shape != (batch, length):
+        raise Unsupported(
+            say(
+                "forward",
+                "attention_mask",
+                f"shape {tuple(mask.shape)}",
+                f"({batch}, {length}), one flag a token",
+                "pass the tokenizer's mask, or call fastgate.unpatch(model) for masks a pair of tokens",
+            )
+        )
+    return mask.to(device=device, dtype=torch.bool)
+
+
+def demanded_rows(
+    encoder: Any,
+    runtime: Runtime,
+    attended: Tensor | None,
+    rows: Tensor | None,
+    whole: bool,
+    batch: int,
+    length: int,
+    device: torch.device,
+) -> Tensor | None:
+    """(batch, length) bool, the rows read after the encoder; None: the attended ones."""
+    if whole or runtime.demand == "every":
+        return torch.ones(batch, length, dtype=torch.bool, device=device)
+    pooled = getattr(encoder, "pooler", None) is not None
+    first = torch.zeros(batch, length, dtype=torch.bool, device=device)
+    first[:, 0] = True
+    if runtime.demand == "first":
+        return first
+    wanted: Tensor | None = None
+    if rows is not None:
+        wanted = rows.to(device).view(batch, length)
+        if not encoder.training:
+            wanted = wanted | attended if attended is not None else None
+        if pooled and wanted is not None:
+            wanted = wanted | first
+    elif pooled and attended is not None:
+        wanted = attended | first
+    return wanted
+
+
+def _embedder(
+    encoder: Any,
+    packing: Packing,
+    input_ids: Tensor | None,
+    token_type_ids: Tensor | None,
+    position_ids: Tensor | None,
+    inputs_embeds: Tensor | None,
+) -> Callable[[bool], tuple[Tensor, Tensor | None]]:
+    embeddings = encoder.embeddings
+    shape = (packing.batch, packing.length)
+    for name, ids in (("token_type_ids", token_type_ids), ("position_ids", position_ids)):
+        if ids is not None and (
+            ids.dim() != 2 or ids.shape[1] != shape[1] or ids.shape[0] not in (1, shape[0])
+        ):
+            raise ArgumentError(
+                say("forward", name, f"shape {tuple(ids.shape)}", f"{shape}", "pass one id a token")
+            )
+    tables = (embeddings.word_embeddings, embeddings.position_embeddings, embeddings.token_type_embeddings)
+    if any(type(t) is not nn.Embedding or t._forward_hooks or t._forward_pre_hooks for t in tables):
+        # Hooks and replaced tables may count on padded input: the module runs as it is, its dropout within.
+        def whole(narrow: bool) -> tuple[Tensor, None]:
+            padded = embeddings(
+                input_ids=input_ids,
+                position_ids=position_ids,
+                token_type_ids=token_type_ids,
+                inputs_embeds=inputs_embeds,
+            )
+            return packing.pack(padded, narrow), None
+
+        return whole
+
+    if position_ids is None:
+        if hasattr(embeddings, "create_position_ids_from_input_ids"):
+            if input_ids is not None:
+                position_ids = embeddings.create_position_ids_from_input_ids(
+                    input_ids, embeddings.padding_idx
+                )
+            else:
+                position_ids = embeddings.create_position_ids_from_inputs_embeds(
+                    inputs_embeds, embeddings.padding_idx
+                )
+        else:
+            position_ids = embeddings.position_ids[:, : shape[1]]
+    if shape[1] > position_ids.shape[1]:
+        raise ArgumentError(
+            say(
+                "forward",
+                "input",
+                f"length {shape[1]}",
+                f"at most {position_ids.shape[1]}",
+                "truncate the text",
+            )
+        )
+
+    def parts(narrow: bool) -> tuple[Tensor, Tensor]:
+        words = (
+            embeddings.word_embeddings(packing.pack(input_ids, narrow))  # type: ignore[arg-type]
+            if inputs_embeds is None
+            else packing.pack(inputs_embeds, narrow)
+        )  # type: ignore[arg-type]
+        rest = embeddings.position_embeddings(packing.pack(position_ids.expand(shape), narrow))
+        if token_type_ids is None:
+            return words, rest + embeddings.token_type_embeddings.weight[0]
+        return words, rest + embeddings.token_type_embeddings(
+            packing.pack(token_type_ids.expand(shape), narrow)
+        )
+
+    return parts

@@ -1,0 +1,145 @@
+"""The plan: which steps an encoder runs on which rows, for given gates and row demand. No tensors.
+
+Attention is the only sublayer that mixes tokens, so liveness is decided from the top down: above the last
+attention that runs, only the demanded rows are computed. A kept layer is seven steps. A skipped attention is
+none: its LayerNorm runs inside the step that made its input, which leaves three.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+KEPT_STEPS = (
+    "project_qkv",
+    "attention",
+    "project_output",
+    "attention_norm",
+    "intermediate",
+    "project_down",
+    "output_norm",
+)
+SKIPPED_STEPS = KEPT_STEPS[4:]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One thing the encoder does.
+
+    op: `embed`, `select`, `skip_norm`, or one of the steps of a layer in `KEPT_STEPS` (with a single query a
+    sequence `project_query` and `absorbed_attention` stand for `project_qkv` and `attention`). layer: index
+    of the encoder layer, -1 for the embeddings.
+    narrow: the step's output has demanded rows only, not every packed row.
+    chained: the LayerNorm of the skipped attention of layer + 1 runs inside this step.
+    """
+
+    op: str
+    layer: int
+    narrow: bool
+    chained: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Steps in order; `kept` are the layers whose attention runs, `top` the last of them (-1: none)."""
+
+    steps: tuple[Step, ...]
+    kept: tuple[int, ...]
+    top: int
+
+    def of_layer(self, layer: int) -> tuple[Step, ...]:
+        """The steps of one layer (-1: the embeddings)."""
+        return tuple(step for step in self.steps if step.layer == layer)
+
+
+@lru_cache(maxsize=1024)
+def make_plan(attends: tuple[bool, ...], narrow: bool, single: bool, capture: bool) -> Plan:
+    """Plan an encoder.
+
+    attends: one flag a layer, whether its self-attention runs.
+    narrow: fewer rows are demanded at the end than are packed.
+    single: one row a sequence is demanded, so the last attention has one query a sequence and is absorbed.
+    capture: the output of every layer must exist by itself, so no LayerNorm is moved into the step before it.
+    """
+    layers = len(attends)
+    kept = tuple(i for i, runs in enumerate(attends) if runs)
+    top = kept[-1] if kept else -1
+
+    def chains(layer: int) -> bool:
+        return not capture and layer + 1 < layers and not attends[layer + 1]
+
+    steps = [Step("embed", -1, narrow and top < 0, chains(-1))]
+    for i in range(layers):
+        below = narrow and i > top
+        if attends[i]:
+            live = narrow and i >= top
+            absorbed = live and single
+            ops = ("project_query", "absorbed_attention", *KEPT_STEPS[2:4]) if absorbed else KEPT_STEPS[:4]
+            steps += [Step(op, i, live) for op in ops]
+        else:
+            live = below
+            if capture:
+                steps.append(Step("skip_norm", i, live))
+        steps += [
+            Step("intermediate", i, live),
+            Step("project_down", i, live),
+            Step("output_norm", i, live, chains(i)),
+        ]
+    return Plan(tuple(steps), kept, top)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What costs depend on: widths of the encoder and rows of a batch.
+
+    packed, keys, demanded: rows in all; pairs: sum over sequences of queries x keys; sequences: their number.
+    """
+
+    hidden: int
+    intermediate: int
+    packed: int
+    keys: int
+    demanded: int
+    pairs: int
+    sequences: int
+
+
+def sizes_of(
+    hidden: int, intermediate: int, lengths: Sequence[int], demanded: Sequence[int] | None = None
+) -> Sizes:
+    """Sizes of a batch of `lengths` tokens a sequence, of which `demanded` are read (None: all)."""
+    wanted = lengths if demanded is None else demanded
+    return Sizes(
+        hidden,
+        intermediate,
+        sum(lengths),
+        sum(lengths),
+        sum(wanted),
+        sum(n * n for n in lengths),
+        len(lengths),
+    )
+
+
+def products(step: Step, sizes: Sizes, heads: int) -> list[tuple[int, int, int]]:
+    """The matrix products of a step as (rows, inner, outer), each 2 * rows * inner * outer FLOPs."""
+    h, rows = sizes.hidden, sizes.demanded if step.narrow else sizes.packed
+    if step.op == "project_qkv":
+        return [(rows, h, h), (sizes.keys, h, h), (sizes.keys, h, h)]
+    if step.op == "project_query":
+        return [(rows, h, h)]
+    if step.op == "attention":
+        pairs = sizes.pairs if not step.narrow else sizes.pairs * sizes.demanded // max(sizes.packed, 1)
+        return [(pairs, h, 1), (pairs, h, 1)]
+    if step.op == "absorbed_attention":
+        return [(rows, h, h), (sizes.keys, h, heads), (sizes.keys, heads, h), (rows, h, h)]
+    if step.op == "project_output":
+        return [(rows, h, h)]
+    if step.op in ("intermediate", "project_down"):
+        return [(rows, h, sizes.intermediate)]
+    return []
+
+
+def flops(step: Step, sizes: Sizes, heads: int) -> int:
+    """FLOPs of a step's matrix products (two a multiply-add)."""
+    return sum(2 * m * k * n for m, k, n in products(step, sizes, heads))

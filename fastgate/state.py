@@ -1,0 +1,151 @@
+"""What a patched encoder carries beside its weights, and the handle on it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from .encoder import Gate, Record, is_skipped, replacement_of
+from .errors import ArgumentError, NothingPatched, say
+from .families import find_encoders
+from .replacement import Replacement
+
+
+@dataclass
+class Runtime:
+    """What a patched encoder carries beside its weights.
+
+    demand: the rows its head reads. gates: one an encoder layer: 1.0 the attention runs, 0.0 it is skipped, a
+    0-d tensor it is gated. record: where to write what is computed, while recording.
+    """
+
+    demand: str
+    gates: list[Gate] = field(default_factory=list)
+    record: Record | None = None
+
+
+@dataclass(frozen=True)
+class LayerView:
+    """One encoder layer: its index and the attention module of transformers."""
+
+    index: int
+    attention: Any
+
+
+class EncoderState:
+    """The handle on a patched encoder: its gates, replacements, and a way to record what it computes."""
+
+    def __init__(self, encoder: nn.Module):
+        self.encoder: Any = encoder
+
+    @property
+    def runtime(self) -> Runtime:
+        found: Runtime = self.encoder.fastgate_runtime
+        return found
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.encoder.encoder.layer)
+
+    @property
+    def layers(self) -> list[LayerView]:
+        return [LayerView(i, layer.attention) for i, layer in enumerate(self.encoder.encoder.layer)]
+
+    @property
+    def gates(self) -> list[Gate]:
+        return list(self.runtime.gates)
+
+    def set_gates(self, gates: Sequence[Gate]) -> None:
+        """One gate a layer: 1.0 the attention runs, 0.0 it is skipped, a 0-d tensor it is gated."""
+        if len(gates) != self.num_layers:
+            raise ArgumentError(
+                say(
+                    "set_gates",
+                    "gates",
+                    f"{len(gates)} values",
+                    f"{self.num_layers}, one a layer",
+                    "pass one a layer",
+                )
+            )
+        for i, gate in enumerate(gates):
+            if (isinstance(gate, Tensor) and gate.dim()) or (
+                not isinstance(gate, Tensor) and gate not in (0.0, 1.0)
+            ):
+                raise ArgumentError(
+                    say(
+                        "set_gates",
+                        f"gates[{i}]",
+                        gate,
+                        "0.0, 1.0 or a 0-d tensor",
+                        "harden it or pass a tensor",
+                    )
+                )
+            if self.is_removed(i) and not is_skipped(gate):
+                raise ArgumentError(
+                    say(
+                        "set_gates",
+                        f"gates[{i}]",
+                        gate,
+                        "0.0, as its weights were pruned",
+                        "load the unpruned model",
+                    )
+                )
+        self.runtime.gates = list(gates)
+
+    def is_removed(self, layer: int) -> bool:
+        """Whether `prune` has dropped the weights of this layer's attention."""
+        return hasattr(self.encoder.encoder.layer[layer].attention.self, "fastgate_removed")
+
+    def replacement(self, layer: int) -> Replacement | None:
+        return replacement_of(self.encoder.encoder.layer[layer])
+
+    def add_replacements(self, kind: str, layers: Sequence[int] | None = None) -> None:
+        """Give each layer (or those named) a replacement; one of the same kind keeps its values."""
+        for i, layer in enumerate(self.encoder.encoder.layer):
+            if layers is None or i in layers:
+                present, norm = replacement_of(layer), layer.attention.output.LayerNorm
+                if present is None or present.kind != kind:
+                    layer.attention.replacement = Replacement(
+                        kind, norm.weight.shape[0], norm.weight.dtype, norm.weight.device
+                    )
+
+    def remove_replacements(self) -> None:
+        for layer in self.encoder.encoder.layer:
+            layer.attention._modules.pop("replacement", None)
+
+    @contextmanager
+    def record(self) -> Iterator[Record]:
+        """While open, each forward fills the yielded Record anew."""
+        record = Record()
+        self.runtime.record = record
+        try:
+            yield record
+        finally:
+            self.runtime.record = None
+
+
+def encoder_state(model: nn.Module) -> EncoderState:
+    """The handle on the patched encoder inside `model`.
+
+    Raises NothingPatched if there is none, ArgumentError if there are several.
+    """
+    encoders = [item.encoder for item in find_encoders(model) if hasattr(item.encoder, "fastgate_runtime")]
+    if not encoders:
+        raise NothingPatched(
+            say(
+                "encoder_state",
+                "model",
+                f"unpatched {type(model).__name__}",
+                "a patched model",
+                "call fastgate.patch(model)",
+            )
+        )
+    if len(encoders) > 1:
+        raise ArgumentError(
+            say("encoder_state", "model", f"{len(encoders)} encoders", "one", "pass the encoder you mean")
+        )
+    return EncoderState(encoders[0])

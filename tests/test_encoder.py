@@ -1,0 +1,168 @@
+"""The encoder at work: steps and rows counted as they run, gates, replacements, records."""
+
+import copy
+
+import pytest
+import torch
+from encoders import LENGTHS, batch, make
+from torch import nn
+
+import fastgate
+from fastgate.plan import KEPT_STEPS, SKIPPED_STEPS
+from fastgate.state import encoder_state
+
+
+def steps_as_they_run(model, inputs):
+    """(layer, op, rows) of every step, counted at the encoder's own functions, with no recording plan."""
+    from fastgate import encoder
+
+    seen = []
+    original = encoder._note
+
+    def note(run, step, out):
+        seen.append((step.layer, step.op, out.shape[0]))
+        original(run, step, out)
+
+    encoder._note = note
+    try:
+        with torch.no_grad():
+            model(**inputs)
+    finally:
+        encoder._note = original
+    return seen
+
+
+@pytest.mark.parametrize("keep", [[0], [0, 2], [1, 3], [], [0, 1, 2, 3, 4]])
+@pytest.mark.parametrize("head", ["ForSequenceClassification", "ForTokenClassification"])
+def test_steps_and_rows_as_they_run(keep, head):
+    model = fastgate.prune(make("Bert", head, layers=5), keep=keep)
+    inputs = batch(model, head)
+    seen = steps_as_they_run(model, inputs)
+    packed = sum(LENGTHS)
+    demand = len(LENGTHS) if head == "ForSequenceClassification" else packed
+    top = max(keep, default=-1)
+    for i in range(5):
+        ops = [op for layer, op, _ in seen if layer == i]
+        rows = [n for layer, _, n in seen if layer == i]
+        assert len(ops) == (len(KEPT_STEPS) if i in keep else len(SKIPPED_STEPS))
+        assert any("attention" in op or "project_q" in op for op in ops) == (i in keep)
+        assert set(rows) == {demand if i >= top else packed}
+    assert seen[0] == (-1, "embed", packed if keep else demand)
+
+
+def test_no_products_of_skipped_attention_are_called():
+    model = fastgate.patch(make("Bert", "ForSequenceClassification", layers=3))
+    encoder_state(model).set_gates([1.0, 0.0, 0.0])
+    called = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and "attention" in name:
+            module.register_forward_hook(lambda m, a, o, name=name: called.append(name))
+    with torch.no_grad():
+        model(**batch(model, "ForSequenceClassification"))
+    assert called and all(".layer.0." in name for name in called)
+
+
+def by_hand(model, inputs, gates, replacements):
+    """The gated encoder as DESIGN writes it, padded, from the parts of Hugging Face: r = c + s * h."""
+    encoder = model.bert
+    mask = inputs["attention_mask"]
+    bias = torch.where(mask.bool(), 0.0, torch.finfo(torch.float32).min)[:, None, None, :]
+    h = encoder.embeddings(inputs["input_ids"], token_type_ids=inputs["token_type_ids"])
+    for layer, z, (c, s) in zip(encoder.encoder.layer, gates, replacements, strict=True):
+        out = layer.attention.output
+        mixed = out.dense(layer.attention.self(h, attention_mask=bias)[0])
+        h = out.LayerNorm(h + z * mixed + (1 - z) * (c + s * h))
+        h = layer.output(layer.intermediate(h), h)
+    return model.classifier(encoder.pooler(h))
+
+
+@pytest.mark.parametrize("kind", ["zero", "mean", "affine"])
+@pytest.mark.parametrize(
+    "gates", [(1, 1, 1), (0, 0, 0), (0.3, 0, 1), (0, 0.6, 0), (0.1, 0.2, 0.9), (1, 0, 0)]
+)
+def test_gates_and_replacements_by_the_definition(kind, gates):
+    model = make("Bert", "ForSequenceClassification", attention="eager")
+    patched = fastgate.patch(copy.deepcopy(model))
+    state = encoder_state(patched)
+    state.add_replacements(kind)
+    inputs = batch(model, "ForSequenceClassification")
+    hidden = model.config.hidden_size
+    values = []
+    for i in range(3):
+        torch.manual_seed(i)
+        c = 0.3 * torch.randn(hidden) if kind != "zero" else torch.zeros(hidden)
+        s = 0.3 * torch.randn(hidden) if kind == "affine" else torch.zeros(hidden)
+        values.append((c.requires_grad_(), s.requires_grad_()))
+        replacement = state.replacement(i)
+        with torch.no_grad():
+            for parameter, value in ((replacement.shift, c), (replacement.scale, s)):
+                if parameter is not None:
+                    parameter.copy_(value)
+    soft = [torch.tensor(float(z), requires_grad=True) for z in gates]
+    ours = [t if 0 < z < 1 else float(z) for t, z in zip(soft, gates, strict=True)]
+    state.set_gates(ours)
+    got = patched(**inputs).logits
+    hand = [torch.tensor(float(z), requires_grad=True) for z in gates]
+    want = by_hand(model, inputs, hand, values)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+    weights = torch.randn_like(want)
+    (got * weights).sum().backward()
+    (want * weights).sum().backward()
+    for i, z in enumerate(gates):
+        replacement = state.replacement(i)
+        if 0 < z < 1:
+            torch.testing.assert_close(soft[i].grad, hand[i].grad, rtol=1e-4, atol=1e-4)
+        for parameter, value in ((replacement.shift, values[i][0]), (replacement.scale, values[i][1])):
+            if parameter is not None and z < 1:
+                torch.testing.assert_close(parameter.grad, value.grad, rtol=1e-4, atol=1e-5)
+    for (name, ours_), theirs in zip(patched.named_parameters(), model.parameters(), strict=False):
+        if "replacement" in name:
+            break
+        if ours_.grad is not None and "key.bias" not in name:
+            torch.testing.assert_close(ours_.grad, theirs.grad, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_record_holds_what_was_computed():
+    model = fastgate.patch(make("Bert", "ForSequenceClassification", layers=4))
+    state = encoder_state(model)
+    inputs = batch(model, "ForSequenceClassification")
+    with torch.no_grad():
+        whole = model(**inputs, output_hidden_states=True)
+        state.set_gates([1.0, 1.0, 0.0, 0.0])
+        narrow_whole = model(**inputs, output_hidden_states=True).hidden_states
+        with state.record() as record:
+            model(**inputs)
+    assert len(record.hidden) == 5 and [i for i, _ in record.attention_output] == [0, 1]
+    for i, (index, rows) in enumerate(record.hidden):
+        assert len(index) == (sum(LENGTHS) if i < 2 else len(LENGTHS))
+        torch.testing.assert_close(rows, narrow_whole[i].flatten(0, 1)[index], rtol=0, atol=1e-5)
+    assert not torch.allclose(whole.hidden_states[4][:, 0], narrow_whole[4][:, 0])
+    layer = model.bert.encoder.layer[0]
+    index, h = record.hidden[0]
+    normed = layer.attention.output.LayerNorm(h + record.attention_output[0][1])
+    torch.testing.assert_close(
+        layer.output(layer.intermediate(normed), normed), record.hidden[1][1], rtol=0, atol=1e-5
+    )
+
+
+def test_gates_are_checked():
+    model = fastgate.patch(make("Bert", "Model"))
+    state = encoder_state(model)
+    for gates in ([1.0], [1.0, 0.5, 1.0], [torch.ones(2), 1.0, 1.0]):
+        with pytest.raises(fastgate.ArgumentError, match="gates"):
+            state.set_gates(gates)
+    fastgate.prune(model, keep=[0])
+    with pytest.raises(fastgate.ArgumentError, match=r"gates\[1\]"):
+        state.set_gates([1.0, 1.0, 0.0])
+
+
+def test_training_draws_dropout_and_repeats_by_seed():
+    model = fastgate.patch(make("Bert", "ForSequenceClassification")).train()
+    encoder_state(model).set_gates([0.0, 1.0, 0.0])
+    inputs = batch(model, "ForSequenceClassification")
+    outputs = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        outputs.append(model(**inputs).logits)
+    assert torch.equal(outputs[0], outputs[1]) and not torch.equal(outputs[0], outputs[2])

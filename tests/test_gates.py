@@ -1,0 +1,106 @@
+"""The hard-concrete gates: statistics, gradients, exact clipping, determinism."""
+
+import pytest
+import torch
+
+from fastgate import gates
+from fastgate.errors import ArgumentError
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("log_alpha", [-4.0, -1.5, 0.0, 0.7, 2.5])
+def test_draws_match_their_probabilities(log_alpha):
+    n = 200_000
+    z = gates.draw(torch.full((n,), log_alpha, dtype=torch.float64), generator())
+    value = torch.tensor(log_alpha, dtype=torch.float64)
+    bound = 4 * 0.5 / n**0.5  # four standard errors of a frequency
+    assert abs((z > 0).double().mean() - gates.p_open(value)) < bound
+    assert abs((z == 1).double().mean() - gates.p_full(value)) < bound
+    assert abs(z.mean() - gates.expected(value)) < bound
+    assert z.min() >= 0 and z.max() <= 1
+
+
+def test_clipped_draws_are_exact_and_have_zero_gradient():
+    log_alpha = torch.zeros(1000, dtype=torch.float64, requires_grad=True)
+    z = gates.draw(log_alpha, generator())
+    (grad,) = torch.autograd.grad(z.sum(), log_alpha)
+    clipped = (z == 0) | (z == 1)
+    assert 0.2 < clipped.double().mean() < 0.8
+    assert (grad[clipped] == 0).all()
+    assert (grad[~clipped] > 0).all()
+
+
+def test_gradient_of_a_draw_equals_finite_differences():
+    log_alpha = torch.linspace(-3, 3, 64, dtype=torch.float64, requires_grad=True)
+    z = gates.draw(log_alpha, generator(3))
+    (grad,) = torch.autograd.grad(z.sum(), log_alpha)
+    h = 1e-6
+    with torch.no_grad():
+        up, down = gates.draw(log_alpha + h, generator(3)), gates.draw(log_alpha - h, generator(3))
+    torch.testing.assert_close(grad, (up - down) / (2 * h), rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("function", [gates.p_open, gates.p_full, gates.expected])
+def test_gradient_of_the_statistics(function):
+    log_alpha = torch.linspace(-5, 5, 11, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(function, (log_alpha,))
+
+
+def test_expected_gate_limits_and_symmetry():
+    x = torch.tensor([-40.0, 0.0, 40.0], dtype=torch.float64)
+    torch.testing.assert_close(
+        gates.expected(x), torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64), atol=1e-12, rtol=0
+    )
+    y = torch.linspace(-4, 4, 9, dtype=torch.float64)
+    torch.testing.assert_close(gates.expected(y) + gates.expected(-y), torch.ones(9, dtype=torch.float64))
+
+
+def test_expected_gate_equals_a_fine_sum():
+    value = torch.tensor(0.8, dtype=torch.float64)
+    u = (torch.arange(400_000, dtype=torch.float64) + 0.5) / 400_000
+    s = torch.sigmoid((torch.logit(u) + value) / gates.BETA)
+    fine = (s * (gates.ZETA - gates.GAMMA) + gates.GAMMA).clamp(0, 1).mean()
+    torch.testing.assert_close(gates.expected(value), fine, atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("p", [1e-6, 0.1, 0.5, 0.99])
+def test_inverse(p):
+    value = torch.tensor(gates.log_alpha_for(p), dtype=torch.float64)
+    assert abs(float(gates.p_open(value)) - p) < 1e-12
+
+
+@pytest.mark.parametrize("p", [0.0, 1.0, -0.1, float("nan")])
+def test_inverse_refuses_certainty(p):
+    with pytest.raises(ArgumentError, match=r"gates\.log_alpha_for: probability: got"):
+        gates.log_alpha_for(p)
+
+
+def test_same_seed_same_draw_and_state_restores():
+    log_alpha = torch.zeros(12)
+    g = generator(7)
+    first = gates.draw(log_alpha, g)
+    state = g.get_state()
+    second = gates.draw(log_alpha, g)
+    assert torch.equal(first, gates.draw(log_alpha, generator(7)))
+    assert not torch.equal(first, second)
+    restored = generator()
+    restored.set_state(state)
+    assert torch.equal(second, gates.draw(log_alpha, restored))
+
+
+def test_harden_is_exact_top_k_with_ties_to_the_lower_index():
+    scores = torch.tensor([0.1, 0.9, 0.5, 0.9, 0.5])
+    assert gates.harden(scores, 0) == []
+    assert gates.harden(scores, 1) == [1]
+    assert gates.harden(scores, 3) == [1, 2, 3]
+    assert gates.harden(scores, 5) == [0, 1, 2, 3, 4]
+    with pytest.raises(ArgumentError, match="keep: got 6, wanted 0 to 5"):
+        gates.harden(scores, 6)
+
+
+def test_draw_refuses_another_device():
+    with pytest.raises(ArgumentError, match="both on the CPU"):
+        gates.draw(torch.zeros(3, device="meta"), generator())

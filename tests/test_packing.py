@@ -1,0 +1,61 @@
+"""Packed rows: index sets against a plain loop over the batch, and the way there and back."""
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastgate.packing import pack_rows
+
+CPU = torch.device("cpu")
+flags = st.integers(1, 4).flatmap(
+    lambda b: st.integers(1, 6).flatmap(
+        lambda n: st.tuples(
+            *[st.lists(st.lists(st.booleans(), min_size=n, max_size=n), min_size=b, max_size=b)] * 2
+        )
+    )
+)
+
+
+@given(flags, st.booleans(), st.booleans())
+def test_index_sets(both, masked, demands):
+    attended, demanded = (torch.tensor(f) for f in both)
+    batch, length = attended.shape
+    given_mask = attended if masked else None
+    attended = attended if masked else torch.ones_like(attended)
+    wanted = demanded if demands else attended
+    packing = pack_rows(batch, length, given_mask, demanded if demands else None, CPU)
+
+    rows = [(b, t) for b in range(batch) for t in range(length) if attended[b, t] or wanted[b, t]]
+    keys = [r for r in rows if attended[r]]
+    read = [r for r in rows if wanted[r]]
+    index = packing.packed_index()
+    assert index.tolist() == [b * length + t for b, t in rows]
+    key_index = index if packing.key_rows is None else index[packing.key_rows]
+    assert key_index.tolist() == [b * length + t for b, t in keys]
+    assert packing.wanted_index().tolist() == [b * length + t for b, t in read]
+    for ragged, members in ((packing.queries, rows), (packing.keys, keys), (packing.wanted, read)):
+        lengths = [sum(b == row for row, _ in members) for b in range(batch)]
+        assert list(ragged.lengths) == lengths and ragged.rows == len(members)
+        assert ragged.cu_seqlens.tolist() == [sum(lengths[:i]) for i in range(batch + 1)]
+    assert packing.narrow == (len(read) < len(rows))
+    assert packing.single == (packing.narrow and all(n == 1 for n in packing.wanted.lengths))
+
+
+@given(flags)
+def test_there_and_back(both):
+    attended, demanded = (torch.tensor(f) for f in both)
+    batch, length = attended.shape
+    packing = pack_rows(batch, length, attended, demanded, CPU)
+    padded = torch.randn(batch, length, 3)
+    kept = (attended | demanded)[..., None]
+    assert torch.equal(packing.pad(packing.pack(padded), narrow=False), padded * kept)
+    assert torch.equal(
+        packing.pad(packing.pack(padded, narrow=True), narrow=True), padded * demanded[..., None]
+    )
+
+
+def test_a_batch_without_padding_is_not_indexed():
+    packing = pack_rows(2, 5, torch.ones(2, 5, dtype=torch.bool), None, CPU)
+    assert packing.index is None and packing.key_rows is None and packing.wanted_rows is None
+    padded = torch.randn(2, 5, 3)
+    assert packing.pack(padded).data_ptr() == padded.data_ptr()
