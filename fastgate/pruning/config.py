@@ -1,0 +1,48 @@
+"""PruningConfig: how to prune, checked when it is made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ..errors import ArgumentError, say
+from ..replacement import KINDS
+from .distill import Distill
+from .objective import Target
+from .schedule import make_schedule
+
+
+@dataclass(frozen=True)
+class PruningConfig:
+    """How to prune.
+
+    target: `Sparsity(0.8)`, `Speedup(4.0)`, or `Fixed(keep)` for a choice made by hand.
+    replacement: what stands in for a pruned attention: `zero`, `mean` or `affine`.
+    distill: weights of the distillation terms; None for none.
+    warm, ramp, harden: shares of all steps. Gates are open until `warm`, the target rises until `ramp`, gates
+    are fixed at `harden`, and the rest recovers the score.
+    gate_lr: Adam's rate for the gates' log-alpha and the Lagrangian's multipliers. seed: of the draws.
+    """
+
+    target: Target
+    replacement: str = "mean"
+    distill: Distill | None = field(default_factory=Distill)
+    warm: float = 0.02
+    ramp: float = 0.2
+    harden: float = 0.3
+    gate_lr: float = 0.05
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.target, Target):
+            self._refuse("target", "Sparsity, Speedup or Fixed", "pass e.g. fastgate.Sparsity(0.8)")
+        if self.replacement not in KINDS:
+            self._refuse("replacement", " | ".join(KINDS), "pass one of these")
+        if self.distill is not None and not isinstance(self.distill, Distill):
+            self._refuse("distill", "a Distill or None", "pass Distill(logits=1.0)")
+        if not self.gate_lr > 0.0:
+            self._refuse("gate_lr", "a number above 0", "0.05 suits some hundred steps of search")
+        make_schedule(100, self.warm, self.ramp, self.harden)
+
+    def _refuse(self, field_name: str, wanted: str, remedy: str) -> None:
+        got = repr(getattr(self, field_name))
+        raise ArgumentError(say("PruningConfig", field_name, got, wanted, remedy))

@@ -1,0 +1,51 @@
+"""The phase of a pruning run as a function of the step: nothing else remembers where training is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..errors import ArgumentError, say
+
+WARM, SEARCH, RECOVER = "warm", "search", "recover"
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Steps at which things happen, of `total` optimizer steps counted from 0.
+
+    [0, begin) is `warm`: every gate open, the attention outputs are measured for the replacements.
+    [begin, harden) is `search`: gates are drawn; the target rises linearly until `ramp` and is held from
+    there. [harden, total) is `recover`: gates are fixed at 0 and 1, what is left is fine-tuned.
+    """
+
+    total: int
+    begin: int
+    ramp: int
+    harden: int
+
+    def phase(self, step: int) -> str:
+        """`warm`, `search` or `recover`: the phase of the optimizer step numbered `step`."""
+        return WARM if step < self.begin else SEARCH if step < self.harden else RECOVER
+
+    def target_share(self, step: int) -> float:
+        """The share of the target asked for at `step`, rising from 0 to 1."""
+        if step >= self.ramp:
+            return 1.0
+        return max(0.0, (step + 1 - self.begin) / (self.ramp + 1 - self.begin))
+
+
+def make_schedule(total: int, warm: float, ramp: float, harden: float) -> Schedule:
+    """A schedule of `total` steps from shares of it: end of the warm phase, end of the ramp, hardening.
+
+    There is at least one warm step to measure in, and at least one step to recover in.
+    """
+    if total < 3:
+        raise ArgumentError(
+            say("Pruner", "total_steps", total, "3 or more", "train for more steps or use smaller batches")
+        )
+    if not 0.0 <= warm <= ramp <= harden < 1.0:
+        wanted, remedy = "0 <= warm <= ramp <= harden < 1", "give each as a share of all steps"
+        raise ArgumentError(say("PruningConfig", "warm, ramp, harden", (warm, ramp, harden), wanted, remedy))
+    begin = min(max(1, round(warm * total)), total - 2)
+    hard = min(max(begin + 1, round(harden * total)), total - 1)
+    return Schedule(total, begin, min(max(begin, round(ramp * total)), hard), hard)

@@ -1,0 +1,195 @@
+"""Self-pruning in the Trainer of transformers: a mixin for any subclass, and the plain Trainer with it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback
+
+from ..errors import ArgumentError, Unsupported, say
+from . import checkpoints
+from .config import PruningConfig
+from .pruner import Pruner
+
+STATE_FILE = "pruning.pt"
+
+
+class SelfPruningMixin:
+    """Put before a Trainer class: `class MyPruningTrainer(SelfPruningMixin, MyTrainer)`.
+
+    One `train()` warms up, searches, hardens and recovers; the phase is a function of the step. What the
+    gates do is logged beside the loss. Evaluations before hardening do not count for the best model.
+    Checkpoints appear whole or not at all, and resuming continues the same run: gates, multipliers and
+    generators are as they were. After `train()` the model is pruned (`fastgate.save(trainer.model, path)`
+    saves it); `trainer.pruner` has the history.
+
+    pruning: a PruningConfig. teacher: a dense model fine-tuned on the task, to distil from; None: the model
+    itself.
+    """
+
+    def __init__(self, *args: Any, pruning: PruningConfig, teacher: nn.Module | None = None, **kwargs: Any):
+        if not isinstance(pruning, PruningConfig):
+            raise ArgumentError(
+                say(
+                    "SelfPruningTrainer",
+                    "pruning",
+                    repr(pruning),
+                    "a PruningConfig",
+                    "pass fastgate.PruningConfig(target=...)",
+                )
+            )
+        super().__init__(*args, **kwargs)
+        trainer: Any = self
+        self._refuse_settings()
+        if trainer.args.ddp_find_unused_parameters is None:
+            trainer.args.ddp_find_unused_parameters = True  # a skipped attention has no gradient in that step
+        self._pruning, self._teacher = pruning, teacher
+        self._aside = False
+        self._attach()
+        trainer.add_callback(_StepGates(self))
+
+    def _refuse_settings(self) -> None:
+        trainer: Any = self
+        sharded = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
+        for name, bad, remedy in (
+            (
+                "args.n_gpu",
+                trainer.args.n_gpu > 1,
+                "give each process one GPU: torchrun or accelerate launch",
+            ),
+            ("args.auto_find_batch_size", trainer.args.auto_find_batch_size, "set the batch size"),
+            ("args.deepspeed, args.fsdp", sharded, "train on one device or with torchrun (DDP)"),
+        ):
+            if bad:
+                wanted = "one whole model a process and a number of steps known from the start"
+                raise Unsupported(say("SelfPruningTrainer", name, "set", wanted, remedy))
+
+    def _attach(self) -> None:
+        trainer: Any = self
+        if self._teacher is not None:
+            self._teacher.to(trainer.args.device)
+        self.pruner = Pruner(trainer.model, self._pruning, None, self._teacher).attach()
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        model: nn.Module = super().call_model_init(trial)  # type: ignore[misc]
+        if hasattr(self, "_pruning"):  # a new model for a new trial: it needs gates of its own
+            self.pruner = Pruner(model, self._pruning, None, self._teacher).attach()
+        return model
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer.train, and prunes at the end; True resumes from the newest complete checkpoint."""
+        trainer: Any = self
+        output_dir = Path(trainer.args.output_dir)
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = str(checkpoints.last_complete(output_dir))
+        elif resume_from_checkpoint:
+            checkpoints.check_complete(Path(resume_from_checkpoint))
+        if self.pruner.steps and not resume_from_checkpoint and trainer.model_init is None:
+            raise ArgumentError(
+                say("train", "model", "pruned by an earlier train()", "a dense model", "make a new trainer")
+            )
+        result = super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+        if self.pruner.kept is not None:
+            self.pruner.finalize()
+        return result
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, *args: Any, **kwargs: Any
+    ) -> Any:
+        """The loss of the class below, and in training the Pruner's terms."""
+        below = super().compute_loss  # type: ignore[misc]
+        if not model.training:
+            return below(model, inputs, return_outputs, *args, **kwargs)
+        batch = dict(inputs)  # some Trainers take the labels out
+        loss, outputs = below(model, inputs, True, *args, **kwargs)
+        loss = loss + self.pruner.loss(outputs, batch) / self._loss_divisor(*args, **kwargs)
+        return (loss, outputs) if return_outputs else loss
+
+    def _loss_divisor(self, num_items_in_batch: Any = None) -> int:
+        """What the Pruner's terms, a mean a batch, are divided by here because the Trainer will not do it."""
+        trainer: Any = self
+        scaled = getattr(trainer, "loss_is_scaled_for_ga", None)
+        if scaled is None:
+            accepts = trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
+            scaled = accepts or trainer.compute_loss_func is not None
+        return getattr(trainer, "current_gradient_accumulation_steps", 1) if scaled else 1
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As Trainer.log; lines with a training loss carry the gates too."""
+        if "loss" in logs and "learning_rate" in logs:
+            logs.update(self.pruner.metrics())
+        super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        names = super().get_decay_parameter_names(model)  # type: ignore[misc]
+        return [name for name in names if ".attention.replacement." not in name]
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        if self.pruner.kept is None:
+            return False  # a model that is not pruned yet is not what is looked for
+        return bool(super()._determine_best_metric(metrics=metrics, trial=trial))  # type: ignore[misc]
+
+    # -- checkpoints
+
+    def _get_output_dir(self, trial: Any) -> str:
+        folder: str = super()._get_output_dir(trial)  # type: ignore[misc]
+        return str(Path(folder) / checkpoints.ASIDE) if self._aside else folder
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """The Trainer's checkpoint and the Pruner's state, written aside and renamed when it is whole."""
+        trainer: Any = self
+        run_dir = Path(self._get_output_dir(trial))
+        name = f"checkpoint-{trainer.state.global_step}"
+        aside = run_dir / checkpoints.ASIDE / name
+        if trainer.args.should_save:
+            shutil.rmtree(aside.parent, ignore_errors=True)  # what a killed run left
+        trainer.accelerator.wait_for_everyone()
+        self._aside = True
+        try:
+            super()._save_checkpoint(model, trial)  # type: ignore[misc]
+        finally:
+            self._aside = False
+        trainer.accelerator.wait_for_everyone()
+        if trainer.args.should_save:
+            torch.save(self.pruner.state_dict(), aside / STATE_FILE)
+            if trainer.state.best_global_step:
+                best = run_dir / f"checkpoint-{trainer.state.best_global_step}"
+                if best.name == name or best.is_dir():
+                    trainer.state.best_model_checkpoint = str(best)
+            trainer.state.save_to_json(str(aside / "trainer_state.json"))
+            checkpoints.seal(aside)
+            checkpoints.publish(aside, run_dir / name)
+            shutil.rmtree(aside.parent, ignore_errors=True)
+            checkpoints.rotate(run_dir, trainer.args.save_total_limit, trainer.state.best_model_checkpoint)
+        trainer.accelerator.wait_for_everyone()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+        state = torch.load(Path(resume_from_checkpoint) / STATE_FILE, map_location="cpu", weights_only=True)
+        self.pruner.load_state_dict(state)
+
+
+class _StepGates(TrainerCallback):
+    """Tells the Pruner how long the run is and when an optimizer step is done."""
+
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
+        self.grad_scale = 1.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.pruner.plan_steps(state.max_steps)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        scaler = self.trainer.accelerator.scaler
+        self.grad_scale = 1.0 if scaler is None else scaler.get_scale()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.pruner.step(self.grad_scale)
+
+
+class SelfPruningTrainer(SelfPruningMixin, Trainer):
+    """The Trainer that prunes while it fine-tunes: `SelfPruningTrainer(model, args, pruning=...)`."""

@@ -1,0 +1,307 @@
+"""Self-pruning in the Trainer: one train(), logs, checkpoints that survive a kill, resuming bit for bit."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+
+import fastgate
+from fastgate.errors import ArgumentError, CheckpointError
+from fastgate.pruning import Distill, checkpoints
+
+STEPS, HARDEN = 12, 8
+
+
+def bert(seed=0):
+    set_seed(seed)
+    return BertForSequenceClassification(
+        BertConfig(
+            vocab_size=40,
+            hidden_size=16,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            intermediate_size=32,
+            max_position_embeddings=16,
+        )
+    )
+
+
+def rows(count=48):
+    g = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, 40, (count, 8), generator=g)
+    return [
+        {"input_ids": row, "attention_mask": torch.ones_like(row), "labels": int(row[1] > 20)} for row in ids
+    ]
+
+
+def config(**options):
+    target = options.pop("target", fastgate.Sparsity(0.67))
+    return fastgate.PruningConfig(target, warm=0.1, ramp=0.4, harden=HARDEN / STEPS, gate_lr=0.3, **options)
+
+
+def arguments(folder, **options):
+    given = dict(
+        output_dir=str(folder), per_device_train_batch_size=8, num_train_epochs=2, logging_steps=2,
+        save_strategy="steps", save_steps=2, report_to=[], disable_tqdm=True, use_cpu=True, seed=3,
+        learning_rate=1e-3,
+    )  # fmt: skip
+    return TrainingArguments(**(given | options))
+
+
+def trainer(folder, cls=fastgate.SelfPruningTrainer, teacher=True, pruning=None, callbacks=None, **options):
+    return cls(
+        bert(),
+        arguments(folder, **options),
+        pruning=pruning or config(),
+        teacher=bert(seed=5) if teacher else None,
+        train_dataset=rows(),
+        eval_dataset=rows(16),
+        callbacks=callbacks,
+    )
+
+
+def end_state(found):
+    return found.model.state_dict(), found.pruner.state_dict()
+
+
+def assert_same_end(first, second):
+    (weights, state), (other_weights, other_state) = first, second
+    assert weights.keys() == other_weights.keys()
+    for name in weights:
+        assert torch.equal(weights[name], other_weights[name]), name
+    assert state["kept"] == other_state["kept"] and state["history"] == other_state["history"]
+    for name in ("log_alpha", "multipliers", "generator"):
+        assert torch.equal(state["learner"][name], other_state["learner"][name]), name
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    found = trainer(tmp_path_factory.mktemp("whole"))
+    found.train()
+    return found
+
+
+def test_one_train_warms_searches_hardens_and_prunes(uninterrupted):
+    pruner = uninterrupted.pruner
+    assert uninterrupted.state.global_step == STEPS == pruner.steps
+    phases = {entry["step"]: entry["phase"] for entry in pruner.history}
+    assert (
+        phases[1] == "search"
+        and phases[HARDEN - 1] == "search"
+        and phases[HARDEN] == phases[STEPS] == "recover"
+    )
+    assert len(pruner.kept) == 1
+    removed = [i for i in range(3) if pruner.state.is_removed(i)]
+    assert sorted(removed + pruner.kept) == [0, 1, 2]
+    assert "eval_loss" in uninterrupted.evaluate()
+
+
+def test_gate_history_goes_through_the_trainers_logs(uninterrupted):
+    logged = [line for line in uninterrupted.state.log_history if "loss" in line]
+    assert [line["step"] for line in logged] == [2, 4, 6, 8, 10, 12]
+    for line in logged:
+        assert 0 <= line["pruning/gate_0"] <= 1 and line["pruning/hardened"] == float(line["step"] >= HARDEN)
+    targets = [line["pruning/target"] for line in logged]
+    assert targets == sorted(targets) and targets[-1] == pytest.approx(2 / 3)
+    assert logged[-1]["pruning/reduction"] == pytest.approx(2 / 3)
+    totals = [line for line in uninterrupted.state.log_history if "train_runtime" in line]
+    assert not any("pruning/target" in line for line in totals)
+
+
+def test_the_finished_model_is_saved_and_loaded(uninterrupted, tmp_path):
+    fastgate.save(uninterrupted.model, tmp_path / "out")
+    loaded = fastgate.load(tmp_path / "out")
+    model, ids = uninterrupted.model.eval(), torch.stack([row["input_ids"] for row in rows(4)])
+    torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
+
+
+class Counting(Trainer):
+    """A subclass with a loss of its own that takes the labels out of its inputs."""
+
+    seen = 0
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs.pop("labels")
+        outputs = model(**inputs)
+        loss = torch.nn.functional.cross_entropy(outputs.logits, labels)
+        self.seen += 1
+        return (loss, outputs) if return_outputs else loss
+
+
+class PruningCounting(fastgate.SelfPruningMixin, Counting):
+    pass
+
+
+def test_the_mixin_works_on_any_trainer(tmp_path):
+    found = trainer(
+        tmp_path, PruningCounting, pruning=config(replacement="affine", distill=Distill(hidden=0.0))
+    )
+    found.train()
+    assert found.seen == STEPS and len(found.pruner.kept) == 1
+    assert set(type(found).__mro__) >= {fastgate.SelfPruningMixin, Counting, Trainer}
+
+
+def test_accumulation_is_one_draw_and_one_step(tmp_path):
+    found = trainer(
+        tmp_path,
+        teacher=False,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        save_strategy="no",
+    )
+    found.train()
+    assert found.pruner.steps == STEPS == found.state.global_step and len(found.pruner.kept) == 1
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_pruners_terms_weigh_one_over_an_accumulated_step(tmp_path, accumulate):
+    weights = []
+
+    class Watch(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            if found.pruner.phase == "search":
+                weights.append(float(found.pruner.learner._probe.grad))
+
+    found = trainer(
+        tmp_path, per_device_train_batch_size=8 // accumulate, gradient_accumulation_steps=accumulate,
+        save_strategy="no", callbacks=[Watch()],
+    )  # fmt: skip
+    found.train()
+    assert weights == [1.0] * (HARDEN - 1)
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[1])
+import torch
+torch.set_num_threads(1)
+from test_trainer import *
+
+class Kill(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 7:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+if sys.argv[3] == "writing":
+    seal = checkpoints.seal
+    def kill_half_way(folder):
+        if folder.name == "checkpoint-6":
+            (folder / "model.safetensors").write_bytes(b"half")
+            os.kill(os.getpid(), signal.SIGKILL)
+        seal(folder)
+    checkpoints.seal = kill_half_way
+trainer(sys.argv[2], callbacks=[Kill()]).train()
+"""
+
+
+@pytest.mark.parametrize(("moment", "left"), [("step", 6), ("writing", 4)])
+def test_a_killed_run_resumes_to_the_same_end(uninterrupted, tmp_path, moment, left):
+    command = [sys.executable, "-c", KILLED, str(Path(__file__).parent), str(tmp_path), moment]
+    root = str(Path(fastgate.__file__).parents[1])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([root, *sys.path])}
+    killed = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert checkpoints.last_complete(tmp_path).name == f"checkpoint-{left}"
+    found = trainer(tmp_path)
+    found.train(resume_from_checkpoint=True)
+    assert found.state.global_step == STEPS
+    assert_same_end(end_state(uninterrupted), end_state(found))
+
+
+@pytest.mark.parametrize("left", [2, 6, 8, 10])
+def test_resuming_from_any_checkpoint_ends_the_same(uninterrupted, left, tmp_path):
+    found = trainer(tmp_path)
+    found.train(resume_from_checkpoint=str(Path(uninterrupted.args.output_dir) / f"checkpoint-{left}"))
+    assert_same_end(end_state(uninterrupted), end_state(found))
+
+
+def test_incomplete_checkpoints_are_skipped_or_refused(uninterrupted, tmp_path):
+    import shutil
+
+    for step in (4, 6, 8):
+        shutil.copytree(
+            Path(uninterrupted.args.output_dir) / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}"
+        )
+    (tmp_path / "checkpoint-8" / "optimizer.pt").unlink()
+    weights = tmp_path / "checkpoint-6" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    (tmp_path / "checkpoint-10").mkdir()
+    assert checkpoints.last_complete(tmp_path).name == "checkpoint-4"
+    found = trainer(tmp_path)
+    with pytest.raises(CheckpointError, match="checkpoint-6, incomplete"):
+        found.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    with pytest.raises(CheckpointError, match="no folder"):
+        found.train(resume_from_checkpoint=str(tmp_path / "checkpoint-99"))
+    with pytest.raises(CheckpointError, match="got none in"):
+        trainer(tmp_path / "empty").train(resume_from_checkpoint=True)
+    found.train(resume_from_checkpoint=True)
+    assert_same_end(end_state(uninterrupted), end_state(found))
+
+
+def test_a_run_of_another_length_is_not_resumed(uninterrupted, tmp_path):
+    found = trainer(tmp_path, num_train_epochs=3)
+    with pytest.raises(CheckpointError, match="total_steps: got 18, wanted 12"):
+        found.train(resume_from_checkpoint=str(Path(uninterrupted.args.output_dir) / "checkpoint-6"))
+
+
+def test_only_hardened_models_can_be_the_best(tmp_path):
+    metrics = iter([0.9, 0.8, 0.7, 0.1, 0.3, 0.2])  # the dense phase scores best
+    found = trainer(
+        tmp_path, eval_strategy="steps", eval_steps=2, load_best_model_at_end=True,
+        metric_for_best_model="score", greater_is_better=True, save_total_limit=2,
+    )  # fmt: skip
+    found.compute_metrics = lambda prediction: {"score": next(metrics)}
+    found.train()
+    assert found.state.best_global_step == 10 and found.state.best_metric == 0.3
+    assert found.state.best_model_checkpoint == str(tmp_path / "checkpoint-10")
+    assert sorted(path.name for path in checkpoints.checkpoints(tmp_path)) == [
+        "checkpoint-10",
+        "checkpoint-12",
+    ]
+    noted = json.loads((tmp_path / "checkpoint-12" / "trainer_state.json").read_text())
+    assert noted["best_model_checkpoint"] == str(tmp_path / "checkpoint-10")
+    assert len(found.pruner.kept) == 1
+
+
+def test_a_model_is_made_anew_for_each_trial(tmp_path):
+    found = fastgate.SelfPruningTrainer(
+        args=arguments(tmp_path, save_strategy="no"),
+        pruning=config(),
+        model_init=lambda: bert(),
+        train_dataset=rows(),
+    )
+    for _ in range(2):
+        found.train()
+        assert found.pruner.model is found.model and len(found.pruner.kept) == 1
+
+
+def test_what_cannot_work_is_refused(uninterrupted, tmp_path):
+    with pytest.raises(ArgumentError, match=r"pruning: got 0\.8, wanted a PruningConfig"):
+        trainer(tmp_path, pruning=0.8)
+    with pytest.raises(ArgumentError, match=r"pruned by an earlier train\(\)"):
+        uninterrupted.train()
+
+
+def test_settings_that_cannot_work_are_refused(tmp_path):
+    with pytest.raises(fastgate.Unsupported, match="auto_find_batch_size: got set"):
+        trainer(tmp_path, auto_find_batch_size=True)
+
+
+def test_replacements_have_no_weight_decay(tmp_path):
+    found = trainer(tmp_path)
+    decayed = found.get_decay_parameter_names(found.model)
+    assert decayed and not any("replacement" in name for name in decayed)
+    assert found.args.ddp_find_unused_parameters is True
