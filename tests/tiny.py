@@ -1,0 +1,61 @@
+"""A tiny tokenizer, tiny random models and tiny data files, so that whole recipes run in seconds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+_TEXT = "good bad film story plot the a is was not very it one two three paris london in went to she he"
+WORDS = _TEXT.split()
+
+
+def tokenizer(folder: Path):
+    """A WordPiece tokenizer that knows WORDS, the letters, and `##s`, `##ing`."""
+    from transformers import BertTokenizerFast
+
+    letters = "abcdefghijklmnopqrstuvwxyz.,!?"
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, *letters]
+    vocabulary += [f"##{piece}" for piece in ("s", "ing", *letters)]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.txt").write_text("\n".join(dict.fromkeys(vocabulary)))
+    found = BertTokenizerFast(vocab_file=str(folder / "vocab.txt"), vocab=str(folder / "vocab.txt"))
+    found.model_max_length = 64
+    return found
+
+
+def model_folder(folder: Path, layers: int = 3) -> Path:
+    """A random BERT of 32 hidden units with its tokenizer, as Hugging Face saves them."""
+    from transformers import BertConfig, BertModel
+
+    words = tokenizer(folder)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(words),
+        hidden_size=32,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=64,
+    )
+    BertModel(config).save_pretrained(folder)
+    words.save_pretrained(folder)
+    return folder
+
+
+def write_rows(path: Path, rows: list[dict]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def sentiment(count: int) -> list[dict]:
+    """Rows a tiny model can learn: the class is whether `good` or `bad` stands in the sentence."""
+    made = []
+    for i in range(count):
+        noise = " ".join(
+            WORDS[(7 * i + j) % len(WORDS)] for j in range(2 + i % 9) if (7 * i + j) % len(WORDS) > 1
+        )
+        made.append({"sentence": f"{noise} {'good' if i % 2 else 'bad'} film", "label": i % 2})
+    return made
