@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
+import children
 import pytest
 import tiny
 import torch
@@ -18,8 +17,6 @@ from typer.testing import CliRunner
 
 import fastgate
 from fastgate.cli import app
-
-TESTS = Path(__file__).parent
 
 
 def run(*arguments, code=0):
@@ -127,21 +124,8 @@ app(sys.argv[3:])
 @pytest.mark.parametrize("phase, step", [("dense", 31), ("prune", 13)])
 def test_a_run_killed_in_the_middle_ends_as_if_it_had_not_been(world, tmp_path, phase, step):
     out = tmp_path / "out"
-    command = [
-        sys.executable,
-        "-c",
-        KILLED,
-        phase,
-        str(step),
-        "finetune",
-        *map(str, options(world)),
-        "--out",
-        str(out),
-    ]
-    environment = {**os.environ, "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}", "HF_HUB_OFFLINE": "1"}
-    environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())
-    killed = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    command = ["finetune", *options(world), "--out", out]
+    children.finish(children.start(KILLED, phase, step, *command), -signal.SIGKILL)
     assert not (out / "result.json").exists() and (out / "dense").exists() == (phase == "prune")
     run("finetune", *options(world), "--out", out, "--resume")
     whole, resumed = (json.loads((f / "result.json").read_text()) for f in (world / "out", out))

@@ -2,10 +2,8 @@
 
 import copy
 import itertools
-import os
-import subprocess
-import sys
 
+import children
 import pytest
 import torch
 import torch.nn.functional as F
@@ -596,16 +594,9 @@ print(learner.log_alpha.tolist(), learner.multipliers.tolist())
 
 
 def test_every_rank_moves_its_gates_alike(tmp_path):
-    command = [sys.executable, "-c", RANKS]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen(
-            [*command, str(rank), str(tmp_path / "store")], stdout=subprocess.PIPE, env=environment
-        )
-        for rank in (0, 1)
-    ]
-    outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
-    assert outputs[0] == outputs[1] and outputs[0].startswith(b"[")
+    ranks = [children.start(RANKS, rank, tmp_path / "store") for rank in (0, 1)]
+    outputs = [children.finish(rank) for rank in ranks]
+    assert outputs[0] == outputs[1] and outputs[0].startswith("[")
 
 
 def test_draws_come_from_the_gates_distribution():

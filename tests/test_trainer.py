@@ -1,12 +1,10 @@
 """Self-pruning in the Trainer: one train(), logs, checkpoints that survive a kill, resuming bit for bit."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
+import children
 import pytest
 import torch
 from transformers import (
@@ -185,17 +183,15 @@ def test_the_pruners_terms_weigh_one_over_an_accumulated_step(tmp_path, accumula
 
 KILLED = """
 import os, signal, sys
-sys.path.insert(0, sys.argv[1])
-import torch
-torch.set_num_threads(1)
 from test_trainer import *
+torch.set_num_threads(1)
 
 class Kill(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step == 7:
             os.kill(os.getpid(), signal.SIGKILL)
 
-if sys.argv[3] == "writing":
+if sys.argv[2] == "writing":
     seal = checkpoints.seal
     def kill_half_way(folder):
         if folder.name == "checkpoint-6":
@@ -203,17 +199,13 @@ if sys.argv[3] == "writing":
             os.kill(os.getpid(), signal.SIGKILL)
         seal(folder)
     checkpoints.seal = kill_half_way
-trainer(sys.argv[2], callbacks=[Kill()]).train()
+trainer(sys.argv[1], callbacks=[Kill()]).train()
 """
 
 
 @pytest.mark.parametrize(("moment", "left"), [("step", 6), ("writing", 4)])
 def test_a_killed_run_resumes_to_the_same_end(uninterrupted, tmp_path, moment, left):
-    command = [sys.executable, "-c", KILLED, str(Path(__file__).parent), str(tmp_path), moment]
-    root = str(Path(fastgate.__file__).parents[1])
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([root, *sys.path])}
-    killed = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    children.finish(children.start(KILLED, tmp_path, moment), -signal.SIGKILL)
     assert checkpoints.last_complete(tmp_path).name == f"checkpoint-{left}"
     found = trainer(tmp_path)
     found.train(resume_from_checkpoint=True)
