@@ -6,7 +6,6 @@ import json
 import re
 import signal
 import sys
-from pathlib import Path
 
 import children
 import pytest
