@@ -13,8 +13,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import os
-import platform
 import random
 import time
 from pathlib import Path
@@ -25,6 +23,7 @@ import transformers
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 
 import fastgate
+from fastgate.info import environment
 from fastgate.pruning import Distill, Fixed, criteria
 from fastgate.tasks import dense_model, load_task, load_tokenizer
 from fastgate.tasks.model import demo_model_path
@@ -166,18 +165,6 @@ def write_table(results: Path) -> None:
         f"`{results.name}`. Seconds are of the pruning run, teacher included.\n\n"
     )
     results.with_suffix(".md").write_text(head + "\n".join(lines) + "\n")
-
-
-def environment() -> dict[str, Any]:
-    cpu = platform.processor()
-    if Path("/proc/cpuinfo").is_file():
-        names = [x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")]
-        cpu = names[0].partition(":")[2].strip() if names else cpu
-    return {
-        "cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "torch": torch.__version__,
-        "transformers": transformers.__version__, "fastgate": fastgate.__version__,
-        "python": platform.python_version(),
-    }  # fmt: skip
 
 
 def main() -> None:

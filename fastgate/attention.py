@@ -123,8 +123,8 @@ _OPERANDS = (
     "Tensor q, Tensor k, Tensor v, Tensor cu_q, Tensor cu_k, int heads, float scale, float dropout_p, "
     "Tensor? seed"
 )
-ops.library.define(f"attention({_OPERANDS}) -> Tensor")
-ops.library.define(f"attention_backward(Tensor grad, {_OPERANDS}) -> (Tensor, Tensor, Tensor)")
+ops.schemas.define(f"attention({_OPERANDS}) -> Tensor")
+ops.schemas.define(f"attention_backward(Tensor grad, {_OPERANDS}) -> (Tensor, Tensor, Tensor)")
 
 
 def _lengths(cu_seqlens: Tensor) -> Ragged:
@@ -157,8 +157,8 @@ def _backward(grad: Tensor, q: Tensor, *operands: Any) -> tuple[Tensor, ...]:
     return ops.implementation("attention", q.device.type, q.dtype).backward(grad, q, *operands)
 
 
-ops.library.impl("attention", _forward, "CompositeExplicitAutograd")
-ops.library.impl("attention_backward", _backward, "CompositeExplicitAutograd")
+ops.schemas.impl("attention", _forward, "CompositeExplicitAutograd")
+ops.schemas.impl("attention_backward", _backward, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("fastgate::attention")
@@ -198,7 +198,7 @@ class _Attention(torch.autograd.Function):
 
 
 torch.library.register_autograd(
-    "fastgate::attention", _differentiate, setup_context=_keep_for_backward, lib=ops.library
+    "fastgate::attention", _differentiate, setup_context=_keep_for_backward, lib=ops.schemas
 )
 
 

@@ -21,12 +21,12 @@ from .checkpoint import load
 from .errors import ArgumentError, FastgateError, say
 from .families import base_class
 from .floor import Floor
+from .info import environment
 from .patch import patch
 from .prune import prune
 from .state import encoder_state
 from .tasks.load import load_task
 from .tasks.model import demo_model_path, dense_model, load_tokenizer
-from .tasks.recipes import environment
 from .tasks.task import Task
 from .timing import Timing, interleave
 
@@ -295,9 +295,8 @@ def bench(
         "batches": len(made),
         "order": order,
         "max_length": max_length,
-        "threads": torch.get_num_threads(),
         "dtype": str(next(ours.parameters()).dtype).removeprefix("torch."),
-        **environment(),
+        "environment": environment(),
     }
     return replace(found, settings=settings)
 
@@ -306,9 +305,10 @@ def bench_table(found: Comparison) -> Table:
     """What `to_dict` says, for the screen."""
     data = found.to_dict()
     settings = data["settings"]
+    threads = settings["environment"]["threads"]
     title = (
         f"{settings['model']}, {settings['task']}, batches of {settings['batch_size']} in "
-        f"{settings['order']} order, {data['filled']:.0%} filled, {settings['threads']} threads, "
+        f"{settings['order']} order, {data['filled']:.0%} filled, {threads} threads, "
         f"kept {data['kept']}"
     )
     caption = f"logits within {data['max_difference']:.0e} of Hugging Face's; floor: the products alone"

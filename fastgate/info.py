@@ -1,4 +1,4 @@
-"""What runs here and why: `python -m fastgate.info`."""
+"""What runs here and why: `python -m fastgate.info`; and the environment that result files name."""
 
 from __future__ import annotations
 
@@ -31,6 +31,18 @@ def collect() -> dict[str, Any]:
     }
 
 
+def environment() -> dict[str, Any]:
+    """Versions, processor, threads and device, for result files."""
+    return {
+        **{name: _version(name) for name in ("fastgate", "torch", "transformers")},
+        "python": platform.python_version(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+    }
+
+
 def render(found: dict[str, Any]) -> str:
     """The text form of what `collect` returns."""
     build, threads = found["build"], found["threads"]
@@ -59,9 +71,16 @@ def _version(name: str) -> str | None:
         return None
 
 
+def _processor() -> str:
+    """The processor's name and the instruction set that torch uses on it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return ", ".join([*names[:1], platform.machine(), torch.backends.cpu.get_cpu_capability()])
+
+
 def _devices() -> list[dict[str, str]]:
-    capability = torch.backends.cpu.get_cpu_capability()
-    devices = [{"type": "cpu", "name": f"{platform.machine()}, {capability}"}]
+    devices = [{"type": "cpu", "name": _processor()}]
     for index in range(torch.cuda.device_count()):
         devices.append({"type": "cuda", "name": torch.cuda.get_device_name(index)})
     return devices

@@ -33,9 +33,9 @@ DX, DRESIDUAL = 1, 2
 PARAMETERS = ("bias", "gate", "scale", "shift", "weight", "norm_bias", "weight2", "norm_bias2")
 PARAMETER_BIT = {name: 4 << place for place, name in enumerate(PARAMETERS)}
 
-library = torch.library.Library("fastgate", "DEF")
-library.define(f"gated_add_norm({_SCHEMA}) -> Tensor")
-library.define(f"gated_add_norm_backward(Tensor grad, {_SCHEMA}, int wanted) -> (Tensor, Tensor, Tensor)")
+schemas = torch.library.Library("fastgate", "DEF")
+schemas.define(f"gated_add_norm({_SCHEMA}) -> Tensor")
+schemas.define(f"gated_add_norm_backward(Tensor grad, {_SCHEMA}, int wanted) -> (Tensor, Tensor, Tensor)")
 
 
 @dataclass(frozen=True)
@@ -130,16 +130,16 @@ def _backward(grad: Tensor, x: Tensor, residual: Tensor, *operands: Any) -> tupl
     return chosen.backward(grad, x, residual, *operands)
 
 
-library.impl("gated_add_norm", _forward, "CompositeExplicitAutograd")
-library.impl("gated_add_norm_backward", _backward, "CompositeExplicitAutograd")
+schemas.impl("gated_add_norm", _forward, "CompositeExplicitAutograd")
+schemas.impl("gated_add_norm_backward", _backward, "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake("fastgate::gated_add_norm", lib=library)
+@torch.library.register_fake("fastgate::gated_add_norm", lib=schemas)
 def _fake(x: Tensor, residual: Tensor, *operands: Any) -> Tensor:
     return x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
 
 
-@torch.library.register_fake("fastgate::gated_add_norm_backward", lib=library)
+@torch.library.register_fake("fastgate::gated_add_norm_backward", lib=schemas)
 def _fake_backward(grad: Tensor, x: Tensor, residual: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     return _empty_gradients(x, residual, rest[-1])
 
@@ -176,7 +176,7 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 torch.library.register_autograd(
-    "fastgate::gated_add_norm", _differentiate, setup_context=_keep_for_backward, lib=library
+    "fastgate::gated_add_norm", _differentiate, setup_context=_keep_for_backward, lib=schemas
 )
 
 

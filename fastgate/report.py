@@ -92,7 +92,7 @@ def write_report(
     lines += [f"Attention kept in layers {result['pruned']['kept']}.", "", "![gates](gates.png)", ""]
     lines += [f"- {note}" for note in notes]
     lines += [f"- {key}: {value}" for key, value in result["settings"].items() if value not in (None, {})]
-    lines += [f"- {key}: {value}" for key, value in result["fastgate"].items()]
+    lines += [f"- {key}: {value}" for key, value in result["environment"].items()]
     path.write_text("\n".join(lines) + "\n")
 
 

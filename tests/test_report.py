@@ -28,7 +28,7 @@ RESULT = {
     "dense": {"score": 0.9},
     "pruned": {"kept": [1, 4]},
     "settings": {"lr": 1e-4, "speedup": None, "data": {}},
-    "fastgate": {"torch": "2"},
+    "environment": {"torch": "2"},
 }
 
 

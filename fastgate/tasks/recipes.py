@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import platform
 import shutil
 import time
 from collections.abc import Callable
@@ -17,6 +16,7 @@ import torch
 
 from ..checkpoint import load, save
 from ..errors import ArgumentError, say
+from ..info import environment
 from ..patch import patch, unpatch
 from ..pruning import PruningConfig, Sparsity, Speedup
 from ..pruning.checkpoints import checkpoints, is_complete, last_complete, seal
@@ -158,7 +158,7 @@ def finetune(
     dense = run.dense(model)
     pruned = run.prune(pruning)
     result = {
-        "fastgate": environment(),
+        "environment": environment(),
         "settings": json.loads(json.dumps(asdict(recipe))),
         "rows": {split: len(found) for split, found in rows.items()},
         "labels": list(task.labels),
@@ -323,19 +323,3 @@ def _listening() -> type:
                 seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
     return Listening
-
-
-def environment() -> dict[str, Any]:
-    """Versions, threads and device, for result files."""
-    import transformers
-
-    from .. import __version__
-
-    return {
-        "version": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-    }

@@ -1,0 +1,91 @@
+"""Distillation: which rows are compared, with what loss, from which teacher."""
+
+import torch
+import torch.nn.functional as F
+from loop import batch, bert, run
+from transformers import BertForTokenClassification
+
+import fastgate
+from fastgate.pruning.distill import SelfTeacher, Teacher, hidden_loss, logits_loss, scored_rows
+from fastgate.state import encoder_state
+
+
+def test_hidden_rows_are_matched_by_index():
+    student, teacher = fastgate.patch(bert()), bert(seed=1)
+    state = encoder_state(student)
+    state.set_gates([0.0, 1.0, 0.0, 0.0])
+    inputs = batch()
+    with state.record() as record:
+        student(**inputs)
+    expected = teacher(**inputs, output_hidden_states=True).hidden_states
+    lesson = Teacher(teacher, 4)(inputs, want_hidden=True)
+    terms = []
+    for layer in range(4):
+        index, mine = record.hidden[layer + 1]
+        assert index.numel() == (int(inputs["attention_mask"].sum()) if layer < 1 else 6)
+        terms.append(F.mse_loss(mine, expected[layer + 1].reshape(-1, 16)[index]))
+    found = hidden_loss(record.hidden, lesson.hidden, range(4))
+    torch.testing.assert_close(found, torch.stack(terms).mean(), rtol=1e-4, atol=1e-6)
+    assert not any(p.requires_grad for p in teacher.parameters())
+
+
+def test_logits_loss_is_the_softened_divergence():
+    mine, theirs = torch.randn(5, 3), torch.randn(5, 3)
+    p, q = F.softmax(theirs / 2, -1), F.softmax(mine / 2, -1)
+    expected = 4 * (p * (p / q).log()).sum(-1).mean()
+    torch.testing.assert_close(logits_loss([mine], [theirs], 2.0), expected)
+    torch.testing.assert_close(
+        logits_loss([mine[:, :1]], [theirs[:, :1]], 2.0), F.mse_loss(mine[:, :1], theirs[:, :1])
+    )
+
+
+def test_token_scores_are_compared_on_labelled_rows_only():
+    mine, theirs = torch.randn(2, 4, 3), torch.randn(2, 4, 3)
+    labels = torch.tensor([[-100, 1, -100, 2], [0, -100, -100, -100]])
+    rows = scored_rows({"labels": labels})
+    torch.testing.assert_close(
+        logits_loss([mine], [theirs], 2.0, rows), logits_loss([mine[rows]], [theirs[rows]], 2.0)
+    )
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    assert torch.equal(scored_rows({"attention_mask": mask}), mask.bool())
+
+
+def test_a_token_model_learns_too():
+    model, teacher = bert(head=BertForTokenClassification), bert(seed=1, head=BertForTokenClassification)
+    config = fastgate.PruningConfig(fastgate.Sparsity(0.5), warm=0.1, ramp=0.3, harden=0.5)
+    pruner = fastgate.Pruner(model, config, 10, teacher).attach()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    for i in range(10):
+        inputs = batch(i)
+        inputs["labels"] = torch.where(inputs["attention_mask"].bool(), inputs["input_ids"] % 2, -100)
+        outputs = model(**inputs)
+        loss = outputs.loss + pruner.loss(outputs, inputs)
+        assert torch.isfinite(loss)
+        loss.backward()
+        optimizer.step()
+        pruner.step()
+        optimizer.zero_grad()
+    assert len(pruner.kept) == 2
+
+
+def test_the_model_as_its_own_teacher_is_left_as_it_was():
+    model = fastgate.patch(bert(dropout=0.5)).train()
+    state = encoder_state(model)
+    inputs = batch()
+    gate = torch.tensor(0.4, requires_grad=True)
+    state.set_gates([gate, 0.0, 1.0, 0.0])
+    lesson = SelfTeacher(model)(inputs, want_hidden=True)
+    assert state.gates == [gate, 0.0, 1.0, 0.0] and model.training
+    assert not lesson.logits[0].requires_grad and len(lesson.hidden) == 5
+    dense = bert(dropout=0.5).eval()
+    torch.testing.assert_close(lesson.logits[0], dense(**inputs).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_self_distillation_prunes_and_ends_at_hardening():
+    model = bert()
+    config = fastgate.PruningConfig(fastgate.Sparsity(0.5), warm=0.1, ramp=0.3, harden=0.5)
+    pruner = fastgate.Pruner(model, config, 10).attach()
+    run(pruner, model, 10)
+    inputs = batch(3)
+    outputs = model(**inputs)
+    assert float(pruner.loss(outputs, inputs)) == 0.0 and len(pruner.kept) == 2
