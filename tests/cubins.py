@@ -1,4 +1,4 @@
-"""What a compiled CUDA kernel is made of, read from its cubin: registers, stack, shared memory, instructions."""
+"""What a compiled CUDA kernel is made of, read from its cubin: registers, memory, instructions."""
 
 from __future__ import annotations
 
