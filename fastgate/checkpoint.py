@@ -164,9 +164,8 @@ def _left(model: nn.Module, encoder: nn.Module, closed: list[int]) -> dict[str, 
     gone = tuple(
         f"{prefix}encoder.layer.{i}.attention.{part}." for i in closed for part in ("self", "output.dense")
     )
-    unused = tuple(
-        f"{prefix}encoder.layer.{i}.attention.replacement." for i in range(1000) if i not in closed
-    )
+    layers = range(len(encoder.encoder.layer))  # type: ignore[union-attr, arg-type]
+    unused = tuple(f"{prefix}encoder.layer.{i}.attention.replacement." for i in layers if i not in closed)
     left, seen = {}, set()
     for name, tensor in model.state_dict().items():
         place = (tensor.data_ptr(), tensor.shape)

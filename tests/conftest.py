@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -35,12 +36,20 @@ def minilm_path() -> str:
     return str(package.get_model_path())
 
 
+# glibc's mallopt(M_PERTURB, value) fills what malloc hands out with the complement of `value`: 0x7f7f7f7f, the
+# float32 3.4e38. Compiled kernels allocate below the level at which torch fills with NaN.
+M_PERTURB, HUGE = -6, 0x80
+
+
 @pytest.fixture
 def poisoned():
-    """Fresh memory holds NaN while the test runs: a kernel that does not write all of its output shows."""
+    """Fresh memory holds NaN or 3.4e38 while the test runs: what a kernel leaves unwritten shows."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     assert torch.empty(4).isnan().all()
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: None)
+    mallopt(M_PERTURB, HUGE)
     yield
+    mallopt(M_PERTURB, 0)
     torch.use_deterministic_algorithms(before)
