@@ -36,8 +36,8 @@ def minilm_path() -> str:
     return str(package.get_model_path())
 
 
-# glibc's mallopt(M_PERTURB, v) fills what malloc hands out with the complement of v: 0x7f7f7f7f is the float32
-# 3.4e38. Compiled kernels allocate below the level at which torch fills with NaN.
+# mallopt(M_PERTURB, v) of glibc fills fresh memory with the complement of v: 0x7f7f7f7f is 3.4e38 in float32.
+# Compiled kernels allocate below the level at which torch fills with NaN.
 M_PERTURB, HUGE = -6, 0x80
 
 
