@@ -728,3 +728,60 @@ def backward_saved(
             *inputs, dk, dv, *numbers, by_key.queries, by_key.keys,
         )  # fmt: skip
     return dq, dk, dv
+
+
+class Variant(NamedTuple):
+    """A kernel as `triton.compile` takes it. signature: types by argument, ":16" where divisible by 16."""
+
+    name: str
+    kernel: Any
+    signature: dict[str, str]
+    constexprs: dict[str, Any]
+    num_warps: int
+    num_stages: int
+
+
+def variants() -> Iterator[Variant]:
+    """Every form that forward and backward launch on aligned rows: head_dim, dtype, dropout, blocks."""
+    for head_dim in HEAD_DIMS:
+        for dtype in DTYPES:
+            for dropout in (False, True):
+                for kernel, blocks, sizes in _launches(head_dim, dtype):
+                    yield _variant(kernel, head_dim, dtype, dropout, blocks, sizes)
+
+
+def _launches(head_dim: int, dtype: torch.dtype) -> Iterator[tuple[Any, Blocks, dict[str, Any]]]:
+    means = (16, 32, 64, 128)
+    for blocks in dict.fromkeys(forward_blocks(head_dim, dtype, mean) for mean in means):
+        yield forward_kernel, blocks, {"BLOCK_M": blocks.queries, "BLOCK_N": blocks.keys, "WHOLE": blocks.whole}
+    for by_query, by_key in dict.fromkeys(backward_blocks(head_dim, dtype, mean) for mean in means):
+        if by_query.whole:
+            yield backward_whole_kernel, by_query, {"BLOCK": by_query.queries}
+            continue
+        for kernel, blocks in ((backward_queries_kernel, by_query), (backward_keys_kernel, by_key)):
+            yield kernel, blocks, {"BLOCK_M": blocks.queries, "BLOCK_N": blocks.keys}
+
+
+def _variant(
+    kernel: Any, head_dim: int, dtype: torch.dtype, dropout: bool, blocks: Blocks, sizes: dict[str, Any]
+) -> Variant:
+    element = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
+    special = {"lse_ptr": "*fp32:16", "delta_ptr": "*fp32:16", "cu_q_ptr": "*i32:16", "cu_k_ptr": "*i32:16"}
+    constexprs = {"D": head_dim, **sizes}
+    if dropout:
+        special["seed_ptr"] = "*i64:16"
+    else:
+        constexprs["seed_ptr"] = None
+    signature = {}
+    for name in kernel.arg_names:
+        if name in constexprs:
+            signature[name] = "constexpr"
+        elif name.endswith("_ptr"):
+            signature[name] = special.get(name, f"*{element}:16")
+        elif name.startswith("stride_"):
+            signature[name] = "i32:16"
+        else:
+            signature[name] = "fp32" if name in ("c", "scale", "over_keep") else "i32"
+    cut = f"{'whole' if blocks.whole else 'tiles'} {blocks.queries}x{blocks.keys}"
+    name = f"{kernel.__name__} {element} {head_dim} {cut}{' dropout' if dropout else ''}"
+    return Variant(name, kernel, signature, constexprs, blocks.num_warps, blocks.num_stages)

@@ -9,6 +9,7 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
+import poison
 import pytest
 import torch
 
@@ -37,10 +38,6 @@ def minilm_path() -> str:
 
 @pytest.fixture
 def poisoned():
-    """Fresh memory holds NaN while the test runs: a kernel that does not write all of its output shows."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    assert torch.empty(4).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(before)
+    """Fresh memory holds NaN while the test runs."""
+    with poison.poisoned():
+        yield

@@ -1,0 +1,144 @@
+"""Calls of packed attention, their truth in float64, and what a compiled backend must meet on them."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from cases import BF16, FP16, FP32, allowed, error
+from poison import poisoned
+from torch import Tensor
+
+from fastgate import reference
+from fastgate.attention import torch_attention
+from fastgate.packing import Ragged
+
+SEED = 81985529216486895
+
+
+class Case(NamedTuple):
+    queries: tuple[int, ...]
+    keys: tuple[int, ...]
+    heads: int
+    head_dim: int
+    dtype: torch.dtype
+    dropout_p: float
+    reason: str
+    strided: bool = False  # q, k, v are the thirds of one product's rows
+    int64: bool = False  # cu_seqlens are int64
+
+    def __str__(self) -> str:
+        return f"{self.reason} ({str(self.dtype).removeprefix('torch.')}, head_dim {self.head_dim})"
+
+
+MIXED = (1, 3, 17, 64, 65, 130)
+UNEVEN = ((70, 3, 130), (40, 129, 66))
+CASES = (
+    Case(MIXED, MIXED, 2, 64, BF16, 0.1, "around the edges of blocks"),
+    Case(MIXED, MIXED, 1, 32, FP16, 0.0, "around the edges of blocks"),
+    Case(MIXED, MIXED, 1, 128, FP32, 0.1, "around the edges of blocks"),
+    Case((5, 1, 12, 3), (5, 1, 12, 3), 2, 64, BF16, 0.1, "a few tokens, one block a sequence", strided=True),
+    Case((5, 1, 12, 3), (5, 1, 12, 3), 2, 32, FP32, 0.1, "a few tokens, one block a sequence"),
+    Case((10, 25, 0, 33, 7, 60), (10, 25, 0, 33, 7, 60), 2, 32, BF16, 0.0, "SST-2", strided=True),
+    Case((10, 70, 0, 3, 1), (10, 70, 0, 3, 1), 1, 64, BF16, 0.1, "one long among short ones"),
+    Case((10, 70, 0, 3, 1), (10, 70, 0, 3, 1), 1, 128, FP16, 0.1, "one long among short ones"),
+    Case((1, 1, 1), (4, 9, 100), 3, 64, BF16, 0.1, "one query a sequence", int64=True),
+    Case((1, 1, 1), (4, 9, 100), 1, 32, FP32, 0.0, "one query a sequence"),
+    Case((3, 0, 2), (0, 4, 2), 2, 64, FP32, 0.1, "no keys, no queries"),
+    Case((130, 0, 90), (0, 80, 90), 1, 32, BF16, 0.1, "no keys, no queries, by blocks"),
+    Case(*UNEVEN, 1, 128, BF16, 0.1, "blocks, queries and keys apart"),
+    Case(*UNEVEN, 1, 64, FP16, 0.0, "blocks, queries and keys apart", int64=True),
+    Case(*UNEVEN, 1, 32, FP32, 0.0, "blocks, queries and keys apart", strided=False),
+    Case((), (), 2, 64, BF16, 0.0, "nothing"),
+    Case((0, 0), (0, 0), 2, 64, BF16, 0.0, "sequences, but no rows"),
+)
+# For a real device: the interpreter would take minutes.
+LONG = tuple(
+    Case(lengths, lengths, 2, head_dim, dtype, dropout_p, reason)
+    for lengths, dropout_p, reason in (
+        ((8192, 1, 4095), 0.0, "the longest"),
+        ((513, 2000, 77), 0.1, "long, with dropout"),
+        ((25, 11, 60, 33, 7) * 60, 0.1, "hundreds of short ones"),
+        ((100, 1, 129, 64) * 80, 0.0, "hundreds of blocks"),
+    )
+    for head_dim in (32, 64, 128)
+    for dtype in (BF16, FP16, FP32)
+)
+
+
+class Call(NamedTuple):
+    grad: Tensor
+    tensors: tuple[Tensor, Tensor, Tensor]
+    operands: tuple[Any, ...]  # the rest of the schema's
+    queries: Ragged
+    keys: Ragged
+
+
+def make(case: Case, device: str) -> Call:
+    generator = torch.Generator().manual_seed(0)
+    hidden = case.heads * case.head_dim
+
+    def draw(rows: int, columns: int) -> Tensor:
+        return torch.randn(rows, columns, generator=generator).to(device, case.dtype)
+
+    queries, keys = (Ragged(n, torch.device(device)) for n in (case.queries, case.keys))
+    if case.strided:
+        q, k, v = draw(queries.rows, 3 * hidden).split(hidden, 1)
+    else:
+        q, k, v = draw(queries.rows, hidden), draw(keys.rows, hidden), draw(keys.rows, hidden)
+    ends = [r.cu_seqlens.long() if case.int64 else r.cu_seqlens for r in (queries, keys)]
+    seed = torch.tensor(SEED, device=device) if case.dropout_p else None
+    operands = (*ends, case.heads, case.head_dim**-0.5, case.dropout_p, seed)
+    return Call(draw(queries.rows, hidden), (q, k, v), operands, queries, keys)
+
+
+def torchs(call: Call, dtype: torch.dtype) -> list[Tensor]:
+    """O, dQ, dK, dV by torch at a precision."""
+    leaves = [t.to(dtype).detach().requires_grad_() for t in call.tensors]
+    out = torch_attention(*leaves, call.queries, call.keys, *call.operands[2:])
+    grads = torch.autograd.grad(out, leaves, call.grad.to(dtype), materialize_grads=True)
+    return [out.detach(), *grads]
+
+
+def ours(kernels: Any, call: Call) -> list[Tensor]:
+    """The same by `kernels`, with the log-sum-exp saved and without; every way must give the same bits."""
+    with poisoned():
+        out, lse = kernels.forward_saving(*call.tensors, *call.operands)
+        grads = kernels.backward_saved(call.grad, out, lse, *call.tensors, *call.operands)
+        again = kernels.forward(*call.tensors, *call.operands)
+        grads_again = kernels.backward(call.grad, *call.tensors, *call.operands)
+    found = [out, *grads]
+    for one, two in zip(found, (again, *grads_again), strict=True):
+        assert torch.equal(one, two), "other bits at the second call"
+    return found
+
+
+def check(kernels: Any, case: Case, device: str = "cpu") -> None:
+    call = make(case, device)
+    truth, own = torchs(call, torch.float64), torchs(call, case.dtype)
+    for name, got, torch_got, true in zip(("O", "dQ", "dK", "dV"), ours(kernels, call), own, truth, strict=True):
+        assert got.shape == true.shape and got.dtype == case.dtype, name
+        bound = allowed(torch_got, true, case.dtype)
+        assert error(got, true) <= bound, f"{name}: error {error(got, true)}, allowed {bound}"
+
+
+MASKS = tuple((n, seed) for n in (31, 64, 128) for seed in (0, SEED, -3))
+
+
+def check_mask(kernels: Any, n: int, seed: int, device: str = "cpu") -> None:
+    """Every probability equal, value j and gradient i unit vectors: O_ij and dV_ji are zero where dropped."""
+    heads, width, dropout_p = 2, max(n, 32) if n > 32 else 32, 0.4
+    queries = Ragged((3, n, n), torch.device(device))
+    unit = torch.eye(width, device=device)[:n].repeat(1, heads)
+    rows = torch.cat((unit[:3], unit, unit))
+    mask = reference.keep_mask(torch.tensor(seed, device=device), queries.rows * heads, n, dropout_p)
+    operands = (*(queries.cu_seqlens,) * 2, heads, 1.0, dropout_p, torch.tensor(seed, device=device))
+    nothing = torch.zeros_like(rows)
+    out = kernels.forward(nothing, nothing, rows, *operands)
+    _, _, dv = kernels.backward(rows, nothing, nothing, rows, *operands)
+    for first, length in ((0, 3), (3, n), (3 + n, n)):
+        for head in range(heads):
+            wanted = mask[torch.arange(first, first + length, device=device) * heads + head, :length]
+            part = slice(head * width, head * width + length)
+            assert torch.equal(out[first : first + length, part] != 0, wanted), "forward"
+            assert torch.equal(dv[first : first + length, part].T != 0, wanted), "backward"
