@@ -92,9 +92,9 @@ def _load(
     D: tl.constexpr,
 ):
     """Rows first .. first + BLOCK, zeros after the last."""
-    row = tl.arange(0, BLOCK)
-    at = ptr + tl.cast(first, tl.int64) * stride + row[:, None] * stride + tl.arange(0, D)[None, :]
-    return tl.load(at, mask=(first + row < rows)[:, None], other=0.0)
+    row = first + tl.arange(0, BLOCK)
+    at = ptr + row.to(tl.int64)[:, None] * stride + tl.arange(0, D)[None, :]
+    return tl.load(at, mask=(row < rows)[:, None], other=0.0)
 
 
 @triton.jit
@@ -107,9 +107,9 @@ def _store(
     BLOCK: tl.constexpr,
     D: tl.constexpr,
 ):
-    row = tl.arange(0, BLOCK)
-    at = ptr + tl.cast(first, tl.int64) * stride + row[:, None] * stride + tl.arange(0, D)[None, :]
-    tl.store(at, value.to(ptr.dtype.element_ty), mask=(first + row < rows)[:, None])
+    row = first + tl.arange(0, BLOCK)
+    at = ptr + row.to(tl.int64)[:, None] * stride + tl.arange(0, D)[None, :]
+    tl.store(at, value.to(ptr.dtype.element_ty), mask=(row < rows)[:, None])
 
 
 @triton.jit
@@ -227,16 +227,18 @@ def forward_kernel(
         lse_ptr += head.to(tl.int64) * rows_q + begin_q
     counter = begin_q * heads + head
     if WHOLE:
-        begin = 0
-        end = n
+        for first in range(0, n, BLOCK_M):
+            _forward_block(
+                q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, seed_ptr, counter, first, n, m, heads,
+                stride_q, stride_k, stride_v, c, over_keep, threshold, D, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
     else:
-        begin = (place - (begin_q // BLOCK_M).to(tl.int32) - sequence) * BLOCK_M
-        end = tl.minimum(n, begin + BLOCK_M)
-    for first in range(begin, end, BLOCK_M):
-        _forward_block(
-            q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, seed_ptr, counter, first, n, m, heads,
-            stride_q, stride_k, stride_v, c, over_keep, threshold, D, BLOCK_M, BLOCK_N,
-        )  # fmt: skip
+        first = (place - (begin_q // BLOCK_M).to(tl.int32) - sequence) * BLOCK_M
+        if first < n:
+            _forward_block(
+                q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, seed_ptr, counter, first, n, m, heads,
+                stride_q, stride_k, stride_v, c, over_keep, threshold, D, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -574,20 +576,22 @@ def forward_blocks(head_dim: int, dtype: torch.dtype, queries: int) -> Blocks:
         return Blocks(True, 32, 32, 2, 2)
     if queries <= 64:
         return Blocks(True, 64, 64, 4, 2)
-    return Blocks(False, 128, 64, 8 if head_dim == 128 else 4, 3)
+    return Blocks(False, 128, 64, 8, 3 if head_dim < 128 else 2)
 
 
 def backward_blocks(head_dim: int, dtype: torch.dtype, longest: int) -> tuple[Blocks, Blocks]:
     """(for dQ, for dK and dV); the same whole one for all three. longest: the larger of queries and keys a
-    sequence, on average."""
+    sequence, on average. Whole only where most sequences of the usual spread of lengths fit one block."""
     if dtype == torch.float32:
         blocks = Blocks(longest <= 24, 32, 32, 4, 1)
         return blocks, blocks
-    if longest <= 40:  # so that most sequences of the usual spread fit one block
-        blocks = Blocks(True, 64 if longest > 16 else 32, 64 if longest > 16 else 32, 4, 1)
+    if longest <= 20:
+        blocks = Blocks(True, 32, 32, 4, 1)
         return blocks, blocks
-    warps = 8 if head_dim == 128 else 4
-    return Blocks(False, 128 if head_dim < 128 else 64, 64, warps, 2), Blocks(False, 64, 64, warps, 2)
+    if head_dim == 128:
+        return Blocks(False, 64, 64, 8, 2), Blocks(False, 32, 64, 8, 2)
+    blocks = Blocks(longest <= 40, 64, 64, 4, 1 if longest <= 40 else 2)
+    return blocks, blocks
 
 
 class _Call(NamedTuple):
@@ -751,7 +755,7 @@ def variants() -> Iterator[Variant]:
 
 
 def _launches(head_dim: int, dtype: torch.dtype) -> Iterator[tuple[Any, Blocks, dict[str, Any]]]:
-    means = (16, 32, 64, 128)
+    means = (16, 32, 64, 128)  # one in each range of the choices above
     for blocks in dict.fromkeys(forward_blocks(head_dim, dtype, mean) for mean in means):
         yield forward_kernel, blocks, {"BLOCK_M": blocks.queries, "BLOCK_N": blocks.keys, "WHOLE": blocks.whole}
     for by_query, by_key in dict.fromkeys(backward_blocks(head_dim, dtype, mean) for mean in means):

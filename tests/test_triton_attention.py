@@ -7,7 +7,7 @@ import json
 import children
 import pytest
 import torch
-from attention_cases import CASES, LONG, MASKS, check, check_mask, make, ours
+from attention_cases import CASES, LONG, MASKS, check, check_mask, check_without_saving, make, ours
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -31,8 +31,9 @@ def run(name, check, *arguments):
         report[name] = traceback.format_exc()
 for case in CASES:
     run(str(case), check, kernels, case)
-for n, seed in MASKS:
-    run(f"mask {n} {seed}", check_mask, kernels, n, seed)
+for mask in MASKS:
+    run(f"mask {mask}", check_mask, kernels, *mask)
+run("without saving", check_without_saving, kernels, CASES[3])
 run("search", attention_search.check, kernels, "cpu")
 print(json.dumps(report))
 """
@@ -45,7 +46,7 @@ def interpreted():
 
 
 @pytest.mark.parametrize(
-    "name", [*map(str, CASES), *(f"mask {n} {seed}" for n, seed in MASKS), "search"]
+    "name", [*map(str, CASES), *(f"mask {mask}" for mask in MASKS), "without saving", "search"]
 )
 def test_in_the_interpreter(interpreted, name):
     assert not interpreted[name], interpreted[name]
@@ -65,9 +66,13 @@ class TestOnADevice:
     def test_as_exact_as_torch(self, kernels, case):
         check(kernels, case, "cuda")
 
-    @pytest.mark.parametrize("n, seed", MASKS)
-    def test_masks_are_the_references(self, kernels, n, seed):
-        check_mask(kernels, n, seed, "cuda")
+    @pytest.mark.parametrize("case", CASES, ids=str)
+    def test_nothing_saved_gives_the_same_bits(self, kernels, case):
+        check_without_saving(kernels, case, "cuda")
+
+    @pytest.mark.parametrize("mask", MASKS, ids=str)
+    def test_masks_are_the_references(self, kernels, mask):
+        check_mask(kernels, *mask, "cuda")
 
     def test_every_tile_is_found(self, kernels):
         import attention_search
