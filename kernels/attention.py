@@ -29,8 +29,8 @@ sized by bounds the host knows:
   its sequence by a search over cu_seqlens, 128 ends at a time: one round trip to memory up to 128 sequences,
   two up to 16384. A table of tiles written by a kernel before would cost a launch a call to save that.
 - whole: one program a sequence and head, no search. Its loops over blocks have one trip where the sequence
-  fits a block, and backward then makes dQ, dK and dV out of one S and one dP (five products, each operand read
-  once). This suits many short sequences; it is right, though slow, for long ones.
+  fits a block, and backward then makes dQ, dK and dV out of one S and one dP (five products, each operand
+  read once). This suits many short sequences; it is right, though slow, for long ones.
 rows / sequences, known from the shapes, chooses between them; both are right for any lengths.
 
 A row of the mask has the counter (query row * heads + head); see fastgate/reference.py, keep_mask.
@@ -213,10 +213,7 @@ def forward_kernel(
     that programs which run together read whole rows."""
     head = tl.program_id(0) % heads
     place = tl.program_id(0) // heads
-    if WHOLE:
-        sequence = place
-    else:
-        sequence = _find_sequence(cu_q_ptr, sequences, place, BLOCK_M)
+    sequence = place if WHOLE else _find_sequence(cu_q_ptr, sequences, place, BLOCK_M)
     begin_q, n = _span(cu_q_ptr, sequence)
     begin_k, m = _span(cu_k_ptr, sequence)
     q_ptr += begin_q * stride_q + head * D
@@ -439,9 +436,9 @@ def backward_queries_kernel(
         _query_block(
             grad_ptr + begin_q * stride_g + head * D, out_ptr + at, lse_ptr + statistics,
             delta_ptr + statistics, q_ptr + begin_q * stride_q + head * D,
-            k_ptr + begin_k * stride_k + head * D, v_ptr + begin_k * stride_v + head * D, dq_ptr + at, seed_ptr,
-            begin_q * heads + head, first, n, m, heads, stride_g, stride_q, stride_k, stride_v, c, scale,
-            over_keep, threshold, D, BLOCK_M, BLOCK_N,
+            k_ptr + begin_k * stride_k + head * D, v_ptr + begin_k * stride_v + head * D, dq_ptr + at,
+            seed_ptr, begin_q * heads + head, first, n, m, heads, stride_g, stride_q, stride_k, stride_v,
+            c, scale, over_keep, threshold, D, BLOCK_M, BLOCK_N,
         )  # fmt: skip
 
 
@@ -521,7 +518,8 @@ def backward_whole_kernel(
     D: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Grid: sequences * heads. A sequence longer than a block goes the long way inside its program."""
+    """Grid: sequences * heads. A sequence longer than a block goes the long way inside its program, by steps
+    of half a block, so that this way does not raise the registers of the usual one."""
     head = tl.program_id(0) % heads
     sequence = tl.program_id(0) // heads
     begin_q, n = _span(cu_q_ptr, sequence)
@@ -547,14 +545,14 @@ def backward_whole_kernel(
             _query_block(
                 grad_ptr, out_ptr, lse_ptr, delta_ptr, q_ptr, k_ptr, v_ptr, dq_ptr, seed_ptr, counter, first,
                 n, m, heads, stride_g, stride_q, stride_k, stride_v, c, scale, over_keep, threshold,
-                D, BLOCK, BLOCK,
+                D, BLOCK, BLOCK // 2,
             )  # fmt: skip
         tl.debug_barrier()  # delta, written above by other threads of this program, is read below
         for first in range(0, m, BLOCK):
             _key_block(
                 grad_ptr, lse_ptr, delta_ptr, q_ptr, k_ptr, v_ptr, dk_ptr, dv_ptr, seed_ptr, counter, first,
                 n, m, heads, stride_g, stride_q, stride_k, stride_v, c, scale, over_keep, threshold,
-                D, BLOCK, BLOCK,
+                D, BLOCK // 2, BLOCK,
             )  # fmt: skip
 
 
@@ -569,29 +567,31 @@ class Blocks(NamedTuple):
 
 
 def forward_blocks(head_dim: int, dtype: torch.dtype, queries: int) -> Blocks:
-    """queries: rows a sequence, on average. Blocks of 64 and more run wgmma on sm_90, smaller ones waste less."""
+    """queries: rows a sequence, on average. Blocks of 64 rows run wgmma on sm_90, smaller ones waste less."""
     if dtype == torch.float32:  # no tensor core: small blocks, for the products' operands lie in registers
         return Blocks(queries <= 32, 32, 32, 4, 1)
-    if queries <= 32:
+    wide = head_dim == 128
+    if queries <= 32 and not wide:
         return Blocks(True, 32, 32, 2, 2)
     if queries <= 64:
-        return Blocks(True, 64, 64, 4, 2)
-    return Blocks(False, 128, 64, 8, 3 if head_dim < 128 else 2)
+        return Blocks(True, 64, 64, 8 if wide else 4, 2)
+    return Blocks(False, 128, 32 if wide else 64, 8, 3)
 
 
-def backward_blocks(head_dim: int, dtype: torch.dtype, longest: int) -> tuple[Blocks, Blocks]:
+def backward_blocks(head_dim: int, dtype: torch.dtype, dropout: bool, longest: int) -> tuple[Blocks, Blocks]:
     """(for dQ, for dK and dV); the same whole one for all three. longest: the larger of queries and keys a
     sequence, on average. Whole only where most sequences of the usual spread of lengths fit one block."""
     if dtype == torch.float32:
         blocks = Blocks(longest <= 24, 32, 32, 4, 1)
         return blocks, blocks
-    if longest <= 20:
-        blocks = Blocks(True, 32, 32, 4, 1)
+    if longest <= 20 or (longest <= 40 and head_dim < 128):
+        block = 32 if longest <= 20 else 64
+        blocks = Blocks(True, block, block, 4, 1)
         return blocks, blocks
     if head_dim == 128:
         return Blocks(False, 64, 64, 8, 2), Blocks(False, 32, 64, 8, 2)
-    blocks = Blocks(longest <= 40, 64, 64, 4, 1 if longest <= 40 else 2)
-    return blocks, blocks
+    walk = 32 if dropout else 64  # the mask is drawn in registers
+    return Blocks(False, 64, walk, 4, 2), Blocks(False, walk, 64, 4, 2)
 
 
 class _Call(NamedTuple):
@@ -624,13 +624,17 @@ def _ready(
 ) -> _Call:
     if q.dim() != 2 or k.dim() != 2 or k.shape != v.shape or q.shape[1] != k.shape[1] or q.shape[1] % heads:
         shapes = ", ".join(str(tuple(t.shape)) for t in (q, k, v))
-        _refuse("q, k, v", shapes, f"(queries, hidden), (keys, hidden) twice, {heads} heads in hidden", "reshape")
+        _refuse(
+            "q, k, v", shapes, f"(queries, hidden), (keys, hidden) twice, {heads} heads in hidden", "reshape"
+        )
     if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
         got = f"{q.dtype}, {k.dtype}, {v.dtype}"
         _refuse("q, k, v", got, "one dtype of bfloat16, float16, float32", "convert them first")
     if q.shape[1] // heads not in HEAD_DIMS:
         wanted = f"hidden / heads of {', '.join(map(str, HEAD_DIMS))}"
-        _refuse("heads", f"hidden / heads of {q.shape[1] // heads}", wanted, "use fastgate.attention's torch form")
+        _refuse(
+            "heads", f"hidden / heads of {q.shape[1] // heads}", wanted, "use fastgate.attention's torch form"
+        )
     if cu_q.shape != cu_k.shape or cu_q.dim() != 1 or not cu_q.numel():
         got = f"shapes {tuple(cu_q.shape)}, {tuple(cu_k.shape)}"
         _refuse("cu_q, cu_k", got, "(sequences + 1,) twice", "cumulate the lengths from 0")
@@ -656,7 +660,7 @@ def _unit_stride(t: Tensor) -> Tensor:
 
 
 def _slots(rows: int, block: int, call: _Call) -> int:
-    return (rows // block + call.sequences) * call.heads
+    return (rows // block + call.sequences) * call.heads if rows else 0
 
 
 def forward(q: Tensor, *operands: Any) -> Tensor:
@@ -703,8 +707,8 @@ def backward_saved(
     rows_q, rows_k = call.q.shape[0], call.k.shape[0]
     if not rows_q + rows_k:
         return dq, dk, dv
-    longest = max(rows_q, rows_k) // call.sequences
-    by_query, by_key = backward_blocks(call.head_dim, call.q.dtype, longest)
+    longest, dropout = max(rows_q, rows_k) // call.sequences, call.seed is not None
+    by_query, by_key = backward_blocks(call.head_dim, call.q.dtype, dropout, longest)
     inputs = (call.q, call.k, call.v)
     numbers = (
         call.seed, call.cu_q, call.cu_k, rows_q, call.sequences, call.heads, grad.stride(0), call.q.stride(0),
@@ -723,13 +727,15 @@ def backward_saved(
                 by_query.queries,
             )  # fmt: skip
             return dq, dk, dv
+        grid = _slots(rows_q, by_query.queries, call)
         launch(
-            backward_queries_kernel, _slots(rows_q, by_query.queries, call) if rows_q else 0, by_query, grad, out,
-            lse, delta, *inputs, dq, *numbers, by_query.queries, by_query.keys,
+            backward_queries_kernel, grid, by_query, grad, out, lse, delta, *inputs, dq, *numbers,
+            by_query.queries, by_query.keys,
         )  # fmt: skip
+        grid = _slots(rows_k, by_key.keys, call)
         launch(
-            backward_keys_kernel, _slots(rows_k, by_key.keys, call) if rows_k else 0, by_key, grad, lse, delta,
-            *inputs, dk, dv, *numbers, by_key.queries, by_key.keys,
+            backward_keys_kernel, grid, by_key, grad, lse, delta, *inputs, dk, dv, *numbers,
+            by_key.queries, by_key.keys,
         )  # fmt: skip
     return dq, dk, dv
 
@@ -750,15 +756,21 @@ def variants() -> Iterator[Variant]:
     for head_dim in HEAD_DIMS:
         for dtype in DTYPES:
             for dropout in (False, True):
-                for kernel, blocks, sizes in _launches(head_dim, dtype):
+                for kernel, blocks, sizes in _launches(head_dim, dtype, dropout):
                     yield _variant(kernel, head_dim, dtype, dropout, blocks, sizes)
 
 
-def _launches(head_dim: int, dtype: torch.dtype) -> Iterator[tuple[Any, Blocks, dict[str, Any]]]:
+def _launches(
+    head_dim: int, dtype: torch.dtype, dropout: bool
+) -> Iterator[tuple[Any, Blocks, dict[str, Any]]]:
     means = (16, 32, 64, 128)  # one in each range of the choices above
     for blocks in dict.fromkeys(forward_blocks(head_dim, dtype, mean) for mean in means):
-        yield forward_kernel, blocks, {"BLOCK_M": blocks.queries, "BLOCK_N": blocks.keys, "WHOLE": blocks.whole}
-    for by_query, by_key in dict.fromkeys(backward_blocks(head_dim, dtype, mean) for mean in means):
+        yield (
+            forward_kernel,
+            blocks,
+            {"BLOCK_M": blocks.queries, "BLOCK_N": blocks.keys, "WHOLE": blocks.whole},
+        )
+    for by_query, by_key in dict.fromkeys(backward_blocks(head_dim, dtype, dropout, mean) for mean in means):
         if by_query.whole:
             yield backward_whole_kernel, by_query, {"BLOCK": by_query.queries}
             continue

@@ -9,8 +9,8 @@ from cases import BF16, FP16, FP32, allowed, error
 from poison import poisoned
 from torch import Tensor
 
-from fastgate import reference
-from fastgate.attention import torch_attention
+from fastgate import ops, reference
+from fastgate.attention import attention, torch_attention
 from fastgate.packing import Ragged
 
 SEED = 81985529216486895
@@ -121,10 +121,50 @@ def check_without_saving(kernels: Any, case: Case, device: str = "cpu") -> None:
 def check(kernels: Any, case: Case, device: str = "cpu") -> None:
     call = make(case, device)
     truth, own = torchs(call, torch.float64), torchs(call, case.dtype)
-    for name, got, torch_got, true in zip(("O", "dQ", "dK", "dV"), ours(kernels, call), own, truth, strict=True):
+    for name, got, torch_got, true in zip(
+        ("O", "dQ", "dK", "dV"), ours(kernels, call), own, truth, strict=True
+    ):
         assert got.shape == true.shape and got.dtype == case.dtype, name
         bound = allowed(torch_got, true, case.dtype)
         assert error(got, true) <= bound, f"{name}: error {error(got, true)}, allowed {bound}"
+
+
+def check_autograd(kernels: Any, device: str = "cpu") -> None:
+    """Through the op's slot: eager, with nothing to differentiate, traced; other head_dims run in torch."""
+    saving = (kernels.forward_saving, kernels.backward_saved)
+    ours = ops.Implementation(
+        "triton",
+        kernels.forward,
+        kernels.backward,
+        frozenset(kernels.DTYPES),
+        saving,
+        kernels.HEAD_DIMS,
+    )
+    ops.implementation("attention", device, FP32)  # fills the slots
+    before = ops.SLOTS.get(("attention", device))
+    ops.SLOTS["attention", device] = ours
+    try:
+        lengths = Ragged((5, 1, 9), torch.device(device))
+        for heads in (2, 4):  # head_dim 32, 16
+            leaves = [torch.randn(15, 64, device=device, requires_grad=True) for _ in range(3)]
+            out = attention(*leaves, lengths, lengths, heads, 0.2)
+            wanted = torch_attention(*leaves, lengths, lengths, heads, 0.2)
+            grad = torch.randn_like(out)
+            for one, two in zip(
+                torch.autograd.grad(out, leaves, grad), torch.autograd.grad(wanted, leaves, grad), strict=True
+            ):
+                torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(out, wanted, rtol=1e-4, atol=1e-5)
+            with torch.no_grad():
+                assert torch.equal(attention(*leaves, lengths, lengths, heads, 0.2), out)
+            torch.library.opcheck(
+                torch.ops.fastgate.attention.default,
+                (*leaves, lengths.cu_seqlens, lengths.cu_seqlens, heads, 0.2, 0.0, None),
+            )
+    finally:
+        ops.SLOTS.pop(("attention", device))
+        if before is not None:
+            ops.SLOTS["attention", device] = before
 
 
 MASKS = ((31, 0, FP32), (31, SEED, FP32), (31, -3, FP32), (64, SEED, BF16), (128, -3, BF16))

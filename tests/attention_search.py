@@ -33,6 +33,8 @@ def check(kernels: Any, device: str) -> None:
         found = torch.full((tiles,), -1, dtype=torch.int32, device=device)
         _search[(tiles,)](cu.to(device), found, sequences, kernels._find_sequence, block)
         slots = cu[:-1] // block + torch.arange(sequences)
-        assert torch.equal(found.cpu(), (torch.searchsorted(slots, torch.arange(tiles), right=True) - 1).int())
+        assert torch.equal(
+            found.cpu(), (torch.searchsorted(slots, torch.arange(tiles), right=True) - 1).int()
+        )
         blocks = torch.bincount(found.cpu(), minlength=sequences)
         assert (blocks * block >= lengths).all(), "a sequence has too few slots"

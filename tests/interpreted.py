@@ -11,8 +11,8 @@ from triton.runtime import interpreter
 
 
 def _repair_bfloat16() -> None:
-    """The interpreter keeps bfloat16 as 16-bit integers, multiplies those, and cuts float32 off where hardware
-    rounds to nearest. A product of two bfloat16 numbers is exact in float32, so products are made there."""
+    """The interpreter keeps bfloat16 as 16-bit integers, multiplies those, and cuts float32 off where
+    hardware rounds to nearest. A product of two bfloat16 numbers is exact in float32: multiply there."""
     builder = interpreter.InterpreterBuilder
     bf16, fp32, handle = interpreter.tl.bfloat16, interpreter.tl.float32, interpreter.TensorHandle
     dot, cast = builder.create_dot, builder.cast_impl

@@ -7,7 +7,17 @@ import json
 import children
 import pytest
 import torch
-from attention_cases import CASES, LONG, MASKS, check, check_mask, check_without_saving, make, ours
+from attention_cases import (
+    CASES,
+    LONG,
+    MASKS,
+    check,
+    check_autograd,
+    check_mask,
+    check_without_saving,
+    make,
+    ours,
+)
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -34,6 +44,7 @@ for case in CASES:
 for mask in MASKS:
     run(f"mask {mask}", check_mask, kernels, *mask)
 run("without saving", check_without_saving, kernels, CASES[3])
+run("autograd", check_autograd, kernels)
 run("search", attention_search.check, kernels, "cpu")
 print(json.dumps(report))
 """
@@ -46,7 +57,7 @@ def interpreted():
 
 
 @pytest.mark.parametrize(
-    "name", [*map(str, CASES), *(f"mask {mask}" for mask in MASKS), "without saving", "search"]
+    "name", [*map(str, CASES), *(f"mask {mask}" for mask in MASKS), "without saving", "autograd", "search"]
 )
 def test_in_the_interpreter(interpreted, name):
     assert not interpreted[name], interpreted[name]
@@ -70,6 +81,9 @@ class TestOnADevice:
     def test_nothing_saved_gives_the_same_bits(self, kernels, case):
         check_without_saving(kernels, case, "cuda")
 
+    def test_autograd_and_tracing(self, kernels):
+        check_autograd(kernels, "cuda")
+
     @pytest.mark.parametrize("mask", MASKS, ids=str)
     def test_masks_are_the_references(self, kernels, mask):
         check_mask(kernels, *mask, "cuda")
@@ -90,7 +104,7 @@ class TestOnADevice:
 
     @pytest.mark.parametrize("case", CASES[:4], ids=str)
     def test_a_graph_replays_on_new_values_and_lengths(self, kernels, case):
-        """The host reads no length: a captured call serves other lengths of the same rows, and another seed."""
+        """The host reads no length: a captured call serves other lengths of as many rows, another seed."""
         call = make(case, "cuda")
         wanted = ours(kernels, call)  # compiles, which capture forbids
         tensors = [t.clone() for t in call.tensors]
@@ -131,7 +145,10 @@ class TestOnADevice:
         ({"scale": -1.0}, "attention: scale: got -1.0, wanted a positive number"),
         ({"dropout_p": 0.5}, "attention: seed: got None"),
         ({"v": torch.zeros(2, 64)}, "attention: q, k, v"),
-        ({"k": torch.zeros(3, 64, dtype=torch.float16)}, "attention: q, k, v: got torch.float32, torch.float16"),
+        (
+            {"k": torch.zeros(3, 64, dtype=torch.float16)},
+            "attention: q, k, v: got torch.float32, torch.float16",
+        ),
         ({"cu_k": torch.zeros(3, dtype=torch.int32)}, "attention: cu_q, cu_k"),
     ],
 )

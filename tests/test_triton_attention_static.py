@@ -1,7 +1,7 @@
-"""Attention's Triton kernels compiled for three GPUs without one: registers, spills, access widths, tensor cores.
+"""Attention's Triton kernels compiled for three GPUs without one: registers, spills, widths, tensor cores.
 
-`python tests/test_triton_attention_static.py` compiles every variant and writes kernels/attention_resources.json;
-the suite compiles a few again and holds the whole table to the rules.
+`python tests/test_triton_attention_static.py` compiles every variant and writes the table beside the kernels,
+attention_resources.json; the suite compiles a few again and holds the whole table to the rules.
 """
 
 from __future__ import annotations
