@@ -635,8 +635,9 @@ def _ready(
         _refuse(
             "heads", f"hidden / heads of {q.shape[1] // heads}", wanted, "use fastgate.attention's torch form"
         )
-    if cu_q.shape != cu_k.shape or cu_q.dim() != 1 or not cu_q.numel():
-        got = f"shapes {tuple(cu_q.shape)}, {tuple(cu_k.shape)}"
+    rows = q.shape[0] + k.shape[0]
+    if cu_q.shape != cu_k.shape or cu_q.dim() != 1 or cu_q.numel() < (2 if rows else 1):
+        got = f"shapes {tuple(cu_q.shape)}, {tuple(cu_k.shape)} for {rows} rows"
         _refuse("cu_q, cu_k", got, "(sequences + 1,) twice", "cumulate the lengths from 0")
     if not scale > 0.0:
         _refuse("scale", scale, "a positive number", "negate q and the scale")

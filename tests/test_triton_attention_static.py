@@ -27,9 +27,9 @@ CAPABILITIES = (80, 90, 100)
 VARIANTS = {variant.name: variant for variant in attention.variants()}
 # The suite's own compilations: the widest forms, which spill first, and the one with two ways inside.
 AGAIN = (
-    ("forward_kernel bf16 128 tiles 128x64 dropout", 90),
+    ("forward_kernel bf16 128 tiles 128x32 dropout", 90),
     ("forward_kernel fp16 64 whole 64x64", 80),
-    ("backward_keys_kernel bf16 64 tiles 64x64 dropout", 90),
+    ("backward_keys_kernel bf16 64 tiles 32x64 dropout", 90),
     ("backward_queries_kernel fp32 128 tiles 32x32", 80),
     ("backward_whole_kernel bf16 32 whole 32x32", 100),
 )
@@ -76,6 +76,7 @@ def test_every_variant_keeps_the_rules(capability):
         found = table[key(name, capability)]
         assert found["local"] == 0 and found["stack"] == 0, f"{name} spills"
         assert (found["tensor"] > 0) == (" fp32 " not in name), name
+        # sm_80 cubins run on sm_86 and sm_89 too, which have 99 KiB.
         assert found["shared"] <= (99 if capability == 80 else 227) * 1024, name
         # Rows move 16 bytes at a time: a block of q, k and v at least, and what is written.
         threads, element = 32 * variant.num_warps, 4 if " fp32 " in name else 2
