@@ -569,7 +569,7 @@ class Blocks(NamedTuple):
 def forward_blocks(head_dim: int, dtype: torch.dtype, queries: int) -> Blocks:
     """queries: rows a sequence, on average. Blocks of 64 rows run wgmma on sm_90, smaller ones waste less."""
     if dtype == torch.float32:  # no tensor core: small blocks, for the products' operands lie in registers
-        return Blocks(queries <= 32, 32, 32, 4, 1)
+        return Blocks(queries <= 32, 32, 32, 8, 1)
     wide = head_dim == 128
     if queries <= 32 and not wide:
         return Blocks(True, 32, 32, 2, 2)
@@ -582,7 +582,7 @@ def backward_blocks(head_dim: int, dtype: torch.dtype, dropout: bool, longest: i
     """(for dQ, for dK and dV); the same whole one for all three. longest: the larger of queries and keys a
     sequence, on average. Whole only where most sequences of the usual spread of lengths fit one block."""
     if dtype == torch.float32:
-        blocks = Blocks(longest <= 24, 32, 32, 4, 1)
+        blocks = Blocks(False, 32, 32, 8, 1)
         return blocks, blocks
     if longest <= 20 or (longest <= 40 and head_dim < 128):
         block = 32 if longest <= 20 else 64
@@ -752,10 +752,10 @@ class Variant(NamedTuple):
     num_stages: int
 
 
-def variants() -> Iterator[Variant]:
+def variants(dtypes: tuple[torch.dtype, ...] = DTYPES) -> Iterator[Variant]:
     """Every form that forward and backward launch on aligned rows: head_dim, dtype, dropout, blocks."""
     for head_dim in HEAD_DIMS:
-        for dtype in DTYPES:
+        for dtype in dtypes:
             for dropout in (False, True):
                 for kernel, blocks, sizes in _launches(head_dim, dtype, dropout):
                     yield _variant(kernel, head_dim, dtype, dropout, blocks, sizes)
