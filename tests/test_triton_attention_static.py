@@ -28,7 +28,7 @@ CAPABILITIES = (80, 90, 100)
 # float16 takes bfloat16's blocks and the same instructions of another type: one is compiled beside its twin.
 VARIANTS = {variant.name: variant for variant in attention.variants((torch.bfloat16, torch.float32))}
 HALF = {variant.name: variant for variant in attention.variants((torch.float16,))}
-# float32 has no tensor core: a product's operands lie in registers, and at this width two products are too many.
+# float32 has no tensor core: a product's operands lie in registers, and at this width there are too many.
 SPILLS = {name for name in VARIANTS if name.startswith("backward_queries_kernel fp32 128")}
 # The suite's own compilations: the widest forms, which spill first, and the one with two ways inside.
 AGAIN = (
@@ -72,7 +72,8 @@ def test_compiles_to_what_the_table_says(name, capability):
 
 def test_half_precision_compiles_to_its_twin():
     name = "forward_kernel fp16 64 whole 64x64"
-    found, twin = compiled(HALF[name], 90), json.loads(TABLE.read_text())[key(name.replace("fp16", "bf16"), 90)]
+    found = compiled(HALF[name], 90)
+    twin = json.loads(TABLE.read_text())[key(name.replace("fp16", "bf16"), 90)]
     assert found["local"] == 0
     assert (found["tensor"], found["wide"]) == (twin["tensor"], twin["wide"])
 
