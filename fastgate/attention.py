@@ -35,14 +35,16 @@ def attention(
     the key's column.
     """
     seed = ops.draw_seed(dropout_p, q.device) if dropout_p else None
-    chosen = ops.implementation("attention", q.device.type, q.dtype)
+    chosen = _chosen(q, heads)
     even = queries.equal and keys.equal and keys.longest >= LONG and not dropout_p
     if chosen.backend == "reference" or even:
         return torch_attention(q, k, v, queries, keys, heads, scale, dropout_p, seed)
-    call: Callable[..., Tensor] = torch.ops.fastgate.attention
-    if ops.is_direct(q):
-        call = _Attention.apply if ops.needs_gradient(q, k, v) else chosen.forward
-    return call(q, k, v, queries.cu_seqlens, keys.cu_seqlens, heads, scale, dropout_p, seed)
+    operands = (q, k, v, queries.cu_seqlens, keys.cu_seqlens, heads, scale, dropout_p, seed)
+    direct = ops.is_direct(q)
+    if direct and not ops.needs_gradient(q, k, v):
+        return chosen.forward(*operands)
+    call: Callable[..., tuple[Tensor, Tensor]] = _Attention.apply if direct else torch.ops.fastgate.attention
+    return call(*operands)[0]
 
 
 def torch_attention(
@@ -123,8 +125,12 @@ _OPERANDS = (
     "Tensor q, Tensor k, Tensor v, Tensor cu_q, Tensor cu_k, int heads, float scale, float dropout_p, "
     "Tensor? seed"
 )
-ops.schemas.define(f"attention({_OPERANDS}) -> Tensor")
-ops.schemas.define(f"attention_backward(Tensor grad, {_OPERANDS}) -> (Tensor, Tensor, Tensor)")
+# lse: the log-sum-exp of every query's scores, (heads, queries), in the form that the backend's own backward
+# takes; without elements where it takes none.
+ops.schemas.define(f"attention({_OPERANDS}) -> (Tensor out, Tensor lse)")
+ops.schemas.define(
+    f"attention_backward(Tensor grad, Tensor out, Tensor lse, {_OPERANDS}) -> (Tensor, Tensor, Tensor)"
+)
 
 
 def _lengths(cu_seqlens: Tensor) -> Ragged:
@@ -149,12 +155,25 @@ ops.REFERENCE["attention"] = ops.Implementation(
 )
 
 
-def _forward(q: Tensor, *operands: Any) -> Tensor:
-    return ops.implementation("attention", q.device.type, q.dtype).forward(q, *operands)
+def _chosen(q: Tensor, heads: int) -> ops.Implementation:
+    found = ops.implementation("attention", q.device.type, q.dtype)
+    fits = found.head_dims is None or q.shape[1] // heads in found.head_dims
+    return found if fits else ops.REFERENCE["attention"]
 
 
-def _backward(grad: Tensor, q: Tensor, *operands: Any) -> tuple[Tensor, ...]:
-    return ops.implementation("attention", q.device.type, q.dtype).backward(grad, q, *operands)
+def _forward(*operands: Any) -> tuple[Tensor, Tensor]:
+    q, heads = operands[0], operands[5]
+    chosen = _chosen(q, heads)
+    if chosen.saving is not None:
+        return chosen.saving[0](*operands)
+    return chosen.forward(*operands), q.new_empty(0, dtype=torch.float32)
+
+
+def _backward(grad: Tensor, out: Tensor, lse: Tensor, *operands: Any) -> tuple[Tensor, ...]:
+    chosen = _chosen(operands[0], operands[5])
+    if chosen.saving is not None:
+        return chosen.saving[1](grad, out, lse, *operands)
+    return chosen.backward(grad, *operands)
 
 
 ops.schemas.impl("attention", _forward, "CompositeExplicitAutograd")
@@ -162,21 +181,28 @@ ops.schemas.impl("attention_backward", _backward, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("fastgate::attention")
-def _fake(q: Tensor, *operands: Any) -> Tensor:
-    return q.new_empty(q.shape)
+def _fake(*operands: Any) -> tuple[Tensor, Tensor]:
+    q, heads = operands[0], operands[5]
+    lse = (0,) if _chosen(q, heads).saving is None else (heads, q.shape[0])
+    return q.new_empty(q.shape), q.new_empty(lse, dtype=torch.float32)
 
 
 @torch.library.register_fake("fastgate::attention_backward")
-def _fake_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *operands: Any) -> tuple[Tensor, ...]:
+def _fake_backward(
+    grad: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *operands: Any
+) -> tuple[Tensor, ...]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    """The output costs no memory: the product after it keeps it too."""
     q, k, v, cu_q, cu_k, *ctx.numbers, seed = inputs
-    ctx.save_for_backward(q, k, v, cu_q, cu_k, seed)
+    ctx.save_for_backward(*output, q, k, v, cu_q, cu_k, seed)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
     *tensors, seed = ctx.saved_tensors
     dq, dk, dv = torch.ops.fastgate.attention_backward(grad, *tensors, *ctx.numbers, seed)
     return dq, dk, dv, None, None, None, None, None, None
@@ -186,15 +212,15 @@ class _Attention(torch.autograd.Function):
     """The same for eager training, without the registration's cost."""
 
     @staticmethod
-    def forward(ctx: Any, *operands: Any) -> Tensor:
-        out = _forward(*operands)
-        _keep_for_backward(ctx, operands, out)
-        return out
+    def forward(ctx: Any, *operands: Any) -> tuple[Tensor, Tensor]:
+        output = _forward(*operands)
+        _keep_for_backward(ctx, operands, output)
+        return output
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _differentiate(ctx, grad)
+    def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
+        return _differentiate(ctx, grad, None)
 
 
 torch.library.register_autograd(

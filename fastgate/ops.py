@@ -40,12 +40,20 @@ schemas.define(f"gated_add_norm_backward(Tensor grad, {_SCHEMA}, int wanted) -> 
 
 @dataclass(frozen=True)
 class Implementation:
-    """One backend's functions for one op, which take the schema's arguments by position, and their dtypes."""
+    """One backend's functions for one op, which take the schema's arguments by position, and their dtypes.
+
+    For attention only: saving, a forward that returns (out, log-sum-exp) and a backward that takes (grad,
+    out, log-sum-exp, ...), where that spares work; head_dims, the ones it takes, None for all.
+    """
 
     backend: str
     forward: Callable[..., Tensor]
     backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
     dtypes: frozenset[torch.dtype]
+    saving: (
+        tuple[Callable[..., tuple[Tensor, Tensor]], Callable[..., tuple[Tensor, Tensor, Tensor]]] | None
+    ) = None
+    head_dims: tuple[int, ...] | None = None  # a tuple: traced sizes have no hash
 
 
 def _for_reference(operands: tuple[Any, ...]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -10,6 +9,7 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
+import poison
 import pytest
 import torch
 
@@ -36,20 +36,8 @@ def minilm_path() -> str:
     return str(package.get_model_path())
 
 
-# mallopt(M_PERTURB, v) of glibc fills fresh memory with the complement of v: 0x7f7f7f7f is 3.4e38 in float32.
-# Compiled kernels allocate below the level at which torch fills with NaN.
-M_PERTURB, HUGE = -6, 0x80
-
-
 @pytest.fixture
 def poisoned():
-    """Fresh memory holds NaN or 3.4e38 while the test runs: what a kernel leaves unwritten shows."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    assert torch.empty(4).isnan().all()
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: None)
-    mallopt(M_PERTURB, HUGE)
-    yield
-    mallopt(M_PERTURB, 0)
-    torch.use_deterministic_algorithms(before)
+    """Fresh memory holds NaN or 3.4e38 while the test runs."""
+    with poison.poisoned():
+        yield

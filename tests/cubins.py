@@ -64,7 +64,7 @@ def _counts(instructions: Counter[str]) -> tuple[int, int, int, int]:
         op, *parts = instruction.split(".")
         local += count * op.startswith(_LOCAL)
         tensor += count * op.startswith(_TENSOR_CORE)
-        if op in ("LDG", "STG"):
+        if op in ("LDG", "LDGSTS", "STG"):  # LDGSTS: past the registers into shared memory
             wide += count * ("128" in parts)
             narrow += count * ("128" not in parts)
     return local, wide, narrow, tensor
