@@ -5,8 +5,8 @@ notice, so that the ops run in torch; `none` never compiles; `cpu` must compile 
 the remedy; `cuda` must compile both. One library serves every Python and every torch from TORCH_TARGET on, so
 the wheel is `py3-none`.
 
-nvcc takes a minute, so `auto` compiles CUDA only where it is meant: nvcc is found, and CUDA_HOME is set or the
-torch of the build environment is a CUDA build. Elsewhere Triton has the same ops for the GPU.
+nvcc takes a minute, so `auto` compiles CUDA only where it is meant: nvcc is found, and CUDA_HOME is set or
+the torch of the build environment is a CUDA build. Elsewhere Triton has the same ops for the GPU.
 What was built, and why not more, is left in fastgate/build.json for `python -m fastgate.info`.
 """
 
@@ -147,8 +147,8 @@ def plan(environ: Environ) -> dict[str, str]:
 
 def refusal(library: str, reason: object) -> str:
     remedy = {
-        "cpu": "install a C++ compiler (Debian, Ubuntu: apt-get install g++), or set FASTGATE_BUILD=none to run "
-        "the ops in torch",
+        "cpu": "install a C++ compiler (Debian, Ubuntu: apt-get install g++), or set FASTGATE_BUILD=none to "
+        "run the ops in torch",
         "cuda": "install the CUDA toolkit, 12.8 or newer, and set CUDA_HOME to its folder, or unset "
         "FASTGATE_BUILD to run Triton's kernels on the GPU",
     }[library]
@@ -156,8 +156,8 @@ def refusal(library: str, reason: object) -> str:
 
 
 def notice(library: str, reason: object) -> None:
-    kernels = {"cpu": "compiled kernels are left out, the ops will run in torch", "cuda": "CUDA kernels are left out"}
-    print(f"fastgate: the {kernels[library]}: {reason}", file=sys.stderr)
+    kernels, instead = {"cpu": ("compiled", ", the ops will run in torch"), "cuda": ("CUDA", "")}[library]
+    print(f"fastgate: the {kernels} kernels are left out{instead}: {reason}", file=sys.stderr)
 
 
 def write_record(folder: Path, reasons: dict[str, str]) -> None:

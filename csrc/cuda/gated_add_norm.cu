@@ -208,8 +208,12 @@ __device__ inline void affine(
 template <class L>
 constexpr int kForwardThreads = L::kAligned && L::kColumns < 32 ? kForwardWarps * kWarp : kWidest / L::kColumns;
 
+// Threads of a multiprocessor that a forward kernel leaves registers for: the more columns each holds, the fewer.
 template <class L>
-__global__ void __launch_bounds__(kForwardThreads<L>)
+constexpr int kForwardResident = L::kColumns == 16 && L::kAligned ? 1024 : L::kColumns == 24 ? 640 : 512;
+
+template <class L>
+__global__ void __launch_bounds__(kForwardThreads<L>, kForwardResident<L> / kForwardThreads<L>)
     forward_rows(const __grid_constant__ Operands o, const Output y, int warps) {
   Team team(warps);
   const int64_t row = static_cast<int64_t>(blockIdx.x) * (blockDim.x / team.threads()) + team.place;
@@ -579,7 +583,8 @@ template <class TX, class TR, class F>
 cudaError_t call_with_layout(Types<TX, TR>, const Operands& o, const F& f) {
   if constexpr (!std::is_same_v<TX, Mixed>)
     if (o.hidden <= 8 * kWarp * kWarpsPerBlock) return f(Layout<TX, TR, 8>());
-  return f(Layout<TX, TR, 16>());
+  if constexpr (std::is_same_v<TX, TR>) return f(Layout<TX, TR, 16>());
+  return f(Layout<Mixed, Mixed, 16>());  // two types in very wide rows are not worth kernels of their own
 }
 
 // Calls f with backward's layout for these operands.
