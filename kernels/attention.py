@@ -569,7 +569,7 @@ class Blocks(NamedTuple):
 def forward_blocks(head_dim: int, dtype: torch.dtype, queries: int) -> Blocks:
     """queries: rows a sequence, on average. Blocks of 64 rows run wgmma on sm_90, smaller ones waste less."""
     if dtype == torch.float32:  # no tensor core: small blocks, for the products' operands lie in registers
-        return Blocks(queries <= 32, 32, 32, 4 if head_dim == 32 else 8, 1)
+        return Blocks(False, 32, 32, 4 if head_dim == 32 else 8, 1)
     wide = head_dim == 128
     if queries <= 32 and not wide:
         return Blocks(True, 32, 32, 2, 2)

@@ -34,7 +34,7 @@ SPILLS = {name for name in VARIANTS if name.startswith("backward_queries_kernel 
 AGAIN = (
     ("forward_kernel bf16 128 tiles 128x32 dropout", 90),
     ("backward_keys_kernel bf16 64 tiles 32x64 dropout", 90),
-    ("forward_kernel fp32 64 whole 32x32", 80),
+    ("forward_kernel fp32 64 tiles 32x32", 80),
     ("backward_whole_kernel bf16 32 whole 32x32", 100),
 )
 
