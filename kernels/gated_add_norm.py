@@ -119,7 +119,7 @@ def _mix(
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """u, and what backward needs besides: d, residual, and dx / du, which is None where it is 1."""
+    """u, and what backward needs besides: d, residual, and the slope dx / du."""
     at = row * hidden + channel
     d = _load(x + at, inside)
     r = _load(residual + at, inside)
@@ -128,7 +128,7 @@ def _mix(
         u = u * _load(scale + channel, there)
     if bias is not None:
         d += _load(bias + channel, there)
-    slope = None
+    slope = 1.0
     if seed is not None:
         group = tl.arange(0, CHUNKS)[:, None, None] * (WIDTH // 4) + tl.arange(0, WIDTH // 4)[None, None, :]
         mask = kept(tl.load(seed), row, group, threshold, (CHUNKS, ROWS, WIDTH))
@@ -137,7 +137,7 @@ def _mix(
     if gate is not None:
         g = tl.load(gate).to(tl.float32)
         u += d * g
-        slope = g if slope is None else slope * g
+        slope = slope * g
     else:
         u += d
     if shift is not None:
@@ -170,7 +170,7 @@ def forward_kernel(
     WIDTH: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    hidden = tl.multiple_of(hidden, VECTOR)
+    hidden = hidden // VECTOR * VECTOR  # which tells the compiler how far rows are aligned
     channel, there = _channels(hidden, ROWS, CHUNKS, WIDTH)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[None, :, None]
     inside = there & (row < rows)
@@ -229,7 +229,7 @@ def backward_kernel(
     WIDTH: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    hidden = tl.multiple_of(hidden, VECTOR)
+    hidden = hidden // VECTOR * VECTOR  # which tells the compiler how far rows are aligned
     channel, there = _channels(hidden, ROWS, CHUNKS, WIDTH)
     zeros = tl.zeros((CHUNKS, ROWS, WIDTH), tl.float32)
     dbias, dgate, dscale, dshift = zeros, zeros, zeros, zeros
@@ -275,9 +275,7 @@ def backward_kernel(
             if scale is not None:
                 dr = du * _load(scale + channel, there)
             tl.store(dresidual + at, dr.to(dresidual.dtype.element_ty), mask=inside)
-        along_x = du
-        if slope is not None:
-            along_x = du * slope
+        along_x = du * slope
         if BIAS & WANTED:
             dbias += along_x
         if dx is not None:
@@ -320,7 +318,7 @@ def sum_kernel(
     VECTOR: tl.constexpr,
 ):
     """total = the sum of the rows of sums, in an order that `parts` alone decides."""
-    size = tl.multiple_of(size, VECTOR)
+    size = size // VECTOR * VECTOR
     column = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)[None, :]
     running = tl.zeros((PARTS, WIDTH), tl.float32)
     for start in range(0, parts, PARTS):

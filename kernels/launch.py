@@ -14,6 +14,10 @@ from torch import Tensor
 INTERPRETED_MULTIPROCESSORS = 2
 
 
+# Products and sums may fuse: fewer roundings. Triton is changing its default.
+OPTIONS = {"enable_fp_fusion": True}
+
+
 class Kernel:
     """A `triton.jit` function and its compiled variants.
 
@@ -33,7 +37,7 @@ class Kernel:
         first one a tensor; key: whatever of them, other than the device, decides the compiled variant.
         """
         if self.interpreted:
-            self.function[grid](*arguments, num_warps=num_warps)
+            self.function[grid](*arguments, num_warps=num_warps, **OPTIONS)
             return
         device = arguments[0].device.index
         if device != torch.cuda.current_device():
@@ -41,7 +45,7 @@ class Kernel:
                 return self.launch(grid, key, arguments, num_warps)
         variant = self.compiled.get((device, key))
         if variant is None:
-            variant = self.function.warmup(*arguments, grid=grid, num_warps=num_warps)
+            variant = self.function.warmup(*arguments, grid=grid, num_warps=num_warps, **OPTIONS)
             self.compiled[device, key] = variant
         variant[grid](*arguments)
 
