@@ -45,6 +45,8 @@ LANES = 32
 FEW_ROWS = 2048
 # Of backward's grid: programs a multiprocessor, and rows that a program's row of sums must pay for.
 PROGRAMS, LEAST_ROWS = 2, 16
+# Tiles of rows that a program of backward has under way: one worked on, the others being read.
+STAGES = 3
 # Bits of backward's `wanted`.
 DX, DRESIDUAL = 1, 2
 BIAS = tl.constexpr(4)
@@ -91,58 +93,71 @@ def _load(at, mask):
 
 
 @triton.jit
-def _normalise(u, eps, hidden, there):
-    """xhat (CHUNKS, ROWS, WIDTH), zero where no channel is, and rstd (1, ROWS, 1). u is zero there too."""
+def _normalise(u, eps, hidden, there, row_there):
+    """xhat (CHUNKS, ROWS, WIDTH), zero where no channel or row is, and rstd (1, ROWS, 1).
+
+    u is zero where no channel is. Past the last row rstd is zero, so that nothing there is infinite with eps 0.
+    """
     mean = _row_sum(u) / hidden
     centred = tl.where(there, u - mean, 0.0)
-    rstd = tl.rsqrt(_row_sum(centred * centred) / hidden + eps)
+    rstd = tl.where(row_there, tl.rsqrt(_row_sum(centred * centred) / hidden + eps), 0.0)
     return centred * rstd, rstd
 
 
 @triton.jit
 def _mix(
-    x,  # (rows, hidden)
-    residual,  # (rows, hidden)
-    bias,  # (hidden,) or None, as are scale and shift
-    gate,  # () or None
+    x,  # (CHUNKS, ROWS, WIDTH) float32, as all below but gate, key and row
+    residual,
+    bias,  # None where not given, as all below to key
+    gate,  # ()
     scale,
     shift,
-    seed,  # () int64, or None: nothing is dropped
+    key,  # () int64: the seed's value; None: nothing is dropped
     row,  # (1, ROWS, 1) int64
-    channel,  # (CHUNKS, ROWS, WIDTH) int32
-    inside,  # (CHUNKS, ROWS, WIDTH) bool: of the matrix
-    there,  # (CHUNKS, ROWS, WIDTH) bool: of a vector
-    hidden,
     threshold,
     kept_scale,
     CHUNKS: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """u, and what backward needs besides: d, residual, and the slope dx / du."""
-    at = row * hidden + channel
-    d = _load(x + at, inside)
-    r = _load(residual + at, inside)
-    u = r
+    """u, and what backward needs besides: d and the slope dx / du."""
+    u = residual
     if scale is not None:
-        u = u * _load(scale + channel, there)
+        u = u * scale
+    d = x
     if bias is not None:
-        d += _load(bias + channel, there)
+        d += bias
     slope = 1.0
-    if seed is not None:
+    if key is not None:
         group = tl.arange(0, CHUNKS)[:, None, None] * (WIDTH // 4) + tl.arange(0, WIDTH // 4)[None, None, :]
-        mask = kept(tl.load(seed), row, group, threshold, (CHUNKS, ROWS, WIDTH))
-        slope = tl.where(mask, kept_scale, 0.0)
+        slope = tl.where(kept(key, row, group, threshold, (CHUNKS, ROWS, WIDTH)), kept_scale, 0.0)
         d = d * slope
     if gate is not None:
-        g = tl.load(gate).to(tl.float32)
-        u += d * g
-        slope = slope * g
+        u += d * gate
+        slope = slope * gate
     else:
         u += d
     if shift is not None:
-        u += _load(shift + channel, there)
-    return u, d, r, slope
+        u += shift
+    return u, d, slope
+
+
+@triton.jit
+def _vector(vector, channel, there):
+    """The elements of a vector (hidden,); None stays None."""
+    if vector is None:
+        return None
+    else:
+        return _load(vector + channel, there)
+
+
+@triton.jit
+def _scalar(at):
+    """The number that a 0-d tensor holds; None stays None."""
+    if at is None:
+        return None
+    else:
+        return tl.load(at)
 
 
 @triton.jit(do_not_specialize=["rows", "hidden", "threshold"])
@@ -173,17 +188,28 @@ def forward_kernel(
     hidden = hidden // VECTOR * VECTOR  # which tells the compiler how far rows are aligned
     channel, there = _channels(hidden, ROWS, CHUNKS, WIDTH)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[None, :, None]
-    inside = there & (row < rows)
-    u, _, _, _ = _mix(
-        x, residual, bias, gate, scale, shift, seed, row, channel, inside, there, hidden, threshold, kept_scale,
-        CHUNKS, ROWS, WIDTH,
-    )  # fmt: skip
-    xhat, _ = _normalise(u, eps, hidden, there)
+    at, inside = row * hidden + channel, there & (row < rows)
+    u, _, _ = _mix(
+        _load(x + at, inside),
+        _load(residual + at, inside),
+        _vector(bias, channel, there),
+        _scalar(gate),
+        _vector(scale, channel, there),
+        _vector(shift, channel, there),
+        _scalar(seed),
+        row,
+        threshold,
+        kept_scale,
+        CHUNKS,
+        ROWS,
+        WIDTH,
+    )
+    xhat, _ = _normalise(u, eps, hidden, there, row < rows)
     out = xhat * _load(weight + channel, there) + _load(norm_bias + channel, there)
     if weight2 is not None:
-        xhat, _ = _normalise(out, eps2, hidden, there)
+        xhat, _ = _normalise(out, eps2, hidden, there, row < rows)
         out = xhat * _load(weight2 + channel, there) + _load(norm_bias2 + channel, there)
-    tl.store(y + row * hidden + channel, out.to(y.dtype.element_ty), mask=inside)
+    tl.store(y + at, out.to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -222,6 +248,7 @@ def backward_kernel(
     eps2: tl.float32,
     threshold: tl.int32,
     kept_scale: tl.float32,
+    STAGES: tl.constexpr,
     WANTED: tl.constexpr,
     COUNT: tl.constexpr,
     CHUNKS: tl.constexpr,
@@ -234,31 +261,29 @@ def backward_kernel(
     zeros = tl.zeros((CHUNKS, ROWS, WIDTH), tl.float32)
     dbias, dgate, dscale, dshift = zeros, zeros, zeros, zeros
     dweight, dnorm_bias, dweight2, dnorm_bias2 = zeros, zeros, zeros, zeros
-    first = tl.program_id(0).to(tl.int64) * ROWS
-    for start in range(first, rows, tl.num_programs(0).to(tl.int64) * ROWS):
+    # Read once: only the rows' own loads are left to be pipelined.
+    w, w2 = _vector(weight, channel, there), _vector(weight2, channel, there)
+    add1 = _vector(norm_bias, channel, there)
+    add, times, plus = _vector(bias, channel, there), _vector(scale, channel, there), _vector(shift, channel, there)
+    g, key = _scalar(gate), _scalar(seed)
+    first, step = tl.program_id(0).to(tl.int64) * ROWS, tl.num_programs(0).to(tl.int64) * ROWS
+    for start in tl.range(first, rows, step, num_stages=STAGES):
         row = start + tl.arange(0, ROWS)[None, :, None]
-        inside = there & (row < rows)
-        at = row * hidden + channel
+        row_there = row < rows
+        at, inside = row * hidden + channel, there & row_there
         dy = _load(grad + at, inside)
-        u, d, r, slope = _mix(
-            x, residual, bias, gate, scale, shift, seed, row, channel, inside, there, hidden, threshold,
-            kept_scale, CHUNKS, ROWS, WIDTH,
-        )  # fmt: skip
-        # Rows past the end give nothing: their dy is zero, and xhat must be finite for that to hold.
-        xhat, rstd = _normalise(u, eps, hidden, inside)
-        rstd = tl.where(row < rows, rstd, 0.0)
-        xhat = tl.where(inside, xhat, 0.0)
-        w = _load(weight + channel, there)
+        r = _load(residual + at, inside)
+        u, d, slope = _mix(
+            _load(x + at, inside), r, add, g, times, plus, key, row, threshold, kept_scale, CHUNKS, ROWS, WIDTH
+        )
+        xhat, rstd = _normalise(u, eps, hidden, there, row_there)
         if weight2 is not None:
-            v = xhat * w + _load(norm_bias + channel, there)
-            xhat2, rstd2 = _normalise(v, eps2, hidden, there)
-            rstd2 = tl.where(row < rows, rstd2, 0.0)
-            xhat2 = tl.where(inside, xhat2, 0.0)
+            xhat2, rstd2 = _normalise(xhat * w + add1, eps2, hidden, there, row_there)
             if WEIGHT2 & WANTED:
                 dweight2 += dy * xhat2
             if NORM_BIAS2 & WANTED:
                 dnorm_bias2 += dy
-            dy = tl.where(there, _through(dy, _load(weight2 + channel, there), xhat2, rstd2, hidden), 0.0)
+            dy = _through(dy, w2, xhat2, rstd2, hidden)
         if WEIGHT & WANTED:
             dweight += dy * xhat
         if NORM_BIAS & WANTED:
@@ -273,7 +298,7 @@ def backward_kernel(
         if dresidual is not None:
             dr = du
             if scale is not None:
-                dr = du * _load(scale + channel, there)
+                dr = du * times
             tl.store(dresidual + at, dr.to(dresidual.dtype.element_ty), mask=inside)
         along_x = du * slope
         if BIAS & WANTED:
@@ -406,7 +431,7 @@ def forward(
 
 
 def _backward_tile(hidden: int, item_bytes: int) -> Tile:
-    return _tile(hidden, item_bytes, 16, 8)
+    return _tile(hidden, item_bytes, 8, 8)
 
 
 def _programs(rows: int, tile: Tile, device: torch.device) -> int:
@@ -462,7 +487,7 @@ def backward(
     BACKWARD.launch(
         (programs, 1, 1),
         (tile, wanted, aligned(*tensors, *outputs), _dtypes(*tensors)),
-        (*tensors, *outputs, *numbers, wanted, count, *tile[:4]),
+        (*tensors, *outputs, *numbers, STAGES, wanted, count, *tile[:4]),
         tile.num_warps,
     )
     if count and programs > 1:
