@@ -44,9 +44,12 @@ LANES = 32
 # Up to so many rows, rows are few: more threads each, so that the multiprocessors are not left idle.
 FEW_ROWS = 2048
 # Of backward's grid: programs a multiprocessor, and rows that a program's row of sums must pay for.
-PROGRAMS, LEAST_ROWS = 2, 16
+PROGRAMS, LEAST_ROWS = 2, 8
 # Tiles of rows that a program of backward has under way: one worked on, the others being read.
 STAGES = 3
+# In wider rows the registers do not hold the vectors beside the rows and the sums over rows: backward reads
+# vectors where it needs them, rows without a lead, and may spill.
+WIDEST_KEPT = 2048
 # Bits of backward's `wanted`.
 DX, DRESIDUAL = 1, 2
 BIAS = tl.constexpr(4)
@@ -120,26 +123,25 @@ def _mix(
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """u, and what backward needs besides: d and the slope dx / du."""
+    """u, and what backward needs besides: d, and which of its elements dropout keeps."""
     u = residual
     if scale is not None:
         u = u * scale
     d = x
     if bias is not None:
         d += bias
-    slope = 1.0
+    mask = True
     if key is not None:
         group = tl.arange(0, CHUNKS)[:, None, None] * (WIDTH // 4) + tl.arange(0, WIDTH // 4)[None, None, :]
-        slope = tl.where(kept(key, row, group, threshold, (CHUNKS, ROWS, WIDTH)), kept_scale, 0.0)
-        d = d * slope
+        mask = kept(key, row, group, threshold, (CHUNKS, ROWS, WIDTH))
+        d = tl.where(mask, d * kept_scale, 0.0)
     if gate is not None:
         u += d * gate
-        slope = slope * gate
     else:
         u += d
     if shift is not None:
         u += shift
-    return u, d, slope
+    return u, d, mask
 
 
 @triton.jit
@@ -149,6 +151,15 @@ def _vector(vector, channel, there):
         return None
     else:
         return _load(vector + channel, there)
+
+
+@triton.jit
+def _kept(values, vector, channel, there):
+    """A vector's elements: the values kept from before, or read now."""
+    if values is not None:
+        return values
+    else:
+        return _vector(vector, channel, there)
 
 
 @triton.jit
@@ -248,6 +259,7 @@ def backward_kernel(
     eps2: tl.float32,
     threshold: tl.int32,
     kept_scale: tl.float32,
+    KEEP: tl.constexpr,
     STAGES: tl.constexpr,
     WANTED: tl.constexpr,
     COUNT: tl.constexpr,
@@ -261,10 +273,12 @@ def backward_kernel(
     zeros = tl.zeros((CHUNKS, ROWS, WIDTH), tl.float32)
     dbias, dgate, dscale, dshift = zeros, zeros, zeros, zeros
     dweight, dnorm_bias, dweight2, dnorm_bias2 = zeros, zeros, zeros, zeros
-    # Read once: only the rows' own loads are left to be pipelined.
-    w, w2 = _vector(weight, channel, there), _vector(weight2, channel, there)
-    add1 = _vector(norm_bias, channel, there)
-    add, times, plus = _vector(bias, channel, there), _vector(scale, channel, there), _vector(shift, channel, there)
+    # Kept in registers where there are enough, so that only the rows' own loads are left to be pipelined.
+    w, w2, add1, add, times, plus = None, None, None, None, None, None
+    if KEEP:
+        w, w2 = _vector(weight, channel, there), _vector(weight2, channel, there)
+        add1, add = _vector(norm_bias, channel, there), _vector(bias, channel, there)
+        times, plus = _vector(scale, channel, there), _vector(shift, channel, there)
     g, key = _scalar(gate), _scalar(seed)
     first, step = tl.program_id(0).to(tl.int64) * ROWS, tl.num_programs(0).to(tl.int64) * ROWS
     for start in tl.range(first, rows, step, num_stages=STAGES):
@@ -273,22 +287,35 @@ def backward_kernel(
         at, inside = row * hidden + channel, there & row_there
         dy = _load(grad + at, inside)
         r = _load(residual + at, inside)
-        u, d, slope = _mix(
-            _load(x + at, inside), r, add, g, times, plus, key, row, threshold, kept_scale, CHUNKS, ROWS, WIDTH
+        u, d, mask = _mix(
+            _load(x + at, inside),
+            r,
+            _kept(add, bias, channel, there),
+            g,
+            _kept(times, scale, channel, there),
+            _kept(plus, shift, channel, there),
+            key,
+            row,
+            threshold,
+            kept_scale,
+            CHUNKS,
+            ROWS,
+            WIDTH,
         )
         xhat, rstd = _normalise(u, eps, hidden, there, row_there)
         if weight2 is not None:
-            xhat2, rstd2 = _normalise(xhat * w + add1, eps2, hidden, there, row_there)
+            v = xhat * _kept(w, weight, channel, there) + _kept(add1, norm_bias, channel, there)
+            xhat2, rstd2 = _normalise(v, eps2, hidden, there, row_there)
             if WEIGHT2 & WANTED:
                 dweight2 += dy * xhat2
             if NORM_BIAS2 & WANTED:
                 dnorm_bias2 += dy
-            dy = _through(dy, w2, xhat2, rstd2, hidden)
+            dy = _through(dy, _kept(w2, weight2, channel, there), xhat2, rstd2, hidden)
         if WEIGHT & WANTED:
             dweight += dy * xhat
         if NORM_BIAS & WANTED:
             dnorm_bias += dy
-        du = _through(dy, w, xhat, rstd, hidden)
+        du = _through(dy, _kept(w, weight, channel, there), xhat, rstd, hidden)
         if SHIFT & WANTED:
             dshift += du
         if SCALE & WANTED:
@@ -298,9 +325,13 @@ def backward_kernel(
         if dresidual is not None:
             dr = du
             if scale is not None:
-                dr = du * times
+                dr = du * _kept(times, scale, channel, there)
             tl.store(dresidual + at, dr.to(dresidual.dtype.element_ty), mask=inside)
-        along_x = du * slope
+        along_x = du
+        if gate is not None:
+            along_x = along_x * g
+        if key is not None:
+            along_x = tl.where(mask, along_x * kept_scale, 0.0)
         if BIAS & WANTED:
             dbias += along_x
         if dx is not None:
@@ -366,8 +397,12 @@ def _tile(hidden: int, item_bytes: int, elements: int, least_warps: int) -> Tile
     row_warps = min(max(1, block // (LANES * elements)), 32)
     width = min(block, vector * LANES * row_warps)
     num_warps = max(least_warps, row_warps)
-    row_elements = LANES * elements * row_warps  # a row's, or what the threads of one warp hold of several rows
-    return Tile(block // width, max(1, row_elements // block) * (num_warps // row_warps), width, vector, num_warps)
+    row_elements = (
+        LANES * elements * row_warps
+    )  # a row's, or what the threads of one warp hold of several rows
+    return Tile(
+        block // width, max(1, row_elements // block) * (num_warps // row_warps), width, vector, num_warps
+    )
 
 
 def _forward_tile(hidden: int, item_bytes: int, rows: int) -> Tile:
@@ -431,7 +466,7 @@ def forward(
 
 
 def _backward_tile(hidden: int, item_bytes: int) -> Tile:
-    return _tile(hidden, item_bytes, 8, 8)
+    return _tile(hidden, item_bytes, 8 if hidden <= 2 * WIDEST_KEPT else 16, 8)
 
 
 def _programs(rows: int, tile: Tile, device: torch.device) -> int:
@@ -484,10 +519,11 @@ def backward(
         sums = stacked if programs == 1 else torch.empty((programs, *stacked.shape), device=x.device)
     outputs = (dx if wanted & DX else None, dresidual if wanted & DRESIDUAL else None, sums)
     numbers = (rows, hidden, eps, eps2, threshold, kept_scale)
+    keep = hidden <= WIDEST_KEPT
     BACKWARD.launch(
         (programs, 1, 1),
         (tile, wanted, aligned(*tensors, *outputs), _dtypes(*tensors)),
-        (*tensors, *outputs, *numbers, STAGES, wanted, count, *tile[:4]),
+        (*tensors, *outputs, *numbers, keep, STAGES if keep else 1, wanted, count, *tile[:4]),
         tile.num_warps,
     )
     if count and programs > 1:
