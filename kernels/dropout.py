@@ -13,8 +13,8 @@ def kept(seed, row, group, threshold, SHAPE: tl.constexpr):
     """Which elements of a tile are kept: bool of SHAPE (..., 4 * G), whole groups of four columns.
 
     seed: () int64; row: int64, group: int32 = column // 4, which together broadcast to (..., G); threshold:
-    int32 whose bits are the unsigned word from which an element is kept. Each word is computed once: the four of
-    a group are joined so that they lie side by side.
+    int32 whose bits are the unsigned word from which an element is kept. Each word is computed once: the
+    four of a group are joined so that they lie side by side.
     """
     row, group = tl.broadcast(row, group.to(tl.int64))
     zero = tl.zeros_like(row).to(tl.uint32)
@@ -24,6 +24,6 @@ def kept(seed, row, group, threshold, SHAPE: tl.constexpr):
 
 
 def threshold_argument(dropout_p: float) -> int:
-    """reference.dropout_threshold as the int32 of the same bits, so that one compiled kernel takes them all."""
+    """reference.dropout_threshold as the int32 of the same bits: one compiled kernel takes them all."""
     threshold = min(round(dropout_p * 2.0**32), WORD)
     return threshold - 2**32 if threshold >= 2**31 else threshold

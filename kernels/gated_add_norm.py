@@ -1,10 +1,10 @@
 """gated_add_norm in Triton, forward and backward, in fastgate/reference.py's symbols.
 
-Forward reads x and residual once and writes y once; both norms' statistics are taken from the row in registers,
-the variance from centred values. It keeps nothing for backward.
+Forward reads x and residual once and writes y once; both norms' statistics are taken from the row in
+registers, the variance from centred values. It keeps nothing for backward.
 
-Backward reads grad, x and residual once and computes u, xhat and rstd again. With rows i, channels j, means over
-channels, keep mask m, kept = 1 / (1 - p), and xhat = (u - mean(u)) * rstd:
+Backward reads grad, x and residual once and computes u, xhat and rstd again. With rows i, channels j, means
+over channels, keep mask m, kept = 1 / (1 - p), and xhat = (u - mean(u)) * rstd:
 
     y = xhat * weight + norm_bias
     dweight = sum_i dy * xhat,  dnorm_bias = sum_i dy
@@ -12,18 +12,18 @@ channels, keep mask m, kept = 1 / (1 - p), and xhat = (u - mean(u)) * rstd:
     only what changes neither gets through:
     du = rstd * (t - mean(t) - xhat * mean(t * xhat))                              [through(dy)]
 
-With a second norm, xhat2 and rstd2 belong to y, and the first norm's dy is through(dy2) under weight2. Then, with
-u = scale * residual + gate * d + shift and d = m * kept * (x + bias):
+With a second norm, xhat2 and rstd2 belong to y, and the first norm's dy is through(dy2) under weight2. Then,
+with u = scale * residual + gate * d + shift and d = m * kept * (x + bias):
 
     dresidual = scale * du      dscale = sum_i du * residual      dshift = sum_i du
     dx = gate * m * kept * du   dbias = sum_i dx                  dgate = sum_ij du * d
 
-Sums over rows: each program of a fixed grid walks its tiles and keeps float32 sums a channel in registers, then
-writes one row of them; a second kernel adds these rows in a fixed order. No atomics: the bits repeat.
+Sums over rows: each program of a fixed grid walks its tiles and keeps float32 sums a channel in registers,
+then writes one row of them; a second kernel adds these rows in a fixed order. No atomics: the bits repeat.
 
-A tile is (CHUNKS, ROWS, WIDTH): channel = chunk * WIDTH + place. WIDTH is what the warps of one row read at once
-with 16 bytes a thread. Triton gives warps to the last dimension first, then to ROWS, so that a row's chunks lie
-in the registers of the same threads: a row of one warp is reduced by shuffles, without a barrier.
+A tile is (CHUNKS, ROWS, WIDTH): channel = chunk * WIDTH + place. WIDTH is what the warps of one row read at
+once with 16 bytes a thread. Triton gives warps to the last dimension first, then to ROWS, so that a row's
+chunks lie in the registers of the same threads: a row of one warp is reduced by shuffles, without a barrier.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ class Tile(NamedTuple):
 def _channels(hidden, ROWS: tl.constexpr, CHUNKS: tl.constexpr, WIDTH: tl.constexpr):
     """(channel, whether there is one): (CHUNKS, ROWS, WIDTH), alike for all rows.
 
-    Vectors are read at the tile's full shape, so that a thread gets the channels of its rows from the first-level
-    cache, in the tile's layout: a smaller shape would be laid out anew through shared memory.
+    Vectors are read at the tile's full shape, so that a thread gets the channels of its rows from the
+    first-level cache, in the tile's layout: a smaller shape would be laid out anew through shared memory.
     """
     chunk = tl.arange(0, CHUNKS)[:, None, None] * WIDTH
     channel = tl.broadcast_to(chunk + tl.arange(0, WIDTH)[None, None, :], (CHUNKS, ROWS, WIDTH))
@@ -99,7 +99,7 @@ def _load(at, mask):
 def _normalise(u, eps, hidden, there, row_there):
     """xhat (CHUNKS, ROWS, WIDTH), zero where no channel or row is, and rstd (1, ROWS, 1).
 
-    u is zero where no channel is. Past the last row rstd is zero, so that nothing there is infinite with eps 0.
+    u is zero where no channel is. Past the last row rstd is zero: with eps 0 it would be infinite there.
     """
     mean = _row_sum(u) / hidden
     centred = tl.where(there, u - mean, 0.0)
@@ -389,7 +389,7 @@ FORWARD, BACKWARD, SUM = Kernel(forward_kernel), Kernel(backward_kernel), Kernel
 
 @functools.lru_cache(4096)
 def _tile(hidden: int, item_bytes: int, elements: int, least_warps: int) -> Tile:
-    """The tile of rows of `hidden` channels, whose smallest element has item_bytes, with `elements` a thread."""
+    """The tile of rows of `hidden` channels. item_bytes: of the smallest dtype; elements: a thread's."""
     block = max(16, triton.next_power_of_2(hidden))
     vector = 16 // item_bytes
     while hidden % vector:
@@ -445,7 +445,7 @@ def forward(
     norm_bias2: Tensor | None,
     eps2: float,
 ) -> Tensor:
-    """y (..., H), contiguous, in the promoted dtype of x and residual; operands as fastgate.ops takes them."""
+    """y (..., H), contiguous, in the promoted dtype of x and residual; operands as in fastgate.ops."""
     dtype = x.dtype if x.dtype == residual.dtype else torch.promote_types(x.dtype, residual.dtype)
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
     if not y.numel():
@@ -544,3 +544,4 @@ def _add_up(sums: Any, total: Tensor) -> None:
         (sums, total, sums.shape[0], size, SUM_PARTS, SUM_WIDTH, vector),
         SUM_WARPS,
     )
+

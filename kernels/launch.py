@@ -10,7 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
-# What the interpreter, which runs kernels on CPU tensors, stands for: few, so that programs have several tiles.
+# Of what the interpreter, which runs kernels on CPU tensors, stands for: programs get several tiles.
 INTERPRETED_MULTIPROCESSORS = 2
 
 
