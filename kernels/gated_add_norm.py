@@ -108,15 +108,29 @@ def _normalise(u, eps, hidden, there, row_there):
 
 
 @triton.jit
+def _elements(values, vector, channel, there):
+    """A vector's elements: the values read before, or, where they are None, read now."""
+    if values is not None:
+        return values
+    else:
+        return _load(vector + channel, there)
+
+
+@triton.jit
 def _mix(
-    x,  # (CHUNKS, ROWS, WIDTH) float32, as all below but gate, key and row
-    residual,
-    bias,  # None where not given, as all below to key
-    gate,  # ()
-    scale,
-    shift,
-    key,  # () int64: the seed's value; None: nothing is dropped
+    x,  # (CHUNKS, ROWS, WIDTH) float32
+    residual,  # (CHUNKS, ROWS, WIDTH) float32
+    bias,  # (hidden,); None where not given, as all below to key
+    scale,  # (hidden,)
+    shift,  # (hidden,)
+    gate,  # a number
+    key,  # a number, int64; None: nothing is dropped
+    b,  # the elements of bias, (CHUNKS, ROWS, WIDTH) float32; None where they are still to be read
+    s,  # of scale
+    h,  # of shift
     row,  # (1, ROWS, 1) int64
+    channel,  # (CHUNKS, ROWS, WIDTH) int32
+    there,  # (CHUNKS, ROWS, WIDTH) bool
     threshold,
     kept_scale,
     CHUNKS: tl.constexpr,
@@ -126,11 +140,11 @@ def _mix(
     """u, and what backward needs besides: d, and which of its elements dropout keeps."""
     u = residual
     if scale is not None:
-        u = u * scale
+        u = u * _elements(s, scale, channel, there)
     d = x
     if bias is not None:
-        d += bias
-    mask = True
+        d += _elements(b, bias, channel, there)
+    mask = there
     if key is not None:
         group = tl.arange(0, CHUNKS)[:, None, None] * (WIDTH // 4) + tl.arange(0, WIDTH // 4)[None, None, :]
         mask = kept(key, row, group, threshold, (CHUNKS, ROWS, WIDTH))
@@ -140,35 +154,8 @@ def _mix(
     else:
         u += d
     if shift is not None:
-        u += shift
+        u += _elements(h, shift, channel, there)
     return u, d, mask
-
-
-@triton.jit
-def _vector(vector, channel, there):
-    """The elements of a vector (hidden,); None stays None."""
-    if vector is None:
-        return None
-    else:
-        return _load(vector + channel, there)
-
-
-@triton.jit
-def _kept(values, vector, channel, there):
-    """A vector's elements: the values kept from before, or read now."""
-    if values is not None:
-        return values
-    else:
-        return _vector(vector, channel, there)
-
-
-@triton.jit
-def _scalar(at):
-    """The number that a 0-d tensor holds; None stays None."""
-    if at is None:
-        return None
-    else:
-        return tl.load(at)
 
 
 @triton.jit(do_not_specialize=["rows", "hidden", "threshold"])
@@ -200,21 +187,15 @@ def forward_kernel(
     channel, there = _channels(hidden, ROWS, CHUNKS, WIDTH)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[None, :, None]
     at, inside = row * hidden + channel, there & (row < rows)
+    z, key = None, None
+    if gate is not None:
+        z = tl.load(gate).to(tl.float32)
+    if seed is not None:
+        key = tl.load(seed)
     u, _, _ = _mix(
-        _load(x + at, inside),
-        _load(residual + at, inside),
-        _vector(bias, channel, there),
-        _scalar(gate),
-        _vector(scale, channel, there),
-        _vector(shift, channel, there),
-        _scalar(seed),
-        row,
-        threshold,
-        kept_scale,
-        CHUNKS,
-        ROWS,
-        WIDTH,
-    )
+        _load(x + at, inside), _load(residual + at, inside), bias, scale, shift, z, key, None, None, None,
+        row, channel, there, threshold, kept_scale, CHUNKS, ROWS, WIDTH,
+    )  # fmt: skip
     xhat, _ = _normalise(u, eps, hidden, there, row < rows)
     out = xhat * _load(weight + channel, there) + _load(norm_bias + channel, there)
     if weight2 is not None:
@@ -274,12 +255,21 @@ def backward_kernel(
     dbias, dgate, dscale, dshift = zeros, zeros, zeros, zeros
     dweight, dnorm_bias, dweight2, dnorm_bias2 = zeros, zeros, zeros, zeros
     # Kept in registers where there are enough, so that only the rows' own loads are left to be pipelined.
-    w, w2, add1, add, times, plus = None, None, None, None, None, None
+    w, w2, n, b, s, h, z, key = None, None, None, None, None, None, None, None
+    if gate is not None:
+        z = tl.load(gate).to(tl.float32)
+    if seed is not None:
+        key = tl.load(seed)
     if KEEP:
-        w, w2 = _vector(weight, channel, there), _vector(weight2, channel, there)
-        add1, add = _vector(norm_bias, channel, there), _vector(bias, channel, there)
-        times, plus = _vector(scale, channel, there), _vector(shift, channel, there)
-    g, key = _scalar(gate), _scalar(seed)
+        w = _load(weight + channel, there)
+        if weight2 is not None:
+            w2, n = _load(weight2 + channel, there), _load(norm_bias + channel, there)
+        if bias is not None:
+            b = _load(bias + channel, there)
+        if scale is not None:
+            s = _load(scale + channel, there)
+        if shift is not None:
+            h = _load(shift + channel, there)
     first, step = tl.program_id(0).to(tl.int64) * ROWS, tl.num_programs(0).to(tl.int64) * ROWS
     for start in tl.range(first, rows, step, num_stages=STAGES):
         row = start + tl.arange(0, ROWS)[None, :, None]
@@ -288,34 +278,23 @@ def backward_kernel(
         dy = _load(grad + at, inside)
         r = _load(residual + at, inside)
         u, d, mask = _mix(
-            _load(x + at, inside),
-            r,
-            _kept(add, bias, channel, there),
-            g,
-            _kept(times, scale, channel, there),
-            _kept(plus, shift, channel, there),
-            key,
-            row,
-            threshold,
-            kept_scale,
-            CHUNKS,
-            ROWS,
-            WIDTH,
-        )
+            _load(x + at, inside), r, bias, scale, shift, z, key, b, s, h, row, channel, there, threshold,
+            kept_scale, CHUNKS, ROWS, WIDTH,
+        )  # fmt: skip
         xhat, rstd = _normalise(u, eps, hidden, there, row_there)
         if weight2 is not None:
-            v = xhat * _kept(w, weight, channel, there) + _kept(add1, norm_bias, channel, there)
+            v = xhat * _elements(w, weight, channel, there) + _elements(n, norm_bias, channel, there)
             xhat2, rstd2 = _normalise(v, eps2, hidden, there, row_there)
             if WEIGHT2 & WANTED:
                 dweight2 += dy * xhat2
             if NORM_BIAS2 & WANTED:
                 dnorm_bias2 += dy
-            dy = _through(dy, _kept(w2, weight2, channel, there), xhat2, rstd2, hidden)
+            dy = _through(dy, _elements(w2, weight2, channel, there), xhat2, rstd2, hidden)
         if WEIGHT & WANTED:
             dweight += dy * xhat
         if NORM_BIAS & WANTED:
             dnorm_bias += dy
-        du = _through(dy, _kept(w, weight, channel, there), xhat, rstd, hidden)
+        du = _through(dy, _elements(w, weight, channel, there), xhat, rstd, hidden)
         if SHIFT & WANTED:
             dshift += du
         if SCALE & WANTED:
@@ -325,12 +304,12 @@ def backward_kernel(
         if dresidual is not None:
             dr = du
             if scale is not None:
-                dr = du * _kept(times, scale, channel, there)
+                dr = du * _elements(s, scale, channel, there)
             tl.store(dresidual + at, dr.to(dresidual.dtype.element_ty), mask=inside)
         along_x = du
         if gate is not None:
-            along_x = along_x * g
-        if key is not None:
+            along_x = along_x * z
+        if seed is not None:
             along_x = tl.where(mask, along_x * kept_scale, 0.0)
         if BIAS & WANTED:
             dbias += along_x
@@ -544,4 +523,3 @@ def _add_up(sums: Any, total: Tensor) -> None:
         (sums, total, sums.shape[0], size, SUM_PARTS, SUM_WIDTH, vector),
         SUM_WARPS,
     )
-

@@ -3,7 +3,7 @@
     python tests/resources.py                    compare kernels/resources.json with what compiles now
     python tests/resources.py --write [OP ...]   write it anew, all of it or some ops' part
 
-The table holds each kernel that the calls of tests/variants.py launch, for each architecture. It needs no GPU.
+The table holds every kernel that the calls of tests/variants.py launch, for every architecture.
 """
 
 from __future__ import annotations
@@ -18,10 +18,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from unittest import mock
 
-ROOT = Path(__file__).parent.parent
-if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
-
 import cubins
 import torch
 import triton
@@ -31,6 +27,7 @@ from triton.compiler import ASTSource
 
 from fastgate.kernels import launch
 
+ROOT = Path(__file__).parent.parent
 TABLE = ROOT / "kernels" / "resources.json"
 ARCHITECTURES = (80, 90, 100)
 TYPES = {
@@ -62,7 +59,7 @@ class Launch:
             (values if name in {p.name for p in function.params} else options)[name] = value
         signature, constants, aligned = [], [], []
         for place, parameter in enumerate(function.params):
-            value = values[parameter.name] if parameter.name in values else parameter.default
+            value = values.get(parameter.name, parameter.default)
             free = not parameter.do_not_specialize and isinstance(value, int)
             if parameter.is_constexpr or value is None or (free and value == 1):
                 signature.append((parameter.name, "constexpr"))
