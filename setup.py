@@ -1,9 +1,12 @@
-"""Builds the compiled kernels: C++ through ninja, against the headers of libtorch's stable ABI.
+"""Builds the compiled kernels: C++ and CUDA through ninja, against the headers of libtorch's stable ABI.
 
 FASTGATE_BUILD chooses: `auto` (the default) compiles where it can and elsewhere leaves the kernels out with a
-notice, so that the ops run in torch; `none` never compiles; `cpu` must compile, or fails with the remedy;
-`cuda` is refused, this version having no CUDA sources. One library serves every Python and every torch from
-TORCH_TARGET on, so the wheel is `py3-none`.
+notice, so that the ops run in torch; `none` never compiles; `cpu` must compile the CPU kernels, or fails with
+the remedy; `cuda` must compile both. One library serves every Python and every torch from TORCH_TARGET on, so
+the wheel is `py3-none`.
+
+nvcc takes a minute, so `auto` compiles CUDA only where it is meant: nvcc is found, and CUDA_HOME is set or
+the torch of the build environment is a CUDA build. Elsewhere Triton has the same ops for the GPU.
 What was built, and why not more, is left in fastgate/build.json for `python -m fastgate.info`.
 """
 
@@ -13,6 +16,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -27,36 +31,46 @@ ROOT = Path(__file__).parent.resolve()
 MODES = ("auto", "none", "cpu", "cuda")
 TORCH_TARGET = "0x020b000000000000"  # torch 2.11
 COMPILE_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp-simd", "-fvisibility=hidden", "-Wall", "-Wextra")
+# A100, H100 and H200, B200; the last one's PTX serves what comes after it.
+CUDA_TARGETS = (("80", "sm_80"), ("90", "sm_90"), ("100", "sm_100"), ("100", "compute_100"))
+CUDA_FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-Xcompiler=-fPIC,-fvisibility=hidden",
+    *(f"-gencode=arch=compute_{number},code={code}" for number, code in CUDA_TARGETS),
+)
 NINJA_RULES = """
 rule compile
   command = $cxx $flags -MMD -MF $out.d -c $in -o $out
   depfile = $out.d
   deps = gcc
+rule compile_cuda
+  command = $nvcc -ccbin $cxx $cuda_flags -MD -MF $out.d -c $in -o $out
+  depfile = $out.d
+  deps = gcc
 rule link
   command = $cxx -shared $in $libraries -o $out
+rule link_cuda
+  command = $nvcc -ccbin $cxx -shared -cudart static $in $libraries -o $out
 """
+Environ = "dict[str, str] | os._Environ[str]"
 
 
 class CannotBuild(Exception):
     """Why the compiled kernels cannot be built here."""
 
 
-def mode(environ: dict[str, str] | os._Environ[str]) -> str:
+def mode(environ: Environ) -> str:
     """The value of FASTGATE_BUILD, checked."""
     chosen = environ.get("FASTGATE_BUILD", "auto") or "auto"
     if chosen not in MODES:
         raise SystemExit(
             f"FASTGATE_BUILD: got {chosen!r}, wanted one of {', '.join(MODES)}; unset it to use auto"
         )
-    if chosen == "cuda":
-        raise SystemExit(
-            "FASTGATE_BUILD: got 'cuda', wanted auto, none or cpu; this version has no CUDA sources, "
-            "on a GPU the ops run in torch: unset FASTGATE_BUILD"
-        )
     return chosen
 
 
-def compiler(environ: dict[str, str] | os._Environ[str]) -> str:
+def compiler(environ: Environ) -> str:
     """The C++ compiler: $CXX, or the first of c++, g++, clang++ on PATH."""
     system = f"{platform.system()} {platform.machine()}"
     if system != "Linux x86_64":
@@ -67,6 +81,22 @@ def compiler(environ: dict[str, str] | os._Environ[str]) -> str:
         if found:
             return found
     raise CannotBuild(f"no C++ compiler found (looked for {', '.join(names)})")
+
+
+def nvcc(environ: Environ) -> str:
+    """CUDA's compiler: $CUDA_HOME/bin/nvcc, or nvcc on PATH."""
+    home = environ.get("CUDA_HOME")
+    found = shutil.which("nvcc", path=str(Path(home) / "bin") if home else environ.get("PATH"))
+    if found is None:
+        raise CannotBuild(f"no nvcc found in {home + '/bin' if home else 'PATH'}")
+    return found
+
+
+def cuda_is_meant(environ: Environ) -> bool:
+    """Whether `auto` compiles CUDA: CUDA_HOME is set, or the build environment's torch is a CUDA build."""
+    version = torch_folder() / "version.py"
+    text = version.read_text() if version.exists() else ""
+    return bool(environ.get("CUDA_HOME") or re.search(r"^cuda\b[^=\n]*= *['\"]", text, re.MULTILINE))
 
 
 def torch_folder() -> Path:
@@ -91,36 +121,54 @@ def ninja() -> str:
     return found
 
 
-def plan(environ: dict[str, str] | os._Environ[str]) -> tuple[bool, str]:
-    """(whether to compile, why not); SystemExit with the remedy if FASTGATE_BUILD asks for the impossible."""
+def plan(environ: Environ) -> dict[str, str]:
+    """Library (cpu, cuda) -> why it is not compiled, empty if it is; SystemExit with the remedy if
+    FASTGATE_BUILD asks for the impossible."""
     chosen = mode(environ)
     if chosen == "none":
-        return False, "built with FASTGATE_BUILD=none"
+        return dict.fromkeys(("cpu", "cuda"), "built with FASTGATE_BUILD=none")
     try:
         compiler(environ), torch_folder(), ninja()
     except CannotBuild as reason:
-        if chosen == "cpu":
-            raise SystemExit(refusal(reason)) from None
-        return False, str(reason)
-    return True, ""
+        if chosen != "auto":
+            raise SystemExit(refusal("cpu", reason)) from None
+        return dict.fromkeys(("cpu", "cuda"), str(reason))
+    if chosen == "cpu":
+        return {"cpu": "", "cuda": "built with FASTGATE_BUILD=cpu"}
+    try:
+        nvcc(environ)
+    except CannotBuild as reason:
+        if chosen == "cuda":
+            raise SystemExit(refusal("cuda", reason)) from None
+        return {"cpu": "", "cuda": str(reason)}
+    meant = chosen == "cuda" or cuda_is_meant(environ)
+    return {"cpu": "", "cuda": "" if meant else "built with a CPU torch: set FASTGATE_BUILD=cuda to have it"}
 
 
-def refusal(reason: object) -> str:
-    return (
-        f"FASTGATE_BUILD: got 'cpu', wanted a machine that can compile: {reason}; install a C++ compiler "
-        "(Debian, Ubuntu: apt-get install g++), or set FASTGATE_BUILD=none to run the ops in torch"
-    )
+def refusal(library: str, reason: object) -> str:
+    remedy = {
+        "cpu": "install a C++ compiler (Debian, Ubuntu: apt-get install g++), or set FASTGATE_BUILD=none to "
+        "run the ops in torch",
+        "cuda": "install the CUDA toolkit, 12.8 or newer, and set CUDA_HOME to its folder, or unset "
+        "FASTGATE_BUILD to run Triton's kernels on the GPU",
+    }[library]
+    return f"FASTGATE_BUILD: got {mode(os.environ)!r}, wanted a machine that can compile: {reason}; {remedy}"
 
 
-def notice(reason: object) -> None:
-    print(
-        f"fastgate: the compiled kernels are left out, the ops will run in torch: {reason}", file=sys.stderr
-    )
+def notice(library: str, reason: object) -> None:
+    kernels, instead = {"cpu": ("compiled", ", the ops will run in torch"), "cuda": ("CUDA", "")}[library]
+    print(f"fastgate: the {kernels} kernels are left out{instead}: {reason}", file=sys.stderr)
 
 
-def write_record(folder: Path, built: bool, reason: str) -> None:
+def write_record(folder: Path, reasons: dict[str, str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    record = {"mode": mode(os.environ), "cpu": built, "reason": reason}
+    record = {
+        "mode": mode(os.environ),
+        "cpu": not reasons["cpu"],
+        "reason": reasons["cpu"],
+        "cuda": not reasons["cuda"],
+        "cuda_reason": reasons["cuda"],
+    }
     (folder / "build.json").write_text(json.dumps(record) + "\n")
 
 
@@ -131,36 +179,36 @@ class BuildPy(build_py):
         super().run()
         if not self.distribution.ext_modules:
             editable = getattr(self, "editable_mode", False)
-            write_record(ROOT / "fastgate" if editable else Path(self.build_lib) / "fastgate", False, REASON)
+            write_record(ROOT / "fastgate" if editable else Path(self.build_lib) / "fastgate", REASONS)
 
 
 class BuildExt(build_ext):
-    """Compiles csrc/ with ninja into a library without Python symbols."""
+    """Compiles csrc/ with ninja into libraries without Python symbols."""
 
     def get_ext_filename(self, fullname: str) -> str:
         return fullname.replace(".", os.sep) + ".so"
 
     def run(self) -> None:
+        self.reasons = dict(REASONS)
         super().run()
         editable = self.inplace or getattr(self, "editable_mode", False)
-        write_record(ROOT / "fastgate" if editable else Path(self.build_lib) / "fastgate", *self.outcome)
-
-    outcome = (True, "")
+        write_record(ROOT / "fastgate" if editable else Path(self.build_lib) / "fastgate", self.reasons)
 
     def build_extension(self, ext: Extension) -> None:
+        library = ext.name.rpartition("_")[2]
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         try:
-            self.compile(ext, target)
+            self.compile(ext, library, target)
         except (CannotBuild, subprocess.CalledProcessError) as reason:
-            if mode(os.environ) == "cpu":
-                raise SystemExit(refusal(reason)) from None
-            notice(reason)
+            if mode(os.environ) != "auto":
+                raise SystemExit(refusal(library, reason)) from None
+            notice(library, reason)
             target.unlink(missing_ok=True)
             ext.optional = True  # nothing to copy
-            self.outcome = (False, str(reason))
+            self.reasons[library] = str(reason)
 
-    def compile(self, ext: Extension, target: Path) -> None:
-        folder = Path(self.build_temp).resolve()
+    def compile(self, ext: Extension, library: str, target: Path) -> None:
+        folder = Path(self.build_temp).resolve() / library
         folder.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         torch = torch_folder()
@@ -169,37 +217,40 @@ class BuildExt(build_ext):
             f"cxx = {compiler(os.environ)}",
             f"flags = {' '.join(flags)} -I {ROOT / 'csrc'} {os.environ.get('CXXFLAGS', '')}",
             f"libraries = -L {torch / 'lib'} -ltorch_cpu",
-            NINJA_RULES,
         ]
+        if library == "cuda":
+            lines += [f"nvcc = {nvcc(os.environ)}", f"cuda_flags = {' '.join(CUDA_FLAGS)}"]
+        lines.append(NINJA_RULES)
         objects = []
         for source in ext.sources:
-            objects.append(str(Path(source).with_suffix(".o")))
-            lines.append(f"build {objects[-1]}: compile {ROOT / source}")
-        lines.append(f"build {target}: link {' '.join(objects)}\ndefault {target}\n")
+            rule = "compile_cuda" if source.endswith(".cu") else "compile"
+            objects.append(f"{Path(source).name}.o")
+            lines.append(f"build {objects[-1]}: {rule} {ROOT / source}")
+        link = "link_cuda" if library == "cuda" else "link"
+        lines.append(f"build {target}: {link} {' '.join(objects)}\ndefault {target}\n")
         (folder / "build.ninja").write_text("\n".join(lines))
         subprocess.run([ninja(), "-C", str(folder)], check=True)
 
 
 class Wheel(bdist_wheel):
-    """Tags the wheel for every Python 3: the library has no Python symbol."""
+    """Tags the wheel for every Python 3: the libraries have no Python symbol."""
 
     def get_tag(self) -> tuple[str, str, str]:
         platform_tag = super().get_tag()[2]
         return "py3", "none", platform_tag
 
 
-COMPILE, REASON = plan(os.environ)
-if not COMPILE:
-    notice(REASON)
+def extension(library: str) -> Extension:
+    folder = ROOT / "csrc" / library
+    sources = sorted(str(path.relative_to(ROOT)) for path in (*folder.glob("*.cpp"), *folder.glob("*.cu")))
+    return Extension(f"fastgate.libfastgate_{library}", sources=sources)
+
+
+REASONS = plan(os.environ)
+if REASONS["cpu"]:
+    notice("cpu", REASONS["cpu"])
 
 setup(
-    ext_modules=[
-        Extension(
-            "fastgate.libfastgate_cpu",
-            sources=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc" / "cpu").glob("*.cpp")),
-        )
-    ]
-    if COMPILE
-    else [],
+    ext_modules=[extension(library) for library, reason in REASONS.items() if not reason],
     cmdclass={"build_py": BuildPy, "build_ext": BuildExt, "bdist_wheel": Wheel},
 )

@@ -15,6 +15,11 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
+// Operands of gated_add_norm: the schema, as in fastgate/ops.py.
+#define FASTGATE_GATED_ADD_NORM_SCHEMA                                                                       \
+  "Tensor x, Tensor residual, Tensor weight, Tensor norm_bias, float eps, Tensor? bias, Tensor? gate, "      \
+  "Tensor? scale, Tensor? shift, float dropout_p, Tensor? seed, Tensor? weight2, Tensor? norm_bias2, float eps2"
+
 // Operands of gated_add_norm after x and residual, in the schema's order.
 #define FASTGATE_GATED_ADD_NORM_OPERANDS                                                                     \
   Tensor weight, Tensor norm_bias, double eps, OptionalTensor bias, OptionalTensor gate, OptionalTensor scale, \
@@ -50,6 +55,12 @@ std::tuple<Tensor, Tensor, Tensor> gated_add_norm_backward(
     Tensor grad, Tensor x, Tensor residual, FASTGATE_GATED_ADD_NORM_OPERANDS, int64_t wanted);
 }  // namespace cpu
 
+namespace cuda {
+Tensor gated_add_norm(Tensor x, Tensor residual, FASTGATE_GATED_ADD_NORM_OPERANDS);
+std::tuple<Tensor, Tensor, Tensor> gated_add_norm_backward(
+    Tensor grad, Tensor x, Tensor residual, FASTGATE_GATED_ADD_NORM_OPERANDS, int64_t wanted);
+}  // namespace cuda
+
 // An uninitialised contiguous tensor on `like`'s device. The shim is called straight: through the dispatcher an
 // allocation costs as much as a small kernel.
 inline Tensor empty(const int64_t* sizes, int64_t dims, ScalarType dtype, const Tensor& like) {
@@ -59,7 +70,9 @@ inline Tensor empty(const int64_t* sizes, int64_t dims, ScalarType dtype, const 
   int32_t device_type, device_index;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
-  const int32_t code = dtype == ScalarType::BFloat16 ? aoti_torch_dtype_bfloat16() : aoti_torch_dtype_float32();
+  const int32_t code = dtype == ScalarType::BFloat16 ? aoti_torch_dtype_bfloat16()
+                       : dtype == ScalarType::Half   ? aoti_torch_dtype_float16()
+                                                     : aoti_torch_dtype_float32();
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(dims, sizes, strides.data(), code, device_type, device_index, &handle));

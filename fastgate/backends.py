@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +13,15 @@ from typing import Any
 import torch
 
 from fastgate import ops
+from fastgate.errors import ArgumentError, say
 
 CPU_LIBRARY = Path(__file__).parent / "libfastgate_cpu.so"
+CUDA_LIBRARY = Path(__file__).parent / "libfastgate_cuda.so"
 BUILD_RECORD = Path(__file__).parent / "build.json"
 CPP_DTYPES = (torch.float32, torch.bfloat16)
+CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Ops that more than one GPU language implements -> the languages, best first: FASTGATE_CUDA forces one.
+CUDA_BACKENDS = {"gated_add_norm": ("cuda",)}
 
 
 @dataclass(frozen=True)
@@ -29,29 +36,44 @@ class Candidate:
 
 
 def build_record() -> dict[str, Any] | None:
-    """What the build left: `mode` (FASTGATE_BUILD), `cpu` (built or not), `reason`; None without a build."""
+    """What the build left: `mode` (FASTGATE_BUILD); `cpu` and `cuda`, built or not; `reason` and
+    `cuda_reason`, why not. None without a build."""
     try:
         return json.loads(BUILD_RECORD.read_text())
     except (OSError, ValueError):
         return None
 
 
-@functools.cache
-def load_cpu_library() -> str:
-    """Load the compiled CPU kernels; returns the reason they cannot run, empty if they can."""
-    if not CPU_LIBRARY.exists():
+def _load(library: Path, reason: str, namespace: str, wanted: tuple[str, ...]) -> str:
+    """Load a library that registers the ops `wanted`; returns why they cannot run, empty if they can.
+
+    reason: the build record's key for why the library was not built."""
+    if not library.exists():
         record = build_record()
         if record is None:
             return "no compiled library beside the package: this is a source folder that was not built"
-        return (
-            f"not built: {record['reason']}" if record["reason"] else f"{CPU_LIBRARY.name} has been removed"
-        )
+        why = record.get(reason, "built before it was there: build again")
+        return f"not built: {why}" if why else f"{library.name} has been removed"
     try:
-        torch.ops.load_library(str(CPU_LIBRARY))
+        torch.ops.load_library(str(library))
     except OSError as error:
-        return f"{CPU_LIBRARY.name} does not load under torch {torch.__version__}: {error}"
-    absent = [op for op in ops.OPS if not hasattr(torch.ops.fastgate_cpu, op)]
-    return f"{CPU_LIBRARY.name} was built before {', '.join(absent)} was there: build again" if absent else ""
+        return f"{library.name} does not load under torch {torch.__version__}: {error}"
+    absent = [op for op in wanted if not hasattr(getattr(torch.ops, namespace), op)]
+    return f"{library.name} was built before {', '.join(absent)} was there: build again" if absent else ""
+
+
+@functools.cache
+def load_cpu_library() -> str:
+    """Load the compiled CPU kernels; returns the reason they cannot run, empty if they can."""
+    return _load(CPU_LIBRARY, "reason", "fastgate_cpu", ops.OPS)
+
+
+@functools.cache
+def load_cuda_library() -> str:
+    """Load the compiled CUDA kernels; returns the reason they cannot run, empty if they can.
+
+    They load without a GPU too."""
+    return _load(CUDA_LIBRARY, "cuda_reason", "fastgate_cuda", ("gated_add_norm",))
 
 
 def cpp(op: str) -> ops.Implementation:
@@ -62,11 +84,60 @@ def cpp(op: str) -> ops.Implementation:
     )
 
 
+def cuda(op: str) -> ops.Implementation:
+    """The compiled CUDA implementation of `op`; load_cuda_library must have succeeded."""
+    library = torch.ops.fastgate_cuda
+    return ops.Implementation(
+        "cuda",
+        getattr(library, op).default,
+        getattr(library, f"{op}_backward").default,
+        frozenset(CUDA_DTYPES),
+    )
+
+
+# GPU language -> why it cannot run here (empty if it can), and its implementation of an op.
+LANGUAGES: dict[str, tuple[Callable[[], str], Callable[[str], ops.Implementation]]] = {
+    "cuda": (load_cuda_library, cuda),
+}
+
+
+def forced_language() -> str | None:
+    """The value of FASTGATE_CUDA, checked: the GPU language that every op with a choice runs in."""
+    forced = os.environ.get("FASTGATE_CUDA") or None
+    if forced is not None and forced not in LANGUAGES:
+        wanted = f"one of {', '.join(LANGUAGES)}"
+        raise ArgumentError(say("FASTGATE_CUDA", "value", repr(forced), wanted, "unset it for the best"))
+    return forced
+
+
+def gpu_languages(op: str) -> list[tuple[str, str]]:
+    """The GPU languages of `op`, best first, each with the reason it does not run here; the first without a
+    reason runs."""
+    forced = forced_language()
+    found = []
+    for language in CUDA_BACKENDS.get(op, ()):
+        missing = LANGUAGES[language][0]()
+        if not missing and forced not in (None, language):
+            missing = f"FASTGATE_CUDA={forced} forces the other"
+        found.append((language, missing))
+    return found
+
+
 def fill() -> None:
     """Put the best implementation that runs here into every slot of fastgate.ops."""
     if not load_cpu_library():
         for op in ops.OPS:
             ops.SLOTS[op, "cpu"] = cpp(op)
+    if torch.cuda.is_available():
+        forced = forced_language()
+        missing = LANGUAGES[forced][0]() if forced else ""
+        if missing:
+            wanted, remedy = f"one that runs: {missing}", "build it, or unset FASTGATE_CUDA"
+            raise ArgumentError(say("FASTGATE_CUDA", "value", repr(forced), wanted, remedy))
+        for op in CUDA_BACKENDS:
+            runs = [language for language, missing in gpu_languages(op) if not missing]
+            if runs:
+                ops.SLOTS[op, "cuda"] = LANGUAGES[runs[0]][1](op)
 
 
 def candidates() -> list[Candidate]:
@@ -77,11 +148,24 @@ def candidates() -> list[Candidate]:
         found.append(Candidate(op, "cpu", "cpp", not missing, missing or "float32 and bfloat16"))
         rest = "every dtype, in place of cpp" if missing else "float16 and float64, which cpp does not take"
         found.append(Candidate(op, "cpu", "reference", True, rest))
-        if torch.accelerator.is_available():
-            device = torch.accelerator.current_accelerator()
-            name = device.type if device is not None else "accelerator"
-            reason = "every dtype: this version has no compiled kernel for the device"
-            found.append(Candidate(op, name, "reference", True, reason))
+        found += _on_accelerator(op)
+    return found
+
+
+def _on_accelerator(op: str) -> list[Candidate]:
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    name = accelerator.type if accelerator is not None else "cuda"
+    found, ran = [], False
+    for language, missing in gpu_languages(op) if name == "cuda" else ():
+        reason = missing or ("no CUDA device" if accelerator is None else "")
+        if not reason and ran:
+            reason = f"another runs by default: FASTGATE_CUDA={language} forces this one"
+        runs = not reason
+        found.append(Candidate(op, name, language, runs, reason or "float32, bfloat16 and float16"))
+        ran = ran or runs
+    if accelerator is not None:
+        rest = "float64, which the kernels do not take" if ran else "every dtype: no kernel for the device"
+        found.append(Candidate(op, name, "reference", True, rest))
     return found
 
 
@@ -90,6 +174,11 @@ def implementations(op: str, device_type: str = "cpu") -> list[ops.Implementatio
     found = [ops.REFERENCE[op]]
     if device_type == "cpu" and not load_cpu_library():
         found.append(cpp(op))
+    if device_type == "cuda":
+        for language in CUDA_BACKENDS.get(op, ()):
+            missing, implementation = LANGUAGES[language]
+            if not missing():
+                found.append(implementation(op))
     return found
 
 

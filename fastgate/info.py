@@ -47,6 +47,7 @@ def render(found: dict[str, Any]) -> str:
     """The text form of what `collect` returns."""
     build, threads = found["build"], found["threads"]
     built = "compiled CPU kernels" if build["cpu"] else f"no compiled kernels: {build['reason']}"
+    built += " and CUDA kernels" if build.get("cuda") else ""
     lines = ["versions"]
     lines += [f"  {name:<13} {version or 'not installed'}" for name, version in found["versions"].items()]
     lines += ["build", f"  {built}" + (f" (FASTGATE_BUILD={build['mode']})" if build["mode"] else "")]

@@ -1,10 +1,6 @@
 // Registers the CPU ops under fastgate_cpu, a namespace of their own: fastgate/backends.py puts them in their slots.
 #include "ops.h"
 
-#define OPERANDS                                                                                             \
-  "Tensor x, Tensor residual, Tensor weight, Tensor norm_bias, float eps, Tensor? bias, Tensor? gate, "      \
-  "Tensor? scale, Tensor? shift, float dropout_p, Tensor? seed, Tensor? weight2, Tensor? norm_bias2, float eps2"
-
 #define ATTENTION_OPERANDS                                                                              \
   "Tensor q, Tensor k, Tensor v, Tensor cu_q, Tensor cu_k, int heads, float scale, float dropout_p, " \
   "Tensor? seed"
@@ -12,8 +8,10 @@
 STABLE_TORCH_LIBRARY(fastgate_cpu, m) {
   m.def("attention(" ATTENTION_OPERANDS ") -> Tensor");
   m.def("attention_backward(Tensor grad, " ATTENTION_OPERANDS ") -> (Tensor, Tensor, Tensor)");
-  m.def("gated_add_norm(" OPERANDS ") -> Tensor");
-  m.def("gated_add_norm_backward(Tensor grad, " OPERANDS ", int wanted) -> (Tensor, Tensor, Tensor)");
+  m.def("gated_add_norm(" FASTGATE_GATED_ADD_NORM_SCHEMA ") -> Tensor");
+  m.def(
+      "gated_add_norm_backward(Tensor grad, " FASTGATE_GATED_ADD_NORM_SCHEMA
+      ", int wanted) -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastgate_cpu, CPU, m) {

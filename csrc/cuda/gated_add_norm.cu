@@ -1,0 +1,670 @@
+// gated_add_norm on CUDA, forward and backward: the equations of fastgate/reference.py, a row in registers.
+//
+// With rows i, columns j, keep mask m, keep probability 1 - p:
+//
+//   d = m * (x + bias) / (1 - p)        u = scale * residual + gate * d + shift
+//   xhat = (u - mean(u)) * rstd(u)      y = xhat * weight + norm_bias
+//
+// Backward. Let t = dL/dxhat = dy * weight. xhat depends on u through u itself, through its mean and through rstd:
+//
+//   dxhat_j / du_k = rstd * (delta_jk - 1 / n - xhat_j * xhat_k / n)
+//
+// since d rstd / du_k = -rstd^2 * xhat_k / n, and the mean's own share in the variance is sum_j (u_j - mean) = 0. Hence
+//
+//   du = rstd * (t - mean(t) - xhat * mean(t * xhat))
+//
+// and by the chain rule through u, column sums over the rows for the parameters:
+//
+//   dresidual = scale * du                   dscale  = sum_i du * residual
+//   dx        = gate * m / (1 - p) * du      dbias   = sum_i dx
+//   dgate     = sum_ij du * d                dshift  = sum_i du
+//   dweight   = sum_i dy * xhat              dnorm_bias = sum_i dy
+//
+// A second norm sits on y: its backward gives the dy of the first. Backward recomputes u, the statistics and the mask
+// from x, residual and the seed, which it reads anyway: forward saves nothing.
+//
+// Bytes a row of n columns, in device memory: forward x + residual + y; backward x + residual + dy + dx + dresidual.
+// The parameters are read again for each row, from the first-level cache.
+//
+// How a row is spread: a team of one or several warps owns it, and each thread E of its columns, in chunks that are as
+// wide as one 16-byte access of the wider element type: so neighbouring threads touch neighbouring bytes. Forward takes
+// E large enough for one warp a row up to 1024 columns: no barrier, and every load of a row is under way before the
+// first is used. Backward takes E = 8, so that the sums over rows stay in registers, and loads the next row of a team
+// while it works on this one; its grid is one block a multiprocessor. Each block adds its teams' sums in order and
+// writes one row of partial sums, and sum_partials adds those in order: the same bits at every call.
+#include "dropout.cuh"
+#include "elements.cuh"
+#include "gated_add_norm.h"
+#include "team.cuh"
+
+namespace fastgate::cuda {
+
+extern __shared__ float4 dynamic_shared[];  // backward's sums
+
+namespace {
+
+constexpr int kForwardWarps = 4;  // of a block, where one warp a row is enough
+
+// How rows of x in TX and residual in TR, E columns a thread, are cut into chunks.
+template <class TX_, class TR_, int E>
+struct Layout {
+  using TX = TX_;
+  using TR = TR_;
+  static constexpr bool kAligned = !std::is_same_v<TX, Mixed>;
+  using TY = std::conditional_t<std::is_same_v<TX, TR>, TX, float>;
+  static constexpr int kChunk = kAligned ? 16 / int(sizeof(TX) > sizeof(TR) ? sizeof(TX) : sizeof(TR)) : 4;
+  static constexpr int kColumns = E, kChunks = E / kChunk;
+  static_assert(E % kChunk == 0 && E <= 32, "a row's mask is 32 bits a thread");
+  using Values = float[kChunks][kChunk];
+
+  // First column of this thread's chunk k.
+  __device__ static int column(const Team& team, int k) { return (k * team.threads() + team.thread) * kChunk; }
+  // Whether element c of a chunk, `inside` of whose columns lie in the row, is one of them.
+  __device__ static bool has(int inside, int c) { return kAligned ? inside > 0 : c < inside; }
+};
+
+template <class L, class T>
+using HeldRow = Held<T, L::kChunk>[L::kChunks];
+
+template <class L, class T>
+__device__ inline void read_row(
+    Array from, const Team& team, const Operands& o, int64_t row, HeldRow<L, T>& held) {
+#pragma unroll
+  for (int k = 0; k < L::kChunks; ++k) {
+    const int column = L::column(team, k);
+    held[k].read(from, row * o.hidden + column, o.hidden - column);
+  }
+}
+
+template <class L, class T>
+__device__ inline void unpack_row(const HeldRow<L, T>& held, typename L::Values& values) {
+#pragma unroll
+  for (int k = 0; k < L::kChunks; ++k) held[k].unpack(values[k]);
+}
+
+template <int C>
+__device__ inline float total(const float (&values)[C]) {
+  float halves[C / 2];
+#pragma unroll
+  for (int c = 0; c < C / 2; ++c) halves[c] = values[c] + values[c + C / 2];
+  if constexpr (C == 2) {
+    return halves[0];
+  } else {
+    return total(halves);
+  }
+}
+
+// The operands that one number serves for the whole row.
+struct Scalars {
+  float gate;
+  uint2 seed;  // low and high word
+
+  __device__ explicit Scalars(const Operands& o)
+      : gate(o.gate.data != nullptr ? read_one(o.gate) : 1.0f),
+        seed(o.seed != nullptr ? *reinterpret_cast<const uint2*>(o.seed) : make_uint2(0, 0)) {}
+};
+
+// d of one chunk.
+template <class L>
+__device__ inline void drop(
+    const Operands& o, const Held<typename L::TX, L::kChunk>& x, int column, uint32_t keep,
+    float (&d)[L::kChunk]) {
+  x.unpack(d);
+  if (o.bias.data != nullptr) {
+    float bias[L::kChunk];
+    read_parameter<L::kAligned>(o.bias, column, o.hidden - column, bias);
+#pragma unroll
+    for (int c = 0; c < L::kChunk; ++c) d[c] += bias[c];
+  }
+  if (o.seed != nullptr) {
+#pragma unroll
+    for (int c = 0; c < L::kChunk; ++c) d[c] = keep >> c & 1u ? d[c] * o.kept : 0.0f;
+  }
+}
+
+// u of this thread's columns, zero beyond the row; `keep` gets the mask's bits, chunk after chunk. kReads: x and
+// residual are not there yet, each chunk is read when it is due.
+template <class L, bool kReads>
+__device__ inline void mix(
+    const Operands& o, const Scalars& scalars, const Team& team, int64_t row, HeldRow<L, typename L::TX>& x,
+    HeldRow<L, typename L::TR>& residual, typename L::Values& u, uint32_t& keep) {
+  constexpr int C = L::kChunk;
+  keep = 0;
+#pragma unroll
+  for (int k = 0; k < L::kChunks; ++k) {
+    const int column = L::column(team, k), inside = o.hidden - column;
+    if constexpr (kReads) {
+      x[k].read(o.x, row * o.hidden + column, inside);
+      residual[k].read(o.residual, row * o.hidden + column, inside);
+    }
+    if (o.seed != nullptr) keep |= keep_bits<C>(scalars.seed, row, column, o.threshold) << (k * C);
+    float d[C], parameter[C];
+    drop<L>(o, x[k], column, keep >> (k * C), d);
+    residual[k].unpack(u[k]);
+    if (o.scale.data != nullptr) {
+      read_parameter<L::kAligned>(o.scale, column, inside, parameter);
+#pragma unroll
+      for (int c = 0; c < C; ++c) u[k][c] *= parameter[c];
+    }
+#pragma unroll
+    for (int c = 0; c < C; ++c) u[k][c] += scalars.gate * d[c];
+    if (o.shift.data != nullptr) {
+      read_parameter<L::kAligned>(o.shift, column, inside, parameter);
+#pragma unroll
+      for (int c = 0; c < C; ++c) u[k][c] += parameter[c];
+    }
+  }
+}
+
+// A norm's input to xhat in place, the variance from the centred values; returns rstd.
+template <class L>
+__device__ inline float normalise(const Operands& o, float eps, Team& team, typename L::Values& u) {
+  constexpr int C = L::kChunk;
+  const float share = 1.0f / static_cast<float>(o.hidden);
+  float sum = 0.0f;
+#pragma unroll
+  for (int k = 0; k < L::kChunks; ++k) sum += total(u[k]);
+  const float mean = team.sum(sum) * share;
+  float squares = 0.0f;
+#pragma unroll
+  for (int k = 0; k < L::kChunks; ++k) {
+    const int inside = o.hidden - L::column(team, k);
+    float squared[C];
+#pragma unroll
+    for (int c = 0; c < C; ++c) {
+      u[k][c] = L::has(inside, c) ? u[k][c] - mean : 0.0f;
+      squared[c] = u[k][c] * u[k][c];
+    }
+    squares += total(squared);
+  }
+  const float variance = team.sum(squares) * share + eps;
+  float rstd = rsqrtf(variance);
+  rstd *= 1.5f - 0.5f * variance * rstd * rstd;  // the approximation's last bits
+#pragma unroll
+  for (int k = 0; k < L::kChunks; ++k)
+#pragma unroll
+    for (int c = 0; c < C; ++c) u[k][c] *= rstd;
+  return rstd;
+}
+
+// xhat * weight + norm_bias, zero beyond the row.
+template <class L>
+__device__ inline void affine(
+    const Operands& o, Array weight, Array norm_bias, const Team& team, const typename L::Values& xhat,
+    typename L::Values& y) {
+  constexpr int C = L::kChunk;
+#pragma unroll
+  for (int k = 0; k < L::kChunks; ++k) {
+    const int column = L::column(team, k), inside = o.hidden - column;
+    float multiplied[C], added[C];
+    read_parameter<L::kAligned>(weight, column, inside, multiplied);
+    read_parameter<L::kAligned>(norm_bias, column, inside, added);
+#pragma unroll
+    for (int c = 0; c < C; ++c) y[k][c] = xhat[k][c] * multiplied[c] + added[c];
+  }
+}
+
+// Threads of a forward block at most: one warp a row up to the widest row of each layout but the last, kWidest there.
+template <class L>
+constexpr int kForwardThreads = L::kAligned && L::kColumns < 32 ? kForwardWarps * kWarp : kWidest / L::kColumns;
+
+// Threads of a multiprocessor that a forward kernel leaves registers for: the more columns each holds, the fewer.
+template <class L>
+constexpr int kForwardResident = L::kColumns == 16 && L::kAligned ? 1024 : L::kColumns == 24 ? 640 : 512;
+
+template <class L>
+__global__ void __launch_bounds__(kForwardThreads<L>, kForwardResident<L> / kForwardThreads<L>)
+    forward_rows(const __grid_constant__ Operands o, const Output y, int warps) {
+  Team team(warps);
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * (blockDim.x / team.threads()) + team.place;
+  if (row >= o.rows) return;
+  HeldRow<L, typename L::TX> x;
+  HeldRow<L, typename L::TR> residual;
+  read_row<L, typename L::TX>(o.x, team, o, row, x);
+  read_row<L, typename L::TR>(o.residual, team, o, row, residual);
+  const Scalars scalars(o);
+  typename L::Values u;
+  uint32_t keep;
+  mix<L, false>(o, scalars, team, row, x, residual, u, keep);
+  normalise<L>(o, o.eps, team, u);
+  affine<L>(o, o.weight, o.norm_bias, team, u, u);
+  if (o.weight2.data != nullptr) {
+    normalise<L>(o, o.eps2, team, u);
+    affine<L>(o, o.weight2, o.norm_bias2, team, u, u);
+  }
+#pragma unroll
+  for (int k = 0; k < L::kChunks; ++k) {
+    const int column = L::column(team, k);
+    write<typename L::TY>(y, row * o.hidden + column, o.hidden - column, u[k]);
+  }
+}
+
+// A parameter's place among the gradients, csrc/ops.h's order.
+enum Parameter : int { kBias, kGate, kScale, kShift, kWeight, kNormBias, kWeight2, kNormBias2, kParameters };
+constexpr int kWantX = 1, kWantResidual = 2;
+__host__ __device__ constexpr int want(int parameter) { return 4 << parameter; }
+
+__device__ inline int bits_set(int bits) { return __popc(bits); }
+
+// A thread's sums over its team's rows in shared memory, for each wanted parameter its E columns: four by four, and
+// neighbouring threads' side by side, so that accesses are 16 bytes wide and meet no bank twice.
+template <class L>
+struct Sums {
+  static constexpr int kQuads = L::kChunks * L::kChunk / 4;
+  int wanted, count, threads;
+  float4* mine;
+
+  __device__ Sums(const Team& team, int wanted)
+      : wanted(wanted),
+        count(bits_set(wanted >> 2)),
+        threads(team.threads()),
+        mine(dynamic_shared + team.place * count * kQuads * threads + team.thread) {
+    for (int at = 0; at < count * kQuads; ++at) mine[at * threads] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+  }
+
+  __device__ bool has(int parameter) const { return wanted & want(parameter); }
+
+  // Place of a wanted parameter's first four.
+  __device__ int first(int parameter) const { return bits_set(wanted >> 2 & ((1 << parameter) - 1)) * kQuads; }
+
+  // Adds to chunk k.
+  __device__ void add(int parameter, int k, const float (&values)[L::kChunk]) {
+    const int at = first(parameter) + k * (L::kChunk / 4);
+#pragma unroll
+    for (int c = 0; c < L::kChunk; c += 4) {
+      float4& sum = mine[(at + c / 4) * threads];
+      const float4 was = sum;
+      sum = make_float4(was.x + values[c], was.y + values[c + 1], was.z + values[c + 2], was.w + values[c + 3]);
+    }
+  }
+};
+
+// The sums of all teams, added in the teams' order: one row of partial sums a block, (count, hidden).
+template <class L>
+__device__ inline void write_partials(const Operands& o, const Team& team, const Sums<L>& sums, float* partials) {
+  constexpr int kQuads = Sums<L>::kQuads;
+  const int teams = blockDim.x / sums.threads, stride = sums.count * kQuads * sums.threads;
+  const float4* first = dynamic_shared + team.thread;
+  for (int parameter = team.place; parameter < sums.count; parameter += teams) {
+    float* to = partials + (static_cast<int64_t>(blockIdx.x) * sums.count + parameter) * o.hidden;
+#pragma unroll
+    for (int quad = 0; quad < kQuads; ++quad) {
+      const float4* from = first + (parameter * kQuads + quad) * sums.threads;
+      float4 sum = from[0];
+      for (int other = 1; other < teams; ++other) {
+        const float4 more = from[other * stride];
+        sum = make_float4(sum.x + more.x, sum.y + more.y, sum.z + more.z, sum.w + more.w);
+      }
+      constexpr int kPerChunk = L::kChunk / 4;
+      const int column = L::column(team, quad / kPerChunk) + quad % kPerChunk * 4, inside = o.hidden - column;
+      const float values[4] = {sum.x, sum.y, sum.z, sum.w};
+      write<std::conditional_t<L::kAligned, float, Mixed>>({to, Type::f32}, column, inside, values);
+    }
+  }
+}
+
+// dL/d(output) in dy to dL/d(xhat) in t, and the means over the row that its gradient needs: of t and of t * xhat.
+template <class L>
+__device__ inline float2 weigh(
+    const Operands& o, Array weight, Team& team, const typename L::Values& xhat, typename L::Values& t) {
+  constexpr int C = L::kChunk;
+  float2 sums = make_float2(0.0f, 0.0f);
+#pragma unroll
+  for (int k = 0; k < L::kChunks; ++k) {
+    const int column = L::column(team, k);
+    float multiplied[C];
+    read_parameter<L::kAligned>(weight, column, o.hidden - column, multiplied);
+#pragma unroll
+    for (int c = 0; c < C; ++c) {
+      t[k][c] *= multiplied[c];
+      sums.x += t[k][c];
+      sums.y += t[k][c] * xhat[k][c];
+    }
+  }
+  sums = team.sum(sums);
+  const float share = 1.0f / static_cast<float>(o.hidden);
+  return make_float2(sums.x * share, sums.y * share);
+}
+
+template <class L>
+__device__ inline void through_norm(
+    float rstd, float2 means, const typename L::Values& xhat, typename L::Values& t) {
+#pragma unroll
+  for (int k = 0; k < L::kChunks; ++k)
+#pragma unroll
+    for (int c = 0; c < L::kChunk; ++c) t[k][c] = rstd * (t[k][c] - means.x - xhat[k][c] * means.y);
+}
+
+template <class L>
+__global__ void __launch_bounds__(kWarpsPerBlock * kWarp, 1) backward_rows(
+    const __grid_constant__ Operands o, const Array grad, const Output dx, const Output dresidual, int wanted,
+    float* partials, int warps) {
+  constexpr int C = L::kChunk, K = L::kChunks;
+  constexpr bool kNarrow = C * K <= 8;  // room in registers for the usual sums and for the next row
+  Team team(warps);
+  const Scalars scalars(o);
+  Sums<L> sums(team, wanted);
+  typename L::Values dbias = {}, dweight = {}, dnorm_bias = {};
+  float dgate = 0.0f;
+  const int teams = blockDim.x / team.threads();
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * teams;
+  int64_t row = static_cast<int64_t>(blockIdx.x) * teams + team.place;
+
+  HeldRow<L, typename L::TX> x;
+  HeldRow<L, typename L::TR> residual;
+  HeldRow<L, typename L::TY> dy;
+  const auto read = [&](int64_t from) {
+    if (from >= o.rows) return;
+    read_row<L, typename L::TX>(o.x, team, o, from, x);
+    read_row<L, typename L::TR>(o.residual, team, o, from, residual);
+    read_row<L, typename L::TY>(grad, team, o, from, dy);
+  };
+  if constexpr (kNarrow) read(row);
+  for (; row < o.rows; row += stride) {
+    typename L::Values u, t;  // u becomes xhat; t goes from dy to du
+    uint32_t keep;
+    mix<L, !kNarrow>(o, scalars, team, row, x, residual, u, keep);
+    if constexpr (kNarrow) unpack_row<L, typename L::TY>(dy, t), read(row + stride);
+    const float rstd = normalise<L>(o, o.eps, team, u);
+    typename L::Values xhat2;
+    float rstd2 = 0.0f;
+    if (o.weight2.data != nullptr) {
+      affine<L>(o, o.weight, o.norm_bias, team, u, xhat2);
+      rstd2 = normalise<L>(o, o.eps2, team, xhat2);
+    }
+    if constexpr (!kNarrow) read_row<L, typename L::TY>(grad, team, o, row, dy), unpack_row<L, typename L::TY>(dy, t);
+    if (o.weight2.data != nullptr) {
+#pragma unroll
+      for (int k = 0; k < K; ++k) {
+        float along[C];
+#pragma unroll
+        for (int c = 0; c < C; ++c) along[c] = t[k][c] * xhat2[k][c];
+        if (sums.has(kWeight2)) sums.add(kWeight2, k, along);
+        if (sums.has(kNormBias2)) sums.add(kNormBias2, k, t[k]);
+      }
+      const float2 means = weigh<L>(o, o.weight2, team, xhat2, t);
+      through_norm<L>(rstd2, means, xhat2, t);
+    }
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+      float along[C];
+#pragma unroll
+      for (int c = 0; c < C; ++c) {
+        along[c] = t[k][c] * u[k][c];
+        if constexpr (kNarrow) dweight[k][c] += along[c], dnorm_bias[k][c] += t[k][c];
+      }
+      if constexpr (!kNarrow) {
+        if (sums.has(kWeight)) sums.add(kWeight, k, along);
+        if (sums.has(kNormBias)) sums.add(kNormBias, k, t[k]);
+      }
+    }
+    const float2 means = weigh<L>(o, o.weight, team, u, t);
+    through_norm<L>(rstd, means, u, t);
+
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+      const int column = L::column(team, k), inside = o.hidden - column;
+      const int64_t at = row * o.hidden + column;
+      const float(&du)[C] = t[k];
+      float out[C];
+      if (wanted & (kWantX | want(kBias))) {
+#pragma unroll
+        for (int c = 0; c < C; ++c) {
+          out[c] = scalars.gate * du[c];
+          if (o.seed != nullptr) out[c] = keep >> (k * C + c) & 1u ? out[c] * o.kept : 0.0f;
+          if constexpr (kNarrow) dbias[k][c] += out[c];
+        }
+        if (wanted & kWantX) write<typename L::TX>(dx, at, inside, out);
+        if constexpr (!kNarrow)
+          if (sums.has(kBias)) sums.add(kBias, k, out);
+      }
+      if (wanted & kWantResidual) {
+        if (o.scale.data == nullptr) {
+          write<typename L::TR>(dresidual, at, inside, du);
+        } else {
+          read_parameter<L::kAligned>(o.scale, column, inside, out);
+#pragma unroll
+          for (int c = 0; c < C; ++c) out[c] *= du[c];
+          write<typename L::TR>(dresidual, at, inside, out);
+        }
+      }
+      // x and residual once more: few calls want these two, and the row is still in the cache.
+      if (sums.has(kGate)) {
+        Held<typename L::TX, C> again;
+        again.read(o.x, at, inside);
+        drop<L>(o, again, column, keep >> (k * C), out);
+#pragma unroll
+        for (int c = 0; c < C; ++c) dgate += du[c] * out[c];
+      }
+      if (sums.has(kScale)) {
+        Held<typename L::TR, C> again;
+        again.read(o.residual, at, inside);
+        again.unpack(out);
+#pragma unroll
+        for (int c = 0; c < C; ++c) out[c] *= du[c];
+        sums.add(kScale, k, out);
+      }
+      if (sums.has(kShift)) sums.add(kShift, k, du);
+    }
+  }
+
+  if (sums.count == 0) return;
+  if constexpr (kNarrow) {
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+      if (sums.has(kBias)) sums.add(kBias, k, dbias[k]);
+      if (sums.has(kWeight)) sums.add(kWeight, k, dweight[k]);
+      if (sums.has(kNormBias)) sums.add(kNormBias, k, dnorm_bias[k]);
+    }
+  }
+  if (sums.has(kGate)) sums.mine[sums.first(kGate) * sums.threads].x = dgate;  // its row sums to the gradient
+  __syncthreads();
+  write_partials<L>(o, team, sums, partials);
+}
+
+constexpr int kSumWarps = 8;
+
+// (rows, size) to its column sums: warp w adds rows w, w + 8, ..., then the warps are added in order.
+__global__ void __launch_bounds__(kSumWarps * kWarp)
+    sum_partials(const float* __restrict__ partials, int64_t rows, int64_t size, float* __restrict__ sums) {
+  __shared__ float parts[kSumWarps][kWarp];
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int64_t column = static_cast<int64_t>(blockIdx.x) * kWarp + lane;
+  float sum = 0.0f;
+  if (column < size)
+#pragma unroll 4
+    for (int64_t row = warp; row < rows; row += kSumWarps) sum += partials[row * size + column];
+  parts[warp][lane] = sum;
+  __syncthreads();
+  if (warp != 0 || column >= size) return;
+#pragma unroll
+  for (int other = 1; other < kSumWarps; ++other) sum += parts[other][lane];
+  sums[column] = sum;
+}
+
+// ---- host: which kernel, how many threads, how many blocks ----
+
+struct OnDevice {
+  int before = 0;
+  cudaError_t error;
+
+  explicit OnDevice(int device) {
+    error = cudaGetDevice(&before);
+    if (error == cudaSuccess && before != device) error = cudaSetDevice(device);
+  }
+  ~OnDevice() {
+    int now = before;
+    if (cudaGetDevice(&now) == cudaSuccess && now != before) cudaSetDevice(before);
+  }
+};
+
+const char* described(cudaError_t error) {
+  if (error == cudaSuccess) return nullptr;
+  cudaGetLastError();  // or it would be met again by whoever asks next
+  return cudaGetErrorString(error);
+}
+
+template <class Kernel, class... Arguments>
+cudaError_t launch(
+    Queue queue, Kernel kernel, int64_t blocks, int threads, size_t shared, const Arguments&... arguments) {
+  if (shared > 48 * 1024) {
+    const cudaError_t error = cudaFuncSetAttribute(
+        reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+    if (error != cudaSuccess) return error;
+  }
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = shared;
+  config.stream = static_cast<cudaStream_t>(queue.stream);
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
+int64_t divided_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Stands for the element types of x and residual.
+template <class TX, class TR>
+struct Types {};
+
+// Calls f with the types that training and inference meet if rows are whole chunks, else with Mixed, for everything.
+template <class F>
+cudaError_t with_types(const Operands& o, const F& f) {
+  const Type x = o.x.type, residual = o.residual.type;
+  const int64_t wider = bytes(x) > bytes(residual) ? bytes(x) : bytes(residual);
+  if (o.hidden % (16 / wider) == 0) {
+    if (x == Type::f32 && residual == Type::f32) return f(Types<float, float>());
+    if (x == Type::bf16 && residual == Type::bf16) return f(Types<bf16, bf16>());
+    if (x == Type::f16 && residual == Type::f16) return f(Types<f16, f16>());
+    if (x == Type::bf16 && residual == Type::f32) return f(Types<bf16, float>());
+    if (x == Type::f16 && residual == Type::f32) return f(Types<f16, float>());
+  }
+  return f(Types<Mixed, Mixed>());
+}
+
+int warps_a_row(const Operands& o, int columns_a_thread) {
+  return static_cast<int>(divided_up(o.hidden, columns_a_thread * kWarp));
+}
+
+template <class L>
+cudaError_t launch_forward(Queue queue, const Operands& o, Output y) {
+  const int warps = warps_a_row(o, L::kColumns), teams = warps == 1 ? kForwardWarps : 1;
+  return launch(queue, forward_rows<L>, divided_up(o.rows, teams), teams * warps * kWarp, 0, o, y, warps);
+}
+
+template <class TX, class TR>
+cudaError_t launch_forward(Types<TX, TR>, Queue queue, const Operands& o, Output y) {
+  if constexpr (std::is_same_v<TX, Mixed>) {
+    return launch_forward<Layout<TX, TR, 16>>(queue, o, y);
+  } else {
+    if (o.hidden <= 16 * kWarp) return launch_forward<Layout<TX, TR, 16>>(queue, o, y);
+    if (o.hidden <= 24 * kWarp) return launch_forward<Layout<TX, TR, 24>>(queue, o, y);
+    return launch_forward<Layout<TX, TR, 32>>(queue, o, y);
+  }
+}
+
+// How backward is cut into blocks of teams.
+struct Cut {
+  int warps, teams;
+  int64_t blocks;
+};
+
+template <class L>
+cudaError_t cut_backward(Queue queue, const Operands& o, Cut* cut) {
+  int multiprocessors;
+  const cudaError_t error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, queue.device);
+  cut->warps = warps_a_row(o, L::kColumns);
+  cut->teams = kWarpsPerBlock / cut->warps;
+  const int64_t enough = divided_up(o.rows, cut->teams);
+  cut->blocks = enough < multiprocessors ? enough : multiprocessors;
+  return error;
+}
+
+template <class TX, class TR, class F>
+cudaError_t call_with_layout(Types<TX, TR>, const Operands& o, const F& f) {
+  if constexpr (!std::is_same_v<TX, Mixed>)
+    if (o.hidden <= 8 * kWarp * kWarpsPerBlock) return f(Layout<TX, TR, 8>());
+  if constexpr (std::is_same_v<TX, TR>) return f(Layout<TX, TR, 16>());
+  return f(Layout<Mixed, Mixed, 16>());  // two types in very wide rows are not worth kernels of their own
+}
+
+// Calls f with backward's layout for these operands.
+template <class F>
+cudaError_t with_backward_layout(const Operands& o, const F& f) {
+  return with_types(o, [&](auto types) { return call_with_layout(types, o, f); });
+}
+
+// The lowest `most` of the parameters that `wanted` names.
+int lowest(int wanted, int most) {
+  int taken = 0;
+  for (int parameter = 0; parameter < kParameters && most > 0; ++parameter)
+    if (wanted & want(parameter)) taken |= want(parameter), --most;
+  return taken;
+}
+
+int count_of(int wanted) {
+  int count = 0;
+  for (int parameter = 0; parameter < kParameters; ++parameter) count += (wanted & want(parameter)) != 0;
+  return count;
+}
+
+// One launch for all that is wanted, unless the sums of a very wide row exceed a multiprocessor's shared memory: then
+// further launches read the rows again for the parameters that are left.
+template <class L>
+cudaError_t launch_backward(
+    Queue queue, const Operands& o, Array grad, Output dx, Output dresidual, int wanted, float* partials,
+    float* parameters) {
+  constexpr int kRows = kWantX | kWantResidual, kStatic = 1024;  // shared memory that is not sums, at most
+  int shared;
+  cudaError_t error = cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, queue.device);
+  Cut cut;
+  if (error == cudaSuccess) error = cut_backward<L>(queue, o, &cut);
+  const int threads = cut.teams * cut.warps * kWarp, bytes_a_sum = threads * L::kColumns * int(sizeof(float));
+  int rows = wanted & kRows, left = wanted & ~kRows;
+  while (error == cudaSuccess && (rows | left)) {
+    const int now = lowest(left, (shared - kStatic) / bytes_a_sum), count = count_of(now);
+    if (cut.blocks > 0)
+      error = launch(
+          queue, backward_rows<L>, cut.blocks, threads, static_cast<size_t>(count) * bytes_a_sum, o, grad, dx,
+          dresidual, rows | now, partials, cut.warps);
+    const int64_t size = static_cast<int64_t>(count) * o.hidden;
+    if (error == cudaSuccess && count > 0)
+      error = launch(
+          queue, sum_partials, divided_up(size, kWarp), kSumWarps * kWarp, 0, static_cast<const float*>(partials),
+          cut.blocks, size, parameters);
+    parameters += size;
+    left &= ~now;
+    rows = 0;
+  }
+  return error;
+}
+
+}  // namespace
+
+const char* launch_gated_add_norm(Queue queue, const Operands& o, Output y) {
+  if (o.rows == 0) return nullptr;
+  const OnDevice on(queue.device);
+  if (on.error != cudaSuccess) return described(on.error);
+  return described(with_types(o, [&](auto types) { return launch_forward(types, queue, o, y); }));
+}
+
+const char* gated_add_norm_partial_rows(Queue queue, const Operands& o, int64_t* found) {
+  return described(with_backward_layout(o, [&](auto layout) {
+    Cut cut;
+    const cudaError_t error = cut_backward<decltype(layout)>(queue, o, &cut);
+    *found = cut.blocks;
+    return error;
+  }));
+}
+
+const char* launch_gated_add_norm_backward(
+    Queue queue, const Operands& o, Array grad, Output dx, Output dresidual, int64_t wanted, float* partials,
+    float* parameters) {
+  const OnDevice on(queue.device);
+  if (on.error != cudaSuccess) return described(on.error);
+  return described(with_backward_layout(o, [&](auto layout) {
+    return launch_backward<decltype(layout)>(
+        queue, o, grad, dx, dresidual, static_cast<int>(wanted), partials, parameters);
+  }));
+}
+
+}  // namespace fastgate::cuda
