@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import importlib
+import importlib.util
 import json
 import os
 from collections.abc import Callable
@@ -20,8 +22,8 @@ CUDA_LIBRARY = Path(__file__).parent / "libfastgate_cuda.so"
 BUILD_RECORD = Path(__file__).parent / "build.json"
 CPP_DTYPES = (torch.float32, torch.bfloat16)
 CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Ops that more than one GPU language implements -> the languages, best first: FASTGATE_CUDA forces one.
-CUDA_BACKENDS = {"gated_add_norm": ("cuda",)}
+# Ops with a GPU kernel -> the languages it is written in, best first. FASTGATE_CUDA forces one where there are two.
+CUDA_BACKENDS = {"gated_add_norm": ("cuda", "triton")}
 
 
 @dataclass(frozen=True)
@@ -95,14 +97,33 @@ def cuda(op: str) -> ops.Implementation:
     )
 
 
+@functools.cache
+def missing_for_triton() -> str:
+    """The reason the Triton kernels cannot run here, empty if they can. Triton is not imported for it."""
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    if torch.version.hip is not None:
+        return "written and tested for NVIDIA devices, this torch is built for ROCm"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed: pip install fastgate[gpu]"
+    return ""
+
+
+def triton(op: str) -> ops.Implementation:
+    """The Triton implementation of `op`, whose kernels are compiled when they first run."""
+    module = importlib.import_module(f"fastgate.kernels.{op}")
+    return ops.Implementation("triton", module.forward, module.backward, frozenset(CUDA_DTYPES))
+
+
 # GPU language -> why it cannot run here (empty if it can), and its implementation of an op.
 LANGUAGES: dict[str, tuple[Callable[[], str], Callable[[str], ops.Implementation]]] = {
     "cuda": (load_cuda_library, cuda),
+    "triton": (missing_for_triton, triton),
 }
 
 
 def forced_language() -> str | None:
-    """The value of FASTGATE_CUDA, checked: the GPU language that every op with a choice runs in."""
+    """The value of FASTGATE_CUDA, checked: the GPU language of every op that is written in several."""
     forced = os.environ.get("FASTGATE_CUDA") or None
     if forced is not None and forced not in LANGUAGES:
         wanted = f"one of {', '.join(LANGUAGES)}"
@@ -113,11 +134,11 @@ def forced_language() -> str | None:
 def gpu_languages(op: str) -> list[tuple[str, str]]:
     """The GPU languages of `op`, best first, each with the reason it does not run here; the first without a
     reason runs."""
-    forced = forced_language()
+    forced, written = forced_language(), CUDA_BACKENDS.get(op, ())
     found = []
-    for language in CUDA_BACKENDS.get(op, ()):
+    for language in written:
         missing = LANGUAGES[language][0]()
-        if not missing and forced not in (None, language):
+        if not missing and forced in written and forced != language:
             missing = f"FASTGATE_CUDA={forced} forces the other"
         found.append((language, missing))
     return found

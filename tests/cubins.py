@@ -13,13 +13,15 @@ _RESOURCES = re.compile(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) L
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
 # Loads and stores of local memory: a spilled register, or an array that is indexed at run time.
 _LOCAL = ("LDL", "STL")
+# Loads, stores, and copies into shared memory that no register sees.
+_DEVICE = ("LDG", "STG", "LDGSTS")
 _TENSOR_CORE = ("HMMA", "HGMMA", "UTCHMMA", "UTCQMMA", "UTCMMA")
 
 
 @dataclass(frozen=True)
 class Kernel:
     """registers: a thread; stack, shared: bytes; local: loads and stores of local memory in the code;
-    wide, narrow: loads and stores of device memory of 16 bytes, of less; tensor: matrix instructions."""
+    wide, narrow: accesses to device memory of 16 bytes a thread, of less; tensor: matrix instructions."""
 
     registers: int
     stack: int
@@ -64,7 +66,7 @@ def _counts(instructions: Counter[str]) -> tuple[int, int, int, int]:
         op, *parts = instruction.split(".")
         local += count * op.startswith(_LOCAL)
         tensor += count * op.startswith(_TENSOR_CORE)
-        if op in ("LDG", "STG"):
+        if op in _DEVICE:
             wide += count * ("128" in parts)
             narrow += count * ("128" not in parts)
     return local, wide, narrow, tensor

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from cases import allowed, error
+from cases import DTYPES, allowed, error
 from torch.nn.functional import layer_norm
 
 from fastgate import ops, reference
@@ -157,3 +157,40 @@ def check(backend, given):
         true = true_grads[name]
         terms = gate_condition(given, grad, true) if name == "gate" and true.abs() > 0 else 1.0
         assert error(got, true) <= allowed(torchs_grads[name], true, got.dtype, grown * terms), name
+
+
+def check_masks(backend, seed, hidden):
+    """Read back from the values: x adds 10 where it is kept; its gradient is zero where it is not."""
+    rows = 9
+    given = make((rows, hidden + 1), DTYPES[0], "plain")
+    given.update(dropout_p=0.4, seed=torch.tensor(seed), bias=torch.full((hidden + 1,), 10.0), eps=1e-5)
+    given["x"], given["residual"] = torch.zeros(rows, hidden + 1), torch.zeros(rows, hidden + 1)
+    given.update(weight=torch.ones(hidden + 1), norm_bias=torch.zeros(hidden + 1))
+    mask = reference.keep_mask(given["seed"], rows, hidden + 1, 0.4)
+    grad = torch.randn(rows, hidden + 1, generator=torch.Generator().manual_seed(1))
+    y, _ = run(backend, given, grad)
+    mixed = mask.any(1) & ~mask.all(1)  # elsewhere the norm hides which it was
+    assert torch.equal(y[mixed] > 0, mask[mixed])
+    given["residual"] = make((rows, hidden + 1), DTYPES[0], "plain", seed=5)["residual"]
+    _, grads = run(backend, given, grad)
+    if hidden > 1:
+        assert torch.equal(grads["x"] != 0, mask)
+
+
+def check_strides(backend):
+    """Operands with any strides give what dense ones give."""
+    given = make((6, 20), DTYPES[0], "gate")
+    wide = {
+        **given,
+        "x": torch.randn(6, 40)[:, ::2],
+        "residual": torch.randn(20, 6).t(),
+        "bias": torch.randn(40)[::2],
+    }
+    dense = {
+        key: value.contiguous() if isinstance(value, torch.Tensor) else value for key, value in wide.items()
+    }
+    grad = torch.randn(20, 6).t()
+    y, grads = run(backend, wide, grad)
+    y_dense, grads_dense = run(backend, dense, grad.contiguous())
+    assert torch.equal(y, y_dense) and y.is_contiguous()
+    assert all(torch.allclose(grads[key], grads_dense[key], rtol=1e-6, atol=1e-6) for key in grads)

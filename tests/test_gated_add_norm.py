@@ -11,6 +11,8 @@ from norm_cases import (
     CALLS,
     SEED,
     check,
+    check_masks,
+    check_strides,
     double,
     make,
     run,
@@ -95,24 +97,7 @@ def test_mask_keeps_the_right_share(dropout_p):
 @pytest.mark.parametrize("seed", [0, SEED, -3])
 @pytest.mark.parametrize("name", BACKENDS)
 def test_masks_are_equal_forward_and_backward_in_every_backend(name, seed, hidden):
-    """Read back from the values: x adds 10 where it is kept; its gradient is zero where it is not."""
-    rows = 9
-    given = make((rows, hidden + 1), DTYPES[0], "plain")
-    given.update(dropout_p=0.4, seed=torch.tensor(seed), bias=torch.full((hidden + 1,), 10.0), eps=1e-5)
-    given["x"], given["residual"] = torch.zeros(rows, hidden + 1), torch.zeros(rows, hidden + 1)
-    given.update(weight=torch.ones(hidden + 1), norm_bias=torch.zeros(hidden + 1))
-    mask = reference.keep_mask(given["seed"], rows, hidden + 1, 0.4)
-    y, grads = run(
-        BACKENDS[name], given, torch.randn(rows, hidden + 1, generator=torch.Generator().manual_seed(1))
-    )
-    mixed = mask.any(1) & ~mask.all(1)  # elsewhere the norm hides which it was
-    assert torch.equal(y[mixed] > 0, mask[mixed])
-    given["residual"] = make((rows, hidden + 1), DTYPES[0], "plain", seed=5)["residual"]
-    _, grads = run(
-        BACKENDS[name], given, torch.randn(rows, hidden + 1, generator=torch.Generator().manual_seed(1))
-    )
-    if hidden > 1:
-        assert torch.equal(grads["x"] != 0, mask)
+    check_masks(BACKENDS[name], seed, hidden)
 
 
 def test_dropout_follows_the_default_generator():
@@ -159,18 +144,4 @@ def test_bits_do_not_depend_on_threads():
 
 @pytest.mark.parametrize("name", BACKENDS)
 def test_strided_operands(name):
-    given = make((6, 20), DTYPES[0], "gate")
-    wide = {
-        **given,
-        "x": torch.randn(6, 40)[:, ::2],
-        "residual": torch.randn(20, 6).t(),
-        "bias": torch.randn(40)[::2],
-    }
-    dense = {
-        key: value.contiguous() if isinstance(value, torch.Tensor) else value for key, value in wide.items()
-    }
-    grad = torch.randn(20, 6).t()
-    y, grads = run(BACKENDS[name], wide, grad)
-    y_dense, grads_dense = run(BACKENDS[name], dense, grad.contiguous())
-    assert torch.equal(y, y_dense) and y.is_contiguous()
-    assert all(torch.allclose(grads[key], grads_dense[key], rtol=1e-6, atol=1e-6) for key in grads)
+    check_strides(BACKENDS[name])

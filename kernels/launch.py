@@ -1,0 +1,68 @@
+"""Launches Triton kernels at little host time: a compiled variant is looked up by the caller's own key."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+# Of what the interpreter, which runs kernels on CPU tensors, stands for: programs get several tiles.
+INTERPRETED_MULTIPROCESSORS = 2
+
+
+# Products and sums may fuse: fewer roundings. Triton is changing its default.
+OPTIONS = {"enable_fp_fusion": True}
+
+
+class Kernel:
+    """A `triton.jit` function and its compiled variants.
+
+    Triton's own launch inspects every argument at every call to find the variant that fits. Here the caller
+    gives a key that says as much: element types, which operands are there, alignment, launch choices.
+    """
+
+    def __init__(self, function: Any) -> None:
+        self.function = function
+        self.interpreted = not isinstance(function, triton.JITFunction)
+        self.compiled: dict[Hashable, Any] = {}
+
+    def launch(
+        self, grid: tuple[int, int, int], key: Hashable, arguments: tuple[Any, ...], num_warps: int
+    ) -> None:
+        """Run on the current device and stream. arguments: all parameters by position, constexprs too, the
+        first one a tensor; key: whatever of them, other than the device, decides the compiled variant.
+        """
+        if self.interpreted:
+            self.function[grid](*arguments, num_warps=num_warps, **OPTIONS)
+            return
+        device = arguments[0].device.index
+        if device != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                return self.launch(grid, key, arguments, num_warps)
+        variant = self.compiled.get((device, key))
+        if variant is None:
+            variant = self.function.warmup(*arguments, grid=grid, num_warps=num_warps, **OPTIONS)
+            self.compiled[device, key] = variant
+        variant[grid](*arguments)
+
+
+def aligned(*tensors: Tensor | None) -> bool:
+    """Whether all tensors begin at multiples of 16 bytes, as 16-byte accesses need."""
+    bits = 0
+    for tensor in tensors:
+        if tensor is not None:
+            bits |= tensor.data_ptr()
+    return bits & 15 == 0
+
+
+def multiprocessors(device: torch.device) -> int:
+    return _multiprocessors(device.index) if device.type == "cuda" else INTERPRETED_MULTIPROCESSORS
+
+
+@functools.cache
+def _multiprocessors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count

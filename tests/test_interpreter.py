@@ -1,0 +1,22 @@
+"""Every Triton kernel's tests in Triton's interpreter, which needs no GPU."""
+
+from __future__ import annotations
+
+import children
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed")
+FILES = sorted(path.name for path in children.TESTS.glob("test_triton_*.py"))
+RUN = """
+import os, sys
+os.environ["TRITON_INTERPRET"] = "1"
+import pytest
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", *sys.argv[1:]]))
+"""
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_in_the_interpreter(name):
+    process = children.start(RUN, name)
+    output, errors = process.communicate(timeout=600)
+    assert process.returncode == 0 and " passed" in output, output + errors

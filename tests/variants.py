@@ -1,0 +1,55 @@
+"""The calls whose Triton kernels `kernels/resources.json` counts: one function an op, listed in OPS.
+
+A call is the op's host code on meta tensors: it chooses the kernels and their launches as on a device, and
+tests/resources.py records them in place of launching.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from cases import DTYPES
+from norm_cases import make, wanted_bits
+
+from fastgate import ops
+from fastgate.kernels import gated_add_norm
+
+Calls = Iterator[tuple[str, Callable[[], object]]]
+FP32, BF16, AUTOCAST = DTYPES[:3]
+MANY, FEW = 65536, 32
+
+
+def gated_add_norm_calls() -> Calls:
+    """Every hidden bucket that BERTs have, the dtypes, and the calls that take the most registers."""
+    for hidden in (12, 128, 312, 384, 768, 771, 1024, 2048):
+        yield f"{hidden} bias", _gated_add_norm(MANY, hidden, BF16, "bias")
+    for hidden in (384, 768, 1024):
+        yield f"{hidden} dropout", _gated_add_norm(MANY, hidden, BF16, "dropout")
+    for call in ("everything", "two norms and dropout"):
+        yield f"768 {call}", _gated_add_norm(MANY, 768, BF16, call)
+        yield f"768 fp32 {call}", _gated_add_norm(MANY, 768, FP32, call)
+    yield "768 fp32 bias", _gated_add_norm(MANY, 768, FP32, "bias")
+    yield "768 autocast dropout", _gated_add_norm(MANY, 768, AUTOCAST, "dropout")
+    yield "768 few rows", _gated_add_norm(FEW, 768, BF16, "bias")
+
+
+def _gated_add_norm(rows: int, hidden: int, dtypes: object, call: str) -> Callable[[], object]:
+    given = make((1, hidden), dtypes, call)
+    operands = {
+        name: value.to("meta") if isinstance(value, torch.Tensor) else value for name, value in given.items()
+    }
+    for name in ("x", "residual"):
+        operands[name] = operands[name].new_empty((rows, hidden))
+    positional = [operands[name] for name in ops.OPERANDS]
+
+    def both() -> None:
+        y = gated_add_norm.forward(*positional)
+        gated_add_norm.backward(y, *positional, wanted_bits(given))
+
+    return both
+
+
+OPS: dict[str, Callable[[], Calls]] = {
+    "gated_add_norm": gated_add_norm_calls,
+}
