@@ -1,6 +1,6 @@
 """The JSON lines of `fastgate bench --json` as a Markdown table.
 
-    python bench/speed_table.py bench/results/speed_cpu.jsonl
+python bench/speed_table.py bench/results/speed_cpu.jsonl
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ CUDA_LIBRARY = Path(__file__).parent / "libfastgate_cuda.so"
 BUILD_RECORD = Path(__file__).parent / "build.json"
 CPP_DTYPES = (torch.float32, torch.bfloat16)
 CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Ops with a GPU kernel -> the languages it is written in, best first. Where there are two, FASTGATE_CUDA forces one.
+# Ops with a GPU kernel -> its languages, best first. FASTGATE_CUDA forces one where there are two.
 CUDA_BACKENDS = {"gated_add_norm": ("cuda", "triton"), "attention": ("triton",)}
 
 
