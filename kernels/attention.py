@@ -11,8 +11,11 @@ probability, c = scale * log2(e), so that every exponential is an exp2:
 
 dS is the softmax's Jacobian diag(P) - P P^T applied to dP. The two forms of delta are equal because
 sum_j P_ij dP_ij = sum_d dO_id sum_j M_ij P_ij v_jd / (1 - p), and that sum over j is O_id: one pass over O
-in place of another over the keys. Statistics and sums are float32. P and dS are rounded to the operands'
-dtype for their products, as the tensor cores want; float32 operands keep float32 products throughout.
+in place of another over the keys. In float32 that is not exact enough: where one P_ij is nearly 1, dP - delta
+cancels, and only the sum over P dP errs as dP itself does. So float32 walks the keys twice.
+
+Statistics and sums are float32. P and dS are rounded to the operands' dtype for their products, as the tensor
+cores want; float32 operands keep float32 products throughout.
 
 Forward walks the keys of a block of queries with the running maximum and sum of the softmax; it can leave L
 behind. Backward is two kernels, neither with an atomic: `backward_queries_kernel` owns dQ of a block of
@@ -239,6 +242,40 @@ def forward_kernel(
 
 
 @triton.jit
+def _walk_keys(
+    q,  # (BLOCK_M, D)
+    grad,  # (BLOCK_M, D)
+    lse,  # (BLOCK_M,)
+    k_ptr,  # (m, D), row stride stride_k; of one sequence and head
+    v_ptr,  # (m, D), row stride stride_v; of one sequence and head
+    seed_ptr,  # (1,) int64, or None: no dropout
+    counter,
+    first,
+    start,
+    m,
+    heads,
+    stride_k,
+    stride_v,
+    c,
+    over_keep,
+    threshold,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """P, dP and k of the keys from `start` on."""
+    k = _load(k_ptr, start, m, stride_k, BLOCK_N, D)
+    v = _load(v_ptr, start, m, stride_v, BLOCK_N, D)
+    s = tl.dot(q, tl.trans(k), input_precision="ieee")
+    s = tl.where((start + tl.arange(0, BLOCK_N) < m)[None, :], s, float("-inf"))
+    p = tl.exp2(s * c - lse[:, None])
+    dp = tl.dot(grad, tl.trans(v), input_precision="ieee") * over_keep
+    if seed_ptr is not None:
+        dp = tl.where(_kept(seed_ptr, threshold, counter, first, start, heads, BLOCK_M, BLOCK_N), dp, 0.0)
+    return p, dp, k
+
+
+@triton.jit
 def _query_block(
     grad_ptr,  # (n, D), row stride stride_g; from here on: of one sequence and head
     out_ptr,  # (n, D), row stride heads * D
@@ -269,21 +306,26 @@ def _query_block(
     """delta and dQ of the queries from `first` on."""
     q = _load(q_ptr, first, n, stride_q, BLOCK_M, D)
     grad = _load(grad_ptr, first, n, stride_g, BLOCK_M, D)
-    out = _load(out_ptr, first, n, heads * D, BLOCK_M, D)
     row = first + tl.arange(0, BLOCK_M)
-    delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
-    tl.store(delta_ptr + row, delta, mask=row < n)
     lse = tl.load(lse_ptr + row, mask=row < n, other=0.0)
+    if q_ptr.dtype.element_ty == tl.float32:
+        delta = tl.zeros((BLOCK_M,), tl.float32)
+        for start in range(0, m, BLOCK_N):
+            p, dp, _ = _walk_keys(
+                q, grad, lse, k_ptr, v_ptr, seed_ptr, counter, first, start, m, heads,
+                stride_k, stride_v, c, over_keep, threshold, D, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
+            delta += tl.sum(p * dp, 1)
+    else:
+        out = _load(out_ptr, first, n, heads * D, BLOCK_M, D)
+        delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
+    tl.store(delta_ptr + row, delta, mask=row < n)
     dq = tl.zeros((BLOCK_M, D), tl.float32)
     for start in range(0, m, BLOCK_N):
-        k = _load(k_ptr, start, m, stride_k, BLOCK_N, D)
-        v = _load(v_ptr, start, m, stride_v, BLOCK_N, D)
-        s = tl.dot(q, tl.trans(k), input_precision="ieee")
-        s = tl.where((start + tl.arange(0, BLOCK_N) < m)[None, :], s, float("-inf"))
-        p = tl.exp2(s * c - lse[:, None])
-        dp = tl.dot(grad, tl.trans(v), input_precision="ieee") * over_keep
-        if seed_ptr is not None:
-            dp = tl.where(_kept(seed_ptr, threshold, counter, first, start, heads, BLOCK_M, BLOCK_N), dp, 0.0)
+        p, dp, k = _walk_keys(
+            q, grad, lse, k_ptr, v_ptr, seed_ptr, counter, first, start, m, heads,
+            stride_k, stride_v, c, over_keep, threshold, D, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
         ds = p * (dp - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
     _store(dq_ptr, dq * scale, first, n, heads * D, BLOCK_M, D)

@@ -23,18 +23,28 @@ from triton.compiler import ASTSource
 
 from fastgate.kernels import attention
 
-TABLE = Path(attention.__file__).resolve().parent / "attention_resources.json"
+TABLE = Path(__file__).parent.parent / "kernels" / "attention_resources.json"
 CAPABILITIES = (80, 90, 100)
 # float16 takes bfloat16's blocks and the same instructions of another type: one is compiled beside its twin.
 VARIANTS = {variant.name: variant for variant in attention.variants((torch.bfloat16, torch.float32))}
 HALF = {variant.name: variant for variant in attention.variants((torch.float16,))}
-# float32 has no tensor core: a product's operands lie in registers, and at this width there are too many.
-SPILLS = {name for name in VARIANTS if name.startswith("backward_queries_kernel fp32 128")}
+# What spills, and may not grow. float32 has no tensor core: a product's operands lie in registers, and at 128
+# wide there are too many of them; at 64 wide sm_80's assembler gives one register up for a fourth program.
+SPILLS = {
+    "forward_kernel fp32 64 tiles 32x32 sm_80",
+    "backward_keys_kernel fp32 64 tiles 32x32 sm_80",
+    "forward_kernel fp32 128 tiles 32x32 sm_90",
+    "forward_kernel fp32 128 tiles 32x32 sm_100",
+} | {
+    f"backward_queries_kernel fp32 128 tiles 32x32{dropout} sm_{capability}"
+    for dropout in ("", " dropout")
+    for capability in CAPABILITIES
+}
 # The suite's own compilations: the widest forms, which spill first, and the one with two ways inside.
 AGAIN = (
     ("forward_kernel bf16 128 tiles 128x32 dropout", 90),
     ("backward_keys_kernel bf16 64 tiles 32x64 dropout", 90),
-    ("forward_kernel fp32 64 tiles 32x32", 80),
+    ("forward_kernel fp32 64 tiles 32x32", 90),
     ("backward_whole_kernel bf16 32 whole 32x32", 100),
 )
 
@@ -86,7 +96,8 @@ def test_every_variant_keeps_the_rules(capability):
     )
     for name, variant in VARIANTS.items():
         found = table[key(name, capability)]
-        assert (found["local"] == 0 and found["stack"] == 0) or name in SPILLS, f"{name} spills"
+        spills = found["local"] > 0 or found["stack"] > 0
+        assert spills == (key(name, capability) in SPILLS), f"{name}: {found}"
         assert (found["tensor"] > 0) == (" fp32 " not in name), name
         # sm_80 cubins run on sm_86 and sm_89 too, which have 99 KiB.
         assert found["shared"] <= (99 if capability == 80 else 227) * 1024, name
