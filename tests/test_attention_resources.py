@@ -1,6 +1,6 @@
 """Attention's Triton kernels compiled for three GPUs without one: registers, spills, widths, tensor cores.
 
-`python tests/test_triton_attention_static.py` compiles every variant and writes the table beside the kernels,
+`python tests/test_attention_resources.py` compiles every variant and writes the table beside the kernels,
 attention_resources.json; the suite compiles a few again and holds the whole table to the rules.
 """
 
