@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.nn.functional import dropout, layer_norm
 
-from fastgate import ops
+from fastgate.ops.gated_add_norm import gated_add_norm
 
 EPS = 1e-12
 SHAPES = [(32, 384), (300, 384), (4000, 384), (300, 768), (4000, 768)]
@@ -19,7 +19,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def fused(x, residual, weight, norm_bias, bias, p=0.0):
-    return ops.gated_add_norm(x, residual, weight, norm_bias, EPS, bias=bias, dropout_p=p)
+    return gated_add_norm(x, residual, weight, norm_bias, EPS, bias=bias, dropout_p=p)
 
 
 def eager(x, residual, weight, norm_bias, bias, p=0.0):

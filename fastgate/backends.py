@@ -21,7 +21,8 @@ CPU_LIBRARY = Path(__file__).parent / "libfastgate_cpu.so"
 CUDA_LIBRARY = Path(__file__).parent / "libfastgate_cuda.so"
 BUILD_RECORD = Path(__file__).parent / "build.json"
 CPP_DTYPES = (torch.float32, torch.bfloat16)
-CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CPU_OPS = ("gated_add_norm", "attention")
 # Ops with a GPU kernel -> its languages, best first. FASTGATE_CUDA forces one where there are two.
 CUDA_BACKENDS = {"gated_add_norm": ("cuda", "triton"), "attention": ("triton",)}
 
@@ -67,7 +68,7 @@ def _load(library: Path, reason: str, namespace: str, wanted: tuple[str, ...]) -
 @functools.cache
 def load_cpu_library() -> str:
     """Load the compiled CPU kernels; returns the reason they cannot run, empty if they can."""
-    return _load(CPU_LIBRARY, "reason", "fastgate_cpu", ops.OPS)
+    return _load(CPU_LIBRARY, "reason", "fastgate_cpu", CPU_OPS)
 
 
 @functools.cache
@@ -93,7 +94,7 @@ def cuda(op: str) -> ops.Implementation:
         "cuda",
         getattr(library, op).default,
         getattr(library, f"{op}_backward").default,
-        frozenset(CUDA_DTYPES),
+        frozenset(GPU_DTYPES),
     )
 
 
@@ -115,7 +116,7 @@ def triton(op: str) -> ops.Implementation:
     saving = (module.forward_saving, module.backward_saved) if hasattr(module, "backward_saved") else None
     head_dims = getattr(module, "HEAD_DIMS", None)
     return ops.Implementation(
-        "triton", module.forward, module.backward, frozenset(CUDA_DTYPES), saving, head_dims
+        "triton", module.forward, module.backward, frozenset(GPU_DTYPES), saving, head_dims
     )
 
 
@@ -151,7 +152,7 @@ def gpu_languages(op: str) -> list[tuple[str, str]]:
 def fill() -> None:
     """Put the best implementation that runs here into every slot of fastgate.ops."""
     if not load_cpu_library():
-        for op in ops.OPS:
+        for op in CPU_OPS:
             ops.SLOTS[op, "cpu"] = cpp(op)
     if torch.cuda.is_available():
         forced = forced_language()
@@ -170,8 +171,10 @@ def candidates() -> list[Candidate]:
     found = []
     missing = load_cpu_library()
     for op in ops.OPS:
-        found.append(Candidate(op, "cpu", "cpp", not missing, missing or "float32 and bfloat16"))
-        rest = "every dtype, in place of cpp" if missing else "float16 and float64, which cpp does not take"
+        rest = "every dtype"
+        if op in CPU_OPS:
+            found.append(Candidate(op, "cpu", "cpp", not missing, missing or "float32 and bfloat16"))
+            rest += ", in place of cpp" if missing else " that cpp does not take: float16 and float64"
         found.append(Candidate(op, "cpu", "reference", True, rest))
         found += _on_accelerator(op)
     return found
@@ -197,7 +200,7 @@ def _on_accelerator(op: str) -> list[Candidate]:
 def implementations(op: str, device_type: str = "cpu") -> list[ops.Implementation]:
     """All implementations of `op` that can run on this kind of device, side by side: the reference first."""
     found = [ops.REFERENCE[op]]
-    if device_type == "cpu" and not load_cpu_library():
+    if device_type == "cpu" and op in CPU_OPS and not load_cpu_library():
         found.append(cpp(op))
     if device_type == "cuda":
         for language in CUDA_BACKENDS.get(op, ()):

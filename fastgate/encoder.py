@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import absorbed_attention, attention, attention_probabilities
 from .errors import Unsupported, say
-from .ops import gated_add_norm
+from .ops.attention import absorbed_attention, attention, attention_probabilities
+from .ops.gated_add_norm import gated_add_norm
 from .packing import Packing
 from .plan import Plan, Step, make_plan
 from .replacement import Replacement

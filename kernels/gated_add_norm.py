@@ -29,7 +29,7 @@ chunks lie in the registers of the same threads: a row of one warp is reduced by
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -39,6 +39,7 @@ from torch import Tensor
 from fastgate.errors import ArgumentError, say
 from fastgate.kernels.dropout import kept, threshold_argument
 from fastgate.kernels.launch import Kernel, aligned, multiprocessors
+from fastgate.kernels.sums import add_up
 
 LANES = 32
 # Up to so many rows, rows are few: more threads each, so that the multiprocessors are not left idle.
@@ -342,28 +343,7 @@ def backward_kernel(
             _write_sums(to, dnorm_bias2, hidden, CHUNKS, WIDTH)
 
 
-@triton.jit(do_not_specialize=["parts", "size"])
-def sum_kernel(
-    sums,  # (parts, size) float32
-    total,  # (size,) float32
-    parts: tl.int32,
-    size: tl.int32,
-    PARTS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    VECTOR: tl.constexpr,
-):
-    """total = the sum of the rows of sums, in an order that `parts` alone decides."""
-    size = size // VECTOR * VECTOR
-    column = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)[None, :]
-    running = tl.zeros((PARTS, WIDTH), tl.float32)
-    for start in range(0, parts, PARTS):
-        part = start + tl.arange(0, PARTS)[:, None]
-        running += _load(sums + part.to(tl.int64) * size + column, (part < parts) & (column < size))
-    column = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
-    tl.store(total + column, tl.sum(running, axis=0), mask=column < size)
-
-
-FORWARD, BACKWARD, SUM = Kernel(forward_kernel), Kernel(backward_kernel), Kernel(sum_kernel)
+FORWARD, BACKWARD = Kernel(forward_kernel), Kernel(backward_kernel)
 
 
 @functools.lru_cache(4096)
@@ -505,21 +485,6 @@ def backward(
         (*tensors, *outputs, *numbers, keep, STAGES if keep else 1, wanted, count, *tile[:4]),
         tile.num_warps,
     )
-    if count and programs > 1:
-        _add_up(sums, stacked)
+    if sums is not None and programs > 1:
+        add_up(sums, stacked)
     return dx, dresidual, stacked
-
-
-SUM_PARTS, SUM_WIDTH, SUM_WARPS = 64, 32, 4
-
-
-def _add_up(sums: Any, total: Tensor) -> None:
-    """total (count, H) = the sum of sums (programs, count, H) over programs."""
-    size = total.numel()
-    vector = 4 if size % 4 == 0 else 1
-    SUM.launch(
-        (-(-size // SUM_WIDTH), 1, 1),
-        (vector, aligned(sums, total)),
-        (sums, total, sums.shape[0], size, SUM_PARTS, SUM_WIDTH, vector),
-        SUM_WARPS,
-    )

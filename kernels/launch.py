@@ -31,21 +31,28 @@ class Kernel:
         self.compiled: dict[Hashable, Any] = {}
 
     def launch(
-        self, grid: tuple[int, int, int], key: Hashable, arguments: tuple[Any, ...], num_warps: int
+        self,
+        grid: tuple[int, int, int],
+        key: Hashable,
+        arguments: tuple[Any, ...],
+        num_warps: int,
+        num_stages: int = 3,
     ) -> None:
         """Run on the current device and stream. arguments: all parameters by position, constexprs too, the
         first one a tensor; key: whatever of them, other than the device, decides the compiled variant.
         """
         if self.interpreted:
-            self.function[grid](*arguments, num_warps=num_warps, **OPTIONS)
+            self.function[grid](*arguments, num_warps=num_warps, num_stages=num_stages, **OPTIONS)
             return
         device = arguments[0].device.index
         if device != torch.cuda.current_device():
             with torch.cuda.device(device):
-                return self.launch(grid, key, arguments, num_warps)
+                return self.launch(grid, key, arguments, num_warps, num_stages)
         variant = self.compiled.get((device, key))
         if variant is None:
-            variant = self.function.warmup(*arguments, grid=grid, num_warps=num_warps, **OPTIONS)
+            variant = self.function.warmup(
+                *arguments, grid=grid, num_warps=num_warps, num_stages=num_stages, **OPTIONS
+            )
             self.compiled[device, key] = variant
         variant[grid](*arguments)
 

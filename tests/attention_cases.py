@@ -10,7 +10,7 @@ from poison import poisoned
 from torch import Tensor
 
 from fastgate import ops, reference
-from fastgate.attention import attention, torch_attention
+from fastgate.ops.attention import attention, torch_attention
 from fastgate.packing import Ragged
 
 SEED = 81985529216486895

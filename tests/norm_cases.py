@@ -6,7 +6,8 @@ import torch
 from cases import DTYPES, allowed, error
 from torch.nn.functional import layer_norm
 
-from fastgate import ops, reference
+from fastgate import reference
+from fastgate.ops.gated_add_norm import OPERANDS, PARAMETER_BIT, PARAMETERS
 
 SEED = 81985529216486895
 # Which optional operands a call has, and the dropout probability.
@@ -31,7 +32,7 @@ def make(sizes, dtypes, call, seed=0):
     def draw(shape, dtype, mean=0.0):
         return (mean + torch.randn(shape, generator=generator)).to(dtype)
 
-    given = dict.fromkeys(ops.OPERANDS)
+    given = dict.fromkeys(OPERANDS)
     given.update(x=draw(sizes, dtypes.x), residual=draw(sizes, dtypes.residual, 0.5))
     given.update(weight=draw(hidden, dtypes.parameters, 1.0), norm_bias=draw(hidden, dtypes.parameters))
     given.update(eps=1e-5, eps2=1e-6, dropout_p=dropout_p)
@@ -103,17 +104,17 @@ def gradients(function, given, grad):
 
 
 def wanted_bits(given):
-    return 3 | sum(bit for name, bit in ops.PARAMETER_BIT.items() if given[name] is not None)
+    return 3 | sum(bit for name, bit in PARAMETER_BIT.items() if given[name] is not None)
 
 
 def run(backend, given, grad):
     """y and the gradients by name, from one backend's own functions."""
-    operands = [given[name] for name in ops.OPERANDS]
+    operands = [given[name] for name in OPERANDS]
     y = backend.forward(*operands)
     wanted = wanted_bits(given)
     dx, dresidual, rows = backend.backward(grad.to(y.dtype), *operands, wanted)
     found = {"x": dx, "residual": dresidual}
-    for name, row in zip([n for n in ops.PARAMETERS if wanted & ops.PARAMETER_BIT[n]], rows, strict=True):
+    for name, row in zip([n for n in PARAMETERS if wanted & PARAMETER_BIT[n]], rows, strict=True):
         found[name] = (row.sum() if name == "gate" else row).to(given[name].dtype)
     return y, found
 

@@ -99,8 +99,8 @@ def recording() -> Iterator[list[Launch]]:
     """Launches in the order they are asked for, none of them made."""
     launches: list[Launch] = []
 
-    def by_key(self, grid, key, arguments, num_warps):
-        record(self.function, *arguments, num_warps=num_warps, **launch.OPTIONS)
+    def by_key(self, grid, key, arguments, num_warps, num_stages=3):
+        record(self.function, *arguments, num_warps=num_warps, num_stages=num_stages, **launch.OPTIONS)
 
     def record(function, *arguments, grid=None, warmup=False, **named):
         launches.append(Launch.of(function, arguments, named))

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastgate import backends, reference
-from fastgate.attention import absorbed_attention, attention, attention_probabilities, torch_attention
+from fastgate.ops.attention import absorbed_attention, attention, attention_probabilities, torch_attention
 from fastgate.packing import Ragged
 
 CPU = torch.device("cpu")

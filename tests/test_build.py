@@ -140,7 +140,8 @@ def test_wheel_without_library_serves_everything(tmp_path):
     ]
     code = (
         "import torch, json; from fastgate import backends, info, ops\n"
-        "y = ops.gated_add_norm(torch.randn(2, 8), torch.randn(2, 8), torch.ones(8), torch.zeros(8), 1e-5)\n"
+        "from fastgate.ops.gated_add_norm import gated_add_norm\n"
+        "y = gated_add_norm(torch.randn(2, 8), torch.randn(2, 8), torch.ones(8), torch.zeros(8), 1e-5)\n"
         "assert abs(float(y.mean())) < 1e-6 and not ops.SLOTS\n"
         "print(json.dumps(info.collect()['ops'][0]))"
     )

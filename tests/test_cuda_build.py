@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from norm_cases import CALLS, SEED, check, make, run, wanted_bits
 
 from fastgate import backends, info, ops, reference
+from fastgate.ops.gated_add_norm import OPERANDS
 
 ROOT = Path(__file__).parent.parent
 EMULATOR = ROOT / "tests" / "emulator"
@@ -300,7 +301,7 @@ def test_another_stream_waits_for_nobody_else_s(on_gpu):
 def test_a_graph_replays_with_new_values_gate_and_seed(on_gpu):
     given = _to(make((515, 768), DTYPES[1], "everything"), "cuda")
     grad = torch.randn(515, 768, device="cuda", dtype=torch.bfloat16)
-    operands, wanted = [given[name] for name in ops.OPERANDS], wanted_bits(given)
+    operands, wanted = [given[name] for name in OPERANDS], wanted_bits(given)
 
     def step():
         return on_gpu.forward(*operands), *on_gpu.backward(grad, *operands, wanted)

@@ -19,6 +19,7 @@ from norm_cases import (
 )
 
 from fastgate import backends, ops, reference
+from fastgate.ops.gated_add_norm import gated_add_norm
 
 BACKENDS = {found.backend: found for found in backends.implementations("gated_add_norm")}
 
@@ -42,7 +43,7 @@ def test_backends_are_as_exact_as_torch(name, dtypes, shape, call, poisoned):
 def test_other_precisions_run_the_reference(dtype):
     assert ops.implementation("gated_add_norm", "cpu", dtype, torch.float32).backend == "reference"
     x, vector = torch.randn(3, 8, dtype=dtype), torch.ones(8, dtype=dtype)
-    y = ops.gated_add_norm(x, x, vector, vector, 1e-5)
+    y = gated_add_norm(x, x, vector, vector, 1e-5)
     assert torch.equal(y, reference.gated_add_norm(x, x, vector, vector, 1e-5))
     if "cpp" in BACKENDS:
         with pytest.raises(
@@ -104,10 +105,10 @@ def test_dropout_follows_the_default_generator():
     given = make((4, 64), DTYPES[0], "plain")
     positional = [given[name] for name in ("x", "residual", "weight", "norm_bias", "eps")]
     torch.manual_seed(11)
-    first = ops.gated_add_norm(*positional, dropout_p=0.5)
-    second = ops.gated_add_norm(*positional, dropout_p=0.5)
+    first = gated_add_norm(*positional, dropout_p=0.5)
+    second = gated_add_norm(*positional, dropout_p=0.5)
     torch.manual_seed(11)
-    again = ops.gated_add_norm(*positional, dropout_p=0.5)
+    again = gated_add_norm(*positional, dropout_p=0.5)
     assert torch.equal(first, again)
     assert not torch.equal(first, second)
 

@@ -8,8 +8,8 @@ from cases import DTYPES
 from norm_cases import CALLS, differentiable, eager, gradients, keep_mask, make, wanted_bits
 from torch.nn.functional import layer_norm
 
-from fastgate import ops
 from fastgate.errors import ArgumentError
+from fastgate.ops.gated_add_norm import OPERANDS, gated_add_norm
 
 
 @pytest.mark.parametrize("call", CALLS)
@@ -18,13 +18,13 @@ def test_public_function_trains_like_the_reference(call):
     given = make((7, 48), DTYPES[0], call)
     grad = torch.randn(7, 48, generator=torch.Generator().manual_seed(1))
     keywords = [
-        name for name in ops.OPERANDS if name not in ("x", "residual", "weight", "norm_bias", "eps", "seed")
+        name for name in OPERANDS if name not in ("x", "residual", "weight", "norm_bias", "eps", "seed")
     ]
 
     def public(operands):
         torch.manual_seed(5)
         positional = [operands[name] for name in ("x", "residual", "weight", "norm_bias", "eps")]
-        return ops.gated_add_norm(*positional, **{name: operands[name] for name in keywords})
+        return gated_add_norm(*positional, **{name: operands[name] for name in keywords})
 
     if given["dropout_p"]:
         torch.manual_seed(5)
@@ -39,7 +39,7 @@ def test_public_function_trains_like_the_reference(call):
 def test_only_the_gradients_asked_for():
     given = make((4, 16), DTYPES[0], "everything")
     gate = given["gate"].requires_grad_()
-    y = ops.gated_add_norm(
+    y = gated_add_norm(
         given["x"],
         given["residual"],
         given["weight"],
@@ -57,7 +57,7 @@ def test_only_the_gradients_asked_for():
 
 def test_x_and_residual_do_not_share_their_grad():
     x, residual = (torch.randn(3, 8).requires_grad_() for _ in range(2))
-    ops.gated_add_norm(x, residual, torch.ones(8), torch.zeros(8), 1e-5).sum().backward()
+    gated_add_norm(x, residual, torch.ones(8), torch.zeros(8), 1e-5).sum().backward()
     x.grad.add_(1.0)
     assert not torch.equal(x.grad, residual.grad)
 
@@ -68,7 +68,7 @@ def test_autocast_mixes_precisions():
     weight, norm_bias = torch.ones(48, requires_grad=True), torch.zeros(48, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
         x = linear(torch.randn(5, 32))
-        y = ops.gated_add_norm(x, residual, weight, norm_bias, 1e-12, bias=linear.bias)
+        y = gated_add_norm(x, residual, weight, norm_bias, 1e-12, bias=linear.bias)
     assert x.dtype == torch.bfloat16 and y.dtype == torch.float32
     y.square().sum().backward()
     assert linear.weight.grad.dtype == torch.float32 and linear.weight.grad.isfinite().all()
@@ -80,11 +80,11 @@ def test_inference_calls_the_implementation_without_autograd():
     given = make((3, 16), DTYPES[0], "plain")
     positional = [given[name] for name in ("x", "residual", "weight", "norm_bias", "eps")]
     positional[2] = positional[2].requires_grad_()
-    assert ops.gated_add_norm(*positional).grad_fn is not None
+    assert gated_add_norm(*positional).grad_fn is not None
     with torch.no_grad():
-        y = ops.gated_add_norm(*positional)
+        y = gated_add_norm(*positional)
     with torch.inference_mode():
-        assert torch.equal(ops.gated_add_norm(*positional), y)
+        assert torch.equal(gated_add_norm(*positional), y)
     assert y.grad_fn is None
 
 
@@ -92,8 +92,8 @@ def test_inference_calls_the_implementation_without_autograd():
 def test_gate_may_be_a_number(gate):
     given = make((3, 16), DTYPES[0], "bias")
     positional = [given[name] for name in ("x", "residual", "weight", "norm_bias", "eps")]
-    as_number = ops.gated_add_norm(*positional, bias=given["bias"], gate=gate)
-    as_tensor = ops.gated_add_norm(*positional, bias=given["bias"], gate=torch.tensor(gate))
+    as_number = gated_add_norm(*positional, bias=given["bias"], gate=gate)
+    as_tensor = gated_add_norm(*positional, bias=given["bias"], gate=torch.tensor(gate))
     assert torch.equal(as_number, as_tensor)
 
 
@@ -116,7 +116,7 @@ def test_compiles_whole(call):
     dropout_p = given["dropout_p"]
 
     def function(x, residual, weight, norm_bias, bias):
-        return ops.gated_add_norm(
+        return gated_add_norm(
             x.tanh(), residual, weight, norm_bias, 1e-5, bias=bias, dropout_p=dropout_p, **keywords
         ).sin()
 
@@ -158,5 +158,5 @@ def test_refusals_name_the_argument_and_a_remedy(what):
         eps=1e-5,
     )
     with pytest.raises(ArgumentError, match=f"^gated_add_norm: {argument}: got .*, wanted .*; ") as caught:
-        ops.gated_add_norm(**{**given, **wrong})
+        gated_add_norm(**{**given, **wrong})
     assert isinstance(caught.value, ValueError)

@@ -14,6 +14,16 @@ from norm_cases import CALLS, SEED, check, check_masks, check_strides, make, run
 from triton_device import DEVICE, INTERPRETED, gpu_only, moved
 
 from fastgate import ops, reference
+from fastgate.ops.gated_add_norm import (
+    DRESIDUAL,
+    DX,
+    OPERANDS,
+    PARAMETER_BIT,
+    PARAMETERS,
+)
+from fastgate.ops.gated_add_norm import (
+    gated_add_norm as public_gated_add_norm,
+)
 
 pytest.importorskip("triton", reason="triton is not installed")
 from fastgate.kernels import dropout, gated_add_norm
@@ -85,7 +95,7 @@ def test_unaligned_operands():
     """Tensors that begin between 16-byte boundaries give the same bits."""
     given = make((13, 48), DTYPES[1], "everything")
     grad = torch.randn(13, 48, generator=torch.Generator().manual_seed(1)).bfloat16()
-    operands, wanted = moved([given[name] for name in ops.OPERANDS], DEVICE), wanted_bits(given)
+    operands, wanted = moved([given[name] for name in OPERANDS], DEVICE), wanted_bits(given)
     shifted = [
         torch.empty(value.numel() + 1, dtype=value.dtype, device=DEVICE)[1:].view(value.shape).copy_(value)
         if isinstance(value, torch.Tensor)
@@ -103,16 +113,16 @@ def test_unaligned_operands():
 def test_only_the_gradients_asked_for(names, poisoned):
     """The same bits as when all are asked for; the others have no elements."""
     given = make((40, 24), DTYPES[0], "everything")
-    operands = moved([given[name] for name in ops.OPERANDS], DEVICE)
+    operands = moved([given[name] for name in OPERANDS], DEVICE)
     grad = torch.randn(40, 24, generator=torch.Generator().manual_seed(1)).to(DEVICE)
-    bits = {"x": ops.DX, "residual": ops.DRESIDUAL, **ops.PARAMETER_BIT}
+    bits = {"x": DX, "residual": DRESIDUAL, **PARAMETER_BIT}
     every = wanted_bits(given)
     dx, dresidual, rows = gated_add_norm.backward(grad, *operands, every)
-    asked = [name for name in ops.PARAMETERS if every & bits[name]]
+    asked = [name for name in PARAMETERS if every & bits[name]]
     full = {"x": dx, "residual": dresidual, **dict(zip(asked, rows, strict=True))}
     dx, dresidual, rows = gated_add_norm.backward(grad, *operands, sum(bits[name] for name in names))
     part = {"x": dx, "residual": dresidual}
-    part.update(zip([name for name in ops.PARAMETERS if name in names], rows, strict=True))
+    part.update(zip([name for name in PARAMETERS if name in names], rows, strict=True))
     for name, value in part.items():
         assert torch.equal(value, full[name]) if name in names else not value.numel()
 
@@ -138,7 +148,7 @@ def test_bits_repeat(call):
 def launched():
     """A call on the device, and what it gives: (function, operands)."""
     given = make((700, 384), DTYPES[1], "everything")
-    operands = moved([given[name] for name in ops.OPERANDS], DEVICE)
+    operands = moved([given[name] for name in OPERANDS], DEVICE)
     grad = torch.randn(700, 384, generator=torch.Generator().manual_seed(1)).to(DEVICE, torch.bfloat16)
 
     def call():
@@ -155,7 +165,7 @@ def test_graph_replay_reads_the_operands_anew(launched):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = call()
-    x, seed = operands[ops.OPERANDS.index("x")], operands[ops.OPERANDS.index("seed")]
+    x, seed = operands[OPERANDS.index("x")], operands[OPERANDS.index("seed")]
     for _ in range(2):
         x.mul_(0.5)
         seed.add_(1)
@@ -169,7 +179,7 @@ def test_another_stream_and_what_is_on_it(launched):
     """Launched on the current stream: behind the work that fills its operands there."""
     call, operands = launched
     want = call()
-    x = operands[ops.OPERANDS.index("x")]
+    x = operands[OPERANDS.index("x")]
     kept = x.clone()
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -193,7 +203,7 @@ def test_the_slot_is_filled_and_trains():
         if isinstance(value, torch.Tensor)
     }
     positional = [leaves.pop(name) for name in ("x", "residual", "weight", "norm_bias")]
-    y = ops.gated_add_norm(*positional, given["eps"], **leaves)
+    y = public_gated_add_norm(*positional, given["eps"], **leaves)
     found = torch.autograd.grad(y.square().sum(), [*positional, *leaves.values()])
     twins = [leaf.detach().cpu().requires_grad_() for leaf in (*positional, *leaves.values())]
     keywords = dict(zip(leaves, twins[4:], strict=True))
@@ -204,6 +214,6 @@ def test_the_slot_is_filled_and_trains():
 
 
 def test_parameters_have_the_schemas_bits():
-    bits = {name: getattr(gated_add_norm, name.upper()).value for name in ops.PARAMETERS}
-    assert bits == ops.PARAMETER_BIT
-    assert (gated_add_norm.DX, gated_add_norm.DRESIDUAL) == (ops.DX, ops.DRESIDUAL)
+    bits = {name: getattr(gated_add_norm, name.upper()).value for name in PARAMETERS}
+    assert bits == PARAMETER_BIT
+    assert (gated_add_norm.DX, gated_add_norm.DRESIDUAL) == (DX, DRESIDUAL)

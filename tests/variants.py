@@ -12,8 +12,8 @@ import torch
 from cases import DTYPES
 from norm_cases import make, wanted_bits
 
-from fastgate import ops
 from fastgate.kernels import gated_add_norm
+from fastgate.ops.gated_add_norm import OPERANDS
 
 Calls = Iterator[tuple[str, Callable[[], object]]]
 FP32, BF16, AUTOCAST = DTYPES[:3]
@@ -41,7 +41,7 @@ def _gated_add_norm(rows: int, hidden: int, dtypes: object, call: str) -> Callab
     }
     for name in ("x", "residual"):
         operands[name] = operands[name].new_empty((rows, hidden))
-    positional = [operands[name] for name in ops.OPERANDS]
+    positional = [operands[name] for name in OPERANDS]
 
     def both() -> None:
         y = gated_add_norm.forward(*positional)

@@ -1,15 +1,8 @@
-"""The ops: one schema each, argument checks, fake kernels, autograd, and the slots that implementations fill.
-
-`gated_add_norm` is what the rest of fastgate calls. Where torch traces, it calls the registered op
-`fastgate::gated_add_norm`. On plain tensors it calls the implementation directly, through an autograd
-function only if a gradient is wanted: a registered autograd formula costs 8 microseconds a call where none
-is, and for this many arguments 200 where one is.
-"""
+"""gated_add_norm: LayerNorm(scale * residual + gate * dropout(x + bias) + shift), and a second LayerNorm."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
@@ -18,9 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from fastgate import reference
 from fastgate.errors import ArgumentError, say
-
-OPS = ("gated_add_norm", "attention")
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+from fastgate.ops import slots
 
 _SCHEMA = (
     "Tensor x, Tensor residual, Tensor weight, Tensor norm_bias, float eps, Tensor? bias, Tensor? gate, "
@@ -33,27 +24,10 @@ DX, DRESIDUAL = 1, 2
 PARAMETERS = ("bias", "gate", "scale", "shift", "weight", "norm_bias", "weight2", "norm_bias2")
 PARAMETER_BIT = {name: 4 << place for place, name in enumerate(PARAMETERS)}
 
-schemas = torch.library.Library("fastgate", "DEF")
-schemas.define(f"gated_add_norm({_SCHEMA}) -> Tensor")
-schemas.define(f"gated_add_norm_backward(Tensor grad, {_SCHEMA}, int wanted) -> (Tensor, Tensor, Tensor)")
-
-
-@dataclass(frozen=True)
-class Implementation:
-    """One backend's functions for one op, which take the schema's arguments by position, and their dtypes.
-
-    For attention only: saving, a forward that returns (out, log-sum-exp) and a backward that takes (grad,
-    out, log-sum-exp, ...), where that spares work; head_dims, the ones it takes, None for all.
-    """
-
-    backend: str
-    forward: Callable[..., Tensor]
-    backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
-    dtypes: frozenset[torch.dtype]
-    saving: (
-        tuple[Callable[..., tuple[Tensor, Tensor]], Callable[..., tuple[Tensor, Tensor, Tensor]]] | None
-    ) = None
-    head_dims: tuple[int, ...] | None = None  # a tuple: traced sizes have no hash
+slots.schemas.define(f"gated_add_norm({_SCHEMA}) -> Tensor")
+slots.schemas.define(
+    f"gated_add_norm_backward(Tensor grad, {_SCHEMA}, int wanted) -> (Tensor, Tensor, Tensor)"
+)
 
 
 def _for_reference(operands: tuple[Any, ...]) -> dict[str, Any]:
@@ -102,52 +76,31 @@ def _empty_gradients(x: Tensor, residual: Tensor, wanted: int) -> tuple[Tensor, 
     )
 
 
-REFERENCE = {
-    "gated_add_norm": Implementation("reference", _reference_forward, _reference_backward, frozenset(DTYPES)),
-}
-# (op, device type) -> implementation; fastgate.backends fills it once. What is not in it runs the reference.
-SLOTS: dict[tuple[str, str], Implementation] = {}
-_fill: Callable[[], None] | None = None
-
-
-def fill_with(fill: Callable[[], None]) -> None:
-    """Leave a function that fills SLOTS, to be called before the first op runs."""
-    global _fill
-    _fill = fill
-
-
-def implementation(op: str, device_type: str, *dtypes: torch.dtype) -> Implementation:
-    """The implementation that runs `op` on tensors of these dtypes on this kind of device."""
-    global _fill
-    if _fill is not None:
-        fill, _fill = _fill, None
-        fill()
-    found = SLOTS.get((op, device_type))
-    if found is None or not found.dtypes.issuperset(dtypes):
-        return REFERENCE[op]
-    return found
+slots.REFERENCE["gated_add_norm"] = slots.Implementation(
+    "reference", _reference_forward, _reference_backward, frozenset(slots.DTYPES)
+)
 
 
 def _forward(x: Tensor, residual: Tensor, *operands: Any) -> Tensor:
-    chosen = implementation("gated_add_norm", x.device.type, x.dtype, residual.dtype)
+    chosen = slots.implementation("gated_add_norm", x.device.type, x.dtype, residual.dtype)
     return chosen.forward(x, residual, *operands)
 
 
 def _backward(grad: Tensor, x: Tensor, residual: Tensor, *operands: Any) -> tuple[Tensor, Tensor, Tensor]:
-    chosen = implementation("gated_add_norm", x.device.type, x.dtype, residual.dtype)
+    chosen = slots.implementation("gated_add_norm", x.device.type, x.dtype, residual.dtype)
     return chosen.backward(grad, x, residual, *operands)
 
 
-schemas.impl("gated_add_norm", _forward, "CompositeExplicitAutograd")
-schemas.impl("gated_add_norm_backward", _backward, "CompositeExplicitAutograd")
+slots.schemas.impl("gated_add_norm", _forward, "CompositeExplicitAutograd")
+slots.schemas.impl("gated_add_norm_backward", _backward, "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake("fastgate::gated_add_norm", lib=schemas)
+@torch.library.register_fake("fastgate::gated_add_norm", lib=slots.schemas)
 def _fake(x: Tensor, residual: Tensor, *operands: Any) -> Tensor:
     return x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
 
 
-@torch.library.register_fake("fastgate::gated_add_norm_backward", lib=schemas)
+@torch.library.register_fake("fastgate::gated_add_norm_backward", lib=slots.schemas)
 def _fake_backward(grad: Tensor, x: Tensor, residual: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     return _empty_gradients(x, residual, rest[-1])
 
@@ -171,7 +124,7 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     wanted = sum(PARAMETER_BIT[name] for name in PARAMETERS if needs[name])
     wanted |= DX if needs["x"] and not shared else 0
     wanted |= DRESIDUAL if needs["residual"] else 0
-    call = _backward if is_direct(grad) else torch.ops.fastgate.gated_add_norm_backward
+    call = _backward if slots.is_direct(grad) else torch.ops.fastgate.gated_add_norm_backward
     dx, dresidual, stacked = call(grad, *operands, wanted)
     found: dict[str, Tensor] = {}
     if needs["x"]:
@@ -184,7 +137,7 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 torch.library.register_autograd(
-    "fastgate::gated_add_norm", _differentiate, setup_context=_keep_for_backward, lib=schemas
+    "fastgate::gated_add_norm", _differentiate, setup_context=_keep_for_backward, lib=slots.schemas
 )
 
 
@@ -201,11 +154,6 @@ class _GatedAddNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
         return _differentiate(ctx, *grads)
-
-
-def is_direct(tensor: Tensor) -> bool:
-    """Whether implementations may be called without the dispatcher: nothing traces, no tensor subclass."""
-    return type(tensor) is Tensor and not torch.compiler.is_compiling()
 
 
 def gated_add_norm(
@@ -243,7 +191,7 @@ def gated_add_norm(
             "(..., H), (..., H), (H,), (H,)",
             "reshape them",
         )
-    if x.dtype not in DTYPES or residual.dtype not in DTYPES:
+    if x.dtype not in slots.DTYPES or residual.dtype not in slots.DTYPES:
         _refuse(
             "x, residual", f"{x.dtype}, {residual.dtype}", "floating dtypes", "convert them before the call"
         )
@@ -270,25 +218,15 @@ def gated_add_norm(
             _refuse_vector("weight2, norm_bias2", weight2 if weight2.shape != shape else norm_bias2, shape)
     if gate is not None:
         gate = _gate_tensor(gate, x)
-    seed = draw_seed(dropout_p, x.device) if dropout_p != 0.0 else None
+    seed = slots.draw_seed("gated_add_norm", dropout_p, x.device)
     call: Callable[..., Tensor] = torch.ops.fastgate.gated_add_norm
-    if is_direct(x):
+    if slots.is_direct(x):
         tensors = (x, residual, weight, norm_bias, bias, gate, scale, shift, weight2, norm_bias2)
-        call = _GatedAddNorm.apply if needs_gradient(*tensors) else _forward
+        call = _GatedAddNorm.apply if slots.needs_gradient(*tensors) else _forward
     return call(
         x, residual, weight, norm_bias, eps,
         bias, gate, scale, shift, dropout_p, seed, weight2, norm_bias2, eps2,
     )  # fmt: skip
-
-
-def needs_gradient(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
-
-
-def draw_seed(dropout_p: float, device: torch.device) -> Tensor:
-    if not 0.0 <= dropout_p < 1.0:
-        _refuse("dropout_p", dropout_p, "0 <= dropout_p < 1", "pass gate=0.0 to drop everything")
-    return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)
 
 
 def _gate_tensor(gate: Tensor | float, x: Tensor) -> Tensor | None:

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import ops, reference
-from .packing import Ragged
+from fastgate import reference
+from fastgate.ops import slots
+from fastgate.packing import Ragged
 
 # From here on torch's own attention is the faster one on the CPU, where it need not pad.
 LONG = 64
@@ -34,14 +35,14 @@ def attention(
     dropout mask is a function of a seed from torch's default generator, of query row * heads + head, and of
     the key's column.
     """
-    seed = ops.draw_seed(dropout_p, q.device) if dropout_p else None
+    seed = slots.draw_seed("attention", dropout_p, q.device)
     chosen = _chosen(q, heads)
     even = queries.equal and keys.equal and keys.longest >= LONG and not dropout_p
     if chosen.backend == "reference" or even:
         return torch_attention(q, k, v, queries, keys, heads, scale, dropout_p, seed)
     operands = (q, k, v, queries.cu_seqlens, keys.cu_seqlens, heads, scale, dropout_p, seed)
-    direct = ops.is_direct(q)
-    if direct and not ops.needs_gradient(q, k, v):
+    direct = slots.is_direct(q)
+    if direct and not slots.needs_gradient(q, k, v):
         return chosen.forward(*operands)
     call: Callable[..., tuple[Tensor, Tensor]] = _Attention.apply if direct else torch.ops.fastgate.attention
     return call(*operands)[0]
@@ -127,8 +128,8 @@ _OPERANDS = (
 )
 # lse: the log-sum-exp of every query's scores, (heads, queries), in the form that the backend's own backward
 # takes; without elements where it takes none.
-ops.schemas.define(f"attention({_OPERANDS}) -> (Tensor out, Tensor lse)")
-ops.schemas.define(
+slots.schemas.define(f"attention({_OPERANDS}) -> (Tensor out, Tensor lse)")
+slots.schemas.define(
     f"attention_backward(Tensor grad, Tensor out, Tensor lse, {_OPERANDS}) -> (Tensor, Tensor, Tensor)"
 )
 
@@ -150,15 +151,15 @@ def _reference_backward(
     return torch.autograd.grad(out, (q, k, v), grad, materialize_grads=True)
 
 
-ops.REFERENCE["attention"] = ops.Implementation(
-    "reference", _reference_forward, _reference_backward, frozenset(ops.DTYPES)
+slots.REFERENCE["attention"] = slots.Implementation(
+    "reference", _reference_forward, _reference_backward, frozenset(slots.DTYPES)
 )
 
 
-def _chosen(q: Tensor, heads: int) -> ops.Implementation:
-    found = ops.implementation("attention", q.device.type, q.dtype)
+def _chosen(q: Tensor, heads: int) -> slots.Implementation:
+    found = slots.implementation("attention", q.device.type, q.dtype)
     fits = found.head_dims is None or q.shape[1] // heads in found.head_dims
-    return found if fits else ops.REFERENCE["attention"]
+    return found if fits else slots.REFERENCE["attention"]
 
 
 def _forward(*operands: Any) -> tuple[Tensor, Tensor]:
@@ -176,8 +177,8 @@ def _backward(grad: Tensor, out: Tensor, lse: Tensor, *operands: Any) -> tuple[T
     return chosen.backward(grad, *operands)
 
 
-ops.schemas.impl("attention", _forward, "CompositeExplicitAutograd")
-ops.schemas.impl("attention_backward", _backward, "CompositeExplicitAutograd")
+slots.schemas.impl("attention", _forward, "CompositeExplicitAutograd")
+slots.schemas.impl("attention_backward", _backward, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("fastgate::attention")
@@ -224,7 +225,7 @@ class _Attention(torch.autograd.Function):
 
 
 torch.library.register_autograd(
-    "fastgate::attention", _differentiate, setup_context=_keep_for_backward, lib=ops.schemas
+    "fastgate::attention", _differentiate, setup_context=_keep_for_backward, lib=slots.schemas
 )
 
 
