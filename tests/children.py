@@ -10,14 +10,15 @@ from pathlib import Path
 import fastgate
 
 TESTS = Path(__file__).parent
+# The source folder of fastgate, which may have no compiled library, must not stand before the installed copy.
+PACKAGE_PARENT = str(Path(fastgate.__file__).parents[1])
 
 
 def start(code: str, *arguments: object) -> subprocess.Popen[str]:
-    """Run `code` with `arguments` in sys.argv. Its folder is tests/, so that helpers are found and the source
-    folder of fastgate, which may have no compiled library, does not stand before the installed copy."""
+    """Run `code` with `arguments` in sys.argv. Its folder is tests/, so that helpers are found."""
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(Path(fastgate.__file__).parents[1]),
+        "PYTHONPATH": PACKAGE_PARENT,
     }
     return subprocess.Popen(
         [sys.executable, "-c", code, *map(str, arguments)],

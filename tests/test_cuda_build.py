@@ -112,7 +112,7 @@ def emulated(tmp_path_factory):
         "emulated",
         op.gated_add_norm.default,
         op.gated_add_norm_backward.default,
-        frozenset(backends.CUDA_DTYPES),
+        frozenset(backends.GPU_DTYPES),
     )
     handle = ctypes.CDLL(str(library))
     handle.last_stream.restype = ctypes.c_void_p

@@ -1,0 +1,43 @@
+"""What the kernels are timed against that may not be here, and why it is not."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import contest
+import torch
+
+from fastgate import backends, ops
+
+GPU_LANGUAGES = ("cuda", "triton")
+
+
+def implementation(op: str, language: str) -> tuple[ops.Implementation | None, str]:
+    """One GPU language's implementation of an op, or None and why it does not run here."""
+    if not contest.ON_GPU:
+        return None, "no CUDA device"
+    missing, make = backends.LANGUAGES[language]
+    reason = missing()
+    return (None, reason) if reason else (make(op), "")
+
+
+def compiled(function: Callable[..., Any]) -> tuple[Callable[..., Any] | None, str]:
+    """`function` under torch.compile, one compilation a shape."""
+    if not contest.ON_GPU:
+        return None, "no CUDA device; on the CPU it takes a C++ compilation a shape"
+    torch.compiler.reset()
+    # A backward is timed many times over one forward, so its buffers cannot be given away.
+    torch._functorch.config.donated_buffer = False
+    return torch.compile(function, dynamic=False), ""
+
+
+def liger(name: str) -> tuple[Callable[..., Any] | None, str]:
+    """A function of Liger-Kernel's functional interface."""
+    if not contest.ON_GPU:
+        return None, "no CUDA device"
+    if importlib.util.find_spec("liger_kernel") is None:
+        return None, "liger_kernel is not installed"
+    functional = importlib.import_module("liger_kernel.transformers.functional")
+    return getattr(functional, name), ""
