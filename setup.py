@@ -36,6 +36,7 @@ CUDA_TARGETS = (("80", "sm_80"), ("90", "sm_90"), ("100", "sm_100"), ("100", "co
 CUDA_FLAGS = (
     "-std=c++17",
     "-O3",
+    "--threads=0",  # the targets side by side, on as many cores as there are
     "-Xcompiler=-fPIC,-fvisibility=hidden",
     *(f"-gencode=arch=compute_{number},code={code}" for number, code in CUDA_TARGETS),
 )

@@ -51,10 +51,10 @@ def compiled(architecture: str) -> dict[str, dict[str, int]]:
             command = [nvcc(), "-cubin", f"-arch={architecture}", "-std=c++17", "-O3", source, "-o", cubin]
             subprocess.run(command, check=True)
             kernels = cubins.read(cubin)
-            named = {f"{source.stem}: {readable(name)}": kernel.to_dict() for name, kernel in kernels.items()}
-            assert len(named) == len(kernels), "two kernels have one readable name"
-            found |= dict(sorted(named.items()))
-    return found
+            named = {readable(name): kernel.to_dict() for name, kernel in kernels.items()}
+            assert len(named) == len(kernels) and not named.keys() & found.keys(), "two kernels of one name"
+            found |= named
+    return dict(sorted(found.items()))
 
 
 def main() -> None:

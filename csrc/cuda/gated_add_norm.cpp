@@ -1,4 +1,4 @@
-// gated_add_norm on CUDA, the tensor side: checks, element types, memory; the kernels are in gated_add_norm.cu.
+// gated_add_norm on CUDA, the tensor side: checks, element types, memory; the kernels are in the .cu files.
 #include "gated_add_norm.h"
 
 #include <dlfcn.h>

@@ -1,5 +1,6 @@
 // csrc/cuda's gated_add_norm on CPU tensors, through the emulated CUDA beside this file: fastgate_emulated's ops.
-#include "cuda/gated_add_norm.cu"
+#include "cuda/gated_add_norm_backward.cu"
+#include "cuda/gated_add_norm_forward.cu"
 #include "cuda/gated_add_norm.cpp"
 
 namespace fastgate::cuda {

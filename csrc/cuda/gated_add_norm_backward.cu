@@ -1,11 +1,6 @@
-// gated_add_norm on CUDA, forward and backward: the equations of fastgate/reference.py, a row in registers.
+// gated_add_norm on CUDA, backward: dy, x and residual read once, dx and dresidual written once.
 //
-// With rows i, columns j, keep mask m, keep probability 1 - p:
-//
-//   d = m * (x + bias) / (1 - p)        u = scale * residual + gate * d + shift
-//   xhat = (u - mean(u)) * rstd(u)      y = xhat * weight + norm_bias
-//
-// Backward. Let t = dL/dxhat = dy * weight. xhat depends on u through u itself, through its mean and through rstd:
+// Let t = dL/dxhat = dy * weight. xhat depends on u through u itself, through its mean and through rstd:
 //
 //   dxhat_j / du_k = rstd * (delta_jk - 1 / n - xhat_j * xhat_k / n)
 //
@@ -23,221 +18,17 @@
 // A second norm sits on y: its backward gives the dy of the first. Backward recomputes u, the statistics and the mask
 // from x, residual and the seed, which it reads anyway: forward saves nothing.
 //
-// Bytes a row of n columns, in device memory: forward x + residual + y; backward x + residual + dy + dx + dresidual.
-// The parameters are read again for each row, from the first-level cache.
-//
-// How a row is spread: a team of one or several warps owns it, and each thread E of its columns, in chunks that are as
-// wide as one 16-byte access of the wider element type: so neighbouring threads touch neighbouring bytes. Forward takes
-// E large enough for one warp a row up to 1024 columns: no barrier, and every load of a row is under way before the
-// first is used. Backward takes E = 8, so that the sums over rows stay in registers, and loads the next row of a team
-// while it works on this one; its grid is one block a multiprocessor. Each block adds its teams' sums in order and
-// writes one row of partial sums, and sum_partials adds those in order: the same bits at every call.
-#include "dropout.cuh"
-#include "elements.cuh"
-#include "gated_add_norm.h"
-#include "team.cuh"
+// E = 8, so that the sums over rows stay in registers, and a team loads its next row while it works on this one; the
+// grid is one block a multiprocessor. Each block adds its teams' sums in order and writes one row of partial sums, and
+// sum_partials adds those in order: the same bits at every call.
+#include "launch.cuh"
+#include "norm_rows.cuh"
 
 namespace fastgate::cuda {
 
-extern __shared__ float4 dynamic_shared[];  // backward's sums
+extern __shared__ float4 dynamic_shared[];  // the sums
 
 namespace {
-
-constexpr int kForwardWarps = 4;  // of a block, where one warp a row is enough
-
-// How rows of x in TX and residual in TR, E columns a thread, are cut into chunks.
-template <class TX_, class TR_, int E>
-struct Layout {
-  using TX = TX_;
-  using TR = TR_;
-  static constexpr bool kAligned = !std::is_same_v<TX, Mixed>;
-  using TY = std::conditional_t<std::is_same_v<TX, TR>, TX, float>;
-  static constexpr int kChunk = kAligned ? 16 / int(sizeof(TX) > sizeof(TR) ? sizeof(TX) : sizeof(TR)) : 4;
-  static constexpr int kColumns = E, kChunks = E / kChunk;
-  static_assert(E % kChunk == 0 && E <= 32, "a row's mask is 32 bits a thread");
-  using Values = float[kChunks][kChunk];
-
-  // First column of this thread's chunk k.
-  __device__ static int column(const Team& team, int k) { return (k * team.threads() + team.thread) * kChunk; }
-  // Whether element c of a chunk, `inside` of whose columns lie in the row, is one of them.
-  __device__ static bool has(int inside, int c) { return kAligned ? inside > 0 : c < inside; }
-};
-
-template <class L, class T>
-using HeldRow = Held<T, L::kChunk>[L::kChunks];
-
-template <class L, class T>
-__device__ inline void read_row(
-    Array from, const Team& team, const Operands& o, int64_t row, HeldRow<L, T>& held) {
-#pragma unroll
-  for (int k = 0; k < L::kChunks; ++k) {
-    const int column = L::column(team, k);
-    held[k].read(from, row * o.hidden + column, o.hidden - column);
-  }
-}
-
-template <class L, class T>
-__device__ inline void unpack_row(const HeldRow<L, T>& held, typename L::Values& values) {
-#pragma unroll
-  for (int k = 0; k < L::kChunks; ++k) held[k].unpack(values[k]);
-}
-
-template <int C>
-__device__ inline float total(const float (&values)[C]) {
-  float halves[C / 2];
-#pragma unroll
-  for (int c = 0; c < C / 2; ++c) halves[c] = values[c] + values[c + C / 2];
-  if constexpr (C == 2) {
-    return halves[0];
-  } else {
-    return total(halves);
-  }
-}
-
-// The operands that one number serves for the whole row.
-struct Scalars {
-  float gate;
-  uint2 seed;  // low and high word
-
-  __device__ explicit Scalars(const Operands& o)
-      : gate(o.gate.data != nullptr ? read_one(o.gate) : 1.0f),
-        seed(o.seed != nullptr ? *reinterpret_cast<const uint2*>(o.seed) : make_uint2(0, 0)) {}
-};
-
-// d of one chunk.
-template <class L>
-__device__ inline void drop(
-    const Operands& o, const Held<typename L::TX, L::kChunk>& x, int column, uint32_t keep,
-    float (&d)[L::kChunk]) {
-  x.unpack(d);
-  if (o.bias.data != nullptr) {
-    float bias[L::kChunk];
-    read_parameter<L::kAligned>(o.bias, column, o.hidden - column, bias);
-#pragma unroll
-    for (int c = 0; c < L::kChunk; ++c) d[c] += bias[c];
-  }
-  if (o.seed != nullptr) {
-#pragma unroll
-    for (int c = 0; c < L::kChunk; ++c) d[c] = keep >> c & 1u ? d[c] * o.kept : 0.0f;
-  }
-}
-
-// u of this thread's columns, zero beyond the row; `keep` gets the mask's bits, chunk after chunk. kReads: x and
-// residual are not there yet, each chunk is read when it is due.
-template <class L, bool kReads>
-__device__ inline void mix(
-    const Operands& o, const Scalars& scalars, const Team& team, int64_t row, HeldRow<L, typename L::TX>& x,
-    HeldRow<L, typename L::TR>& residual, typename L::Values& u, uint32_t& keep) {
-  constexpr int C = L::kChunk;
-  keep = 0;
-#pragma unroll
-  for (int k = 0; k < L::kChunks; ++k) {
-    const int column = L::column(team, k), inside = o.hidden - column;
-    if constexpr (kReads) {
-      x[k].read(o.x, row * o.hidden + column, inside);
-      residual[k].read(o.residual, row * o.hidden + column, inside);
-    }
-    if (o.seed != nullptr) keep |= keep_bits<C>(scalars.seed, row, column, o.threshold) << (k * C);
-    float d[C], parameter[C];
-    drop<L>(o, x[k], column, keep >> (k * C), d);
-    residual[k].unpack(u[k]);
-    if (o.scale.data != nullptr) {
-      read_parameter<L::kAligned>(o.scale, column, inside, parameter);
-#pragma unroll
-      for (int c = 0; c < C; ++c) u[k][c] *= parameter[c];
-    }
-#pragma unroll
-    for (int c = 0; c < C; ++c) u[k][c] += scalars.gate * d[c];
-    if (o.shift.data != nullptr) {
-      read_parameter<L::kAligned>(o.shift, column, inside, parameter);
-#pragma unroll
-      for (int c = 0; c < C; ++c) u[k][c] += parameter[c];
-    }
-  }
-}
-
-// A norm's input to xhat in place, the variance from the centred values; returns rstd.
-template <class L>
-__device__ inline float normalise(const Operands& o, float eps, Team& team, typename L::Values& u) {
-  constexpr int C = L::kChunk;
-  const float share = 1.0f / static_cast<float>(o.hidden);
-  float sum = 0.0f;
-#pragma unroll
-  for (int k = 0; k < L::kChunks; ++k) sum += total(u[k]);
-  const float mean = team.sum(sum) * share;
-  float squares = 0.0f;
-#pragma unroll
-  for (int k = 0; k < L::kChunks; ++k) {
-    const int inside = o.hidden - L::column(team, k);
-    float squared[C];
-#pragma unroll
-    for (int c = 0; c < C; ++c) {
-      u[k][c] = L::has(inside, c) ? u[k][c] - mean : 0.0f;
-      squared[c] = u[k][c] * u[k][c];
-    }
-    squares += total(squared);
-  }
-  const float variance = team.sum(squares) * share + eps;
-  float rstd = rsqrtf(variance);
-  rstd *= 1.5f - 0.5f * variance * rstd * rstd;  // the approximation's last bits
-#pragma unroll
-  for (int k = 0; k < L::kChunks; ++k)
-#pragma unroll
-    for (int c = 0; c < C; ++c) u[k][c] *= rstd;
-  return rstd;
-}
-
-// xhat * weight + norm_bias, zero beyond the row.
-template <class L>
-__device__ inline void affine(
-    const Operands& o, Array weight, Array norm_bias, const Team& team, const typename L::Values& xhat,
-    typename L::Values& y) {
-  constexpr int C = L::kChunk;
-#pragma unroll
-  for (int k = 0; k < L::kChunks; ++k) {
-    const int column = L::column(team, k), inside = o.hidden - column;
-    float multiplied[C], added[C];
-    read_parameter<L::kAligned>(weight, column, inside, multiplied);
-    read_parameter<L::kAligned>(norm_bias, column, inside, added);
-#pragma unroll
-    for (int c = 0; c < C; ++c) y[k][c] = xhat[k][c] * multiplied[c] + added[c];
-  }
-}
-
-// Threads of a forward block at most: one warp a row up to the widest row of each layout but the last, kWidest there.
-template <class L>
-constexpr int kForwardThreads = L::kAligned && L::kColumns < 32 ? kForwardWarps * kWarp : kWidest / L::kColumns;
-
-// Threads of a multiprocessor that a forward kernel leaves registers for: the more columns each holds, the fewer.
-template <class L>
-constexpr int kForwardResident = L::kColumns == 16 && L::kAligned ? 1024 : L::kColumns == 24 ? 640 : 512;
-
-template <class L>
-__global__ void __launch_bounds__(kForwardThreads<L>, kForwardResident<L> / kForwardThreads<L>)
-    forward_rows(const __grid_constant__ Operands o, const Output y, int warps) {
-  Team team(warps);
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * (blockDim.x / team.threads()) + team.place;
-  if (row >= o.rows) return;
-  HeldRow<L, typename L::TX> x;
-  HeldRow<L, typename L::TR> residual;
-  read_row<L, typename L::TX>(o.x, team, o, row, x);
-  read_row<L, typename L::TR>(o.residual, team, o, row, residual);
-  const Scalars scalars(o);
-  typename L::Values u;
-  uint32_t keep;
-  mix<L, false>(o, scalars, team, row, x, residual, u, keep);
-  normalise<L>(o, o.eps, team, u);
-  affine<L>(o, o.weight, o.norm_bias, team, u, u);
-  if (o.weight2.data != nullptr) {
-    normalise<L>(o, o.eps2, team, u);
-    affine<L>(o, o.weight2, o.norm_bias2, team, u, u);
-  }
-#pragma unroll
-  for (int k = 0; k < L::kChunks; ++k) {
-    const int column = L::column(team, k);
-    write<typename L::TY>(y, row * o.hidden + column, o.hidden - column, u[k]);
-  }
-}
 
 // A parameter's place among the gradients, csrc/ops.h's order.
 enum Parameter : int { kBias, kGate, kScale, kShift, kWeight, kNormBias, kWeight2, kNormBias2, kParameters };
@@ -484,84 +275,6 @@ __global__ void __launch_bounds__(kSumWarps * kWarp)
 
 // ---- host: which kernel, how many threads, how many blocks ----
 
-struct OnDevice {
-  int before = 0;
-  cudaError_t error;
-
-  explicit OnDevice(int device) {
-    error = cudaGetDevice(&before);
-    if (error == cudaSuccess && before != device) error = cudaSetDevice(device);
-  }
-  ~OnDevice() {
-    int now = before;
-    if (cudaGetDevice(&now) == cudaSuccess && now != before) cudaSetDevice(before);
-  }
-};
-
-const char* described(cudaError_t error) {
-  if (error == cudaSuccess) return nullptr;
-  cudaGetLastError();  // or it would be met again by whoever asks next
-  return cudaGetErrorString(error);
-}
-
-template <class Kernel, class... Arguments>
-cudaError_t launch(
-    Queue queue, Kernel kernel, int64_t blocks, int threads, size_t shared, const Arguments&... arguments) {
-  if (shared > 48 * 1024) {
-    const cudaError_t error = cudaFuncSetAttribute(
-        reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
-    if (error != cudaSuccess) return error;
-  }
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(static_cast<unsigned>(threads));
-  config.dynamicSmemBytes = shared;
-  config.stream = static_cast<cudaStream_t>(queue.stream);
-  return cudaLaunchKernelEx(&config, kernel, arguments...);
-}
-
-int64_t divided_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Stands for the element types of x and residual.
-template <class TX, class TR>
-struct Types {};
-
-// Calls f with the types that training and inference meet if rows are whole chunks, else with Mixed, for everything.
-template <class F>
-cudaError_t with_types(const Operands& o, const F& f) {
-  const Type x = o.x.type, residual = o.residual.type;
-  const int64_t wider = bytes(x) > bytes(residual) ? bytes(x) : bytes(residual);
-  if (o.hidden % (16 / wider) == 0) {
-    if (x == Type::f32 && residual == Type::f32) return f(Types<float, float>());
-    if (x == Type::bf16 && residual == Type::bf16) return f(Types<bf16, bf16>());
-    if (x == Type::f16 && residual == Type::f16) return f(Types<f16, f16>());
-    if (x == Type::bf16 && residual == Type::f32) return f(Types<bf16, float>());
-    if (x == Type::f16 && residual == Type::f32) return f(Types<f16, float>());
-  }
-  return f(Types<Mixed, Mixed>());
-}
-
-int warps_a_row(const Operands& o, int columns_a_thread) {
-  return static_cast<int>(divided_up(o.hidden, columns_a_thread * kWarp));
-}
-
-template <class L>
-cudaError_t launch_forward(Queue queue, const Operands& o, Output y) {
-  const int warps = warps_a_row(o, L::kColumns), teams = warps == 1 ? kForwardWarps : 1;
-  return launch(queue, forward_rows<L>, divided_up(o.rows, teams), teams * warps * kWarp, 0, o, y, warps);
-}
-
-template <class TX, class TR>
-cudaError_t launch_forward(Types<TX, TR>, Queue queue, const Operands& o, Output y) {
-  if constexpr (std::is_same_v<TX, Mixed>) {
-    return launch_forward<Layout<TX, TR, 16>>(queue, o, y);
-  } else {
-    if (o.hidden <= 16 * kWarp) return launch_forward<Layout<TX, TR, 16>>(queue, o, y);
-    if (o.hidden <= 24 * kWarp) return launch_forward<Layout<TX, TR, 24>>(queue, o, y);
-    return launch_forward<Layout<TX, TR, 32>>(queue, o, y);
-  }
-}
-
 // How backward is cut into blocks of teams.
 struct Cut {
   int warps, teams;
@@ -639,13 +352,6 @@ cudaError_t launch_backward(
 }
 
 }  // namespace
-
-const char* launch_gated_add_norm(Queue queue, const Operands& o, Output y) {
-  if (o.rows == 0) return nullptr;
-  const OnDevice on(queue.device);
-  if (on.error != cudaSuccess) return described(on.error);
-  return described(with_types(o, [&](auto types) { return launch_forward(types, queue, o, y); }));
-}
 
 const char* gated_add_norm_partial_rows(Queue queue, const Operands& o, int64_t* found) {
   return described(with_backward_layout(o, [&](auto layout) {
