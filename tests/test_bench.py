@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import json
 import math
 import os
@@ -13,6 +14,7 @@ from types import SimpleNamespace
 
 import children
 import pytest
+import safetensors.torch
 import torch
 
 BENCH = Path(__file__).parent.parent / "bench"
@@ -223,6 +225,38 @@ def test_the_timings_run_here(tmp_path):
     assert "| work |" in run(BENCH / "kernel_table.py", "table", lines)
     run(BENCH / "roofline.py", lines, tmp_path / "roofline.png")
     assert (tmp_path / "roofline.png").stat().st_size > 10_000
+
+
+def test_tasks_travel_and_run_where_no_hub_is(minilm_path, tmp_path):
+    """Packed, trimmed, the model in bfloat16; then tuned, pruned and scored; done runs are not done again."""
+    words = ("good", "bad", "film", "plot", "dull", "bright")
+    rows = [{"sentence": " ".join(words[i % 6 :]), "label": i % 2} for i in range(20)]
+    data, carried = tmp_path / "data" / "sst2", tmp_path / "carried"
+    data.mkdir(parents=True)
+    for split in ("train", "validation"):
+        with gzip.open(data / f"{split}.jsonl.gz", "wt") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+    environment = os.environ | {"PYTHONPATH": children.PACKAGE_PARENT, "OMP_NUM_THREADS": "1"}
+    environment |= {"OUT": str(tmp_path), "PYTHON": sys.executable, "SPARSITIES": "0.67"}
+    environment |= {"OPTIONS": "--epochs 1 --prune-epochs 1 --batch-size 4"}
+
+    def run(*command):
+        found = subprocess.run(
+            list(map(str, command)), cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert found.returncode == 0, found.stdout + found.stderr
+        return found.stdout
+
+    packed = run(sys.executable, BENCH / "carry_tasks.py", data.parent, carried, "--rows", 12)
+    assert json.loads(packed.splitlines()[-1])["rows"] == {"sst2": {"train": 12, "validation": 12}}
+    weights = safetensors.torch.load_file(next((carried / "model").glob("*.safetensors")))
+    assert {value.dtype for value in weights.values()} == {torch.bfloat16}
+    run("bash", BENCH / "gpu_tasks.sh", carried)
+    (line,) = (tmp_path / "tasks.jsonl").read_text().splitlines()
+    result = json.loads(line)
+    assert result["settings"]["task"] == "sst2" and result["pruned"]["layers"] == 6
+    assert str(tmp_path) not in line
+    assert "sst2 0.67: done before" in run("bash", BENCH / "gpu_tasks.sh", carried)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

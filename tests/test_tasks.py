@@ -9,6 +9,7 @@ import json
 import numpy as np
 import pytest
 import tiny
+import torch
 from transformers import EvalPrediction
 
 from fastgate.errors import ArgumentError, DataError
@@ -304,6 +305,9 @@ def test_the_dense_model_has_the_tasks_head(tmp_path, files):
         0: "B-x",
         1: "O",
     }
+    half = tmp_path / "half"
+    model.to(torch.bfloat16).save_pretrained(half)
+    assert dense_model(half, task).dtype == torch.float32  # as an optimizer needs its weights
     with pytest.raises(ArgumentError, match=r"config.json"):
         dense_model(tmp_path / "nothing", task)
     assert load_tokenizer(folder)("good film")["input_ids"][0] == 2

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from ..errors import ArgumentError, say
 from .task import Task
 
@@ -31,7 +33,10 @@ def quiet_loading() -> Iterator[None]:
 
 
 def dense_model(model_name: str | Path, task: Task) -> PreTrainedModel:
-    """The pre-trained model with a new head for the task: labels named, regression with one output."""
+    """The pre-trained model with a new head for the task: labels named, regression with one output.
+
+    In float32, whatever its file holds: an optimizer's small steps would be lost in 16 bits.
+    """
     from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
     auto = AutoModelForTokenClassification if task.kind == "tokens" else AutoModelForSequenceClassification
@@ -40,9 +45,8 @@ def dense_model(model_name: str | Path, task: Task) -> PreTrainedModel:
     else:
         names = dict(enumerate(task.labels))
         head = {"num_labels": len(names), "id2label": names, "label2id": {v: k for k, v in names.items()}}
-    return _load(
-        lambda: auto.from_pretrained(str(model_name), ignore_mismatched_sizes=True, **head), model_name
-    )
+    options = {"ignore_mismatched_sizes": True, "dtype": torch.float32, **head}
+    return _load(lambda: auto.from_pretrained(str(model_name), **options), model_name)
 
 
 def load_tokenizer(model_name: str | Path, task: Task | None = None) -> PreTrainedTokenizerBase:
