@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +22,12 @@ def implementation(op: str, language: str) -> tuple[ops.Implementation | None, s
     missing, make = backends.LANGUAGES[language]
     reason = missing()
     return (None, reason) if reason else (make(op), "")
+
+
+def triton_kernels(op: str) -> tuple[Any, str]:
+    """The module of an op's Triton kernels, or None and why they do not run here."""
+    reason = "no CUDA device" if not contest.ON_GPU else backends.missing_for_triton()
+    return (None, reason) if reason else (importlib.import_module(f"fastgate.kernels.{op}"), "")
 
 
 def compiled(function: Callable[..., Any]) -> tuple[Callable[..., Any] | None, str]:
