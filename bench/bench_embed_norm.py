@@ -32,11 +32,7 @@ def fused(words: Tensor, positions: Tensor, types: Tensor, *rest: Tensor) -> Ten
 
 
 def eager(words, positions, types, word_table, position_table, type_table, weight, norm_bias):
-    u = (
-        embedding(words, word_table)
-        + embedding(types, type_table)
-        + embedding(positions, position_table)
-    )
+    u = embedding(words, word_table) + embedding(types, type_table) + embedding(positions, position_table)
     return layer_norm(u, weight.shape, weight, norm_bias, EPS)
 
 
