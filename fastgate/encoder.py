@@ -76,7 +76,7 @@ def _is_exact_gelu(activation: Any) -> bool:
 
 
 def is_linear_gelu(intermediate: Any) -> bool:
-    """The first half of a feed-forward block is what `linear_gelu` computes; else it is called as a module."""
+    """The first half of a feed-forward block is what `linear_gelu` computes; if not, it runs as a module."""
     return (
         is_plain(intermediate.dense)
         and _is_exact_gelu(intermediate.intermediate_act_fn)

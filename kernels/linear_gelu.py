@@ -19,17 +19,17 @@ picks one of two polynomials, it takes 32, and at 4 bytes an element and 4.3 TB/
 
 Two forms of the forward:
 - fused: a persistent product with bias and GELU in its epilogue. Nothing of (rows, N) is read.
-- library: cuBLAS makes v, its epilogue adds the bias, one elementwise kernel reads v and makes y. Not a product
-  without bias and a kernel that adds it: x W^T would be rounded first, which errs more than torch where it and b
-  cancel, and v, which backward wants, would be written a second time.
+- library: cuBLAS makes v, its epilogue adds the bias, one elementwise kernel reads v and makes y. Not a
+  product without bias and a kernel that adds it: x W^T would be rounded first, which errs more than torch
+  where it and b cancel, and v, which backward wants, would be written a second time.
 `is_fused` picks one; in float32 the library, since only torch knows whether TF32 tensor cores may be used.
 
-What is kept for backward: x and W, which autograd holds anyway, and v in the operands' dtype. Per element of
-(rows, N) that is 2 bytes in bf16, which forward writes (the library's form has them written anyway) and backward
-reads. Without v (v None in `backward`) the product is made again: 2 K FLOPs an element, a third more products
-than forward and backward have (6 K), and v written and read all the same. At K = 768, bf16, on an H200: 2 bytes
-at 4.3 TB/s are 0.5 ps an element, 1536 FLOPs at 770 TFLOP/s are 2.0 ps. So keeping is predicted to be the faster,
-by 1.5 ps of about 9 an element; memory is what speaks for making v again. To be confirmed on a GPU.
+What is kept for backward: x and W, which autograd holds anyway, and v in the operands' dtype, 2 bytes per
+element of (rows, N) in bf16: written by forward (in the library's form it is anyway), read by backward.
+Without v (v None in `backward`) the product is made again: 2 K FLOPs an element, a third more products than
+forward and backward have (6 K), while v is written and read all the same. At K = 768 on an H200, 1536 FLOPs
+at 770 TFLOP/s are 2.0 ps an element of about 8 in all. So keeping is predicted to be the faster by a
+quarter, and making v again to save 2 bytes an element of memory. To be confirmed on a GPU.
 
 Backward is one kernel that reads dy and v and writes dv, with db as float32 sums over the rows that each
 program walks (added up by fastgate/kernels/sums.py: no atomics, the bits repeat), then two cuBLAS products.
@@ -56,8 +56,8 @@ DX, DWEIGHT, DBIAS = 1, 2, 4
 FUSED_ROWS, FUSED_DEPTH = 2048, 512
 # The device for which tiles are chosen: an H200's.
 MULTIPROCESSORS = 132
-# What a program may have of shared memory where the widest tile fits, bytes.
-ROOMY = 200 * 1024
+# Compute capabilities whose programs may have the widest tile's shared memory: 128 KiB on 8.0, 176 on 9.0.
+ROOMY = ((8, 0), (9, 0), (10, 0), (10, 3))
 # Tiles of rows that run one after the other before the next columns: x and W come from the L2 again.
 GROUP = 8
 
@@ -74,7 +74,8 @@ class Tile(NamedTuple):
     rate: float  # of the multiprocessor, for choosing: the widest tile's is 1
 
 
-# 128 x 256 reads the fewest bytes a FLOP; of two programs of 128 x 128, one multiplies while the other finishes.
+# 128 x 256 reads the fewest bytes a FLOP; two programs of 128 x 128 take turns at products and epilogue. The
+# widest two are for rows that are read 16 bytes at a time: narrower reads go through registers.
 TILES = (
     Tile(128, 256, 64, 8, 3, 1, 1.0),
     Tile(128, 128, 32, 4, 5, 2, 0.95),
@@ -246,8 +247,10 @@ PRODUCT, GELU, BACKWARD = Kernel(product_kernel), Kernel(gelu_kernel), Kernel(ba
 
 
 @functools.lru_cache(4096)
-def tile_for(rows: int, width: int, dtype: torch.dtype, roomy: bool) -> Tile:
-    """The tile whose passes over the multiprocessors take least. roomy: the widest one's memory is there."""
+def tile_for(rows: int, width: int, dtype: torch.dtype, roomy: bool, wide: bool) -> Tile:
+    """The tile whose passes over the multiprocessors take least.
+
+    roomy: the widest one's memory is there; wide: rows of x and weight are read 16 bytes at a time."""
     if dtype == torch.float32:
         return FLOAT32_TILE
 
@@ -255,7 +258,7 @@ def tile_for(rows: int, width: int, dtype: torch.dtype, roomy: bool) -> Tile:
         tiles = -(-rows // tile.rows) * -(-width // tile.columns)
         return -(-tiles // MULTIPROCESSORS) * tile.rows * tile.columns / tile.rate
 
-    return min(TILES if roomy else TILES[1:], key=time)
+    return min(TILES[(0 if roomy else 1) if wide else 2 :], key=time)
 
 
 def is_fused(rows: int, depth: int, dtype: torch.dtype) -> bool:
@@ -266,7 +269,7 @@ def is_fused(rows: int, depth: int, dtype: torch.dtype) -> bool:
 
 @functools.cache
 def _is_roomy(index: int) -> bool:
-    return torch.cuda.get_device_properties(index).shared_memory_per_block_optin >= ROOMY
+    return torch.cuda.get_device_capability(index) in ROOMY
 
 
 def _vector(item_bytes: int, *strides: int) -> int:
@@ -293,10 +296,12 @@ def forward_fused(
     v = torch.empty_like(y) if saving else None
     if not y.numel():
         return y, v
-    tile = tile_for(rows, width, x.dtype, x.device.type != "cuda" or _is_roomy(x.device.index))
     stride = flat.stride(0)
+    read, at_16_bytes = _vector(x.itemsize, stride, depth), aligned(flat, weight, bias, y, v)
+    roomy = x.device.type != "cuda" or _is_roomy(x.device.index)
+    tile = tile_for(rows, width, x.dtype, roomy, at_16_bytes and read * x.itemsize == 16)
     options = (
-        _vector(x.itemsize, stride, depth),
+        read,
         _vector(x.itemsize, width),
         depth % tile.depth == 0,
         GROUP,
@@ -306,7 +311,7 @@ def forward_fused(
     tiles = -(-rows // tile.rows) * -(-width // tile.columns)
     PRODUCT.launch(
         (min(tiles, tile.resident * multiprocessors(x.device)), 1, 1),
-        (tile, options, aligned(flat, weight, bias, y, v), x.dtype, bias is None or bias.dtype, saving),
+        (tile, options, at_16_bytes, x.dtype, bias is None or bias.dtype, saving),
         (flat, weight, bias, y, v, rows, width, depth, stride, *options),
         tile.num_warps,
         tile.num_stages,

@@ -197,10 +197,11 @@ def test_sums_over_rows_are_of_every_row(rows, monkeypatch):
 def test_choices():
     """Many rows take the widest tile where its memory is there; few take one that fills the device."""
     tile = linear_gelu.tile_for
-    assert tile(65536, 3072, BF16, True) == linear_gelu.TILES[0]
-    assert tile(65536, 3072, BF16, False) == linear_gelu.TILES[1]
-    assert tile(32, 3072, BF16, True) == linear_gelu.TILES[-1]
-    assert tile(65536, 3072, FP32, True) == linear_gelu.FLOAT32_TILE
+    assert tile(65536, 3072, BF16, True, True) == linear_gelu.TILES[0]
+    assert tile(65536, 3072, BF16, False, True) == linear_gelu.TILES[1]
+    assert tile(65536, 3072, BF16, True, False) == linear_gelu.TILES[2]
+    assert tile(32, 3072, BF16, True, True) == linear_gelu.TILES[-1]
+    assert tile(65536, 3072, FP32, True, True) == linear_gelu.FLOAT32_TILE
     assert linear_gelu.is_fused(512, 768, BF16) and linear_gelu.is_fused(65536, 384, FP16)
     assert not linear_gelu.is_fused(65536, 768, BF16)
     assert not any(
