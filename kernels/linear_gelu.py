@@ -19,13 +19,13 @@ picks one of two polynomials, it takes 32, and at 4 bytes an element and 4.3 TB/
 
 Two forms of the forward:
 - fused: a persistent product with bias and GELU in its epilogue. Nothing of (rows, N) is read.
-- library: cuBLAS makes v, its epilogue adds the bias, one elementwise kernel reads v and makes y. Not a
+- cublas: cuBLAS makes v, its epilogue adds the bias, one elementwise kernel reads v and makes y. Not a
   product without bias and a kernel that adds it: x W^T would be rounded first, which errs more than torch
   where it and b cancel, and v, which backward wants, would be written a second time.
-`is_fused` picks one; in float32 the library, since only torch knows whether TF32 tensor cores may be used.
+`is_fused` picks one; in float32 cuBLAS, since only torch knows whether TF32 tensor cores may be used.
 
 What is kept for backward: x and W, which autograd holds anyway, and v in the operands' dtype, 2 bytes per
-element of (rows, N) in bf16: written by forward (in the library's form it is anyway), read by backward.
+element of (rows, N) in bf16: written by forward (in the cublas form it is anyway), read by backward.
 Without v (v None in `backward`) the product is made again: 2 K FLOPs an element, a third more products than
 forward and backward have (6 K), while v is written and read all the same. At K = 768 on an H200, 1536 FLOPs
 at 770 TFLOP/s are 2.0 ps an element of about 8 in all. So keeping is predicted to be the faster by a
@@ -74,8 +74,7 @@ class Tile(NamedTuple):
     rate: float  # of the multiprocessor, for choosing: the widest tile's is 1
 
 
-# 128 x 256 reads the fewest bytes a FLOP; two programs of 128 x 128 take turns at products and epilogue. The
-# widest two are for rows that are read 16 bytes at a time: narrower reads go through registers.
+# 128 x 256 reads the fewest bytes a FLOP; two programs of 128 x 128 take turns at products and epilogue.
 TILES = (
     Tile(128, 256, 64, 8, 3, 1, 1.0),
     Tile(128, 128, 32, 4, 5, 2, 0.95),
@@ -83,6 +82,8 @@ TILES = (
     Tile(64, 64, 64, 4, 3, 3, 0.5),
     Tile(32, 32, 128, 4, 3, 4, 0.17),
 )
+# Of rows that are not read 16 bytes at a time: narrower reads go through registers.
+NARROW_TILE = TILES[3]
 FLOAT32_TILE = Tile(64, 64, 16, 8, 3, 2, 1.0)
 # Of the elementwise kernels: columns a program, rows at a time, rows under way, warps.
 WIDTH, ROWS, STAGES, WARPS = 256, 16, 3, 8
@@ -253,12 +254,14 @@ def tile_for(rows: int, width: int, dtype: torch.dtype, roomy: bool, wide: bool)
     roomy: the widest one's memory is there; wide: rows of x and weight are read 16 bytes at a time."""
     if dtype == torch.float32:
         return FLOAT32_TILE
+    if not wide:
+        return NARROW_TILE
 
     def time(tile: Tile) -> float:
         tiles = -(-rows // tile.rows) * -(-width // tile.columns)
         return -(-tiles // MULTIPROCESSORS) * tile.rows * tile.columns / tile.rate
 
-    return min(TILES[(0 if roomy else 1) if wide else 2 :], key=time)
+    return min(TILES if roomy else TILES[1:], key=time)
 
 
 def is_fused(rows: int, depth: int, dtype: torch.dtype) -> bool:
@@ -325,7 +328,7 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(flat, weight, None if bias is None else bias.to(x.dtype))
 
 
-def forward_library(
+def forward_cublas(
     x: Tensor, weight: Tensor, bias: Tensor | None, saving: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """(y, v), v None unless saving: cuBLAS and one elementwise kernel, in place where v is not kept."""
@@ -346,7 +349,7 @@ def forward_library(
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, saving: bool) -> tuple[Tensor, Tensor | None]:
     fused = is_fused(x.shape[:-1].numel(), x.shape[-1], x.dtype)
-    return (forward_fused if fused else forward_library)(x, weight, bias, saving)
+    return (forward_fused if fused else forward_cublas)(x, weight, bias, saving)
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -374,10 +377,11 @@ def _before_gelu(grad: Tensor, v: Tensor, db: Tensor | None) -> Tensor:
     if db is not None and down > 1:
         sums = torch.empty((down, width), dtype=torch.float32, device=v.device)
     vector = _vector(min(grad.itemsize, v.itemsize), width)
+    stages = STAGES if vector * v.itemsize == 16 else 1  # narrower ones would lie in registers
     BACKWARD.launch(
         (across, down, 1),
         (vector, aligned(grad, v, dv, sums), grad.dtype, v.dtype, db is None),
-        (grad, v, dv, sums, rows, width, vector, ROWS, WIDTH, STAGES),
+        (grad, v, dv, sums, rows, width, vector, ROWS, WIDTH, stages),
         WARPS,
     )
     if db is not None and sums is not None and down > 1:

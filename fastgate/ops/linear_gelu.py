@@ -54,20 +54,17 @@ def _autocast_dtype(x: Tensor) -> torch.dtype:
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, autocast: bool) -> None:
     if x.dim() < 1 or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
-        _refuse(
-            "x, weight", f"shapes {tuple(x.shape)}, {tuple(weight.shape)}", "(..., K), (N, K)", "reshape them"
-        )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        _refuse(
-            "bias", f"shape {tuple(bias.shape)}", f"shape {tuple(weight.shape[:1])}", "match weight's rows"
-        )
-    tensors = (x, weight) if bias is None else (x, weight, bias)
-    dtypes = [tensor.dtype for tensor in tensors]
-    if any(dtype not in slots.DTYPES for dtype in dtypes) or (not autocast and len(set(dtypes)) > 1):
+        got = f"shapes {tuple(x.shape)}, {tuple(weight.shape)}"
+        _refuse("x, weight", got, "(..., K), (N, K)", "reshape them")
+    vector = weight if bias is None else bias
+    if bias is not None and (bias.dim() != 1 or bias.shape[0] != weight.shape[0]):
+        _refuse("bias", f"shape {tuple(bias.shape)}", f"shape ({weight.shape[0]},)", "match weight's rows")
+    dtypes = (x.dtype, weight.dtype, vector.dtype)
+    if not (dtypes[0] == dtypes[1] == dtypes[2] or autocast) or any(t not in slots.DTYPES for t in dtypes):
         wanted = "floating dtypes" if autocast else "one floating dtype"
         _refuse("x, weight, bias", ", ".join(map(str, dtypes)), wanted, "convert them, or use torch.autocast")
-    if any(tensor.device != x.device for tensor in tensors):
-        got = ", ".join(str(tensor.device) for tensor in tensors)
+    if not x.device == weight.device == vector.device:
+        got = f"{x.device}, {weight.device}, {vector.device}"
         _refuse("x, weight, bias", got, "one device", "move them to x's device")
 
 
