@@ -252,7 +252,10 @@ def _attention_norm(run: Run, i: int, layer: Any, x: Tensor, h: Tensor, bias: Te
 
 
 def _intermediate(module: Any, h: Tensor) -> Tensor:
-    return linear_gelu(h, module.dense.weight, module.dense.bias) if is_linear_gelu(module) else module(h)
+    if not is_linear_gelu(module):
+        return module(h)
+    dense = module.dense
+    return linear_gelu(h, dense.weight, dense.bias)
 
 
 def _output_norm(

@@ -60,7 +60,8 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, autocast: bool) -> No
     if bias is not None and (bias.dim() != 1 or bias.shape[0] != weight.shape[0]):
         _refuse("bias", f"shape {tuple(bias.shape)}", f"shape ({weight.shape[0]},)", "match weight's rows")
     dtypes = (x.dtype, weight.dtype, vector.dtype)
-    if not (dtypes[0] == dtypes[1] == dtypes[2] or autocast) or any(t not in slots.DTYPES for t in dtypes):
+    alike = dtypes[0] == dtypes[1] == dtypes[2] and dtypes[0] in slots.DTYPES
+    if not alike and not (autocast and slots.REFERENCE["linear_gelu"].dtypes.issuperset(dtypes)):
         wanted = "floating dtypes" if autocast else "one floating dtype"
         _refuse("x, weight, bias", ", ".join(map(str, dtypes)), wanted, "convert them, or use torch.autocast")
     if not x.device == weight.device == vector.device:
