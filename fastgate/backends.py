@@ -24,7 +24,11 @@ CPP_DTYPES = (torch.float32, torch.bfloat16)
 GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CPU_OPS = ("gated_add_norm", "attention")
 # Ops with a GPU kernel -> its languages, best first. FASTGATE_CUDA forces one where there are two.
-CUDA_BACKENDS = {"gated_add_norm": ("cuda", "triton"), "attention": ("triton",)}
+CUDA_BACKENDS = {
+    "gated_add_norm": ("cuda", "triton"),
+    "attention": ("triton",),
+    "linear_gelu": ("triton",),
+}
 
 
 @dataclass(frozen=True)
@@ -113,7 +117,9 @@ def missing_for_triton() -> str:
 def triton(op: str) -> ops.Implementation:
     """The Triton implementation of `op`, whose kernels are compiled when they first run."""
     module = importlib.import_module(f"fastgate.kernels.{op}")
-    saving = (module.forward_saving, module.backward_saved) if hasattr(module, "backward_saved") else None
+    saving = None
+    if hasattr(module, "forward_saving"):
+        saving = (module.forward_saving, getattr(module, "backward_saved", module.backward))
     head_dims = getattr(module, "HEAD_DIMS", None)
     return ops.Implementation(
         "triton", module.forward, module.backward, frozenset(GPU_DTYPES), saving, head_dims

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .errors import Unsupported, say
 from .ops.attention import absorbed_attention, attention, attention_probabilities
 from .ops.gated_add_norm import gated_add_norm
+from .ops.linear_gelu import linear_gelu
 from .packing import Packing
 from .plan import Plan, Step, make_plan
 from .replacement import Replacement
@@ -48,11 +49,38 @@ class Run:
 
 def is_plain(module: nn.Module) -> bool:
     """An `nn.Linear` and nothing more: no subclass, no hooks, no replaced forward."""
-    return type(module) is nn.Linear and not (
+    return type(module) is nn.Linear and _is_itself(module)
+
+
+def _is_itself(module: nn.Module) -> bool:
+    """No hooks, no replaced forward."""
+    return not (
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or "forward" in module.__dict__
+    )
+
+
+def _is_exact_gelu(activation: Any) -> bool:
+    """x Phi(x) by torch, or by the module that transformers puts around it, and nothing more."""
+    if not isinstance(activation, nn.Module):
+        return activation is F.gelu
+    kind = type(activation)
+    if kind is nn.GELU:
+        exact = activation.approximate == "none"
+    else:
+        named = (kind.__module__, kind.__qualname__) == ("transformers.activations", "GELUActivation")
+        exact = named and activation.act is F.gelu
+    return exact and _is_itself(activation)
+
+
+def is_linear_gelu(intermediate: Any) -> bool:
+    """The first half of a feed-forward block is what `linear_gelu` computes; if not, it runs as a module."""
+    return (
+        is_plain(intermediate.dense)
+        and _is_exact_gelu(intermediate.intermediate_act_fn)
+        and _is_itself(intermediate)
     )
 
 
@@ -140,7 +168,7 @@ def _run_layer(run: Run, i: int, h: Tensor) -> Tensor:
         elif step.op == "skip_norm":
             h = _skipped_norm(run, i, h)
         elif step.op == "intermediate":
-            x = layer.intermediate(h)
+            x = _intermediate(layer.intermediate, h)
         elif step.op == "project_down":
             x, bias = linear(layer.output.dense, x)
         elif step.op == "output_norm":
@@ -221,6 +249,13 @@ def _attention_norm(run: Run, i: int, layer: Any, x: Tensor, h: Tensor, bias: Te
     return gated_add_norm(
         x, h, norm.weight, norm.bias, norm.eps, bias=bias, gate=gate, scale=scale, shift=shift, dropout_p=p
     )
+
+
+def _intermediate(module: Any, h: Tensor) -> Tensor:
+    if not is_linear_gelu(module):
+        return module(h)
+    dense = module.dense
+    return linear_gelu(h, dense.weight, dense.bias)
 
 
 def _output_norm(

@@ -171,7 +171,7 @@ def test_what_was_built_is_what_runs():
         assert backends.load_cpu_library()
         return
     assert backends.load_cpu_library() == ""
-    assert all(ops.implementation(op, "cpu", torch.float32).backend == "cpp" for op in ops.OPS)
+    assert all(ops.implementation(op, "cpu", torch.float32).backend == "cpp" for op in backends.CPU_OPS)
 
 
 def test_a_missing_library_is_named(monkeypatch, tmp_path):

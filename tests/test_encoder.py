@@ -166,3 +166,74 @@ def test_training_draws_dropout_and_repeats_by_seed():
         torch.manual_seed(seed)
         outputs.append(model(**inputs).logits)
     assert torch.equal(outputs[0], outputs[1]) and not torch.equal(outputs[0], outputs[2])
+
+
+class Adapted(nn.Linear):
+    """What an adapter leaves in a Linear's place: its product and a correction."""
+
+    def forward(self, x):
+        return super().forward(x) + 0.1 * x.sum(-1, keepdim=True)
+
+
+def _adapt(intermediate):
+    intermediate.dense.__class__ = Adapted
+
+
+def _activate(intermediate, activation):
+    del intermediate.intermediate_act_fn
+    intermediate.intermediate_act_fn = activation
+
+
+def _hook(module):
+    module.register_forward_hook(lambda module, inputs, output: output * 0.5)
+
+
+# What the first half of a feed-forward block may be, and whether linear_gelu computes it.
+INTERMEDIATES = {
+    "gelu": ("gelu", None, True),
+    "torch's gelu": ("relu", lambda block: _activate(block, nn.GELU()), True),
+    "a function": ("relu", lambda block: _activate(block, nn.functional.gelu), True),
+    "no bias": ("gelu", lambda block: setattr(block.dense, "bias", None), True),
+    "gelu_new": ("gelu_new", None, False),
+    "gelu_python": ("gelu_python", None, False),
+    "relu": ("relu", None, False),
+    "torch's tanh": ("relu", lambda block: _activate(block, nn.GELU("tanh")), False),
+    "an adapter": ("gelu", _adapt, False),
+    "a hook on the product": ("gelu", lambda block: _hook(block.dense), False),
+    "a hook on the activation": ("gelu", lambda block: _hook(block.intermediate_act_fn), False),
+}
+
+
+@pytest.mark.parametrize("what", INTERMEDIATES)
+def test_only_an_exact_gelu_after_a_plain_linear_is_fused(what, monkeypatch):
+    from fastgate import encoder
+
+    activation, change, fused = INTERMEDIATES[what]
+    model = make("Bert", "ForTokenClassification", hidden_act=activation)
+    for layer in model.bert.encoder.layer:
+        if change is not None:
+            change(layer.intermediate)
+    patched = fastgate.patch(copy.deepcopy(model))
+    calls = []
+    original = encoder.linear_gelu
+    monkeypatch.setattr(encoder, "linear_gelu", lambda *of: (calls.append(of[0].shape[0]), original(*of))[1])
+    inputs = batch(model, "ForTokenClassification", labels=True)
+    losses = [each(**inputs).loss for each in (model, patched)]
+    torch.testing.assert_close(*losses, rtol=1e-6, atol=1e-6)
+    assert calls == ([sum(LENGTHS)] * 3 if fused else [])
+    for loss in losses:
+        loss.backward()
+    for ours, theirs in zip(patched.bert.encoder.parameters(), model.bert.encoder.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-5)
+    noted = "intermediate called as BertIntermediate" in str(fastgate.explain(patched))
+    assert noted != fused
+
+
+def test_a_hook_on_the_blocks_backward_sees_it_run():
+    """A hook on its forward is refused."""
+    model = fastgate.patch(make("Bert", "ForTokenClassification"))
+    seen = []
+    block = model.bert.encoder.layer[1].intermediate
+    block.register_full_backward_hook(lambda module, inputs, outputs: seen.append(outputs[0].shape))
+    model(**batch(model, "ForTokenClassification", labels=True)).loss.backward()
+    assert seen == [(sum(LENGTHS), 64)]

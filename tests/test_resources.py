@@ -70,3 +70,15 @@ def test_rows_are_read_and_written_16_bytes_at_a_time(op, name, counts):
         scalars = ("everything" in name) + ("everything" in name or "dropout" in name)
         sums = 3 if kernel_name == "backward_kernel" and int(hidden) <= 512 else 0
         assert kernel["narrow"] <= scalars + sums + (kernel_name == "sum_kernel"), architecture
+
+
+@pytest.mark.parametrize(("op", "name", "counts"), [row for row in ROWS if row.values[0] == "linear_gelu"])
+def test_products_run_on_tensor_cores_and_read_16_bytes_at_a_time(op, name, counts):
+    """float32 has no tensor core of its precision. Narrow are the reads of the bias, one for each pair of
+    columns that a thread holds of the product, and the sums that a program of backward writes once."""
+    kernel_name, depth = name.split()[:2]
+    for architecture, kernel in counts.items():
+        assert (kernel["tensor"] > 0) == (kernel_name == "product_kernel" and "fp32 many" not in name)
+        if depth not in NARROW_ROWS:
+            narrow = {"product_kernel": 32, "backward_kernel": 1, "gelu_kernel": 0}[kernel_name]
+            assert kernel["wide"] > 0 and kernel["narrow"] <= narrow, architecture

@@ -12,7 +12,7 @@ import torch
 from cases import DTYPES
 from norm_cases import make, wanted_bits
 
-from fastgate.kernels import gated_add_norm
+from fastgate.kernels import gated_add_norm, linear_gelu
 from fastgate.ops.gated_add_norm import OPERANDS
 
 Calls = Iterator[tuple[str, Callable[[], object]]]
@@ -50,6 +50,41 @@ def _gated_add_norm(rows: int, hidden: int, dtypes: object, call: str) -> Callab
     return both
 
 
+def linear_gelu_calls() -> Calls:
+    """BERTs' depths, each N = 4 K wide; every tile, by its number of rows; 312, which no step divides; 771,
+    read an element at a time. Both forms run, whichever the op picks."""
+    for depth in (384, 768, 1024):
+        yield f"{depth} many rows", _linear_gelu(MANY, depth, torch.bfloat16, False)
+        yield f"{depth} many rows, kept", _linear_gelu(MANY, depth, torch.bfloat16, True)
+    for rows in (2048, 256, 128, FEW):
+        for kept in (False, True):
+            yield f"768 {rows} rows{', kept' * kept}", _linear_gelu(rows, 768, torch.bfloat16, kept)
+    yield "768 many rows, fp32 bias", _linear_gelu(MANY, 768, torch.bfloat16, True, torch.float32)
+    yield "768 few rows, fp32 bias", _linear_gelu(2048, 768, torch.bfloat16, True, torch.float32)
+    yield "768 fp16 many rows, kept", _linear_gelu(MANY, 768, torch.float16, True)
+    for kept in (False, True):
+        yield f"768 fp32 many rows{', kept' * kept}", _linear_gelu(MANY, 768, torch.float32, kept)
+    for depth in (312, 771):
+        yield f"{depth} many rows, kept", _linear_gelu(MANY, depth, torch.bfloat16, True)
+
+
+def _linear_gelu(
+    rows: int, depth: int, dtype: torch.dtype, kept: bool, bias_dtype: torch.dtype | None = None
+) -> Callable[[], object]:
+    x = torch.empty(rows, depth, dtype=dtype, device="meta")
+    weight = torch.empty(4 * depth, depth, dtype=dtype, device="meta")
+    bias = torch.empty(4 * depth, dtype=bias_dtype or dtype, device="meta")
+
+    def all_of_it() -> None:
+        y, v = linear_gelu.forward_fused(x, weight, bias, kept)
+        linear_gelu.forward_cublas(x, weight, bias, kept)
+        if kept:
+            linear_gelu.backward(y, v, x, weight, bias, 7)
+
+    return all_of_it
+
+
 OPS: dict[str, Callable[[], Calls]] = {
     "gated_add_norm": gated_add_norm_calls,
+    "linear_gelu": linear_gelu_calls,
 }

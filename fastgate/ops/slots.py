@@ -23,8 +23,9 @@ schemas = torch.library.Library("fastgate", "DEF")
 class Implementation:
     """One backend's functions for one op, which take the schema's arguments by position, and their dtypes.
 
-    For attention only: saving, a forward that returns (out, log-sum-exp) and a backward that takes (grad,
-    out, log-sum-exp, ...), where that spares work; head_dims, the ones it takes, None for all.
+    saving: a forward that returns something to keep for backward too, and a backward that takes it, where
+    that spares work; the op's module says what it is. head_dims, for attention: the ones it takes, None for
+    all.
     """
 
     backend: str
