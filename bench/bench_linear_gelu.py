@@ -1,6 +1,6 @@
 """Times linear_gelu, forward and backward, against torch: `pytest bench/bench_linear_gelu.py`.
 
-`fused` is one kernel, `library` a library's product and one kernel after it: fastgate takes one of the two.
+`fused` is one kernel, `cublas` a library's product and one kernel after it: fastgate takes one of the two.
 The ceiling is the library's product alone at the same shape.
 """
 
@@ -22,7 +22,7 @@ DTYPE = torch.bfloat16 if ON_GPU else torch.float32
 TOLERANCE = 3e-2 if ON_GPU else 1e-5
 ROWS = (512, 4096, 32768) if ON_GPU else (32, 800)
 HIDDEN = (384, 768, 1024)
-FORMS = ("fused", "library")
+FORMS = ("fused", "cublas")
 CONTENDERS = ("fastgate", *FORMS, "eager", "compile")
 
 
