@@ -87,7 +87,7 @@ def _gather(
     word, known = _place(words, row, row_there, word_count)
     position, known_position = _place(positions, row, row_there, position_count)
     known = known & known_position
-    kind = None
+    kind = word  # of no use where types is None: a function of a kernel returns no None
     if types is not None:
         kind, known_type = _place(types, row, row_there, type_count)
         known = known & known_type
