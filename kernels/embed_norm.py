@@ -15,8 +15,8 @@ position table by torch's embedding_dense_backward, which sorts the ids and adds
 The type table has two rows or one: their sums over rows are two more float32 sums a channel in registers,
 next to those of the parameters. A table with more types goes the way of the others.
 
-An id outside its table reads nothing: its row becomes NaN, forward and backward, and so does the loss. To
-tell the host would be to wait for the device.
+An id outside its table reads nothing outside: a NaN in eps's place makes its row NaN, forward and backward,
+and with it the loss. To tell the host would be to wait for the device.
 
 Tiles, the norm's arithmetic and sums over rows: kernels/norm.py.
 """
@@ -60,9 +60,11 @@ FOLDED_TYPES = 2
 
 @triton.jit
 def _place(ids, row, row_there, count):
-    """(id, whether the table has it): (1, ROWS, 1); past the last row id 0."""
+    """(row of the table, whether it has the id): (1, ROWS, 1) int32 and bool. Row 0 stands for ids outside,
+    which as unsigned numbers are all too large, and for rows past the last."""
     found = tl.load(ids + row, mask=row_there, other=0).to(tl.int64)
-    return found, (found >= 0) & (found < count)
+    known = found.to(tl.uint64, bitcast=True) < count.to(tl.uint64)
+    return tl.where(known, found, 0).to(tl.int32), known
 
 
 @triton.jit
@@ -83,7 +85,7 @@ def _gather(
     channel,  # (CHUNKS, ROWS, WIDTH) int32
     there,  # (CHUNKS, ROWS, WIDTH) bool
 ):
-    """u, zero where no channel or row is, NaN for ids outside a table; and each row's type, if it has one."""
+    """u, zero where no channel or row is; whether the tables have all of a row's ids; its type, where given."""
     word, known = _place(words, row, row_there, word_count)
     position, known_position = _place(positions, row, row_there, position_count)
     known = known & known_position
@@ -91,14 +93,14 @@ def _gather(
     if types is not None:
         kind, known_type = _place(types, row, row_there, type_count)
         known = known & known_type
-    inside = there & (row_there & known)
-    u = read(word_table + (word * hidden + channel), inside)
-    u += read(position_table + (position * hidden + channel), inside)
+    inside = there & row_there
+    u = read(word_table + (word.to(tl.int64) * hidden + channel), inside)
+    u += read(position_table + (position.to(tl.int64) * hidden + channel), inside)
     if types is not None:
-        u += read(type_table + (kind * hidden + channel), inside)
+        u += read(type_table + (kind.to(tl.int64) * hidden + channel), inside)
     else:
         u += elements(only_type, type_table, channel, there)
-    return tl.where(known, u, float("nan")), kind
+    return u, known, kind
 
 
 @triton.jit(do_not_specialize=["rows", "hidden", "word_count", "position_count", "type_count", "threshold"])
@@ -117,9 +119,9 @@ def forward_kernel(
     y,  # (rows, hidden)
     rows: tl.int64,
     hidden: tl.int32,
-    word_count: tl.int64,
-    position_count: tl.int64,
-    type_count: tl.int64,
+    word_count: tl.int32,
+    position_count: tl.int32,
+    type_count: tl.int32,
     eps: tl.float32,
     eps2: tl.float32,
     threshold: tl.int32,
@@ -133,11 +135,11 @@ def forward_kernel(
     channel, there = channels(hidden, ROWS, CHUNKS, WIDTH)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[None, :, None]
     row_there = row < rows
-    u, _ = _gather(
+    u, known, _ = _gather(
         words, positions, types, word_table, position_table, type_table, None, word_count, position_count,
         type_count, hidden, row, row_there, channel, there,
     )  # fmt: skip
-    xhat, _ = normalise(u, eps, hidden, there, row_there)
+    xhat, _ = normalise(u, tl.where(known, eps, float("nan")), hidden, there, row_there)
     out = xhat * read(weight + channel, there) + read(norm_bias + channel, there)
     if seed is not None:
         mask = kept_in_tile(tl.load(seed), row, threshold, CHUNKS, ROWS, WIDTH)
@@ -165,9 +167,9 @@ def backward_kernel(
     sums,  # (programs, TYPES + parameters wanted, hidden) float32; None where none is
     rows: tl.int64,
     hidden: tl.int32,
-    word_count: tl.int64,
-    position_count: tl.int64,
-    type_count: tl.int64,
+    word_count: tl.int32,
+    position_count: tl.int32,
+    type_count: tl.int32,
     eps: tl.float32,
     eps2: tl.float32,
     threshold: tl.int32,
@@ -203,11 +205,11 @@ def backward_kernel(
         row_there = row < rows
         at, inside = row * hidden + channel, there & row_there
         dy = read(grad + at, inside)
-        u, kind = _gather(
+        u, known, kind = _gather(
             words, positions, types, word_table, position_table, type_table, t, word_count, position_count,
             type_count, hidden, row, row_there, channel, there,
         )  # fmt: skip
-        xhat, rstd = normalise(u, eps, hidden, there, row_there)
+        xhat, rstd = normalise(u, tl.where(known, eps, float("nan")), hidden, there, row_there)
         mask = there
         if seed is not None:
             mask = kept_in_tile(key, row, threshold, CHUNKS, ROWS, WIDTH)
@@ -233,8 +235,8 @@ def backward_kernel(
         if TYPES == 1:
             dtype0 += along_u
         if TYPES == 2:
-            dtype0 += tl.where(kind == 0, along_u, 0.0)
-            dtype1 += tl.where(kind == 1, along_u, 0.0)
+            dtype0 += along_u * tl.where(kind == 0, 1.0, 0.0)
+            dtype1 += along_u * tl.where(kind == 1, 1.0, 0.0)
     if sums is not None:
         to = sums + tl.program_id(0).to(tl.int64) * COUNT * hidden
         if TYPES > 0:
