@@ -59,12 +59,16 @@ FOLDED_TYPES = 2
 
 
 @triton.jit
-def _place(ids, row, row_there, count):
-    """(row of the table, whether it has the id): (1, ROWS, 1) int32 and bool. Row 0 stands for ids outside,
-    which as unsigned numbers are all too large, and for rows past the last."""
+def _ids(ids, row, row_there, count):
+    """(id, whether the table has it), (1, ROWS, 1): as unsigned numbers those outside are all too large."""
     found = tl.load(ids + row, mask=row_there, other=0).to(tl.int64)
-    known = found.to(tl.uint64, bitcast=True) < count.to(tl.uint64)
-    return tl.where(known, found, 0).to(tl.int32), known
+    return found, found.to(tl.uint64, bitcast=True) < count.to(tl.uint64)
+
+
+@triton.jit
+def _place(found, known):
+    """The row of a table, int32, for a table has less than 2^31 rows; row 0 stands for ids outside."""
+    return tl.where(known, found, 0).to(tl.int32)
 
 
 @triton.jit
@@ -85,18 +89,19 @@ def _gather(
     channel,  # (CHUNKS, ROWS, WIDTH) int32
     there,  # (CHUNKS, ROWS, WIDTH) bool
 ):
-    """u, zero where no channel or row is; whether the tables have all of a row's ids; its type, where given."""
-    word, known = _place(words, row, row_there, word_count)
-    position, known_position = _place(positions, row, row_there, position_count)
+    """u, zero where no channel or row is; whether the tables have all of a row's ids; its type."""
+    word, known = _ids(words, row, row_there, word_count)
+    position, known_position = _ids(positions, row, row_there, position_count)
     known = known & known_position
     kind = word  # of no use where types is None: a function of a kernel returns no None
     if types is not None:
-        kind, known_type = _place(types, row, row_there, type_count)
+        kind, known_type = _ids(types, row, row_there, type_count)
         known = known & known_type
     inside = there & row_there
-    u = read(word_table + (word.to(tl.int64) * hidden + channel), inside)
-    u += read(position_table + (position.to(tl.int64) * hidden + channel), inside)
+    u = read(word_table + (_place(word, known).to(tl.int64) * hidden + channel), inside)
+    u += read(position_table + (_place(position, known).to(tl.int64) * hidden + channel), inside)
     if types is not None:
+        kind = _place(kind, known)
         u += read(type_table + (kind.to(tl.int64) * hidden + channel), inside)
     else:
         u += elements(only_type, type_table, channel, there)
@@ -205,14 +210,14 @@ def backward_kernel(
         row_there = row < rows
         at, inside = row * hidden + channel, there & row_there
         dy = read(grad + at, inside)
+        mask = there
+        if seed is not None:
+            mask = kept_in_tile(key, row, threshold, CHUNKS, ROWS, WIDTH)
         u, known, kind = _gather(
             words, positions, types, word_table, position_table, type_table, t, word_count, position_count,
             type_count, hidden, row, row_there, channel, there,
         )  # fmt: skip
         xhat, rstd = normalise(u, tl.where(known, eps, float("nan")), hidden, there, row_there)
-        mask = there
-        if seed is not None:
-            mask = kept_in_tile(key, row, threshold, CHUNKS, ROWS, WIDTH)
         if weight2 is not None:
             v = xhat * elements(w, weight, channel, there) + elements(n, norm_bias, channel, there)
             if seed is not None:
@@ -235,8 +240,8 @@ def backward_kernel(
         if TYPES == 1:
             dtype0 += along_u
         if TYPES == 2:
-            dtype0 += along_u * tl.where(kind == 0, 1.0, 0.0)
-            dtype1 += along_u * tl.where(kind == 1, 1.0, 0.0)
+            dtype0 += along_u * (1 - kind).to(tl.float32)  # kind is 0 or 1
+            dtype1 += along_u * kind.to(tl.float32)
     if sums is not None:
         to = sums + tl.program_id(0).to(tl.int64) * COUNT * hidden
         if TYPES > 0:
@@ -352,7 +357,9 @@ def backward(
         sums = stacked if programs == 1 else torch.empty((programs, *stacked.shape), device=device)
     keep = keeps_vectors(hidden)
     numbers = (rows, hidden, *(table.shape[0] for table in tables), eps, eps2, threshold, kept_scale)
-    choices = (keep, STAGES if keep else 1, wanted, folded, folded + count)
+    # Beside the masks the registers of two programs a multiprocessor do not hold a longer lead.
+    stages = 1 if not keep else STAGES if seed is None else STAGES - 1
+    choices = (keep, stages, wanted, folded, folded + count)
     BACKWARD.launch(
         (programs, 1, 1),
         (tile, wanted, folded, aligned(*tensors, du, sums), dtypes(*tensors, du)),

@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 from norm_cases import differentiable, double
 from torch import nn
 
-from fastgate import backends, ops
+from fastgate import backends, ops, reference
 from fastgate.errors import ArgumentError
 from fastgate.ops.embed_norm import BIT, OPERANDS, TABLES, embed_norm
 
@@ -83,6 +83,17 @@ def test_explicit_backward_passes_gradcheck(call):
 @pytest.mark.parametrize("name", BACKENDS)
 def test_masks_are_equal_forward_and_backward_in_every_backend(name, seed, hidden):
     check_masks(BACKENDS[name], seed, hidden)
+
+
+@pytest.mark.skipif("cpp" not in BACKENDS, reason="the compiled library is not built")
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+@pytest.mark.parametrize("shape", [(0, 5), (3, 1), (40, 771)], ids=str)
+def test_dropout_by_itself_has_the_references_mask(shape, dtype, poisoned):
+    x, seed = torch.randn(shape).to(dtype) + 10, torch.tensor(SEED)
+    want = torch.where(reference.keep_mask(seed, *shape, 0.3), x.float() / 0.7, 0.0).to(dtype)
+    torch.testing.assert_close(torch.ops.fastgate_cpu.dropout(x, 0.3, seed), want)
+    with pytest.raises(RuntimeError, match="dropout: x: got another shape or dtype"):
+        torch.ops.fastgate_cpu.dropout(x.double(), 0.3, seed)
 
 
 @pytest.mark.parametrize("name", BACKENDS)

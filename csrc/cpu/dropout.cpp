@@ -16,23 +16,19 @@ struct Mask {
   float kept;
 };
 
+FASTGATE_CLONES void draw(const Mask& mask, int64_t row, int64_t n, float* keep) {
+  keep_factors(mask.seed, row, n, mask.threshold, mask.kept, keep);
+}
+
 template <class T>
-FASTGATE_INLINE void drop_rows(const Mask& mask, int64_t n, const void* x, void* y, float* keep, int64_t begin, int64_t end) {
-  for (int64_t row = begin; row < end; ++row) {
-    const T* from = static_cast<const T*>(x) + row * n;
-    T* to = static_cast<T*>(y) + row * n;
-    keep_factors(mask.seed, row, n, mask.threshold, mask.kept, keep);
-    each(n, [&](int64_t j) { store(to, j, keep[j] == 0.0f ? 0.0f : keep[j] * load(from, j)); });
-  }
+FASTGATE_INLINE void drop_row(int64_t n, const void* x, void* y, const float* keep) {
+  const T* from = static_cast<const T*>(x);
+  T* to = static_cast<T*>(y);
+  each(n, [&](int64_t j) { store(to, j, keep[j] * load(from, j)); });
 }
 
-FASTGATE_CLONES void drop_f(const Mask& m, int64_t n, const void* x, void* y, float* k, int64_t begin, int64_t end) {
-  drop_rows<float>(m, n, x, y, k, begin, end);
-}
-
-FASTGATE_CLONES void drop_b(const Mask& m, int64_t n, const void* x, void* y, float* k, int64_t begin, int64_t end) {
-  drop_rows<bf16>(m, n, x, y, k, begin, end);
-}
+FASTGATE_CLONES void drop_float(int64_t n, const void* x, void* y, const float* keep) { drop_row<float>(n, x, y, keep); }
+FASTGATE_CLONES void drop_bf16(int64_t n, const void* x, void* y, const float* keep) { drop_row<bf16>(n, x, y, keep); }
 
 }  // namespace
 
@@ -53,12 +49,16 @@ Tensor dropout(Tensor x, double dropout_p, Tensor seed) {
   Tensor y = empty_like(from, dtype);
   const int64_t rows = x.size(0), hidden = x.size(1);
   if (rows == 0 || hidden == 0) return y;
-  const auto drop = dtype == ScalarType::Float ? drop_f : drop_b;
-  const void* in = from.data_ptr();
-  void* out = y.data_ptr();
+  const auto drop_row = dtype == ScalarType::Float ? drop_float : drop_bf16;
+  const int64_t row_bytes = hidden * (dtype == ScalarType::Float ? sizeof(float) : sizeof(bf16));
+  const char* in = static_cast<const char*>(from.data_ptr());
+  char* out = static_cast<char*>(y.data_ptr());
   torch::stable::parallel_for(0, rows, std::max<int64_t>(1, kElements / hidden), [&](int64_t begin, int64_t end) {
     std::vector<float> keep((hidden + 3) / 4 * 4);
-    drop(mask, hidden, in, out, keep.data(), begin, end);
+    for (int64_t row = begin; row < end; ++row) {
+      draw(mask, row, hidden, keep.data());
+      drop_row(hidden, in + row * row_bytes, out + row * row_bytes, keep.data());
+    }
   });
   return y;
 }

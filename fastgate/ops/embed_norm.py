@@ -8,7 +8,6 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import embedding
 
 from fastgate import reference
 from fastgate.errors import ArgumentError, say
@@ -98,9 +97,12 @@ def composed(
     def gather(ids: tuple[Any, ...], tables: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         (words, positions, types), (word_table, position_table, type_table) = ids, tables
         try:
-            rest = embedding(positions, position_table)
-            rest += type_table[0] if types is None else embedding(types, type_table)
-            return embedding(words, word_table), rest
+            rest = position_table.index_select(0, positions)
+            if types is None:
+                return word_table.index_select(0, words), rest.add_(type_table[0])
+            rows = type_table.index_select(0, types)
+            rest += rows  # and into their memory the words: fresh memory costs more than the gather
+            return torch.index_select(word_table, 0, words, out=rows), rest
         except IndexError:
             _refuse_ids(*ids, *tables)
 
