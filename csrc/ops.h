@@ -48,6 +48,7 @@ constexpr int64_t parameter_bit(int place) { return int64_t{4} << place; }
       OptionalTensor seed
 
 namespace cpu {
+Tensor dropout(Tensor x, double dropout_p, Tensor seed);
 Tensor attention(FASTGATE_ATTENTION_OPERANDS);
 std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor grad, FASTGATE_ATTENTION_OPERANDS);
 Tensor gated_add_norm(Tensor x, Tensor residual, FASTGATE_GATED_ADD_NORM_OPERANDS);

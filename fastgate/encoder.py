@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .errors import Unsupported, say
 from .ops.attention import absorbed_attention, attention, attention_probabilities
+from .ops.embed_norm import embed_norm
 from .ops.gated_add_norm import gated_add_norm
 from .ops.linear_gelu import linear_gelu
 from .packing import Packing
@@ -47,9 +48,17 @@ class Run:
     probabilities: dict[int, Tensor] | None = None
 
 
-def is_plain(module: nn.Module) -> bool:
-    """An `nn.Linear` and nothing more: no subclass, no hooks, no replaced forward."""
-    return type(module) is nn.Linear and _is_itself(module)
+class Ids(NamedTuple):
+    """Of packed rows, (rows,) each: what their embeddings are gathered by. types None: type 0 everywhere."""
+
+    words: Tensor
+    positions: Tensor
+    types: Tensor | None
+
+
+def is_plain(module: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
+    """A `kind` and nothing more: no subclass, no hooks, no replaced forward."""
+    return type(module) is kind and _is_itself(module)
 
 
 def _is_itself(module: nn.Module) -> bool:
@@ -111,11 +120,10 @@ def plan_for(gates: list[Gate], absorbable: bool, packing: Packing, capture: boo
     return make_plan(attends, packing.narrow, packing.single and absorbable, capture)
 
 
-def run_plan(run: Run, embedded: Callable[[bool], tuple[Tensor, Tensor | None]]) -> Tensor:
+def run_plan(run: Run, embedded: Callable[[bool], Ids | Tensor]) -> Tensor:
     """Run every step; returns (demanded, hidden) rows, or (packed, hidden) if all are demanded.
 
-    embedded: called with whether only demanded rows are wanted; gives the two parts whose sum is normed, or
-    the finished embeddings and None.
+    embedded: called with whether only demanded rows are wanted; gives their ids, or the finished embeddings.
     """
     h = _embed(run, run.plan.of_layer(-1)[0], embedded)
     for i, layer in enumerate(run.encoder.encoder.layer):
@@ -126,22 +134,38 @@ def run_plan(run: Run, embedded: Callable[[bool], tuple[Tensor, Tensor | None]])
     return h
 
 
-def _embed(run: Run, step: Step, embedded: Callable[[bool], tuple[Tensor, Tensor | None]]) -> Tensor:
-    embeddings = run.encoder.embeddings
-    x, rest = embedded(step.narrow)
-    p = drop(embeddings.dropout)
-    if rest is None:
-        h = _skipped_norm(run, 0, x) if step.chained else x
-    elif p or not step.chained:
-        norm = embeddings.LayerNorm
-        h = F.dropout(gated_add_norm(x, rest, norm.weight, norm.bias, norm.eps), p, training=p > 0)
-        if step.chained:
-            h = _skipped_norm(run, 0, h)
-    else:
-        h = _norm_chain(run, -1, x, rest, None, 0.0, embeddings.LayerNorm)
+def _embed(run: Run, step: Step, embedded: Callable[[bool], Ids | Tensor]) -> Tensor:
+    h, after = embedded(step.narrow), step.chained
+    if isinstance(h, Ids):
+        # Dropout stands between the two norms: what is added behind it cannot be folded in before it.
+        chains = after and not (drop(run.encoder.embeddings.dropout) and _adds(run.encoder.encoder.layer[0]))
+        h, after = _embed_ids(run, h, chains), after and not chains
+    if after:
+        h = _skipped_norm(run, 0, h)
     _note(run, step, h)
     _note_hidden(run, h, step.narrow)
     return h
+
+
+def _embed_ids(run: Run, ids: Ids, chains: bool) -> Tensor:
+    """The embeddings; chains: with the LayerNorm of the skipped attention of layer 0."""
+    embeddings = run.encoder.embeddings
+    words, positions = embeddings.word_embeddings, embeddings.position_embeddings
+    norm = embeddings.LayerNorm
+    weight, norm_bias, second = _fold(run, -1, norm) if chains else (norm.weight, norm.bias, {})
+    return embed_norm(
+        *ids,
+        words.weight,
+        positions.weight,
+        embeddings.token_type_embeddings.weight,
+        weight,
+        norm_bias,
+        norm.eps,
+        dropout_p=drop(embeddings.dropout),
+        padding_idx=words.padding_idx,
+        position_padding_idx=positions.padding_idx,
+        **second,
+    )
 
 
 def _run_layer(run: Run, i: int, h: Tensor) -> Tensor:
@@ -271,6 +295,13 @@ def _norm_chain(
     run: Run, i: int, x: Tensor, h: Tensor, bias: Tensor | None, p: float, norm: nn.LayerNorm
 ) -> Tensor:
     """`norm`, then the LayerNorm of the skipped attention of layer i + 1, its replacement folded in."""
+    weight, norm_bias, second = _fold(run, i, norm)
+    return gated_add_norm(x, h, weight, norm_bias, norm.eps, bias=bias, dropout_p=p, **second)
+
+
+def _fold(run: Run, i: int, norm: nn.LayerNorm) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """Weight and bias of `norm` with the replacement of layer i + 1's skipped attention folded in, and the
+    LayerNorm that this attention leaves behind as the operands of a second norm."""
     following = run.encoder.encoder.layer[i + 1]
     then = following.attention.output.LayerNorm
     scale, shift = _stand_in(following, 1.0)
@@ -280,18 +311,7 @@ def _norm_chain(
         weight, norm_bias = weight * scale, norm_bias * scale
     if shift is not None:
         norm_bias = norm_bias + shift
-    return gated_add_norm(
-        x,
-        h,
-        weight,
-        norm_bias,
-        norm.eps,
-        bias=bias,
-        dropout_p=p,
-        weight2=then.weight,
-        norm_bias2=then.bias,
-        eps2=then.eps,
-    )
+    return weight, norm_bias, {"weight2": then.weight, "norm_bias2": then.bias, "eps2": then.eps}
 
 
 def _skipped_norm(run: Run, i: int, h: Tensor) -> Tensor:
@@ -304,6 +324,12 @@ def _skipped_norm(run: Run, i: int, h: Tensor) -> Tensor:
     if shift is not None:
         h = h + shift
     return F.layer_norm(h, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+
+
+def _adds(layer: Any) -> bool:
+    """Whether a layer's replacement adds a vector."""
+    replacement = replacement_of(layer)
+    return replacement is not None and replacement.shift is not None
 
 
 def _stand_in(layer: Any, share: Gate) -> tuple[Tensor | None, Tensor | None]:

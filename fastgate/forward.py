@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 
-from .encoder import Record, Run, check_hidden_selection, is_plain, is_skipped, plan_for, run_plan
+from .encoder import Ids, Record, Run, check_hidden_selection, is_plain, is_skipped, plan_for, run_plan
 from .errors import ArgumentError, Unsupported, say
 from .families import LAYER_MODULES, reject_hooks
 from .packing import Packing, pack_rows
@@ -164,7 +164,8 @@ def _embedder(
     token_type_ids: Tensor | None,
     position_ids: Tensor | None,
     inputs_embeds: Tensor | None,
-) -> Callable[[bool], tuple[Tensor, Tensor | None]]:
+) -> Callable[[bool], Ids | Tensor]:
+    """What the plan's first step asks for ids or finished embeddings (see run_plan)."""
     embeddings = encoder.embeddings
     shape = (packing.batch, packing.length)
     for name, ids in (("token_type_ids", token_type_ids), ("position_ids", position_ids)):
@@ -175,16 +176,16 @@ def _embedder(
                 say("forward", name, f"shape {tuple(ids.shape)}", f"{shape}", "pass one id a token")
             )
     tables = (embeddings.word_embeddings, embeddings.position_embeddings, embeddings.token_type_embeddings)
-    if any(type(t) is not nn.Embedding or t._forward_hooks or t._forward_pre_hooks for t in tables):
+    if not _are_plain(*tables):
         # Hooks and replaced tables may count on padded input: the module runs as it is, its dropout within.
-        def whole(narrow: bool) -> tuple[Tensor, None]:
+        def whole(narrow: bool) -> Tensor:
             padded = embeddings(
                 input_ids=input_ids,
                 position_ids=position_ids,
                 token_type_ids=token_type_ids,
                 inputs_embeds=inputs_embeds,
             )
-            return packing.pack(padded, narrow), None
+            return packing.pack(padded, narrow)
 
         return whole
 
@@ -211,17 +212,27 @@ def _embedder(
             )
         )
 
-    def parts(narrow: bool) -> tuple[Tensor, Tensor]:
-        words = (
-            embeddings.word_embeddings(packing.pack(input_ids, narrow))  # type: ignore[arg-type]
-            if inputs_embeds is None
-            else packing.pack(inputs_embeds, narrow)
-        )  # type: ignore[arg-type]
-        rest = embeddings.position_embeddings(packing.pack(position_ids.expand(shape), narrow))
-        if token_type_ids is None:
-            return words, rest + embeddings.token_type_embeddings.weight[0]
-        return words, rest + embeddings.token_type_embeddings(
-            packing.pack(token_type_ids.expand(shape), narrow)
-        )
+    def packed(ids: Tensor | None, narrow: bool) -> Tensor | None:
+        return None if ids is None else packing.pack(ids.expand(shape), narrow)
 
-    return parts
+    def gathered(narrow: bool) -> Ids:
+        return Ids(*(packed(ids, narrow) for ids in (input_ids, position_ids, token_type_ids)))  # type: ignore[arg-type]
+
+    def added(narrow: bool) -> Tensor:
+        types = packed(token_type_ids, narrow)
+        u = packing.pack(inputs_embeds, narrow) + embeddings.position_embeddings(packed(position_ids, narrow))  # type: ignore[arg-type]
+        u = u + (tables[2].weight[0] if types is None else tables[2](types))
+        return embeddings.dropout(embeddings.LayerNorm(u))
+
+    return added if input_ids is None else gathered
+
+
+def _are_plain(words: nn.Module, positions: nn.Module, types: nn.Module) -> bool:
+    """Whether embed_norm may stand for these tables: nothing but rows to gather, of one dtype."""
+    tables = (words, positions, types)
+    return (
+        all(is_plain(t, nn.Embedding) for t in tables)
+        and not any(t.max_norm is not None or t.scale_grad_by_freq or t.sparse for t in tables)
+        and types.padding_idx is None
+        and len({t.weight.dtype for t in tables}) == 1
+    )

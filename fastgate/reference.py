@@ -18,6 +18,15 @@ linear_gelu, with Phi and phi the distribution and the density of the standard n
 
     v  = x W^T + b,  y = v Phi(v)                     Phi(v) = (1 + erf(v / sqrt 2)) / 2: the exact GELU
     dv = dy * (Phi(v) + v phi(v))                     dx = dv W,  dW = dv^T x,  db = sum_i dv
+
+embed_norm, with rows i, T a table and T[k] its row k:
+
+    u = words[word_i] + positions[position_i] + types[type_i]
+    y = m * (xhat * weight + norm_bias) / (1 - p)     then, if weight2 is given, a second norm of y
+
+and backwards, with du as above and dy, where weight2 is given, the du of the second norm:
+
+    dy = m / (1 - p) * dy                             dT[k] = sum_i [T's id of i is k] * du_i, 0 for padding
 """
 
 from __future__ import annotations
@@ -27,7 +36,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import layer_norm
+from torch.nn.functional import embedding, layer_norm
 
 PHILOX_ROUNDS = 10
 PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -44,6 +53,18 @@ class Gradients(NamedTuple):
     gate: Tensor | None
     scale: Tensor | None
     shift: Tensor | None
+    weight: Tensor
+    norm_bias: Tensor
+    weight2: Tensor | None
+    norm_bias2: Tensor | None
+
+
+class EmbedGradients(NamedTuple):
+    """Gradients of embed_norm; None where the operand was not given."""
+
+    word_table: Tensor
+    position_table: Tensor
+    type_table: Tensor
     weight: Tensor
     norm_bias: Tensor
     weight2: Tensor | None
@@ -254,3 +275,110 @@ def linear_gelu_backward(
     rows = dv.reshape(-1, weight.shape[0])
     dweight = rows.t() @ x.reshape(-1, weight.shape[1]).to(dtype)
     return (dv @ weight.to(dtype)).to(x.dtype), dweight, None if bias is None else rows.sum(0)
+
+
+def _gather(
+    words: Tensor,
+    positions: Tensor,
+    types: Tensor | None,
+    word_table: Tensor,
+    position_table: Tensor,
+    type_table: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    """u of embed_norm, (rows, H)."""
+    u = embedding(words, word_table).to(dtype) + embedding(positions, position_table).to(dtype)
+    return u + (type_table[0] if types is None else embedding(types, type_table)).to(dtype)
+
+
+def embed_norm(
+    words: Tensor,
+    positions: Tensor,
+    types: Tensor | None,
+    word_table: Tensor,
+    position_table: Tensor,
+    type_table: Tensor,
+    weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    *,
+    dropout_p: float = 0.0,
+    mask: Tensor | None = None,
+    weight2: Tensor | None = None,
+    norm_bias2: Tensor | None = None,
+    eps2: float = 0.0,
+) -> Tensor:
+    """y of the module's head comment, differentiable by plain autograd (padding apart).
+
+    words, positions: (rows,) int64 or int32; types: the same, None for type 0; tables: (number, H), one
+    dtype; vectors: (H,); mask: (rows, H) bool, True where kept, None to drop nothing. Returns (rows, H) in
+    the tables' dtype. IndexError for an id outside its table.
+    """
+    dtype = _accumulation_dtype(word_table, word_table)
+    u = _gather(words, positions, types, word_table, position_table, type_table, dtype)
+    y = layer_norm(u, u.shape[-1:], weight.to(dtype), norm_bias.to(dtype), eps)
+    y = _dropped(y, None, dropout_p, mask, dtype)
+    if weight2 is not None:
+        y = layer_norm(y, y.shape[-1:], weight2.to(dtype), _cast(norm_bias2, dtype), eps2)
+    return y.to(word_table.dtype)
+
+
+def embed_norm_backward(
+    grad: Tensor,
+    words: Tensor,
+    positions: Tensor,
+    types: Tensor | None,
+    word_table: Tensor,
+    position_table: Tensor,
+    type_table: Tensor,
+    weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    *,
+    dropout_p: float = 0.0,
+    mask: Tensor | None = None,
+    weight2: Tensor | None = None,
+    norm_bias2: Tensor | None = None,
+    eps2: float = 0.0,
+    padding_idx: int = -1,
+    position_padding_idx: int = -1,
+) -> EmbedGradients:
+    """The backward equations of the module's head comment, written out; gathers again.
+
+    grad: (rows, H), the gradient of y. padding_idx, position_padding_idx: the row of the word and of the
+    position table that gets no gradient, -1 for none. The tables' gradients are dense, in their dtype; those
+    of the vectors come in the accumulation dtype (float32, float64 for float64).
+    """
+    dtype = _accumulation_dtype(word_table, word_table)
+    xhat, rstd = _normalise(
+        _gather(words, positions, types, word_table, position_table, type_table, dtype), eps
+    )
+    weight, norm_bias, dy = weight.to(dtype), norm_bias.to(dtype), grad.to(dtype)
+    dweight2 = dnorm_bias2 = None
+    if weight2 is not None:
+        v = _dropped(xhat * weight + norm_bias, None, dropout_p, mask, dtype)
+        xhat2, rstd2 = _normalise(v, eps2)
+        dweight2, dnorm_bias2 = (dy * xhat2).sum(0), dy.sum(0)
+        dy = _norm_backward(dy, weight2.to(dtype), xhat2, rstd2)
+    dy = _dropped(dy, None, dropout_p, mask, dtype)
+    du = _norm_backward(dy, weight, xhat, rstd)
+    return EmbedGradients(
+        word_table=scatter(du, words, word_table, padding_idx),
+        position_table=scatter(du, positions, position_table, position_padding_idx),
+        type_table=scatter(du, types, type_table, -1),
+        weight=(dy * xhat).sum(0),
+        norm_bias=dy.sum(0),
+        weight2=dweight2,
+        norm_bias2=dnorm_bias2,
+    )
+
+
+def scatter(du: Tensor, ids: Tensor | None, table: Tensor, padding_idx: int) -> Tensor:
+    """dT: the rows of du summed by their ids, row padding_idx left zero; without ids all go to row 0."""
+    if ids is None:
+        dtable = torch.zeros_like(table)
+        dtable[0] = du.sum(0)
+        return dtable
+    return torch.ops.aten.embedding_dense_backward(du, ids, table.shape[0], padding_idx, False).to(
+        table.dtype
+    )

@@ -18,39 +18,36 @@ with u = scale * residual + gate * d + shift and d = m * kept * (x + bias):
     dresidual = scale * du      dscale = sum_i du * residual      dshift = sum_i du
     dx = gate * m * kept * du   dbias = sum_i dx                  dgate = sum_ij du * d
 
-Sums over rows: each program of a fixed grid walks its tiles and keeps float32 sums a channel in registers,
-then writes one row of them; a second kernel adds these rows in a fixed order. No atomics: the bits repeat.
-
-A tile is (CHUNKS, ROWS, WIDTH): channel = chunk * WIDTH + place. WIDTH is what the warps of one row read at
-once with 16 bytes a thread. Triton gives warps to the last dimension first, then to ROWS, so that a row's
-chunks lie in the registers of the same threads: a row of one warp is reduced by shuffles, without a barrier.
+Tiles, the norm's arithmetic and sums over rows: kernels/norm.py.
 """
 
 from __future__ import annotations
-
-import functools
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgate.errors import ArgumentError, say
-from fastgate.kernels.dropout import kept, threshold_argument
-from fastgate.kernels.launch import Kernel, aligned, multiprocessors
+from fastgate.kernels.launch import Kernel, aligned
+from fastgate.kernels.norm import (
+    STAGES,
+    backward_tile,
+    channels,
+    contiguous,
+    dropout_arguments,
+    dtypes,
+    elements,
+    forward_tile,
+    keeps_vectors,
+    kept_in_tile,
+    normalise,
+    read,
+    resident_programs,
+    through,
+    write_sums,
+)
 from fastgate.kernels.sums import add_up
 
-LANES = 32
-# Up to so many rows, rows are few: more threads each, so that the multiprocessors are not left idle.
-FEW_ROWS = 2048
-# Of backward's grid: programs a multiprocessor, and rows that a program's row of sums must pay for.
-PROGRAMS, LEAST_ROWS = 2, 8
-# Tiles of rows that a program of backward has under way: one worked on, the others being read.
-STAGES = 3
-# In wider rows the registers do not hold the vectors beside the rows and the sums over rows: backward reads
-# vectors where it needs them, rows without a lead, and may spill.
-WIDEST_KEPT = 2048
 # Bits of backward's `wanted`.
 DX, DRESIDUAL = 1, 2
 BIAS = tl.constexpr(4)
@@ -61,60 +58,6 @@ WEIGHT = tl.constexpr(64)
 NORM_BIAS = tl.constexpr(128)
 WEIGHT2 = tl.constexpr(256)
 NORM_BIAS2 = tl.constexpr(512)
-
-
-class Tile(NamedTuple):
-    """What a program works on at a time, and with how many warps."""
-
-    chunks: int
-    rows: int
-    width: int
-    vector: int  # channels a thread reads at once: a power of two that divides hidden
-    num_warps: int
-
-
-@triton.jit
-def _channels(hidden, ROWS: tl.constexpr, CHUNKS: tl.constexpr, WIDTH: tl.constexpr):
-    """(channel, whether there is one): (CHUNKS, ROWS, WIDTH), alike for all rows.
-
-    Vectors are read at the tile's full shape, so that a thread gets the channels of its rows from the
-    first-level cache, in the tile's layout: a smaller shape would be laid out anew through shared memory.
-    """
-    chunk = tl.arange(0, CHUNKS)[:, None, None] * WIDTH
-    channel = tl.broadcast_to(chunk + tl.arange(0, WIDTH)[None, None, :], (CHUNKS, ROWS, WIDTH))
-    return channel, channel < hidden
-
-
-@triton.jit
-def _row_sum(t):
-    """(CHUNKS, ROWS, WIDTH) -> (1, ROWS, 1)"""
-    return tl.sum(tl.sum(t, axis=0, keep_dims=True), axis=2, keep_dims=True)
-
-
-@triton.jit
-def _load(at, mask):
-    return tl.load(at, mask=mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _normalise(u, eps, hidden, there, row_there):
-    """xhat (CHUNKS, ROWS, WIDTH), zero where no channel or row is, and rstd (1, ROWS, 1).
-
-    u is zero where no channel is. Past the last row rstd is zero: with eps 0 it would be infinite there.
-    """
-    mean = _row_sum(u) / hidden
-    centred = tl.where(there, u - mean, 0.0)
-    rstd = tl.where(row_there, tl.rsqrt(_row_sum(centred * centred) / hidden + eps), 0.0)
-    return centred * rstd, rstd
-
-
-@triton.jit
-def _elements(values, vector, channel, there):
-    """A vector's elements: the values read before, or, where they are None, read now."""
-    if values is not None:
-        return values
-    else:
-        return _load(vector + channel, there)
 
 
 @triton.jit
@@ -141,21 +84,20 @@ def _mix(
     """u, and what backward needs besides: d, and which of its elements dropout keeps."""
     u = residual
     if scale is not None:
-        u = u * _elements(s, scale, channel, there)
+        u = u * elements(s, scale, channel, there)
     d = x
     if bias is not None:
-        d += _elements(b, bias, channel, there)
+        d += elements(b, bias, channel, there)
     mask = there
     if key is not None:
-        group = tl.arange(0, CHUNKS)[:, None, None] * (WIDTH // 4) + tl.arange(0, WIDTH // 4)[None, None, :]
-        mask = kept(key, row, group, threshold, (CHUNKS, ROWS, WIDTH))
+        mask = kept_in_tile(key, row, threshold, CHUNKS, ROWS, WIDTH)
         d = tl.where(mask, d * kept_scale, 0.0)
     if gate is not None:
         u += d * gate
     else:
         u += d
     if shift is not None:
-        u += _elements(h, shift, channel, there)
+        u += elements(h, shift, channel, there)
     return u, d, mask
 
 
@@ -185,7 +127,7 @@ def forward_kernel(
     VECTOR: tl.constexpr,
 ):
     hidden = hidden // VECTOR * VECTOR  # which tells the compiler how far rows are aligned
-    channel, there = _channels(hidden, ROWS, CHUNKS, WIDTH)
+    channel, there = channels(hidden, ROWS, CHUNKS, WIDTH)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[None, :, None]
     at, inside = row * hidden + channel, there & (row < rows)
     z, key = None, None
@@ -194,29 +136,15 @@ def forward_kernel(
     if seed is not None:
         key = tl.load(seed)
     u, _, _ = _mix(
-        _load(x + at, inside), _load(residual + at, inside), bias, scale, shift, z, key, None, None, None,
+        read(x + at, inside), read(residual + at, inside), bias, scale, shift, z, key, None, None, None,
         row, channel, there, threshold, kept_scale, CHUNKS, ROWS, WIDTH,
     )  # fmt: skip
-    xhat, _ = _normalise(u, eps, hidden, there, row < rows)
-    out = xhat * _load(weight + channel, there) + _load(norm_bias + channel, there)
+    xhat, _ = normalise(u, eps, hidden, there, row < rows)
+    out = xhat * read(weight + channel, there) + read(norm_bias + channel, there)
     if weight2 is not None:
-        xhat, _ = _normalise(out, eps2, hidden, there, row < rows)
-        out = xhat * _load(weight2 + channel, there) + _load(norm_bias2 + channel, there)
+        xhat, _ = normalise(out, eps2, hidden, there, row < rows)
+        out = xhat * read(weight2 + channel, there) + read(norm_bias2 + channel, there)
     tl.store(y + at, out.to(y.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _through(dy, weight, xhat, rstd, hidden):
-    """The gradient of a norm's input."""
-    t = dy * weight
-    return rstd * (t - _row_sum(t) / hidden - xhat * (_row_sum(t * xhat) / hidden))
-
-
-@triton.jit
-def _write_sums(to, total, hidden, CHUNKS: tl.constexpr, WIDTH: tl.constexpr):
-    """One row of sums over a program's rows: to (hidden,), total (CHUNKS, ROWS, WIDTH)."""
-    channel = tl.arange(0, CHUNKS)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-    tl.store(to + channel, tl.sum(total, axis=1), mask=channel < hidden)
 
 
 @triton.jit(do_not_specialize=["rows", "hidden", "threshold"])
@@ -251,7 +179,7 @@ def backward_kernel(
     VECTOR: tl.constexpr,
 ):
     hidden = hidden // VECTOR * VECTOR  # which tells the compiler how far rows are aligned
-    channel, there = _channels(hidden, ROWS, CHUNKS, WIDTH)
+    channel, there = channels(hidden, ROWS, CHUNKS, WIDTH)
     zeros = tl.zeros((CHUNKS, ROWS, WIDTH), tl.float32)
     dbias, dgate, dscale, dshift = zeros, zeros, zeros, zeros
     dweight, dnorm_bias, dweight2, dnorm_bias2 = zeros, zeros, zeros, zeros
@@ -262,40 +190,40 @@ def backward_kernel(
     if seed is not None:
         key = tl.load(seed)
     if KEEP:
-        w = _load(weight + channel, there)
+        w = read(weight + channel, there)
         if weight2 is not None:
-            w2, n = _load(weight2 + channel, there), _load(norm_bias + channel, there)
+            w2, n = read(weight2 + channel, there), read(norm_bias + channel, there)
         if bias is not None:
-            b = _load(bias + channel, there)
+            b = read(bias + channel, there)
         if scale is not None:
-            s = _load(scale + channel, there)
+            s = read(scale + channel, there)
         if shift is not None:
-            h = _load(shift + channel, there)
+            h = read(shift + channel, there)
     first, step = tl.program_id(0).to(tl.int64) * ROWS, tl.num_programs(0).to(tl.int64) * ROWS
     for start in tl.range(first, rows, step, num_stages=STAGES):
         row = start + tl.arange(0, ROWS)[None, :, None]
         row_there = row < rows
         at, inside = row * hidden + channel, there & row_there
-        dy = _load(grad + at, inside)
-        r = _load(residual + at, inside)
+        dy = read(grad + at, inside)
+        r = read(residual + at, inside)
         u, d, mask = _mix(
-            _load(x + at, inside), r, bias, scale, shift, z, key, b, s, h, row, channel, there, threshold,
+            read(x + at, inside), r, bias, scale, shift, z, key, b, s, h, row, channel, there, threshold,
             kept_scale, CHUNKS, ROWS, WIDTH,
         )  # fmt: skip
-        xhat, rstd = _normalise(u, eps, hidden, there, row_there)
+        xhat, rstd = normalise(u, eps, hidden, there, row_there)
         if weight2 is not None:
-            v = xhat * _elements(w, weight, channel, there) + _elements(n, norm_bias, channel, there)
-            xhat2, rstd2 = _normalise(v, eps2, hidden, there, row_there)
+            v = xhat * elements(w, weight, channel, there) + elements(n, norm_bias, channel, there)
+            xhat2, rstd2 = normalise(v, eps2, hidden, there, row_there)
             if WEIGHT2 & WANTED:
                 dweight2 += dy * xhat2
             if NORM_BIAS2 & WANTED:
                 dnorm_bias2 += dy
-            dy = _through(dy, _elements(w2, weight2, channel, there), xhat2, rstd2, hidden)
+            dy = through(dy, elements(w2, weight2, channel, there), xhat2, rstd2, hidden)
         if WEIGHT & WANTED:
             dweight += dy * xhat
         if NORM_BIAS & WANTED:
             dnorm_bias += dy
-        du = _through(dy, _elements(w, weight, channel, there), xhat, rstd, hidden)
+        du = through(dy, elements(w, weight, channel, there), xhat, rstd, hidden)
         if SHIFT & WANTED:
             dshift += du
         if SCALE & WANTED:
@@ -305,7 +233,7 @@ def backward_kernel(
         if dresidual is not None:
             dr = du
             if scale is not None:
-                dr = du * _elements(s, scale, channel, there)
+                dr = du * elements(s, scale, channel, there)
             tl.store(dresidual + at, dr.to(dresidual.dtype.element_ty), mask=inside)
         along_x = du
         if gate is not None:
@@ -319,73 +247,31 @@ def backward_kernel(
     if sums is not None:
         to = sums + tl.program_id(0).to(tl.int64) * COUNT * hidden
         if BIAS & WANTED:
-            _write_sums(to, dbias, hidden, CHUNKS, WIDTH)
+            write_sums(to, dbias, hidden, CHUNKS, WIDTH)
             to += hidden
         if GATE & WANTED:
-            _write_sums(to, dgate, hidden, CHUNKS, WIDTH)
+            write_sums(to, dgate, hidden, CHUNKS, WIDTH)
             to += hidden
         if SCALE & WANTED:
-            _write_sums(to, dscale, hidden, CHUNKS, WIDTH)
+            write_sums(to, dscale, hidden, CHUNKS, WIDTH)
             to += hidden
         if SHIFT & WANTED:
-            _write_sums(to, dshift, hidden, CHUNKS, WIDTH)
+            write_sums(to, dshift, hidden, CHUNKS, WIDTH)
             to += hidden
         if WEIGHT & WANTED:
-            _write_sums(to, dweight, hidden, CHUNKS, WIDTH)
+            write_sums(to, dweight, hidden, CHUNKS, WIDTH)
             to += hidden
         if NORM_BIAS & WANTED:
-            _write_sums(to, dnorm_bias, hidden, CHUNKS, WIDTH)
+            write_sums(to, dnorm_bias, hidden, CHUNKS, WIDTH)
             to += hidden
         if WEIGHT2 & WANTED:
-            _write_sums(to, dweight2, hidden, CHUNKS, WIDTH)
+            write_sums(to, dweight2, hidden, CHUNKS, WIDTH)
             to += hidden
         if NORM_BIAS2 & WANTED:
-            _write_sums(to, dnorm_bias2, hidden, CHUNKS, WIDTH)
+            write_sums(to, dnorm_bias2, hidden, CHUNKS, WIDTH)
 
 
 FORWARD, BACKWARD = Kernel(forward_kernel), Kernel(backward_kernel)
-
-
-@functools.lru_cache(4096)
-def _tile(hidden: int, item_bytes: int, elements: int, least_warps: int) -> Tile:
-    """The tile of rows of `hidden` channels. item_bytes: of the smallest dtype; elements: a thread's."""
-    block = max(16, triton.next_power_of_2(hidden))
-    vector = 16 // item_bytes
-    while hidden % vector:
-        vector //= 2
-    row_warps = min(max(1, block // (LANES * elements)), 32)
-    width = min(block, vector * LANES * row_warps)
-    num_warps = max(least_warps, row_warps)
-    row_elements = (
-        LANES * elements * row_warps
-    )  # a row's, or what the threads of one warp hold of several rows
-    return Tile(
-        block // width, max(1, row_elements // block) * (num_warps // row_warps), width, vector, num_warps
-    )
-
-
-def _forward_tile(hidden: int, item_bytes: int, rows: int) -> Tile:
-    few = rows <= FEW_ROWS
-    return _tile(hidden, item_bytes, 8 if few else 32, 1 if few else 4)
-
-
-def _dense(tensor: Tensor | None) -> Tensor | None:
-    return tensor if tensor is None or tensor.is_contiguous() else tensor.contiguous()
-
-
-def _drop(dropout_p: float, seed: Tensor | None) -> tuple[Tensor | None, int, float]:
-    """(seed, threshold, scale of what is kept) as the kernels take them."""
-    if dropout_p == 0.0:
-        return None, 0, 1.0
-    if seed is None:
-        raise ArgumentError(
-            say("gated_add_norm", "seed", None, "an int64 tensor with dropout_p > 0", "pass a seed")
-        )
-    return seed, threshold_argument(dropout_p), 1.0 / (1.0 - dropout_p)
-
-
-def _dtypes(*tensors: Tensor | None) -> tuple[torch.dtype | None, ...]:
-    return tuple([None if tensor is None else tensor.dtype for tensor in tensors])
 
 
 def forward(
@@ -409,29 +295,19 @@ def forward(
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
     if not y.numel():
         return y
-    seed, threshold, kept_scale = _drop(dropout_p, seed)
+    seed, threshold, kept_scale = dropout_arguments("gated_add_norm", dropout_p, seed)
     vectors = (weight, norm_bias, bias, gate, scale, shift, seed, weight2, norm_bias2)
-    tensors = tuple([_dense(tensor) for tensor in (x, residual, *vectors)])
+    tensors = tuple([contiguous(tensor) for tensor in (x, residual, *vectors)])
     hidden = x.shape[-1]
     rows = x.numel() // hidden
-    tile = _forward_tile(hidden, min(x.itemsize, residual.itemsize), rows)
+    tile = forward_tile(hidden, min(x.itemsize, residual.itemsize), rows)
     FORWARD.launch(
         (-(-rows // tile.rows), 1, 1),
-        (tile, aligned(*tensors, y), _dtypes(*tensors)),
+        (tile, aligned(*tensors, y), dtypes(*tensors)),
         (*tensors, y, rows, hidden, eps, eps2, threshold, kept_scale, *tile[:4]),
         tile.num_warps,
     )
     return y
-
-
-def _backward_tile(hidden: int, item_bytes: int) -> Tile:
-    return _tile(hidden, item_bytes, 8 if hidden <= 2 * WIDEST_KEPT else 16, 8)
-
-
-def _programs(rows: int, tile: Tile, device: torch.device) -> int:
-    """Of backward's grid: as many as are resident, fewer for few rows, counted by powers of two."""
-    bucket = triton.next_power_of_2(rows)
-    return min(PROGRAMS * multiprocessors(device), max(1, bucket // max(LEAST_ROWS, tile.rows)))
 
 
 def backward(
@@ -466,22 +342,22 @@ def backward(
     stacked = torch.empty((count, hidden), dtype=torch.float32, device=x.device)
     if not x.numel():
         return dx, dresidual, stacked.zero_()
-    seed, threshold, kept_scale = _drop(dropout_p, seed)
+    seed, threshold, kept_scale = dropout_arguments("gated_add_norm", dropout_p, seed)
     first_bias = norm_bias if weight2 is not None else None
     vectors = (weight, first_bias, bias, gate, scale, shift, seed, weight2)
-    tensors = tuple([_dense(tensor) for tensor in (grad, x, residual, *vectors)])
+    tensors = tuple([contiguous(tensor) for tensor in (grad, x, residual, *vectors)])
     rows = x.numel() // hidden
-    tile = _backward_tile(hidden, min(grad.itemsize, x.itemsize, residual.itemsize))
-    programs = _programs(rows, tile, x.device)
+    tile = backward_tile(hidden, min(grad.itemsize, x.itemsize, residual.itemsize))
+    programs = resident_programs(rows, tile, x.device)
     sums = None
     if count:
         sums = stacked if programs == 1 else torch.empty((programs, *stacked.shape), device=x.device)
     outputs = (dx if wanted & DX else None, dresidual if wanted & DRESIDUAL else None, sums)
     numbers = (rows, hidden, eps, eps2, threshold, kept_scale)
-    keep = hidden <= WIDEST_KEPT
+    keep = keeps_vectors(hidden)
     BACKWARD.launch(
         (programs, 1, 1),
-        (tile, wanted, aligned(*tensors, *outputs), _dtypes(*tensors)),
+        (tile, wanted, aligned(*tensors, *outputs), dtypes(*tensors)),
         (*tensors, *outputs, *numbers, keep, STAGES if keep else 1, wanted, count, *tile[:4]),
         tile.num_warps,
     )

@@ -1,6 +1,8 @@
 """The encoder at work: steps and rows counted as they run, gates, replacements, records."""
 
+import contextlib
 import copy
+from unittest import mock
 
 import pytest
 import torch
@@ -237,3 +239,106 @@ def test_a_hook_on_the_blocks_backward_sees_it_run():
     block.register_full_backward_hook(lambda module, inputs, outputs: seen.append(outputs[0].shape))
     model(**batch(model, "ForTokenClassification", labels=True)).loss.backward()
     assert seen == [(sum(LENGTHS), 64)]
+
+
+@pytest.mark.parametrize("kind", ["zero", "mean", "affine"])
+def test_a_skipped_first_norm_follows_the_embeddings_dropout(kind):
+    """Inside embed_norm as its second norm, but for a vector added behind the dropout; recording keeps them
+    apart: the same values either way, and the same mask."""
+    options = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    model = fastgate.patch(make("Bert", "ForSequenceClassification", **options)).train()
+    model.bert.embeddings.dropout.p = 0.4
+    state = encoder_state(model)
+    state.add_replacements(kind)
+    for parameter in state.replacement(0).parameters():
+        nn.init.normal_(parameter, std=0.3)
+    state.set_gates([0.0, 1.0, 1.0])
+    inputs, results = batch(model, "ForSequenceClassification"), []
+    for recording in (False, True):
+        model.zero_grad()
+        torch.manual_seed(4)
+        with state.record() if recording else contextlib.nullcontext(), embeddings_called() as called:
+            logits = model(**inputs).logits
+        logits.square().sum().backward()
+        assert [c["weight2"] is not None for c in called] == [kind == "zero" and not recording]
+        results.append((logits, {name: p.grad for name, p in model.named_parameters()}))
+    (logits, grads), (want, want_grads) = results
+    torch.testing.assert_close(logits, want, rtol=1e-5, atol=1e-5)
+    for name, grad in want_grads.items():
+        torch.testing.assert_close(grads[name], grad, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@contextlib.contextmanager
+def embeddings_called():
+    """The keywords of every call of embed_norm that the encoder makes."""
+    from fastgate import encoder
+
+    called, original = [], encoder.embed_norm
+
+    def embed_norm(*operands, **keywords):
+        called.append({"weight2": None, **keywords})
+        return original(*operands, **keywords)
+
+    with mock.patch.object(encoder, "embed_norm", embed_norm):
+        yield called
+
+
+@pytest.mark.parametrize(
+    "option", ["max_norm", "scale_grad_by_freq", "sparse", "type padding", "dtype", "hook"]
+)
+def test_tables_that_do_more_than_gather_run_as_modules(option):
+    options = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    model = make("Bert", "ForSequenceClassification", **options)
+    tables = model.bert.embeddings
+    if option == "type padding":
+        tables.token_type_embeddings.padding_idx = 0
+    elif option == "dtype":
+        tables.position_embeddings.to(torch.float64)
+        tables.LayerNorm.to(torch.float64)
+        tables.dropout = ToFloat()
+    elif option == "hook":
+        tables.word_embeddings.register_forward_hook(lambda module, args, out: out * 1.5)
+    else:
+        setattr(tables.word_embeddings, option, 0.5 if option == "max_norm" else True)
+    patched, inputs, results = (
+        fastgate.patch(copy.deepcopy(model)),
+        batch(model, "ForSequenceClassification"),
+        [],
+    )
+    for each in (model, patched):
+        with embeddings_called() as called:
+            logits = each.train()(**inputs).logits
+        assert not called
+        logits.square().sum().backward()
+        results.append((logits, each.bert.embeddings.word_embeddings.weight, each.bert.embeddings))
+    (want, words, _), (got, ours, embeddings) = results
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours, words, rtol=0, atol=0)
+    assert ours.grad.is_sparse == (option == "sparse")
+    torch.testing.assert_close(ours.grad.to_dense(), words.grad.to_dense(), rtol=1e-4, atol=1e-5)
+    if option == "type padding":
+        assert not embeddings.token_type_embeddings.weight.grad[0].any()
+
+
+class ToFloat(nn.Module):
+    """In dropout's place: rows of a wider dtype back to the layers' own."""
+
+    p = 0.0
+
+    def forward(self, rows):
+        return rows.float()
+
+
+@pytest.mark.parametrize("family", ["Bert", "Roberta"])
+def test_ids_are_embedded_in_one_op_and_given_embeddings_are_not(family):
+    model = make(family, "Model")
+    patched, inputs = fastgate.patch(copy.deepcopy(model)), batch(model, "Model")
+    with torch.no_grad(), embeddings_called() as called:
+        patched(**inputs)
+        assert len(called) == 1
+        words = patched.embeddings.word_embeddings(inputs.pop("input_ids"))
+        got = patched(inputs_embeds=words, **inputs).last_hidden_state
+        assert len(called) == 1
+        want = model(inputs_embeds=words, **inputs).last_hidden_state
+    rows = inputs["attention_mask"].bool()
+    torch.testing.assert_close(got[rows], want[rows], rtol=1e-5, atol=1e-5)

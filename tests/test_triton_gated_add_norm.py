@@ -26,7 +26,7 @@ from fastgate.ops.gated_add_norm import (
 )
 
 pytest.importorskip("triton", reason="triton is not installed")
-from fastgate.kernels import dropout, gated_add_norm
+from fastgate.kernels import dropout, gated_add_norm, norm
 
 pytestmark = triton_device.MARKS
 BACKEND = triton_device.on_device(gated_add_norm)
@@ -49,7 +49,7 @@ COVER = [
 def _few_rows(monkeypatch):
     """Both of forward's tiles at the interpreter's numbers of rows."""
     if INTERPRETED:
-        monkeypatch.setattr(gated_add_norm, "FEW_ROWS", 8)
+        monkeypatch.setattr(norm, "FEW_ROWS", 8)
 
 
 @pytest.mark.parametrize(("shape", "dtypes", "call"), COVER)

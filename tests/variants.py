@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+import embed_cases
 import torch
 from cases import DTYPES
 from norm_cases import make, wanted_bits
 
-from fastgate.kernels import gated_add_norm, linear_gelu
+from fastgate.kernels import embed_norm, gated_add_norm, linear_gelu
+from fastgate.ops.embed_norm import OPERANDS as EMBED_OPERANDS
 from fastgate.ops.gated_add_norm import OPERANDS
 
 Calls = Iterator[tuple[str, Callable[[], object]]]
@@ -84,7 +86,43 @@ def _linear_gelu(
     return all_of_it
 
 
+def embed_norm_calls() -> Calls:
+    """As above; types of two kinds and of one."""
+    fp32, bf16 = embed_cases.DTYPES[:2]
+    for hidden in (128, 312, 384, 768, 771, 1024, 2048):
+        yield f"{hidden} plain", _embed_norm(MANY, hidden, bf16, "plain")
+    for hidden in (384, 768, 1024):
+        yield f"{hidden} dropout", _embed_norm(MANY, hidden, bf16, "dropout")
+        yield f"{hidden} two norms and dropout", _embed_norm(MANY, hidden, bf16, "two norms and dropout")
+    yield "768 two norms", _embed_norm(MANY, 768, bf16, "two norms")
+    yield "768 no types", _embed_norm(MANY, 768, bf16, "no types")
+    yield "768 two norms, no types, dropout", _embed_norm(MANY, 768, bf16, "two norms, no types, dropout")
+    yield "768 many types", _embed_norm(MANY, 768, bf16, "many types")
+    for call in ("plain", "two norms and dropout"):
+        for hidden in (384, 768, 1024):
+            yield f"{hidden} fp32 {call}", _embed_norm(MANY, hidden, fp32, call)
+    yield "768 few rows", _embed_norm(FEW, 768, bf16, "plain")
+
+
+def _embed_norm(rows: int, hidden: int, dtypes: object, call: str) -> Callable[[], object]:
+    given = embed_cases.make(1, hidden, dtypes, call)
+    operands = {
+        name: value.to("meta") if isinstance(value, torch.Tensor) else value for name, value in given.items()
+    }
+    for name in ("words", "positions", "types"):
+        if operands[name] is not None:
+            operands[name] = operands[name].new_empty(rows)
+    positional = [operands[name] for name in EMBED_OPERANDS]
+
+    def both() -> None:
+        y = embed_norm.forward(*positional)
+        embed_norm.backward(y, *positional, embed_cases.wanted_bits(given))
+
+    return both
+
+
 OPS: dict[str, Callable[[], Calls]] = {
     "gated_add_norm": gated_add_norm_calls,
     "linear_gelu": linear_gelu_calls,
+    "embed_norm": embed_norm_calls,
 }

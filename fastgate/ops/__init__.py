@@ -3,7 +3,8 @@
 slots.py holds what runs them.
 """
 
-from . import attention, gated_add_norm, linear_gelu  # noqa: F401  each leaves its reference and its schema
+# Each leaves its reference and its schema.
+from . import attention, embed_norm, gated_add_norm, linear_gelu  # noqa: F401
 from .slots import REFERENCE, SLOTS, Implementation, fill_with, implementation
 
 OPS = tuple(REFERENCE)

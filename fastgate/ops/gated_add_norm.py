@@ -88,7 +88,7 @@ def _forward(x: Tensor, residual: Tensor, *operands: Any) -> Tensor:
 
 def _backward(grad: Tensor, x: Tensor, residual: Tensor, *operands: Any) -> tuple[Tensor, Tensor, Tensor]:
     chosen = slots.implementation("gated_add_norm", x.device.type, x.dtype, residual.dtype)
-    return chosen.backward(grad, x, residual, *operands)
+    return chosen.backward(grad, x, residual, *operands)  # type: ignore[return-value]
 
 
 slots.schemas.impl("gated_add_norm", _forward, "CompositeExplicitAutograd")
@@ -105,17 +105,8 @@ def _fake_backward(grad: Tensor, x: Tensor, residual: Tensor, *rest: Any) -> tup
     return _empty_gradients(x, residual, rest[-1])
 
 
-def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    """Inputs only: backward computes the statistics again from rows it has to read anyway."""
-    ctx.places = [place for place, value in enumerate(inputs) if isinstance(value, Tensor)]
-    ctx.numbers = [None if isinstance(value, Tensor) else value for value in inputs]
-    ctx.save_for_backward(*(inputs[place] for place in ctx.places))
-
-
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    operands = list(ctx.numbers)
-    for place, tensor in zip(ctx.places, ctx.saved_tensors, strict=True):
-        operands[place] = tensor
+    operands = slots.kept_operands(ctx)
     given = dict(zip(OPERANDS, operands, strict=True))
     needs = dict(zip(OPERANDS, ctx.needs_input_grad, strict=True))
     # Where u adds x and residual alike, one gradient serves both and is written once.
@@ -137,7 +128,7 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 torch.library.register_autograd(
-    "fastgate::gated_add_norm", _differentiate, setup_context=_keep_for_backward, lib=slots.schemas
+    "fastgate::gated_add_norm", _differentiate, setup_context=slots.keep_operands, lib=slots.schemas
 )
 
 
@@ -147,7 +138,7 @@ class _GatedAddNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *operands: Any) -> Tensor:
         y = _forward(*operands)
-        _keep_for_backward(ctx, operands, y)
+        slots.keep_operands(ctx, operands, y)
         return y
 
     @staticmethod

@@ -135,7 +135,7 @@ def _saving(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Ten
     return saving[0](x, weight, bias)
 
 
-def _backward(grad: Tensor, v: Tensor | None, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(grad: Tensor, v: Tensor | None, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     return _chosen(x).backward(grad, v, x, *rest)
 
 

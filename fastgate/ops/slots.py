@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ class Implementation:
 
     backend: str
     forward: Callable[..., Tensor]
-    backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    backward: Callable[..., tuple[Tensor, ...]]
     dtypes: frozenset[torch.dtype]
     saving: (
         tuple[Callable[..., tuple[Tensor, Tensor]], Callable[..., tuple[Tensor, Tensor, Tensor]]] | None
@@ -81,3 +82,19 @@ def draw_seed(op: str, dropout_p: float, device: torch.device) -> Tensor | None:
             say(op, "dropout_p", dropout_p, "0 <= dropout_p < 1", "pass a gate of 0 to drop everything")
         )
     return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)
+
+
+def keep_operands(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """An autograd formula's setup that keeps the inputs only: backward computes again what it needs besides,
+    from rows it has to read anyway."""
+    ctx.places = [place for place, value in enumerate(inputs) if isinstance(value, Tensor)]
+    ctx.numbers = [None if isinstance(value, Tensor) else value for value in inputs]
+    ctx.save_for_backward(*(inputs[place] for place in ctx.places))
+
+
+def kept_operands(ctx: Any) -> list[Any]:
+    """The inputs as keep_operands had them."""
+    operands = list(ctx.numbers)
+    for place, tensor in zip(ctx.places, ctx.saved_tensors, strict=True):
+        operands[place] = tensor
+    return operands
