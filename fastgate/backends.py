@@ -24,7 +24,11 @@ CPP_DTYPES = (torch.float32, torch.bfloat16)
 GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CPU_OPS = ("gated_add_norm", "attention")
 # Ops with a GPU kernel -> its languages, best first. FASTGATE_CUDA forces one where there are two.
-CUDA_BACKENDS = {"gated_add_norm": ("cuda", "triton"), "attention": ("triton",)}
+CUDA_BACKENDS = {
+    "gated_add_norm": ("cuda", "triton"),
+    "attention": ("triton",),
+    "absorbed_attention": ("triton",),
+}
 
 
 @dataclass(frozen=True)
@@ -116,7 +120,13 @@ def triton(op: str) -> ops.Implementation:
     saving = (module.forward_saving, module.backward_saved) if hasattr(module, "backward_saved") else None
     head_dims = getattr(module, "HEAD_DIMS", None)
     return ops.Implementation(
-        "triton", module.forward, module.backward, frozenset(GPU_DTYPES), saving, head_dims
+        "triton",
+        module.forward,
+        module.backward,
+        frozenset(GPU_DTYPES),
+        saving,
+        head_dims,
+        getattr(module, "fits", None),
     )
 
 

@@ -3,7 +3,7 @@
 slots.py holds what runs them.
 """
 
-from . import attention, gated_add_norm  # noqa: F401  each leaves its reference and its schema
+from . import absorbed_attention, attention, gated_add_norm  # noqa: F401  each leaves its reference and its schema
 from .slots import REFERENCE, SLOTS, Implementation, fill_with, implementation
 
 OPS = tuple(REFERENCE)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,18 +24,18 @@ schemas = torch.library.Library("fastgate", "DEF")
 class Implementation:
     """One backend's functions for one op, which take the schema's arguments by position, and their dtypes.
 
-    For attention only: saving, a forward that returns (out, log-sum-exp) and a backward that takes (grad,
-    out, log-sum-exp, ...), where that spares work; head_dims, the ones it takes, None for all.
+    saving: a forward that returns the log-sum-exp too and a backward that takes (the outputs' gradients, the
+    outputs, log-sum-exp, ...), where that spares work. head_dims: the ones attention takes, None for all.
+    fits: whether absorbed_attention's kernels take a probe's shape on its device, None for all.
     """
 
     backend: str
-    forward: Callable[..., Tensor]
-    backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]
     dtypes: frozenset[torch.dtype]
-    saving: (
-        tuple[Callable[..., tuple[Tensor, Tensor]], Callable[..., tuple[Tensor, Tensor, Tensor]]] | None
-    ) = None
+    saving: tuple[Callable[..., Any], Callable[..., Any]] | None = None
     head_dims: tuple[int, ...] | None = None  # a tuple: traced sizes have no hash
+    fits: Callable[[Tensor], bool] | None = None
 
 
 # Each op's module leaves its own here.
