@@ -242,14 +242,14 @@ def absorbed_attention(
     where P = mask * p / (1 - dropout_p). probe: (sequences, heads, H); grid: (sequences, longest, H), the
     rows x and zeros where none is; there: (sequences, longest) bool, None if all are; empty: some sequence
     has no row, and gets zeros; mask: bool (sequences, heads, longest), True where kept. Returns mixed
-    (sequences, heads, H) and total (sequences, heads) in the dtype of grid. Differentiable by plain autograd.
+    (sequences, heads, H) in the dtype of grid and total (sequences, heads) in that of sums: float32, float64
+    for float64. Differentiable by plain autograd.
     """
     dtype = _accumulation_dtype(probe, grid)
     p = _absorbed_weights(probe, grid, there, scale, empty, dtype)
     if mask is not None:
         p = torch.where(mask, p / (1.0 - dropout_p), 0.0)
-    p = p.to(grid.dtype)
-    return torch.bmm(p, grid), p.sum(-1)
+    return torch.bmm(p.to(grid.dtype), grid), p.sum(-1)
 
 
 def absorbed_attention_backward(

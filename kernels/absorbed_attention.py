@@ -12,10 +12,11 @@ M is the dropout mask, p its probability. Backward, with u_h and v_h the gradien
     da_h = scale sum_j dS_j x_j                dx_j = sum_h (M_j P_j / (1 - p) u_h + scale dS_j a_h)
 
 dS is the softmax's Jacobian diag(P) - P P^T applied to dP; the two forms of delta are equal since the sum
-over j of M_j P_j x_j / (1 - p) is mixed. The second needs no pass over the rows; in float32, where one P_j is
-nearly 1 and dP - delta cancels, it is not exact enough, so that float32 walks the rows twice. Without dropout
-total_h is 1, or 0 for an empty sequence, whatever the operands: v_h has no effect, and the kernel is not
-given it.
+over j of M_j P_j x_j / (1 - p) is mixed. The second needs no pass over the rows, but where one P_j is nearly
+1, dP - delta cancels, and mixed as it was rounded for the next product is not exact enough: forward leaves
+behind, in the same precision, what the rounding took away. In float32 that sum is no more exact than what it
+took from: float32 walks the rows twice. Without dropout total_h is 1, or 0 for an empty sequence, whatever
+the operands: v_h has no effect, and the kernel is not given it.
 
 A program has up to HEADS of the heads of one sequence and walks blocks of its rows. A block is read once,
 into shared memory, and serves as an operand of both products of forward and of all three of backward: the
@@ -52,8 +53,8 @@ from fastgate.kernels.launch import Kernel, aligned, multiprocessors
 from fastgate.kernels.sums import add_up
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# The widest rows and most heads: beyond, registers spill. Half the width where a program may have no more than
-# 99 KB of shared memory (compute capabilities 8.6, 8.9, 12.0).
+# The widest rows and most heads: beyond, registers spill. Half the width where a program may have no more
+# than 99 KB of shared memory (compute capabilities 8.6, 8.9, 12.0).
 WIDEST, MOST_HEADS = 1024, 64
 # Rows a sequence from which on a sequence is split, rows that a split gets at least, and splits at most.
 SPLIT_FROM, LEAST_SPLIT, MOST_SPLITS = 256, 64, 64
@@ -166,7 +167,8 @@ def forward_kernel(
     cu_ptr,  # (sequences + 1,) int32 or int64
     seed_ptr,  # () int64, or None: no dropout
     mixed_ptr,  # (sequences, heads, HIDDEN); with SPLITS > 1 (SPLITS, sequences, heads, HIDDEN) float32
-    total_ptr,  # (sequences, heads); with SPLITS > 1 (SPLITS, sequences, heads) float32
+    residue_ptr,  # as mixed: what its rounding took away; None: not wanted, as with SPLITS > 1
+    total_ptr,  # (sequences, heads) float32; with SPLITS > 1 (SPLITS, sequences, heads)
     lse_ptr,  # (sequences, heads) float32, or None; with SPLITS > 1 (2, SPLITS, sequences, heads)
     sequences: tl.int32,
     heads: tl.int32,
@@ -216,10 +218,12 @@ def forward_kernel(
         weight = weight * shrink + tl.sum(p, 1)
         if seed_ptr is not None:
             group = (start // 4 + tl.arange(0, BLOCK // 4))[None, :]
-            p = tl.where(kept(seed, counter, group, threshold, (HEADS, BLOCK)), p * over_keep, 0.0)
+            p = tl.where(kept(seed, counter, group, threshold, (HEADS, BLOCK)), p, 0.0)
             total = total * shrink + tl.sum(p, 1)
         mixed = _weighted(p, rows, mixed * shrink[None, :, None], HEADS, BLOCK, CHUNKS)
         top = risen
+    # Not before: the largest weight is 1, which no rounding changes.
+    mixed, total = mixed * over_keep, total * over_keep
     if seed_ptr is None:
         total = weight
     is_head = head < heads
@@ -232,11 +236,14 @@ def forward_kernel(
         mixed, total = mixed * (1.0 / weight)[None, :, None], total / weight
         if lse_ptr is not None:
             tl.store(lse_ptr + place + head, top + tl.log2(weight), mask=is_head)
-    tl.store(total_ptr + place + head, total.to(total_ptr.dtype.element_ty), mask=is_head)
-    at, there = _heads(
-        mixed_ptr + (place + first_head) * HIDDEN, HIDDEN, heads - first_head, HIDDEN, HEADS, CHUNKS, WIDTH
-    )
-    tl.store(at, mixed.to(mixed_ptr.dtype.element_ty), mask=there)
+    tl.store(total_ptr + place + head, total, mask=is_head)
+    skip = (place + first_head) * HIDDEN
+    to, there = _heads(mixed_ptr + skip, HIDDEN, heads - first_head, HIDDEN, HEADS, CHUNKS, WIDTH)
+    rounded = mixed.to(mixed_ptr.dtype.element_ty)
+    tl.store(to, rounded, mask=there)
+    if residue_ptr is not None:
+        to, there = _heads(residue_ptr + skip, HIDDEN, heads - first_head, HIDDEN, HEADS, CHUNKS, WIDTH)
+        tl.store(to, (mixed - rounded.to(tl.float32)).to(residue_ptr.dtype.element_ty), mask=there)
 
 
 @triton.jit(do_not_specialize=["pairs"])
@@ -245,7 +252,8 @@ def merge_kernel(
     total_parts_ptr,  # (SPLITS, pairs) float32
     lse_parts_ptr,  # (2, SPLITS, pairs) float32
     mixed_ptr,  # (pairs, HIDDEN)
-    total_ptr,  # (pairs,)
+    residue_ptr,  # (pairs, HIDDEN): what mixed's rounding took away; None: not wanted
+    total_ptr,  # (pairs,) float32
     lse_ptr,  # (pairs,) float32, or None
     pairs: tl.int32,
     HIDDEN: tl.constexpr,
@@ -258,7 +266,7 @@ def merge_kernel(
     weight = tl.load(lse_parts_ptr + SPLITS * pairs.to(tl.int64) + part)
     highest = tl.max(top, 0)
     # A split without rows has the maximum -inf and adds nothing; where all are without, so is the highest.
-    shrink = tl.where(top == float("-inf"), 0.0, tl.exp2(top - highest))
+    shrink = tl.exp2(top - tl.where(highest == float("-inf"), 0.0, highest))
     total = tl.sum(weight * shrink, 0)
     total = tl.where(total == 0.0, 1.0, total)
     channel = run * MERGED + tl.arange(0, MERGED)
@@ -268,11 +276,15 @@ def merge_kernel(
         other=0.0,
     )
     mixed = tl.sum(mixed * (shrink / total)[:, None], 0)
-    to = mixed_ptr + pair.to(tl.int64) * HIDDEN + channel
-    tl.store(to, mixed.to(mixed_ptr.dtype.element_ty), mask=channel < HIDDEN)
+    place = pair.to(tl.int64) * HIDDEN + channel
+    rounded = mixed.to(mixed_ptr.dtype.element_ty)
+    tl.store(mixed_ptr + place, rounded, mask=channel < HIDDEN)
+    if residue_ptr is not None:
+        residue = (mixed - rounded.to(tl.float32)).to(residue_ptr.dtype.element_ty)
+        tl.store(residue_ptr + place, residue, mask=channel < HIDDEN)
     if run == 0:
         whole = tl.sum(tl.load(total_parts_ptr + part) * shrink, 0) / total
-        tl.store(total_ptr + pair, whole.to(total_ptr.dtype.element_ty))
+        tl.store(total_ptr + pair, whole)
         if lse_ptr is not None:
             tl.store(lse_ptr + pair, highest + tl.log2(total))
 
@@ -324,9 +336,10 @@ def _weights(
 )
 def backward_kernel(
     grad_ptr,  # (sequences, heads, HIDDEN), strides stride_gs, stride_gh, 1: of mixed
-    grad_total_ptr,  # (sequences, heads), contiguous, as all below; None: no effect
-    mixed_ptr,  # (sequences, heads, HIDDEN); float32 does not read it
-    total_ptr,  # (sequences, heads); likewise
+    grad_total_ptr,  # (sequences, heads) float32, contiguous, as all below; None: no effect
+    mixed_ptr,  # (sequences, heads, HIDDEN); float32 reads none of these three
+    residue_ptr,  # (sequences, heads, HIDDEN)
+    total_ptr,  # (sequences, heads) float32
     lse_ptr,  # (sequences, heads) float32
     probe_ptr,  # (sequences, heads, HIDDEN), strides stride_s, stride_h, 1
     x_ptr,  # (rows, HIDDEN)
@@ -377,8 +390,7 @@ def backward_kernel(
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
         if grad_total_ptr is not None:
-            grad_total = tl.load(grad_total_ptr + place + head, mask=head < heads, other=0.0)
-            grad_total = grad_total.to(tl.float32)[:, None]
+            grad_total = tl.load(grad_total_ptr + place + head, mask=head < heads, other=0.0)[:, None]
     if x_ptr.dtype.element_ty == tl.float32:
         delta = tl.zeros((HEADS,), tl.float32)
         for start in tl.range(0, length, BLOCK, num_stages=STAGES):
@@ -389,19 +401,14 @@ def backward_kernel(
             )  # fmt: skip
             delta += tl.sum(p * dp, 1)
     else:
-        mixed = _load_heads(
-            mixed_ptr + (place + first_head) * HIDDEN,
-            HIDDEN,
-            heads - first_head,
-            HIDDEN,
-            HEADS,
-            CHUNKS,
-            WIDTH,
-        )
-        delta = tl.sum(tl.sum(mixed.to(tl.float32) * grad.to(tl.float32), axis=2), axis=0)
+        skip = (place + first_head) * HIDDEN
+        mixed = _load_heads(mixed_ptr + skip, HIDDEN, heads - first_head, HIDDEN, HEADS, CHUNKS, WIDTH)
+        residue = _load_heads(residue_ptr + skip, HIDDEN, heads - first_head, HIDDEN, HEADS, CHUNKS, WIDTH)
+        exact = mixed.to(tl.float32) + residue.to(tl.float32)
+        delta = tl.sum(tl.sum(exact * grad.to(tl.float32), axis=2), axis=0)
         if grad_total is not None:
             total = tl.load(total_ptr + place + head, mask=head < heads, other=0.0)
-            delta += total.to(tl.float32) * tl.sum(grad_total, 1)
+            delta += total * tl.sum(grad_total, 1)
     dprobe = tl.zeros((CHUNKS, HEADS, WIDTH), tl.float32)
     for start in tl.range(first, stop, BLOCK, num_stages=STAGES):
         block = _load_rows(x_ptr, start, stop, HIDDEN, BLOCK, CHUNKS, WIDTH)
@@ -534,31 +541,33 @@ def _vector(item_bytes: int, *strides: int) -> int:
 
 def forward(probe: Tensor, *operands: Any) -> tuple[Tensor, Tensor]:
     """(mixed, total) of the operands of fastgate::absorbed_attention."""
-    return _forward(_ready(probe, *operands), saving=False)[:2]
+    mixed, total, *_ = _forward(_ready(probe, *operands), saving=False)
+    return mixed, total
 
 
-def forward_saving(probe: Tensor, *operands: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """(mixed, total, L), L (sequences, heads) float32, base 2, for `backward_saved`."""
+def forward_saving(probe: Tensor, *operands: Any) -> tuple[Tensor, ...]:
+    """(mixed, total, L, residue) for `backward_saved`: L (sequences, heads) float32, base 2; residue, as
+    mixed, is what mixed's rounding took away, without elements in float32."""
     return _forward(_ready(probe, *operands), saving=True)
 
 
-def _forward(call: _Call, saving: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(call: _Call, saving: bool) -> tuple[Tensor, ...]:
     probe, x, splits = call.probe, call.x, call.splits
     sequences, heads, hidden = probe.shape
-    mixed, total = x.new_empty((sequences, heads, hidden)), x.new_empty((sequences, heads))
+    mixed = x.new_empty((sequences, heads, hidden))
+    total = x.new_empty((sequences, heads), dtype=torch.float32)
     lse = x.new_empty((sequences, heads) if saving else (0,), dtype=torch.float32)
+    rounds = saving and x.dtype != torch.float32
+    residue = x.new_empty(mixed.shape if rounds else (0,))
     if not mixed.numel():
-        return mixed, total, lse
-    results: tuple[Tensor, Tensor, Tensor | None] = (mixed, total, lse if saving else None)
-    parts: tuple[Tensor, Tensor, Tensor | None] = results
+        return mixed, total, lse, residue
+    results = [mixed, residue if rounds else None, total, lse if saving else None]
+    parts = results
     if splits > 1:
-        shapes = (
-            (splits, sequences, heads, hidden),
-            (splits, sequences, heads),
-            (2, splits, sequences, heads),
-        )
-        one, two, three = (x.new_empty(shape, dtype=torch.float32) for shape in shapes)
-        parts = (one, two, three)
+        pairs = (splits, sequences, heads)
+        shapes = ((*pairs, hidden), pairs, (2, *pairs))
+        mixed_parts, *others = (x.new_empty(shape, dtype=torch.float32) for shape in shapes)
+        parts = [mixed_parts, None, *others]
     tile = forward_tile(hidden, x.dtype, shared_memory(x.device))
     strides = (probe.stride(0), probe.stride(1))
     vector = _vector(x.itemsize, hidden, *strides)
@@ -579,10 +588,10 @@ def _forward(call: _Call, saving: bool) -> tuple[Tensor, Tensor, Tensor]:
         MERGE.launch(
             (sequences * heads, -(-hidden // MERGED.value), 1),
             (hidden, splits, aligned(*parts, *results), x.dtype, saving),
-            (*parts, *results, sequences * heads, hidden, splits),
+            (mixed_parts, *others, *results, sequences * heads, hidden, splits),
             MERGE_WARPS,
         )
-    return mixed, total, lse
+    return mixed, total, lse, residue
 
 
 def backward(grad: Tensor, grad_total: Tensor | None, probe: Tensor, *operands: Any) -> tuple[Tensor, Tensor]:
@@ -596,6 +605,7 @@ def backward_saved(
     mixed: Tensor,
     total: Tensor,
     lse: Tensor,
+    residue: Tensor,
     probe: Tensor,
     *operands: Any,
 ) -> tuple[Tensor, Tensor]:
@@ -619,7 +629,7 @@ def backward_saved(
     dprobe, dx = scratch(splits, probe), scratch(groups, x)
     strides = (grad.stride(0), grad.stride(1), probe.stride(0), probe.stride(1))
     vector = _vector(x.itemsize, hidden, *strides)
-    inputs = (mixed.contiguous(), total.contiguous(), lse, probe, x, call.cu_seqlens, call.seed)
+    inputs = (mixed.contiguous(), residue, total.contiguous(), lse, probe, x, call.cu_seqlens, call.seed)
     tensors = (grad, grad_total, *inputs, dprobe, dx)
     BACKWARD.launch(
         (sequences, splits, groups),

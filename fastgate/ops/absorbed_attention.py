@@ -37,7 +37,7 @@ def absorbed_attention(
 
     so 2 * heads * H multiply-adds a row of x in place of 2 * hidden * H. Returns (sequences, hidden); a
     sequence without rows gives zeros. The dropout mask is a function of a seed from torch's default
-    generator, of sequence * heads + head, and of the row's place in its sequence. Differentiable in every tensor.
+    generator, of sequence * heads + head, and of the row's place in its sequence. Differentiable in all.
 
     Raises ArgumentError for shapes, dtypes or values that do not fit.
     """
@@ -52,7 +52,7 @@ def absorbed_attention(
         return torch.bmm(per_head, back).transpose(0, 1).reshape(sequences, hidden)
     bias = value_bias.to(q.dtype).view(heads, 1, width)
     if dropout_p or 0 in keys.lengths:
-        out = torch.bmm(per_head, back) + total.t().unsqueeze(-1) * bias
+        out = (torch.bmm(per_head, back) + total.t().unsqueeze(-1) * bias).to(q.dtype)
     else:
         out = torch.baddbmm(bias, per_head, back)
     return out.transpose(0, 1).reshape(sequences, hidden)
@@ -94,7 +94,7 @@ def _mix(
     call: Callable[..., tuple[Tensor, ...]] = torch.ops.fastgate.absorbed_attention
     if direct:
         call = _AbsorbedAttention.apply
-    mixed, total, _ = call(*operands)
+    mixed, total, *_ = call(*operands)
     return mixed, total
 
 
@@ -130,12 +130,15 @@ def _on_grid(probe: Tensor, keys: Ragged, dropout_p: float, seed: Tensor | None)
 
 
 _OPERANDS = "Tensor probe, Tensor x, Tensor cu_seqlens, float scale, float dropout_p, Tensor? seed"
-# lse: the log-sum-exp of every probe's scores, (sequences, heads), in the form that the backend's own
-# backward takes; without elements where it takes none.
-slots.schemas.define(f"absorbed_attention({_OPERANDS}) -> (Tensor mixed, Tensor total, Tensor lse)")
+# total is float32, float64 for float64. lse: the log-sum-exp of every probe's scores, (sequences, heads), and
+# residue, as mixed, what mixed's rounding took away, both in the form that the backend's own backward takes;
+# without elements where it takes none.
+slots.schemas.define(
+    f"absorbed_attention({_OPERANDS}) -> (Tensor mixed, Tensor total, Tensor lse, Tensor residue)"
+)
 slots.schemas.define(
     "absorbed_attention_backward(Tensor grad_mixed, Tensor? grad_total, Tensor mixed, Tensor total, "
-    f"Tensor lse, {_OPERANDS}) -> (Tensor dprobe, Tensor dx)"
+    f"Tensor lse, Tensor residue, {_OPERANDS}) -> (Tensor dprobe, Tensor dx)"
 )
 
 
@@ -175,7 +178,7 @@ def _forward(probe: Tensor, *operands: Any) -> tuple[Tensor, ...]:
     chosen = _chosen(probe)
     if chosen.saving is not None:
         return chosen.saving[0](probe, *operands)
-    return *chosen.forward(probe, *operands), probe.new_empty(0, dtype=torch.float32)
+    return *chosen.forward(probe, *operands), probe.new_empty(0, dtype=torch.float32), probe.new_empty(0)
 
 
 def _backward(
@@ -184,12 +187,13 @@ def _backward(
     mixed: Tensor,
     total: Tensor,
     lse: Tensor,
+    residue: Tensor,
     probe: Tensor,
     *operands: Any,
 ) -> tuple[Tensor, ...]:
     chosen = _chosen(probe)
     if chosen.saving is not None:
-        return chosen.saving[1](grad, grad_total, mixed, total, lse, probe, *operands)
+        return chosen.saving[1](grad, grad_total, mixed, total, lse, residue, probe, *operands)
     return chosen.backward(grad, grad_total, probe, *operands)
 
 
@@ -198,12 +202,14 @@ slots.schemas.impl("absorbed_attention_backward", _backward, "CompositeExplicitA
 
 
 @torch.library.register_fake("fastgate::absorbed_attention", lib=slots.schemas)
-def _fake(probe: Tensor, x: Tensor, *operands: Any) -> tuple[Tensor, Tensor, Tensor]:
-    lse = (0,) if _chosen(probe).saving is None else probe.shape[:2]
+def _fake(probe: Tensor, x: Tensor, *operands: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    saving, pairs = _chosen(probe).saving is not None, probe.shape[:2]
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     return (
         x.new_empty(probe.shape),
-        x.new_empty(probe.shape[:2]),
-        x.new_empty(lse, dtype=torch.float32),
+        x.new_empty(pairs, dtype=dtype),
+        x.new_empty(pairs if saving else (0,), dtype=torch.float32),
+        x.new_empty(probe.shape if saving and x.dtype != torch.float32 else (0,)),
     )
 
 
@@ -214,6 +220,7 @@ def _fake_backward(
     mixed: Tensor,
     total: Tensor,
     lse: Tensor,
+    residue: Tensor,
     probe: Tensor,
     x: Tensor,
     *operands: Any,
@@ -225,15 +232,16 @@ def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     """mixed costs no memory: the product after it keeps it too."""
     probe, x, cu_seqlens, *ctx.numbers, seed = inputs
     ctx.save_for_backward(*output, probe, x, cu_seqlens, seed)
-    ctx.mark_non_differentiable(output[2])
+    ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx: Any, grad: Tensor | None, grad_total: Tensor | None, _: None) -> tuple[Any, ...]:
-    mixed, total, lse, probe, x, cu_seqlens, seed = ctx.saved_tensors
-    call = _backward if slots.is_direct(probe) else torch.ops.fastgate.absorbed_attention_backward
-    grad = torch.zeros_like(mixed) if grad is None else grad
-    dprobe, dx = call(grad, grad_total, mixed, total, lse, probe, x, cu_seqlens, *ctx.numbers, seed)
+def _differentiate(ctx: Any, grad: Tensor | None, grad_total: Tensor | None, *_: None) -> tuple[Any, ...]:
+    *tensors, seed = ctx.saved_tensors
+    direct = slots.is_direct(tensors[0])
+    call = _backward if direct else torch.ops.fastgate.absorbed_attention_backward
+    grad = torch.zeros_like(tensors[0]) if grad is None else grad
+    dprobe, dx = call(grad, grad_total, *tensors, *ctx.numbers, seed)
     return dprobe, dx, None, None, None, None
 
 
