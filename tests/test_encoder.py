@@ -166,3 +166,12 @@ def test_training_draws_dropout_and_repeats_by_seed():
         torch.manual_seed(seed)
         outputs.append(model(**inputs).logits)
     assert torch.equal(outputs[0], outputs[1]) and not torch.equal(outputs[0], outputs[2])
+
+
+def test_the_key_bias_of_an_absorbed_attention_gets_a_zero_gradient():
+    """It cancels in the softmax; a missing gradient would stop DDP."""
+    model = fastgate.patch(make("Bert", "ForSequenceClassification", layers=2))
+    model(**batch(model, "ForSequenceClassification")).logits.sum().backward()
+    attention = model.bert.encoder.layer[1].attention.self
+    assert torch.equal(attention.key.bias.grad, torch.zeros_like(attention.key.bias))
+    assert attention.key.weight.grad.abs().max() > 0

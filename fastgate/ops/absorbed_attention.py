@@ -51,10 +51,11 @@ def absorbed_attention(
     if value_bias is None:
         return torch.bmm(per_head, back).transpose(0, 1).reshape(sequences, hidden)
     bias = value_bias.to(q.dtype).view(heads, 1, width)
-    if dropout_p or 0 in keys.lengths:
-        out = (torch.bmm(per_head, back) + total.t().unsqueeze(-1) * bias).to(q.dtype)
-    else:
+    # Weights add up to 1: known of real lengths only, since traced ones may stand for others.
+    if slots.is_direct(q) and not dropout_p and 0 not in keys.lengths:
         out = torch.baddbmm(bias, per_head, back)
+    else:
+        out = (torch.bmm(per_head, back) + total.t().unsqueeze(-1) * bias).to(q.dtype)
     return out.transpose(0, 1).reshape(sequences, hidden)
 
 
