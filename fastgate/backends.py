@@ -31,6 +31,7 @@ CUDA_BACKENDS = {
     "attention": ("triton",),
     "linear_gelu": ("triton",),
     "embed_norm": ("triton",),
+    "absorbed_attention": ("triton",),
 }
 
 
@@ -127,7 +128,13 @@ def triton(op: str) -> ops.Implementation:
         saving = (module.forward_saving, getattr(module, "backward_saved", module.backward))
     head_dims = getattr(module, "HEAD_DIMS", None)
     return ops.Implementation(
-        "triton", module.forward, module.backward, frozenset(GPU_DTYPES), saving, head_dims
+        "triton",
+        module.forward,
+        module.backward,
+        frozenset(GPU_DTYPES),
+        saving,
+        head_dims,
+        getattr(module, "fits", None),
     )
 
 

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import Unsupported, say
-from .ops.attention import absorbed_attention, attention, attention_probabilities
+from .ops.absorbed_attention import absorbed_attention
+from .ops.attention import attention, attention_probabilities
 from .ops.embed_norm import embed_norm
 from .ops.gated_add_norm import gated_add_norm
 from .ops.linear_gelu import linear_gelu

@@ -1,4 +1,4 @@
-"""Attention over packed rows: backends against fp64, dropout masks, gradients, the absorbed form."""
+"""Attention over packed rows: backends against fp64, dropout masks, gradients, probabilities."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastgate import backends, reference
-from fastgate.ops.attention import absorbed_attention, attention, attention_probabilities, torch_attention
+from fastgate.ops.attention import attention, attention_probabilities, torch_attention
 from fastgate.packing import Ragged
 
 CPU = torch.device("cpu")
@@ -127,39 +127,6 @@ def test_bad_ends_are_refused():
         with pytest.raises(RuntimeError, match="cu_q"):
             cu = torch.tensor(ends, dtype=torch.int32)
             compiled.forward(q, q, q, cu, cu, 2, 1.0, 0.0, None)
-
-
-@pytest.mark.parametrize("lengths", [(5, 1, 17, 3), (7, 7), (4, 0, 2)])
-def test_absorbed_is_attention_with_one_query(lengths):
-    heads, hidden = 4, 32
-    generator = torch.Generator().manual_seed(1)
-    keys, queries = Ragged(lengths, CPU), Ragged((1,) * len(lengths), CPU)
-    x = torch.randn(keys.rows, hidden, generator=generator, dtype=torch.float64)
-    q = torch.randn(len(lengths), hidden, generator=generator, dtype=torch.float64)
-    key, value = (torch.randn(hidden, hidden, generator=generator, dtype=torch.float64) for _ in range(2))
-    key_bias, value_bias = (torch.randn(hidden, generator=generator, dtype=torch.float64) for _ in range(2))
-    leaves = [t.requires_grad_() for t in (q, x, key, value, value_bias)]
-    out = absorbed_attention(*leaves, keys, heads, 0.35, 0.0)
-    want = attention(q, x @ key.T + key_bias, x @ value.T + value_bias, queries, keys, heads, 0.35)
-    torch.testing.assert_close(out, want, rtol=1e-5, atol=1e-5)
-    got = torch.autograd.grad(out.square().sum(), leaves, retain_graph=True)
-    expected = torch.autograd.grad(want.square().sum(), leaves)
-    for one, two in zip(got, expected, strict=True):
-        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
-
-
-def test_absorbed_dropout_keeps_the_expectation():
-    draws = 2000
-    x, q, weight, bias = torch.randn(40, 16), torch.randn(1, 16), torch.randn(16, 16), torch.randn(16)
-    kept = absorbed_attention(q, x, weight, weight, bias, Ragged((40,), CPU), 2, 0.3, 0.0)
-    torch.manual_seed(0)
-    keys = Ragged((40,) * draws, CPU)
-    drawn = absorbed_attention(
-        q.repeat(draws, 1), x.repeat(draws, 1), weight, weight, bias, keys, 2, 0.3, 0.5
-    )
-    spread = drawn.std(0)
-    assert spread.min() > 0.05
-    assert ((drawn.mean(0) - kept[0]).abs() < 5 * spread / draws**0.5).all()
 
 
 def test_probabilities_reproduce_the_output():

@@ -342,3 +342,12 @@ def test_ids_are_embedded_in_one_op_and_given_embeddings_are_not(family):
         want = model(inputs_embeds=words, **inputs).last_hidden_state
     rows = inputs["attention_mask"].bool()
     torch.testing.assert_close(got[rows], want[rows], rtol=1e-5, atol=1e-5)
+
+
+def test_the_key_bias_of_an_absorbed_attention_gets_a_zero_gradient():
+    """It cancels in the softmax; a missing gradient would stop DDP."""
+    model = fastgate.patch(make("Bert", "ForSequenceClassification", layers=2))
+    model(**batch(model, "ForSequenceClassification")).logits.sum().backward()
+    attention = model.bert.encoder.layer[1].attention.self
+    assert torch.equal(attention.key.bias.grad, torch.zeros_like(attention.key.bias))
+    assert attention.key.weight.grad.abs().max() > 0

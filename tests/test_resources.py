@@ -88,3 +88,19 @@ def test_products_run_on_tensor_cores_and_read_16_bytes_at_a_time(op, name, coun
         if depth not in NARROW_ROWS:
             narrow = {"product_kernel": 32, "backward_kernel": 1, "gelu_kernel": 0}[kernel_name]
             assert kernel["wide"] > 0 and kernel["narrow"] <= narrow, architecture
+
+
+@pytest.mark.parametrize(
+    ("op", "name", "counts"), [row for row in ROWS if row.values[0] == "absorbed_attention"]
+)
+def test_absorbed_attention_keeps_its_rules(op, name, counts):
+    """Products of 16-bit numbers on tensor cores; rows and probes 16 bytes at a time: narrow are lengths, the
+    seed and what is one number a head; programs fit the shared memory they were chosen for."""
+    kernel_name = name.split()[0]
+    for architecture, kernel in counts.items():
+        assert (kernel["tensor"] > 0) == (
+            " bf16 " in name and kernel_name.startswith(("forward", "backward"))
+        )
+        assert kernel["wide"] > 0 and kernel["narrow"] <= 9, architecture
+        small = "163 KB" in name or kernel_name != "forward_kernel"
+        assert kernel["shared"] <= (163 if small else 227) * 1024, architecture

@@ -7,13 +7,14 @@ tests/resources.py records them in place of launching.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from unittest import mock
 
 import embed_cases
 import torch
 from cases import DTYPES
 from norm_cases import make, wanted_bits
 
-from fastgate.kernels import embed_norm, gated_add_norm, linear_gelu
+from fastgate.kernels import absorbed_attention, embed_norm, gated_add_norm, linear_gelu
 from fastgate.ops.embed_norm import OPERANDS as EMBED_OPERANDS
 from fastgate.ops.gated_add_norm import OPERANDS
 
@@ -121,7 +122,39 @@ def _embed_norm(rows: int, hidden: int, dtypes: object, call: str) -> Callable[[
     return both
 
 
+def absorbed_attention_calls() -> Calls:
+    """The widths and heads of BERTs; many short sequences, and few long ones, which are split."""
+    for hidden, heads in ((384, 12), (768, 12), (1024, 16)):
+        for dtype, name in ((BF16.x, "bf16"), (FP32.x, "fp32")):
+            many = (1024, 1024 * 25)
+            yield f"{hidden} {name} many", _absorbed(*many, hidden, heads, dtype, 0.0)
+            yield f"{hidden} {name} many dropout", _absorbed(*many, hidden, heads, dtype, 0.1)
+            yield f"{hidden} {name} few", _absorbed(8, 8 * 512, hidden, heads, dtype, 0.1)
+    yield "1024 bf16 163 KB", _absorbed(*many, 1024, 16, BF16.x, 0.1, room=163)
+
+
+def _absorbed(
+    sequences: int, rows: int, hidden: int, heads: int, dtype: torch.dtype, dropout_p: float, room: int = 227
+) -> Callable[[], object]:
+    probe = torch.empty(heads, sequences, hidden, dtype=dtype, device="meta").transpose(0, 1)
+    x = torch.empty(rows, hidden, dtype=dtype, device="meta")
+    cu_seqlens = torch.empty(sequences + 1, dtype=torch.int32, device="meta")
+    seed = torch.empty((), dtype=torch.int64, device="meta") if dropout_p else None
+    operands = (probe, x, cu_seqlens, 0.125, dropout_p, seed)
+
+    def both() -> None:
+        with (
+            mock.patch.object(absorbed_attention, "multiprocessors", lambda _: 132),
+            mock.patch.object(absorbed_attention, "shared_memory", lambda _: room),
+        ):
+            mixed, total, *saved = absorbed_attention.forward_saving(*operands)
+            absorbed_attention.backward_saved(mixed, total, mixed, total, *saved, *operands)
+
+    return both
+
+
 OPS: dict[str, Callable[[], Calls]] = {
+    "absorbed_attention": absorbed_attention_calls,
     "gated_add_norm": gated_add_norm_calls,
     "linear_gelu": linear_gelu_calls,
     "embed_norm": embed_norm_calls,

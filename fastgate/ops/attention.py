@@ -1,4 +1,4 @@
-"""Self-attention over packed rows: the usual form, the absorbed one, and probabilities."""
+"""Self-attention over packed rows: the usual form, and probabilities."""
 
 from __future__ import annotations
 
@@ -227,44 +227,6 @@ class _Attention(torch.autograd.Function):
 torch.library.register_autograd(
     "fastgate::attention", _differentiate, setup_context=_keep_for_backward, lib=slots.schemas
 )
-
-
-def absorbed_attention(
-    q: Tensor,
-    x: Tensor,
-    key: Tensor,
-    value: Tensor,
-    value_bias: Tensor | None,
-    keys: Ragged,
-    heads: int,
-    scale: float,
-    dropout_p: float,
-) -> Tensor:
-    """Attention with one query a sequence, forming neither keys nor values.
-
-    q: (sequences, hidden), one query a sequence; x: (keys.rows, hidden), what keys and values would be made
-    from; key, value: (hidden, hidden) weights; value_bias: (hidden,). The key's bias adds the same to every
-    score of a query and cancels in the softmax: score_j = x_j . (W_k^T q), output = W_v (sum_j p_j x_j) + b_v
-    sum_j p_j, a head at a time. Returns (sequences, hidden).
-    """
-    sequences, hidden = q.shape
-    width = hidden // heads
-    per_head = q.view(sequences, heads, width).transpose(0, 1)
-    probe = torch.bmm(per_head, key.to(q.dtype).view(heads, width, -1)).transpose(0, 1)
-    grid = _grid(x.to(q.dtype), keys)
-    scores = torch.bmm(probe * scale, grid.transpose(1, 2)).float()
-    if not keys.equal or keys.longest == 0:
-        scores = scores.masked_fill(~keys.padded[1][:, None, :], float("-inf"))
-    p = scores.softmax(-1)
-    if 0 in keys.lengths:
-        p = p.nan_to_num(0.0)
-    p = F.dropout(p, dropout_p).to(q.dtype) if dropout_p else p.to(q.dtype)
-    mixed = torch.bmm(p, grid).transpose(0, 1)
-    out = torch.bmm(mixed, value.to(q.dtype).view(heads, width, -1).transpose(1, 2)).transpose(0, 1)
-    if value_bias is not None:
-        weight = p.sum(-1, keepdim=True) if dropout_p or 0 in keys.lengths else 1.0
-        out = out + weight * value_bias.to(q.dtype).view(heads, width)
-    return out.reshape(sequences, hidden)
 
 
 def attention_probabilities(

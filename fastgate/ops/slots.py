@@ -26,17 +26,16 @@ class Implementation:
 
     saving: a forward that returns something to keep for backward too, and a backward that takes it, where
     that spares work; the op's module says what it is. head_dims, for attention: the ones it takes, None for
-    all.
+    all. fits, for absorbed_attention: whether its kernels take a probe's shape on its device, None for all.
     """
 
     backend: str
-    forward: Callable[..., Tensor]
-    backward: Callable[..., tuple[Tensor, ...]]
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]
     dtypes: frozenset[torch.dtype]
-    saving: (
-        tuple[Callable[..., tuple[Tensor, Tensor]], Callable[..., tuple[Tensor, Tensor, Tensor]]] | None
-    ) = None
+    saving: tuple[Callable[..., Any], Callable[..., Any]] | None = None
     head_dims: tuple[int, ...] | None = None  # a tuple: traced sizes have no hash
+    fits: Callable[[Tensor], bool] | None = None
 
 
 # Each op's module leaves its own here.

@@ -1,0 +1,266 @@
+"""absorbed_attention: attention with one query a sequence, which forms neither keys nor values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastgate import reference
+from fastgate.errors import ArgumentError, say
+from fastgate.ops import slots
+from fastgate.ops.attention import _grid, _lengths
+from fastgate.packing import Ragged
+
+
+def absorbed_attention(
+    q: Tensor,
+    x: Tensor,
+    key: Tensor,
+    value: Tensor,
+    value_bias: Tensor | None,
+    keys: Ragged,
+    heads: int,
+    scale: float,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """dropout(softmax(q k^T * scale)) v for one query a sequence, with k and v what a Linear makes of x.
+
+    q: (sequences, hidden), one query a sequence; x: (keys.rows, H), what keys and values would be made from,
+    brought to q's dtype, as the weights are; key, value: (hidden, H) weights; value_bias: (hidden,) or None.
+    The key's bias adds the same to every score of a query and cancels in the softmax. A head at a time:
+
+        probe = W_k^T q      p = softmax_j(scale * probe . x_j)      out = W_v (sum_j p_j x_j) + b_v sum_j p_j
+
+    so 2 * heads * H multiply-adds a row of x in place of 2 * hidden * H. Returns (sequences, hidden); a
+    sequence without rows gives zeros. The dropout mask is a function of a seed from torch's default
+    generator, of sequence * heads + head, and of the row's place in its sequence. Differentiable in all.
+
+    Raises ArgumentError for shapes, dtypes or values that do not fit.
+    """
+    sequences, hidden = _check(q, x, key, value, value_bias, keys, heads)
+    width = hidden // heads
+    seed = slots.draw_seed("absorbed_attention", dropout_p, q.device)
+    per_head = q.reshape(sequences, heads, width).transpose(0, 1)
+    probe = torch.bmm(per_head, key.to(q.dtype).view(heads, width, -1)).transpose(0, 1)
+    mixed, total = _mix(probe, x.to(q.dtype), keys, scale, dropout_p, seed)
+    per_head, back = mixed.transpose(0, 1), value.to(q.dtype).view(heads, width, -1).transpose(1, 2)
+    if value_bias is None:
+        return torch.bmm(per_head, back).transpose(0, 1).reshape(sequences, hidden)
+    bias = value_bias.to(q.dtype).view(heads, 1, width)
+    # Weights add up to 1: known of real lengths only, since traced ones may stand for others.
+    if slots.is_direct(q) and not dropout_p and 0 not in keys.lengths:
+        out = torch.baddbmm(bias, per_head, back)
+    else:
+        out = (torch.bmm(per_head, back) + total.t().unsqueeze(-1) * bias).to(q.dtype)
+    return out.transpose(0, 1).reshape(sequences, hidden)
+
+
+def _check(
+    q: Tensor, x: Tensor, key: Tensor, value: Tensor, value_bias: Tensor | None, keys: Ragged, heads: int
+) -> torch.Size:
+    if q.dim() != 2 or q.shape[0] != len(keys.lengths) or heads < 1 or q.shape[1] % heads:
+        wanted = f"({len(keys.lengths)}, hidden), one query a sequence, {heads} heads in hidden"
+        _refuse("q", f"shape {tuple(q.shape)}", wanted, "select one row of each sequence")
+    if q.dtype not in slots.DTYPES or not x.is_floating_point():
+        _refuse("q, x", f"{q.dtype}, {x.dtype}", "floating dtypes", "convert them before the call")
+    if x.dim() != 2 or x.shape[0] != keys.rows:
+        _refuse("x", f"shape {tuple(x.shape)}", f"({keys.rows}, H), the rows of keys", "pack the rows")
+    wanted_shape = (q.shape[1], x.shape[1])
+    if key.shape != wanted_shape or value.shape != wanted_shape:
+        got = f"shapes {tuple(key.shape)}, {tuple(value.shape)}"
+        _refuse("key, value", got, f"{wanted_shape} twice", "pass the Linears' weights")
+    if value_bias is not None and value_bias.shape != wanted_shape[:1]:
+        _refuse("value_bias", f"shape {tuple(value_bias.shape)}", f"({q.shape[1]},)", "match value's rows")
+    return q.shape
+
+
+def _refuse(argument: str, got: object, wanted: str, remedy: str) -> NoReturn:
+    raise ArgumentError(say("absorbed_attention", argument, got, wanted, remedy))
+
+
+def _mix(
+    probe: Tensor, x: Tensor, keys: Ragged, scale: float, dropout_p: float, seed: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(mixed, total), by the implementation that fits."""
+    direct = slots.is_direct(probe)
+    if direct and _chosen(probe).backend == "reference":
+        return torch_absorbed_attention(probe, x, keys, scale, dropout_p, seed)
+    operands = (probe, x, keys.cu_seqlens, scale, dropout_p, seed)
+    if direct and not slots.needs_gradient(probe, x):
+        return _chosen(probe).forward(*operands)
+    call: Callable[..., tuple[Tensor, ...]] = torch.ops.fastgate.absorbed_attention
+    if direct:
+        call = _AbsorbedAttention.apply
+    mixed, total, *_ = call(*operands)
+    return mixed, total
+
+
+def torch_absorbed_attention(
+    probe: Tensor,
+    x: Tensor,
+    keys: Ragged,
+    scale: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(mixed, total) in plain torch, for every device and dtype: what runs where no kernel does."""
+    return reference.absorbed_attention(
+        probe, _grid(x, keys), scale, **_on_grid(probe, keys, dropout_p, seed)
+    )
+
+
+def _on_grid(probe: Tensor, keys: Ragged, dropout_p: float, seed: Tensor | None) -> dict[str, Any]:
+    """The reference's keywords: which places of the grid are rows, and which weights are kept."""
+    sequences, heads, _ = probe.shape
+    mask = None
+    if dropout_p:
+        assert seed is not None
+        mask = reference.keep_mask(seed, sequences * heads, keys.longest, dropout_p)
+        mask = mask.view(sequences, heads, keys.longest)
+    whole = keys.equal and keys.longest > 0
+    return {
+        "there": None if whole else keys.padded[1],
+        "empty": 0 in keys.lengths,
+        "dropout_p": dropout_p,
+        "mask": mask,
+    }
+
+
+_OPERANDS = "Tensor probe, Tensor x, Tensor cu_seqlens, float scale, float dropout_p, Tensor? seed"
+# total is float32, float64 for float64. lse: the log-sum-exp of every probe's scores, (sequences, heads), and
+# residue, as mixed, what mixed's rounding took away, both in the form that the backend's own backward takes;
+# without elements where it takes none.
+slots.schemas.define(
+    f"absorbed_attention({_OPERANDS}) -> (Tensor mixed, Tensor total, Tensor lse, Tensor residue)"
+)
+slots.schemas.define(
+    "absorbed_attention_backward(Tensor grad_mixed, Tensor? grad_total, Tensor mixed, Tensor total, "
+    f"Tensor lse, Tensor residue, {_OPERANDS}) -> (Tensor dprobe, Tensor dx)"
+)
+
+
+def _reference_forward(probe: Tensor, x: Tensor, cu_seqlens: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return torch_absorbed_attention(probe, x, _lengths(cu_seqlens), *rest)
+
+
+def _reference_backward(
+    grad: Tensor,
+    grad_total: Tensor | None,
+    probe: Tensor,
+    x: Tensor,
+    cu_seqlens: Tensor,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    keys = _lengths(cu_seqlens)
+    dprobe, dgrid = reference.absorbed_attention_backward(
+        grad, grad_total, probe, _grid(x, keys), scale, **_on_grid(probe, keys, dropout_p, seed)
+    )
+    dx = dgrid.flatten(0, 1)
+    return dprobe, dx if keys.equal else dx.index_select(0, keys.padded[0])
+
+
+slots.REFERENCE["absorbed_attention"] = slots.Implementation(
+    "reference", _reference_forward, _reference_backward, frozenset(slots.DTYPES)
+)
+
+
+def _chosen(probe: Tensor) -> slots.Implementation:
+    found = slots.implementation("absorbed_attention", probe.device.type, probe.dtype)
+    return found if found.fits is None or found.fits(probe) else slots.REFERENCE["absorbed_attention"]
+
+
+def _forward(probe: Tensor, *operands: Any) -> tuple[Tensor, ...]:
+    chosen = _chosen(probe)
+    if chosen.saving is not None:
+        return chosen.saving[0](probe, *operands)
+    return *chosen.forward(probe, *operands), probe.new_empty(0, dtype=torch.float32), probe.new_empty(0)
+
+
+def _backward(
+    grad: Tensor,
+    grad_total: Tensor | None,
+    mixed: Tensor,
+    total: Tensor,
+    lse: Tensor,
+    residue: Tensor,
+    probe: Tensor,
+    *operands: Any,
+) -> tuple[Tensor, ...]:
+    chosen = _chosen(probe)
+    if chosen.saving is not None:
+        return chosen.saving[1](grad, grad_total, mixed, total, lse, residue, probe, *operands)
+    return chosen.backward(grad, grad_total, probe, *operands)
+
+
+slots.schemas.impl("absorbed_attention", _forward, "CompositeExplicitAutograd")
+slots.schemas.impl("absorbed_attention_backward", _backward, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("fastgate::absorbed_attention", lib=slots.schemas)
+def _fake(probe: Tensor, x: Tensor, *operands: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    saving, pairs = _chosen(probe).saving is not None, probe.shape[:2]
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return (
+        x.new_empty(probe.shape),
+        x.new_empty(pairs, dtype=dtype),
+        x.new_empty(pairs if saving else (0,), dtype=torch.float32),
+        x.new_empty(probe.shape if saving and x.dtype != torch.float32 else (0,)),
+    )
+
+
+@torch.library.register_fake("fastgate::absorbed_attention_backward", lib=slots.schemas)
+def _fake_backward(
+    grad: Tensor,
+    grad_total: Tensor | None,
+    mixed: Tensor,
+    total: Tensor,
+    lse: Tensor,
+    residue: Tensor,
+    probe: Tensor,
+    x: Tensor,
+    *operands: Any,
+) -> tuple[Tensor, Tensor]:
+    return probe.new_empty(probe.shape), x.new_empty(x.shape)
+
+
+def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """mixed costs no memory: the product after it keeps it too."""
+    probe, x, cu_seqlens, *ctx.numbers, seed = inputs
+    ctx.save_for_backward(*output, probe, x, cu_seqlens, seed)
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, grad: Tensor | None, grad_total: Tensor | None, *_: None) -> tuple[Any, ...]:
+    *tensors, seed = ctx.saved_tensors
+    direct = slots.is_direct(tensors[0])
+    call = _backward if direct else torch.ops.fastgate.absorbed_attention_backward
+    grad = torch.zeros_like(tensors[0]) if grad is None else grad
+    dprobe, dx = call(grad, grad_total, *tensors, *ctx.numbers, seed)
+    return dprobe, dx, None, None, None, None
+
+
+class _AbsorbedAttention(torch.autograd.Function):
+    """The same for eager training, without the registration's cost."""
+
+    @staticmethod
+    def forward(ctx: Any, *operands: Any) -> tuple[Tensor, ...]:
+        output = _forward(*operands)
+        _keep_for_backward(ctx, operands, output)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        return _differentiate(ctx, *grads)
+
+
+torch.library.register_autograd(
+    "fastgate::absorbed_attention", _differentiate, setup_context=_keep_for_backward, lib=slots.schemas
+)
