@@ -57,13 +57,18 @@ class Kernel:
         variant[grid](*arguments)
 
 
-def aligned(*tensors: Tensor | None) -> bool:
-    """Whether all tensors begin at multiples of 16 bytes, as 16-byte accesses need."""
+def aligned(*tensors: Tensor | None) -> Hashable:
+    """Which tensors begin at multiples of 16 bytes, as 16-byte accesses need: True, where all do, is the usual.
+
+    For a key: each tensor decides by itself how a variant reads it.
+    """
     bits = 0
     for tensor in tensors:
         if tensor is not None:
             bits |= tensor.data_ptr()
-    return bits & 15 == 0
+    if bits & 15 == 0:
+        return True
+    return tuple([tensor is None or tensor.data_ptr() & 15 == 0 for tensor in tensors])
 
 
 def multiprocessors(device: torch.device) -> int:
