@@ -31,12 +31,26 @@ class Blocks(NamedTuple):
     keys: int
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
+
+
+def _blocks_float32(head_dim: int) -> Blocks:
+    """No tensor core: small blocks, for the products' operands lie in registers; 128 a thread hold them."""
+    return Blocks(False, 32, 32, 4 if head_dim == 32 else 8, 1, 128)
+
+
+def _key_blocks_float32(head_dim: int) -> Blocks:
+    """dK and dV take twice the registers of dQ: more of them, or half the queries at a time."""
+    blocks = _blocks_float32(head_dim)
+    if head_dim == 32:
+        return blocks._replace(max_registers=168)
+    return blocks._replace(queries=16) if head_dim == 128 else blocks
 
 
 def forward_blocks(head_dim: int, dtype: torch.dtype, queries: int) -> Blocks:
     """queries: rows a sequence, on average. Blocks of 64 rows run wgmma on sm_90, smaller ones waste less."""
-    if dtype == torch.float32:  # no tensor core: small blocks, for the products' operands lie in registers
-        return Blocks(False, 32, 32, 4 if head_dim == 32 else 8, 1)
+    if dtype == torch.float32:
+        return _blocks_float32(head_dim)
     wide = head_dim == 128
     if queries <= 32 and not wide:
         return Blocks(True, 32, 32, 2, 2)
@@ -49,8 +63,7 @@ def backward_blocks(head_dim: int, dtype: torch.dtype, dropout: bool, longest: i
     """(for dQ, for dK and dV); the same whole one for all three. longest: the larger of queries and keys a
     sequence, on average. Whole only where most sequences of the usual spread of lengths fit one block."""
     if dtype == torch.float32:
-        blocks = Blocks(False, 32, 32, 4 if head_dim == 32 else 8, 1)
-        return blocks, blocks
+        return _blocks_float32(head_dim), _key_blocks_float32(head_dim)
     if longest <= 20 or (longest <= 40 and head_dim < 128):
         block = 32 if longest <= 20 else 64
         blocks = Blocks(True, block, block, 4, 1)
@@ -166,6 +179,7 @@ def _launch(
         (*tensors, *numbers, call.head_dim, vector, *cut),
         blocks.num_warps,
         blocks.num_stages,
+        blocks.max_registers,
     )
 
 

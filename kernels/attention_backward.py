@@ -9,7 +9,8 @@ In attention_forward.py's symbols, for one head of one sequence, with q for q + 
 dS is the softmax's Jacobian diag(P) - P P^T applied to dP. The two forms of delta are equal because
 sum_j P_ij dP_ij = sum_d dO_id sum_j M_ij P_ij v_jd / (1 - p), and that sum over j is O_id: one pass over O
 in place of another over the keys. In float32 that is not exact enough: where one P_ij is nearly 1, dP - delta
-cancels, and only the sum over P dP errs as dP itself does. So float32 walks the keys twice.
+cancels, and only the sum over P dP errs as dP itself does. So float32 walks the keys twice, and makes every
+dP of the same sums in the same order.
 
 The biases' gradients are the sums of dQ and dV over rows; that of the keys' bias, the sum of dK, is zero, for
 the columns of dS sum to zero over j. P and dS are rounded to the operands' dtype for their products.
@@ -18,8 +19,8 @@ Two kernels, neither with an atomic: `backward_queries_kernel` owns dQ of a bloc
 (three products: S, dP, dQ), `backward_keys_kernel` owns dK and dV of a block of keys and walks the queries
 (four: S, dP, dV, dK). Seven products where one kernel with atomics needs five; in return the same bits come at
 every call. What a kernel walks goes from memory to the tensor cores without a stop in the registers: so the
-queries' kernel takes dO b_v, one number a query, into dP in place of adding b_v to v, and leaves q + b_q behind
-for the keys' kernel.
+queries' kernel takes dO b_v, one number a query, into dP in place of adding b_v to v (float32, whose operands
+pass through registers anyhow, adds it), and leaves q + b_q behind for the keys' kernel.
 
 `backward_whole_kernel`, for short sequences, makes dQ, dK and dV of one that fits a block out of one S and one
 dP: five products, each operand read once.
@@ -32,6 +33,7 @@ import triton.language as tl
 
 from fastgate.kernels.attention_tiles import (
     add_bias,
+    dot_by_parts,
     find_sequence,
     first_of,
     head_bias,
@@ -47,15 +49,20 @@ from fastgate.kernels.launch import Kernel
 
 @triton.jit
 def _walk_keys(
-    queries,  # (BLOCK_M, D)
+    q,  # n rows
+    grad,  # n rows
+    queries,  # (BLOCK_M, D), their bias added
     grads,  # (BLOCK_M, D)
     lse,  # (BLOCK_M,)
     along_bias,  # (BLOCK_M,): dO b_v, or None
+    q_bias_ptr,  # (D,), or None
+    v_bias_ptr,  # (D,), or None
     k,  # m rows
     v,  # m rows
     drop,
     first,
     start,
+    n,
     m,
     c,
     over_keep,
@@ -65,13 +72,16 @@ def _walk_keys(
 ):
     """P, dP and k of the keys from `start` on."""
     keys = load_rows(k, start, m, BLOCK_N, D)
-    values = load_rows(v, start, m, BLOCK_N, D)
-    s = tl.dot(queries, tl.trans(keys), input_precision="ieee")
+    if queries.dtype == tl.float32:
+        s = dot_by_parts(q, q_bias_ptr, first, n, k, None, start, m, BLOCK_M, BLOCK_N, D)
+        dp = dot_by_parts(grad, None, first, n, v, v_bias_ptr, start, m, BLOCK_M, BLOCK_N, D)
+    else:
+        s = tl.dot(queries, tl.trans(keys))
+        dp = tl.dot(grads, tl.trans(load_rows(v, start, m, BLOCK_N, D)))
+        if along_bias is not None:
+            dp += along_bias[:, None]
     s = tl.where((start + tl.arange(0, BLOCK_N) < m)[None, :], s, float("-inf"))
     p = tl.exp2(s * c - lse[:, None])
-    dp = tl.dot(grads, tl.trans(values), input_precision="ieee")
-    if along_bias is not None:
-        dp += along_bias[:, None]
     dp *= over_keep
     if drop[0] is not None:
         dp = tl.where(kept_keys(drop, first, start, BLOCK_M, BLOCK_N), dp, 0.0)
@@ -110,24 +120,25 @@ def _query_block(
     row = first + tl.arange(0, BLOCK_M)
     lse = tl.load(lse_ptr + row, mask=row < n, other=0.0)
     along_bias = None
-    if v_bias_ptr is not None:
-        along_bias = tl.sum(grads.to(tl.float32) * load_bias(v_bias_ptr, D), 1)
     if grads.dtype == tl.float32:
         delta = tl.zeros((BLOCK_M,), tl.float32)
         for start in range(0, m, BLOCK_N):
             p, dp, _ = _walk_keys(
-                queries, grads, lse, along_bias, k, v, drop, first, start, m, c, over_keep,
-                D, BLOCK_M, BLOCK_N,
+                q, grad, queries, grads, lse, along_bias, q_bias_ptr, v_bias_ptr, k, v, drop,
+                first, start, n, m, c, over_keep, D, BLOCK_M, BLOCK_N,
             )  # fmt: skip
             delta += tl.sum(p * dp, 1)
     else:
         delta = tl.sum(grads.to(tl.float32) * load_rows(out, first, n, BLOCK_M, D).to(tl.float32), 1)
+        if v_bias_ptr is not None:
+            along_bias = tl.sum(grads.to(tl.float32) * load_bias(v_bias_ptr, D), 1)
     tl.store(delta_ptr + row, delta, mask=row < n)
     total = tl.zeros((BLOCK_M, D), tl.float32)
     for start in range(0, m, BLOCK_N):
         p, dp, keys = _walk_keys(
-            queries, grads, lse, along_bias, k, v, drop, first, start, m, c, over_keep, D, BLOCK_M, BLOCK_N
-        )
+            q, grad, queries, grads, lse, along_bias, q_bias_ptr, v_bias_ptr, k, v, drop,
+            first, start, n, m, c, over_keep, D, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
         ds = p * (dp - delta[:, None])
         total = tl.dot(ds.to(keys.dtype), keys, total, input_precision="ieee")
     store_rows(dq, total * scale, first, n, BLOCK_M, D)
@@ -168,9 +179,14 @@ def _key_block(
         # P is 0 for rows that are not there; keys that are not there reach their own, unwritten rows only.
         lse = tl.load(lse_ptr + row, mask=row < n, other=float("inf"))
         delta = tl.load(delta_ptr + row, mask=row < n, other=0.0)
-        s = tl.dot(keys, tl.trans(queries), input_precision="ieee")
+        if keys.dtype == tl.float32:
+            s = dot_by_parts(k, None, first, m, q, None, start, n, BLOCK_N, BLOCK_M, D)
+            dp = dot_by_parts(v, v_bias_ptr, first, m, grad, None, start, n, BLOCK_N, BLOCK_M, D)
+        else:
+            s = tl.dot(keys, tl.trans(queries))
+            dp = tl.dot(values, tl.trans(grads))
         p = tl.exp2(s * c - lse[None, :])
-        dp = tl.dot(values, tl.trans(grads), input_precision="ieee") * over_keep
+        dp *= over_keep
         kept_p = p
         if drop[0] is not None:
             kept = tl.trans(kept_keys(drop, start, first, BLOCK_M, BLOCK_N))

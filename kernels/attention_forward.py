@@ -22,6 +22,7 @@ import triton.language as tl
 
 from fastgate.kernels.attention_tiles import (
     add_bias,
+    dot_by_parts,
     find_sequence,
     first_of,
     head_bias,
@@ -61,10 +62,11 @@ def _forward_block(
     weight = tl.zeros((BLOCK_M,), tl.float32)
     mixed = tl.zeros((BLOCK_M, D), tl.float32)
     for start in range(0, m, BLOCK_N):
-        keys = load_rows(k, start, m, BLOCK_N, D)
+        if queries.dtype == tl.float32:
+            s = dot_by_parts(q, q_bias_ptr, first, n, k, None, start, m, BLOCK_M, BLOCK_N, D)
+        else:
+            s = tl.dot(queries, tl.trans(load_rows(k, start, m, BLOCK_N, D)))
         values = load_rows(v, start, m, BLOCK_N, D)
-        # "ieee": tf32, the default for float32, has an error a thousand times torch's.
-        s = tl.dot(queries, tl.trans(keys), input_precision="ieee")
         s = tl.where((start + tl.arange(0, BLOCK_N) < m)[None, :], s, float("-inf"))
         risen = tl.maximum(top, tl.max(s, 1) * c)  # finite: a block has at least one key
         p = tl.exp2(s * c - risen[:, None])

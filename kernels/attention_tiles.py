@@ -21,6 +21,7 @@ import triton.language as tl
 from fastgate.kernels.dropout import kept
 
 PROBES = tl.constexpr(128)
+PART = tl.constexpr(16)
 
 
 @triton.jit
@@ -103,6 +104,42 @@ def add_bias(block, bias_ptr, D: tl.constexpr):
     if bias_ptr is not None:
         block = (block.to(tl.float32) + load_bias(bias_ptr, D)).to(block.dtype)
     return block
+
+
+@triton.jit
+def load_part(rows, bias_ptr, part, first, count, BLOCK: tl.constexpr):
+    """(BLOCK, PART): columns part .. part + PART of a block, their bias added."""
+    block = load_rows((rows[0] + part, rows[1]), first, count, BLOCK, PART)
+    if bias_ptr is not None:
+        block = add_bias(block, bias_ptr + part, PART)
+    return block
+
+
+@triton.jit
+def dot_by_parts(
+    a,  # count_a rows
+    a_bias_ptr,  # (D,), or None
+    first_a,
+    count_a,
+    b,  # count_b rows
+    b_bias_ptr,  # (D,), or None
+    first_b,
+    count_b,
+    BLOCK_A: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    D: tl.constexpr,
+):
+    """(a + a_bias) (b + b_bias)^T of two blocks, read PART columns at a time.
+
+    For float32, which has no tensor core: a product's operands lie in registers, and all D would not fit.
+    """
+    total = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
+    for part in range(0, D, PART):
+        left = load_part(a, a_bias_ptr, part, first_a, count_a, BLOCK_A)
+        right = load_part(b, b_bias_ptr, part, first_b, count_b, BLOCK_B)
+        # "ieee": tf32, the default for float32, has an error a thousand times torch's.
+        total = tl.dot(left, tl.trans(right), total, input_precision="ieee")
+    return total
 
 
 @triton.jit

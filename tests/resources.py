@@ -99,8 +99,9 @@ def recording() -> Iterator[list[Launch]]:
     """Launches in the order they are asked for, none of them made."""
     launches: list[Launch] = []
 
-    def by_key(self, grid, key, arguments, num_warps, num_stages=3):
-        record(self.function, *arguments, num_warps=num_warps, num_stages=num_stages, **launch.OPTIONS)
+    def by_key(self, grid, key, arguments, num_warps, num_stages=3, maxnreg=None):
+        options = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": maxnreg, **launch.OPTIONS}
+        record(self.function, *arguments, **options)
 
     def record(function, *arguments, grid=None, warmup=False, **named):
         launches.append(Launch.of(function, arguments, named))
@@ -125,13 +126,15 @@ def launches_of(op: str) -> dict[str, Launch]:
 
 def digest(op: str) -> str:
     """Of the sources that an op's kernels come from: a table made from others is out of date."""
-    texts = [path.read_bytes() for path in sorted((ROOT / "kernels").glob("*.py")) if path.stem in shared(op)]
+    files = sorted((ROOT / "kernels").glob("*.py"))
+    texts = [path.read_bytes() for path in files if owner(path.stem) in (op, None)]
     return hashlib.sha256(b"".join(texts)).hexdigest()[:16]
 
 
-def shared(op: str) -> set[str]:
-    """The op's own file and those that belong to no op."""
-    return {op} | {path.stem for path in (ROOT / "kernels").glob("*.py")} - set(variants.OPS)
+def owner(stem: str) -> str | None:
+    """The op that a file of kernels belongs to: op.py, op_part.py; None if it serves several."""
+    owners = [op for op in variants.OPS if stem == op or stem.startswith(f"{op}_")]
+    return max(owners, key=len, default=None)
 
 
 def compiled(op: str) -> dict[str, object]:
