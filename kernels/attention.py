@@ -119,7 +119,9 @@ def _ready(
         _refuse("q, k, v", got, "one dtype of bfloat16, float16, float32", "convert them first")
     if hidden // heads not in HEAD_DIMS:
         wanted = f"hidden / heads of {', '.join(map(str, HEAD_DIMS))}"
-        _refuse("heads", f"hidden / heads of {hidden // heads}", wanted, "use fastgate.attention's torch form")
+        _refuse(
+            "heads", f"hidden / heads of {hidden // heads}", wanted, "use fastgate.attention's torch form"
+        )
     for name, bias in (("q_bias", q_bias), ("k_bias", k_bias), ("v_bias", v_bias)):
         if bias is not None and bias.shape != (hidden,):
             _refuse(name, f"shape {tuple(bias.shape)}", f"({hidden},)", "pass one number a column of q")

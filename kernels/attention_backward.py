@@ -15,15 +15,15 @@ dP of the same sums in the same order.
 The biases' gradients are the sums of dQ and dV over rows; that of the keys' bias, the sum of dK, is zero, for
 the columns of dS sum to zero over j. P and dS are rounded to the operands' dtype for their products.
 
-Two kernels, neither with an atomic: `backward_queries_kernel` owns dQ of a block of queries and walks the keys
-(three products: S, dP, dQ), `backward_keys_kernel` owns dK and dV of a block of keys and walks the queries
-(four: S, dP, dV, dK). Seven products where one kernel with atomics needs five; in return the same bits come at
-every call. What a kernel walks goes from memory to the tensor cores without a stop in the registers: so the
-queries' kernel takes dO b_v, one number a query, into dP in place of adding b_v to v (float32, whose operands
-pass through registers anyhow, adds it), and leaves q + b_q behind for the keys' kernel.
+Two kernels, neither with an atomic: `backward_queries_kernel` owns dQ of a block of queries and walks the
+keys (three products: S, dP, dQ), `backward_keys_kernel` owns dK and dV of a block of keys and walks the
+queries (four: S, dP, dV, dK). Seven products where one kernel with atomics needs five; in return the same bits
+come at every call. What a kernel walks goes from memory to the tensor cores without a stop in the registers:
+so the queries' kernel takes dO b_v, one number a query, into dP in place of adding b_v to v (float32, whose
+operands pass through registers anyhow, adds it), and leaves q + b_q behind for the keys' kernel.
 
-`backward_whole_kernel`, for short sequences, makes dQ, dK and dV of one that fits a block out of one S and one
-dP: five products, each operand read once.
+`backward_whole_kernel`, for short sequences, makes dQ, dK and dV of one that fits a block out of one S and
+one dP: five products, each operand read once.
 """
 
 from __future__ import annotations

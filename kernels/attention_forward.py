@@ -6,9 +6,9 @@ c = scale * log2(e), so that every exponential is an exp2:
     S = (q + b_q) k^T      L_i = log2 sum_j 2^(c S_ij)      P_ij = 2^(c S_ij - L_i)
     O = (M * P) (v + b_v) / (1 - p) = ((M * P) v + w b_v) / (1 - p),      w_i = sum_j M_ij P_ij
 
-The keys' bias is not there: it adds the same to every score of a query, which the softmax takes out again. The
-queries' bias is added to the block that a program reads once; the values' is added to what they were mixed to,
-so that keys and values go from memory to the tensor cores without a stop in the registers.
+The keys' bias is not there: it adds the same to every score of a query, which the softmax takes out again.
+The queries' bias is added to the block that a program reads once; the values' is added to what they were mixed
+to, so that keys and values go from memory to the tensor cores without a stop in the registers.
 
 A program owns a block of queries and walks the keys with the running maximum and sum of the softmax; it can
 leave L behind for backward. Statistics and sums are float32; P is rounded to the operands' dtype for its

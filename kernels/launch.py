@@ -60,9 +60,9 @@ class Kernel:
 
 
 def aligned(*tensors: Tensor | None) -> Hashable:
-    """Which tensors begin at multiples of 16 bytes, as 16-byte accesses need: True, where all do, is the usual.
+    """Which tensors begin at multiples of 16 bytes, as 16-byte accesses need: True if all of them do.
 
-    For a key: each tensor decides by itself how a variant reads it.
+    For a key: each tensor by itself decides how a variant reads it.
     """
     bits = 0
     for tensor in tensors:

@@ -59,6 +59,8 @@ def attention_calls() -> Calls:
                 for length in (16, 32, 64, 128):
                     call = f"{head_dim} {name} length {length}{' dropout' if dropout_p else ''}"
                     yield call, _attention(head_dim, length, dtype, dropout_p, dtype)
+                    if not dropout_p:
+                        yield f"{call} inference", _attention(head_dim, length, dtype, None, dtype)
     for length in (16, 128):
         yield f"64 bf16 length {length} no biases", _attention(64, length, torch.bfloat16, 0.0, None)
     yield "64 bf16 length 128 autocast dropout", _attention(64, 128, torch.bfloat16, 0.1, torch.float32)
@@ -66,8 +68,9 @@ def attention_calls() -> Calls:
 
 
 def _attention(
-    head_dim: int, length: int, dtype: torch.dtype, dropout_p: float, bias_dtype: torch.dtype | None
+    head_dim: int, length: int, dtype: torch.dtype, dropout_p: float | None, bias_dtype: torch.dtype | None
 ) -> Callable[[], object]:
+    """dropout_p: None for inference."""
     sequences, hidden = 512, 768
 
     def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -77,15 +80,13 @@ def _attention(
     biases = (empty(hidden, dtype=bias_dtype),) * 3 if bias_dtype else (None,) * 3
     ends = empty(sequences + 1, dtype=torch.int32)
     seed = empty(dtype=torch.int64) if dropout_p else None
-    operands = (q, k, v, *biases, ends, ends, hidden // head_dim, head_dim**-0.5, dropout_p, seed)
+    operands = (q, k, v, *biases, ends, ends, hidden // head_dim, head_dim**-0.5, dropout_p or 0.0, seed)
 
-    def all_of_them() -> None:
-        if not dropout_p:  # inference
-            attention.forward(*operands)
+    def train() -> None:
         out, lse = attention.forward_saving(*operands)
         attention.backward_saved(grad, out, lse, *operands)
 
-    return all_of_them
+    return train if dropout_p is not None else lambda: attention.forward(*operands)
 
 
 OPS: dict[str, Callable[[], Calls]] = {
