@@ -40,11 +40,8 @@ def _blocks_float32(head_dim: int) -> Blocks:
 
 
 def _key_blocks_float32(head_dim: int) -> Blocks:
-    """dK and dV take twice the registers of dQ: more of them, or half the queries at a time."""
-    blocks = _blocks_float32(head_dim)
-    if head_dim == 32:
-        return blocks._replace(max_registers=168)
-    return blocks._replace(queries=16) if head_dim == 128 else blocks
+    """dK and dV take twice the registers of dQ: more threads, or half the queries at a time."""
+    return Blocks(False, 16 if head_dim == 128 else 32, 32, 8, 1, 128)
 
 
 def forward_blocks(head_dim: int, dtype: torch.dtype, queries: int) -> Blocks:

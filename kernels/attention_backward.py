@@ -13,14 +13,15 @@ cancels, and only the sum over P dP errs as dP itself does. So float32 walks the
 dP of the same sums in the same order.
 
 The biases' gradients are the sums of dQ and dV over rows; that of the keys' bias, the sum of dK, is zero, for
-the columns of dS sum to zero over j. P and dS are rounded to the operands' dtype for their products.
+every row of dS sums to zero. P and dS are rounded to the operands' dtype for their products.
 
 Two kernels, neither with an atomic: `backward_queries_kernel` owns dQ of a block of queries and walks the
 keys (three products: S, dP, dQ), `backward_keys_kernel` owns dK and dV of a block of keys and walks the
-queries (four: S, dP, dV, dK). Seven products where one kernel with atomics needs five; in return the same bits
-come at every call. What a kernel walks goes from memory to the tensor cores without a stop in the registers:
-so the queries' kernel takes dO b_v, one number a query, into dP in place of adding b_v to v (float32, whose
-operands pass through registers anyhow, adds it), and leaves q + b_q behind for the keys' kernel.
+queries (four: S, dP, dV, dK). Seven products where one kernel with atomics needs five; in return the same
+bits come at every call. What a kernel walks goes from memory to the tensor cores without a stop in the
+registers: so the queries' kernel takes dO b_v, one number a query, into dP in place of adding b_v to v
+(float32, whose operands pass through registers anyhow, adds it), and leaves q + b_q behind for the keys'
+kernel.
 
 `backward_whole_kernel`, for short sequences, makes dQ, dK and dV of one that fits a block out of one S and
 one dP: five products, each operand read once.
@@ -36,7 +37,6 @@ from fastgate.kernels.attention_tiles import (
     dot_by_parts,
     find_sequence,
     first_of,
-    head_bias,
     head_rows,
     kept_keys,
     load_bias,
@@ -93,7 +93,7 @@ def _query_block(
     grad,  # n rows
     out,  # n rows
     q,  # n rows
-    biased,  # n rows, written; a pair of None without a bias
+    biased,  # n rows, written where there is a bias
     k,  # m rows
     v,  # m rows
     dq,  # n rows
@@ -288,18 +288,24 @@ def backward_queries_kernel(
     begin_q, n = span_of(cu_q_ptr, sequence)
     begin_k, m = span_of(cu_k_ptr, sequence)
     first = first_of(tile, begin_q, sequence, BLOCK_M)
+    if q_bias_ptr is not None:
+        q_bias_ptr += head * D
+    if v_bias_ptr is not None:
+        v_bias_ptr += head * D
     if first < n:
         grad = head_rows(grad_ptr, begin_q, stride_g // VECTOR * VECTOR, head, D)
         out = head_rows(out_ptr, begin_q, heads * D, head, D)
         q = head_rows(q_ptr, begin_q, stride_q // VECTOR * VECTOR, head, D)
-        biased = head_rows(biased_ptr, begin_q, heads * D, head, D)
+        biased = q
+        if q_bias_ptr is not None:
+            biased = head_rows(biased_ptr, begin_q, heads * D, head, D)
         k = head_rows(k_ptr, begin_k, stride_k // VECTOR * VECTOR, head, D)
         v = head_rows(v_ptr, begin_k, stride_v // VECTOR * VECTOR, head, D)
         dq = head_rows(dq_ptr, begin_q, heads * D, head, D)
         statistics = head * rows_q + begin_q
         _query_block(
             grad, out, q, biased, k, v, dq, lse_ptr + statistics, delta_ptr + statistics,
-            head_bias(q_bias_ptr, head, D), head_bias(v_bias_ptr, head, D),
+            q_bias_ptr, v_bias_ptr,
             (seed_ptr, threshold, heads, begin_q * heads + head), first, n, m, c, scale, over_keep,
             D, BLOCK_M, BLOCK_N,
         )  # fmt: skip
@@ -342,6 +348,8 @@ def backward_keys_kernel(
     begin_q, n = span_of(cu_q_ptr, sequence)
     begin_k, m = span_of(cu_k_ptr, sequence)
     first = first_of(tile, begin_k, sequence, BLOCK_N)
+    if v_bias_ptr is not None:
+        v_bias_ptr += head * D
     if first < m:
         grad = head_rows(grad_ptr, begin_q, stride_g // VECTOR * VECTOR, head, D)
         q = head_rows(q_ptr, begin_q, stride_q // VECTOR * VECTOR, head, D)
@@ -352,7 +360,7 @@ def backward_keys_kernel(
         statistics = head * rows_q + begin_q
         _key_block(
             grad, q, k, v, dk, dv, lse_ptr + statistics, delta_ptr + statistics,
-            head_bias(v_bias_ptr, head, D), (seed_ptr, threshold, heads, begin_q * heads + head), first, n, m,
+            v_bias_ptr, (seed_ptr, threshold, heads, begin_q * heads + head), first, n, m,
             c, scale, over_keep, D, BLOCK_M, BLOCK_N,
         )  # fmt: skip
 
@@ -402,28 +410,30 @@ def backward_whole_kernel(
     dq = head_rows(dq_ptr, begin_q, heads * D, head, D)
     dk = head_rows(dk_ptr, begin_k, heads * D, head, D)
     dv = head_rows(dv_ptr, begin_k, heads * D, head, D)
-    q_bias, v_bias = head_bias(q_bias_ptr, head, D), head_bias(v_bias_ptr, head, D)
+    biased = q
+    if q_bias_ptr is not None:
+        q_bias_ptr += head * D
+        biased = head_rows(biased_ptr, begin_q, heads * D, head, D)
+    if v_bias_ptr is not None:
+        v_bias_ptr += head * D
     drop = (seed_ptr, threshold, heads, begin_q * heads + head)
     if (n <= BLOCK) & (m <= BLOCK) & (m > 0):
         _one_block(
-            grad, q, k, v, dq, dk, dv, q_bias, v_bias, drop, n, m, c, scale, over_keep, D, BLOCK
+            grad, q, k, v, dq, dk, dv, q_bias_ptr, v_bias_ptr, drop, n, m, c, scale, over_keep, D, BLOCK
         )  # fmt: skip
     else:
         out = head_rows(out_ptr, begin_q, heads * D, head, D)
-        biased = head_rows(biased_ptr, begin_q, heads * D, head, D)
         lse_ptrs = lse_ptr + head * rows_q + begin_q
         delta_ptrs = delta_ptr + head * rows_q + begin_q
         for first in range(0, n, BLOCK):
             _query_block(
-                grad, out, q, biased, k, v, dq, lse_ptrs, delta_ptrs, q_bias, v_bias, drop, first, n, m, c,
-                scale, over_keep, D, BLOCK, BLOCK // 2,
+                grad, out, q, biased, k, v, dq, lse_ptrs, delta_ptrs, q_bias_ptr, v_bias_ptr, drop, first,
+                n, m, c, scale, over_keep, D, BLOCK, BLOCK // 2,
             )  # fmt: skip
-        if q_bias_ptr is None:
-            biased = q
         tl.debug_barrier()  # delta and biased, written above by other threads of this program, are read below
         for first in range(0, m, BLOCK):
             _key_block(
-                grad, biased, k, v, dk, dv, lse_ptrs, delta_ptrs, v_bias, drop, first, n, m, c, scale,
+                grad, biased, k, v, dk, dv, lse_ptrs, delta_ptrs, v_bias_ptr, drop, first, n, m, c, scale,
                 over_keep, D, BLOCK // 2, BLOCK,
             )  # fmt: skip
 

@@ -7,8 +7,8 @@ c = scale * log2(e), so that every exponential is an exp2:
     O = (M * P) (v + b_v) / (1 - p) = ((M * P) v + w b_v) / (1 - p),      w_i = sum_j M_ij P_ij
 
 The keys' bias is not there: it adds the same to every score of a query, which the softmax takes out again.
-The queries' bias is added to the block that a program reads once; the values' is added to what they were mixed
-to, so that keys and values go from memory to the tensor cores without a stop in the registers.
+The queries' bias is added to the block that a program reads once; the values' is added to what they were
+mixed to, so that keys and values go from memory to the tensor cores without a stop in the registers.
 
 A program owns a block of queries and walks the keys with the running maximum and sum of the softmax; it can
 leave L behind for backward. Statistics and sums are float32; P is rounded to the operands' dtype for its
@@ -25,7 +25,6 @@ from fastgate.kernels.attention_tiles import (
     dot_by_parts,
     find_sequence,
     first_of,
-    head_bias,
     head_rows,
     kept_keys,
     load_bias,
@@ -129,21 +128,26 @@ def forward_kernel(
     k = head_rows(k_ptr, begin_k, stride_k // VECTOR * VECTOR, head, D)
     v = head_rows(v_ptr, begin_k, stride_v // VECTOR * VECTOR, head, D)
     out = head_rows(out_ptr, begin_q, heads * D, head, D)
-    q_bias, v_bias = head_bias(q_bias_ptr, head, D), head_bias(v_bias_ptr, head, D)
+    if q_bias_ptr is not None:
+        q_bias_ptr += head * D
+    if v_bias_ptr is not None:
+        v_bias_ptr += head * D
     drop = (seed_ptr, threshold, heads, begin_q * heads + head)
     if lse_ptr is not None:
         lse_ptr += head * rows_q + begin_q
     if WHOLE:
         for first in range(0, n, BLOCK_M):
             _forward_block(
-                q, k, v, out, lse_ptr, q_bias, v_bias, drop, first, n, m, c, over_keep, D, BLOCK_M, BLOCK_N
-            )
+                q, k, v, out, lse_ptr, q_bias_ptr, v_bias_ptr, drop, first, n, m, c, over_keep,
+                D, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
     else:
         first = first_of(place, begin_q, sequence, BLOCK_M)
         if first < n:
             _forward_block(
-                q, k, v, out, lse_ptr, q_bias, v_bias, drop, first, n, m, c, over_keep, D, BLOCK_M, BLOCK_N
-            )
+                q, k, v, out, lse_ptr, q_bias_ptr, v_bias_ptr, drop, first, n, m, c, over_keep,
+                D, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
 
 
 FORWARD = Kernel(forward_kernel)

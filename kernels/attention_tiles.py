@@ -60,21 +60,8 @@ def first_of(tile, begin, sequence, BLOCK: tl.constexpr):
 
 @triton.jit
 def head_rows(ptr, begin, stride, head, D: tl.constexpr):
-    """The rows of one sequence and head: of (rows, heads * D) at `ptr`, from row `begin` on; a pair of None
-    where ptr is None."""
-    if ptr is not None:
-        return ptr + begin * stride + head * D, stride
-    else:
-        return None, None
-
-
-@triton.jit
-def head_bias(ptr, head, D: tl.constexpr):
-    """A head's part of a bias (heads * D,); None where ptr is None."""
-    if ptr is not None:
-        return ptr + head * D
-    else:
-        return None
+    """The rows of one sequence and head: of (rows, heads * D) at `ptr`, from row `begin` on."""
+    return ptr + begin * stride + head * D, stride
 
 
 @triton.jit
