@@ -44,8 +44,8 @@ constexpr int64_t parameter_bit(int place) { return int64_t{4} << place; }
 
 // Operands of attention, in the schema's order: rows packed sequence after sequence, which end at cu_q and cu_k.
 #define FASTGATE_ATTENTION_OPERANDS                                                                        \
-  Tensor q, Tensor k, Tensor v, Tensor cu_q, Tensor cu_k, int64_t heads, double scale, double dropout_p, \
-      OptionalTensor seed
+  Tensor q, Tensor k, Tensor v, OptionalTensor q_bias, OptionalTensor k_bias, OptionalTensor v_bias,       \
+      Tensor cu_q, Tensor cu_k, int64_t heads, double scale, double dropout_p, OptionalTensor seed
 
 namespace cpu {
 Tensor dropout(Tensor x, double dropout_p, Tensor seed);

@@ -37,33 +37,40 @@ class Kernel:
         arguments: tuple[Any, ...],
         num_warps: int,
         num_stages: int = 3,
+        maxnreg: int | None = None,
     ) -> None:
         """Run on the current device and stream. arguments: all parameters by position, constexprs too, the
         first one a tensor; key: whatever of them, other than the device, decides the compiled variant.
+
+        maxnreg: registers a thread. Left alone, the assembler may spill a few for one more program at a time.
         """
+        options = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": maxnreg, **OPTIONS}
         if self.interpreted:
-            self.function[grid](*arguments, num_warps=num_warps, num_stages=num_stages, **OPTIONS)
+            self.function[grid](*arguments, **options)
             return
         device = arguments[0].device.index
         if device != torch.cuda.current_device():
             with torch.cuda.device(device):
-                return self.launch(grid, key, arguments, num_warps, num_stages)
+                return self.launch(grid, key, arguments, num_warps, num_stages, maxnreg)
         variant = self.compiled.get((device, key))
         if variant is None:
-            variant = self.function.warmup(
-                *arguments, grid=grid, num_warps=num_warps, num_stages=num_stages, **OPTIONS
-            )
+            variant = self.function.warmup(*arguments, grid=grid, **options)
             self.compiled[device, key] = variant
         variant[grid](*arguments)
 
 
-def aligned(*tensors: Tensor | None) -> bool:
-    """Whether all tensors begin at multiples of 16 bytes, as 16-byte accesses need."""
+def aligned(*tensors: Tensor | None) -> Hashable:
+    """Which tensors begin at multiples of 16 bytes, as 16-byte accesses need: True if all of them do.
+
+    For a key: each tensor by itself decides how a variant reads it.
+    """
     bits = 0
     for tensor in tensors:
         if tensor is not None:
             bits |= tensor.data_ptr()
-    return bits & 15 == 0
+    if bits & 15 == 0:
+        return True
+    return tuple([tensor is None or tensor.data_ptr() & 15 == 0 for tensor in tensors])
 
 
 def multiprocessors(device: torch.device) -> int:

@@ -26,9 +26,11 @@ class Case(NamedTuple):
     reason: str
     strided: bool = False  # q, k, v are the thirds of one product's rows
     int64: bool = False  # cu_seqlens are int64
+    bias: torch.dtype | None = None  # of the biases; None: there are none
 
     def __str__(self) -> str:
-        return f"{self.reason} ({str(self.dtype).removeprefix('torch.')}, head_dim {self.head_dim})"
+        biases = ", biases" if self.bias else ""
+        return f"{self.reason} ({str(self.dtype).removeprefix('torch.')}, head_dim {self.head_dim}{biases})"
 
 
 MIXED = (1, 3, 17, 64, 65, 130)
@@ -49,6 +51,12 @@ CASES = (
     Case(*UNEVEN, 1, 128, BF16, 0.1, "blocks, queries and keys apart"),
     Case(*UNEVEN, 1, 64, FP16, 0.0, "blocks, queries and keys apart", int64=True),
     Case((40, 3), (7, 70), 1, 32, FP32, 0.0, "blocks, queries and keys apart"),
+    Case(MIXED[:-1], MIXED[:-1], 1, 64, BF16, 0.1, "around the edges of blocks", bias=FP32),
+    Case((40, 3, 70), (7, 70, 40), 1, 128, FP16, 0.0, "blocks, queries and keys apart", bias=FP16),
+    Case((40, 3), (7, 70), 2, 32, FP32, 0.1, "blocks, queries and keys apart", bias=FP32),
+    Case((5, 1, 12, 3), (5, 1, 12, 3), 2, 64, BF16, 0.1, "a few tokens", strided=True, bias=BF16),
+    Case((10, 70, 0, 3, 1), (10, 70, 0, 3, 1), 1, 32, BF16, 0.1, "one long among short ones", bias=BF16),
+    Case((3, 0, 2), (0, 4, 2), 2, 64, BF16, 0.1, "no keys, no queries", bias=FP32),
     Case((), (), 2, 64, BF16, 0.0, "nothing"),
     Case((0, 0), (0, 0), 2, 64, BF16, 0.0, "sequences, but no rows"),
 )
@@ -69,7 +77,7 @@ LONG = tuple(
 class Call(NamedTuple):
     grad: Tensor
     tensors: tuple[Tensor, Tensor, Tensor]
-    operands: tuple[Any, ...]  # the rest of the schema's
+    operands: tuple[Any, ...]  # the rest of the schema's, from the biases on
     queries: Ragged
     keys: Ragged
 
@@ -88,14 +96,22 @@ def make(case: Case, device: str) -> Call:
         q, k, v = draw(queries.rows, hidden), draw(keys.rows, hidden), draw(keys.rows, hidden)
     ends = [r.cu_seqlens.long() if case.int64 else r.cu_seqlens for r in (queries, keys)]
     seed = torch.tensor(SEED, device=device) if case.dropout_p else None
-    operands = (*ends, case.heads, case.head_dim**-0.5, case.dropout_p, seed)
-    return Call(draw(queries.rows, hidden), (q, k, v), operands, queries, keys)
+    grad = draw(queries.rows, hidden)
+    biases: tuple[Tensor | None, ...] = (None, None, None)
+    if case.bias:
+        biases = tuple(draw(1, hidden)[0].to(case.bias) for _ in range(3))
+    operands = (*biases, *ends, case.heads, case.head_dim**-0.5, case.dropout_p, seed)
+    return Call(grad, (q, k, v), operands, queries, keys)
 
 
 def torchs(call: Call, dtype: torch.dtype) -> list[Tensor]:
-    """O, dQ, dK, dV by torch at a precision."""
+    """O, dQ, dK, dV by torch at a precision, every bias added: the keys' too, which kernels leave out."""
     leaves = [t.to(dtype).detach().requires_grad_() for t in call.tensors]
-    out = torch_attention(*leaves, call.queries, call.keys, *call.operands[2:])
+    sums = [
+        leaf if bias is None else (leaf + bias).to(dtype)
+        for leaf, bias in zip(leaves, call.operands[:3], strict=True)
+    ]
+    out = torch_attention(*sums, call.queries, call.keys, *call.operands[5:])
     grads = torch.autograd.grad(out, leaves, call.grad.to(dtype), materialize_grads=True)
     return [out.detach(), *grads]
 
@@ -147,19 +163,24 @@ def check_autograd(kernels: Any, device: str = "cpu") -> None:
         lengths = Ragged((5, 1, 9), torch.device(device))
         for heads in (2, 4):  # head_dim 32, 16
             leaves = [torch.randn(15, 64, device=device, requires_grad=True) for _ in range(3)]
-            out = attention(*leaves, lengths, lengths, heads, 0.2)
-            wanted = torch_attention(*leaves, lengths, lengths, heads, 0.2)
+            biases = [torch.randn(64, device=device, requires_grad=True) for _ in range(3)]
+            named = dict(zip(("q_bias", "k_bias", "v_bias"), biases, strict=True))
+            out = attention(*leaves, lengths, lengths, heads, 0.2, **named)
+            sums = [leaf + bias for leaf, bias in zip(leaves, biases, strict=True)]
+            wanted = torch_attention(*sums, lengths, lengths, heads, 0.2)
             grad = torch.randn_like(out)
             for one, two in zip(
-                torch.autograd.grad(out, leaves, grad), torch.autograd.grad(wanted, leaves, grad), strict=True
+                torch.autograd.grad(out, [*leaves, *biases], grad),
+                torch.autograd.grad(wanted, [*leaves, *biases], grad),
+                strict=True,
             ):
                 torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(out, wanted, rtol=1e-4, atol=1e-5)
             with torch.no_grad():
-                assert torch.equal(attention(*leaves, lengths, lengths, heads, 0.2), out)
+                assert torch.equal(attention(*leaves, lengths, lengths, heads, 0.2, **named), out)
             torch.library.opcheck(
                 torch.ops.fastgate.attention.default,
-                (*leaves, lengths.cu_seqlens, lengths.cu_seqlens, heads, 0.2, 0.0, None),
+                (*leaves, *biases, lengths.cu_seqlens, lengths.cu_seqlens, heads, 0.2, 0.0, None),
             )
     finally:
         ops.SLOTS.pop(("attention", device))
@@ -178,7 +199,7 @@ def check_mask(kernels: Any, n: int, seed: int, dtype: torch.dtype, device: str 
     rows = torch.cat((unit[:-1], unit))
     seed_tensor = torch.tensor(seed, device=device)
     mask = reference.keep_mask(seed_tensor, queries.rows * heads, n, dropout_p)
-    operands = (*(queries.cu_seqlens,) * 2, heads, 1.0, dropout_p, seed_tensor)
+    operands = (None, None, None, *(queries.cu_seqlens,) * 2, heads, 1.0, dropout_p, seed_tensor)
     nothing = torch.zeros_like(rows)
     out, lse = kernels.forward_saving(nothing, nothing, rows, *operands)
     _, _, dv = kernels.backward_saved(rows, out, lse, nothing, nothing, rows, *operands)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
+
+from fastgate.kernels.attention_tiles import find_sequence
 
 
 @triton.jit
@@ -21,7 +21,7 @@ def _search(
     tl.store(found_ptr + tile, find(cu_ptr, sequences, tile, BLOCK))
 
 
-def check(kernels: Any, device: str) -> None:
+def check(device: str) -> None:
     """One sequence, a few, and enough for a second round of probes."""
     block = 64
     generator = torch.Generator().manual_seed(0)
@@ -31,7 +31,7 @@ def check(kernels: Any, device: str) -> None:
         cu = torch.cat((torch.zeros(1, dtype=torch.int64), lengths.cumsum(0))).to(torch.int32)
         tiles = int(cu[-1]) // block + sequences
         found = torch.full((tiles,), -1, dtype=torch.int32, device=device)
-        _search[(tiles,)](cu.to(device), found, sequences, kernels._find_sequence, block)
+        _search[(tiles,)](cu.to(device), found, sequences, find_sequence, block)
         slots = cu[:-1] // block + torch.arange(sequences)
         assert torch.equal(
             found.cpu(), (torch.searchsorted(slots, torch.arange(tiles), right=True) - 1).int()

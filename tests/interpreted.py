@@ -1,10 +1,6 @@
-"""Triton kernels on CPU tensors: import this before any kernel, in a process of its own."""
+"""Makes Triton's interpreter round and multiply bfloat16 as hardware does; triton_device.py imports it."""
 
 from __future__ import annotations
-
-import os
-
-os.environ["TRITON_INTERPRET"] = "1"  # read where kernels are decorated
 
 import numpy as np
 from triton.runtime import interpreter

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import re
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -99,8 +100,9 @@ def recording() -> Iterator[list[Launch]]:
     """Launches in the order they are asked for, none of them made."""
     launches: list[Launch] = []
 
-    def by_key(self, grid, key, arguments, num_warps, num_stages=3):
-        record(self.function, *arguments, num_warps=num_warps, num_stages=num_stages, **launch.OPTIONS)
+    def by_key(self, grid, key, arguments, num_warps, num_stages=3, maxnreg=None):
+        options = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": maxnreg, **launch.OPTIONS}
+        record(self.function, *arguments, **options)
 
     def record(function, *arguments, grid=None, warmup=False, **named):
         launches.append(Launch.of(function, arguments, named))
@@ -125,13 +127,18 @@ def launches_of(op: str) -> dict[str, Launch]:
 
 def digest(op: str) -> str:
     """Of the sources that an op's kernels come from: a table made from others is out of date."""
-    texts = [path.read_bytes() for path in sorted((ROOT / "kernels").glob("*.py")) if path.stem in shared(op)]
+    texts = [(ROOT / "kernels" / f"{stem}.py").read_bytes() for stem in sorted(sources(op))]
     return hashlib.sha256(b"".join(texts)).hexdigest()[:16]
 
 
-def shared(op: str) -> set[str]:
-    """The op's own file and those that belong to no op."""
-    return {op} | {path.stem for path in (ROOT / "kernels").glob("*.py")} - set(variants.OPS)
+def sources(stem: str, found: set[str] | None = None) -> set[str]:
+    """A file of kernels and all those it imports, by their stems."""
+    found = {stem} if found is None else found | {stem}
+    text = (ROOT / "kernels" / f"{stem}.py").read_text()
+    for imported in re.findall(r"^from fastgate\.kernels\.(\w+) import", text, re.MULTILINE):
+        if imported not in found:
+            found = sources(imported, found)
+    return found
 
 
 def compiled(op: str) -> dict[str, object]:

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastgate import backends, reference
+from fastgate.errors import ArgumentError
 from fastgate.ops.attention import attention, attention_probabilities, torch_attention
 from fastgate.packing import Ragged
 
@@ -30,8 +31,17 @@ def packed(lengths, hidden, dtype=torch.float32, seed=0):
     return queries, keys, [torch.randn(n, hidden, generator=generator).to(dtype) for n in rows]
 
 
-def exact(q, k, v, queries, keys, heads, scale, dropout_p=0.0, seed=None):
-    """fp64, one sequence and one head at a time, by the definition."""
+def draw_biases(hidden, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randn(hidden, generator=generator).to(dtype) for _ in range(3)]
+
+
+def exact(q, k, v, queries, keys, heads, scale, dropout_p=0.0, seed=None, biases=()):
+    """fp64, one sequence and one head at a time, by the definition: every bias added, the keys' too."""
+    for_each = [t.double() for t in (q, k, v)]
+    if biases:
+        for_each = [t + bias.double() for t, bias in zip(for_each, biases, strict=True)]
+    q, k, v = for_each
     out = 0 * q.double()
     width = q.shape[1] // heads
     mask = None
@@ -59,14 +69,20 @@ def exact(q, k, v, queries, keys, heads, scale, dropout_p=0.0, seed=None):
 @pytest.mark.parametrize("heads, hidden", WIDTHS)
 @pytest.mark.parametrize("case", LENGTHS)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-def test_backend_is_as_near_to_fp64_as_torch(implementation, dtype, heads, hidden, case, dropout_p):
+@pytest.mark.parametrize("bias_dtype", [None, torch.float32])
+def test_backend_is_as_near_to_fp64_as_torch(
+    implementation, dtype, heads, hidden, case, dropout_p, bias_dtype
+):
     queries, keys, (q, k, v) = packed(LENGTHS[case], hidden, dtype)
     scale, seed = (hidden // heads) ** -0.5, torch.tensor(1234567) if dropout_p else None
+    biases = draw_biases(hidden, bias_dtype) if bias_dtype else ()
     args = (queries.cu_seqlens, keys.cu_seqlens, heads, scale, dropout_p, seed)
+    args = (*(biases or (None, None, None)), *args)
     out = implementation.forward(q, k, v, *args)
     leaves = [t.double().requires_grad_() for t in (q, k, v)]
-    truth = exact(*leaves, queries, keys, heads, scale, dropout_p, seed)
-    ours = torch_attention(q, k, v, queries, keys, heads, scale, dropout_p, seed)
+    truth = exact(*leaves, queries, keys, heads, scale, dropout_p, seed, biases)
+    sums = [(t + b).to(dtype) for t, b in zip((q, k, v), biases, strict=True)] if biases else (q, k, v)
+    ours = torch_attention(*sums, queries, keys, heads, scale, dropout_p, seed)
     unit = torch.finfo(dtype).eps
     bound = 2 * (ours.double() - truth).abs().max().item() + 4 * unit if q.numel() else 0.0
     assert out.dtype == dtype and out.shape == q.shape
@@ -106,6 +122,60 @@ def test_autograd_matches_the_backward_and_repeats():
         assert torch.equal(one, two)
 
 
+@pytest.mark.parametrize("dropout_p", [0.0, 0.2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("given", [(True, True, True), (True, False, False), (False, True, True)])
+def test_biases_train_as_added_ones_do(given, dtype, dropout_p):
+    """The gradients are those of biases added before; that of the keys' bias is zeros, and there."""
+    queries, keys, rows = packed(LENGTHS["uneven"], 64, dtype)
+    one, two = ([t.clone().requires_grad_() for t in (*rows, *draw_biases(64))] for _ in range(2))
+    names = [n for n, there in zip(("q_bias", "k_bias", "v_bias"), given, strict=True) if there]
+    places = [3 + place for place, there in enumerate(given) if there]
+    torch.manual_seed(5)
+    biases = dict(zip(names, (one[place] for place in places), strict=True))
+    out = attention(*one[:3], queries, keys, 4, 0.25, dropout_p, **biases)
+    sums = [
+        (t + bias).to(dtype) if there else t for t, bias, there in zip(two[:3], two[3:], given, strict=True)
+    ]
+    torch.manual_seed(5)
+    wanted = attention(*sums, queries, keys, 4, 0.25, dropout_p)
+    assert torch.equal(out, wanted) if not given[1] else torch.allclose(out, wanted, rtol=0.02, atol=0.02)
+    grad = torch.randn(out.shape).to(dtype)
+    got, want = (
+        torch.autograd.grad(result, [*leaves[:3], *(leaves[place] for place in places)], grad)
+        for result, leaves in ((out, one), (wanted, two))
+    )
+    rough = 5e-2 if dtype == torch.bfloat16 else 1e-4
+    for place, found, true in zip([0, 1, 2, *places], got, want, strict=True):
+        assert found.dtype == true.dtype and found.shape == true.shape
+        if place == 4:
+            assert not found.any()
+        else:
+            torch.testing.assert_close(found, true, rtol=rough, atol=rough * float(true.abs().max()))
+
+
+def test_biases_that_do_not_fit_are_refused():
+    queries, keys, rows = packed(((3,), (3,)), 8)
+    for name in ("q_bias", "k_bias", "v_bias"):
+        with pytest.raises(ArgumentError, match=rf"attention: {name}: got shape \(4,\)"):
+            attention(*rows, queries, keys, 2, 0.5, **{name: torch.zeros(4)})
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_gradcheck_of_the_reference_with_biases(dropout_p):
+    queries, keys, tensors = packed(((3, 2), (3, 4)), 6)
+    q_bias, k_bias, v_bias = draw_biases(6, torch.float64)
+    leaves = [t.double().requires_grad_() for t in (*tensors, q_bias, v_bias)]
+
+    def function(q, k, v, q_bias, v_bias):
+        torch.manual_seed(2)
+        return attention(
+            q, k, v, queries, keys, 2, 0.5, dropout_p, q_bias=q_bias, k_bias=k_bias, v_bias=v_bias
+        )
+
+    assert torch.autograd.gradcheck(function, leaves)
+
+
 def test_gradcheck_of_the_reference():
     queries, keys, tensors = packed(((3, 2), (3, 4)), 6)
     leaves = [t.double().requires_grad_() for t in tensors]
@@ -115,7 +185,9 @@ def test_gradcheck_of_the_reference():
 def test_opcheck():
     queries, keys, (q, k, v) = packed(LENGTHS["uneven"], 32)
     args = (queries.cu_seqlens, keys.cu_seqlens, 4, 0.35, 0.0, None)
-    torch.library.opcheck(torch.ops.fastgate.attention.default, (q.requires_grad_(), k, v, *args))
+    for biases in ((None, None, None), [bias.requires_grad_() for bias in draw_biases(32)]):
+        operands = (q.requires_grad_(), k, v, *biases, *args)
+        torch.library.opcheck(torch.ops.fastgate.attention.default, operands)
 
 
 def test_bad_ends_are_refused():
@@ -126,7 +198,7 @@ def test_bad_ends_are_refused():
     for ends in ([0, 5], [1, 4], [0, 3, 2, 4]):
         with pytest.raises(RuntimeError, match="cu_q"):
             cu = torch.tensor(ends, dtype=torch.int32)
-            compiled.forward(q, q, q, cu, cu, 2, 1.0, 0.0, None)
+            compiled.forward(q, q, q, None, None, None, cu, cu, 2, 1.0, 0.0, None)
 
 
 def test_probabilities_reproduce_the_output():

@@ -54,6 +54,33 @@ def test_nothing_spills(op, name, counts):
         assert kernel["local"] == 0 and kernel["stack"] == 0, architecture
 
 
+@pytest.mark.parametrize(("op", "name", "counts"), ROWS)
+def test_shared_memory_fits(op, name, counts):
+    """sm_80 cubins run on sm_86 and sm_89 too, which have 99 KiB a program; sm_90 and sm_100 have 227."""
+    for architecture, kernel in counts.items():
+        assert kernel["shared"] <= (99 if architecture == "sm_80" else 227) * 1024, architecture
+
+
+@pytest.mark.parametrize(("op", "name", "counts"), [row for row in ROWS if row.values[0] == "attention"])
+def test_products_run_on_tensor_cores(op, name, counts):
+    """Those of bfloat16 and float16; float32 keeps its precision."""
+    for architecture, kernel in counts.items():
+        assert (kernel["tensor"] > 0) == (" fp32 " not in name), architecture
+
+
+def test_attentions_rows_move_16_bytes_at_a_time():
+    """A block of each of the four that every kernel reads or writes at least; in float32, a part of a block.
+    Narrow are numbers, one a row or a sequence, and biases where the layout is that of a product's result."""
+    for name, one in resources.launches_of("attention").items():
+        given = {one.function.params[place].name: value for place, value in one.constants}
+        columns = 16 if " fp32 " in name else given["D"]
+        rows = given.get("BLOCK") or min(given["BLOCK_M"], given["BLOCK_N"])
+        width = 4 if " fp32 " in name else 2
+        accesses = max(1, columns * rows * width // (16 * 32 * dict(one.options)["num_warps"]))
+        for architecture, kernel in TABLE["attention"]["kernels"][name].items():
+            assert kernel["wide"] >= 4 * accesses, (name, architecture)
+
+
 # Rows that do not begin at multiples of 16 bytes: read 8 bytes at a time, and one element.
 NARROW_ROWS = ("12", "771")
 

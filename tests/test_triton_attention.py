@@ -1,12 +1,10 @@
-"""Attention in Triton: in the interpreter here, on a device where one is; exactness, masks, repeatability."""
+"""Attention in Triton: exactness, masks, repeatability, odd operands; in the interpreter or on a GPU."""
 
 from __future__ import annotations
 
-import json
-
-import children
 import pytest
 import torch
+import triton_device
 from attention_cases import (
     CASES,
     LONG,
@@ -18,96 +16,70 @@ from attention_cases import (
     make,
     ours,
 )
+from triton_device import DEVICE, INTERPRETED, gpu_only
 
-triton = pytest.importorskip("triton", reason="triton is not installed")
-
-on_device = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here"),
-]
-# A process of its own, for kernels are interpreted or compiled for good when their module is imported.
-INTERPRET = """
-import interpreted, json, torch, traceback
-torch.set_num_threads(1)
-from attention_cases import *
-from fastgate.kernels import attention as kernels
+pytest.importorskip("triton", reason="triton is not installed")
 import attention_search
-report = {}
-def run(name, check, *arguments):
-    try:
-        check(*arguments)
-        report[name] = ""
-    except Exception:
-        report[name] = traceback.format_exc()
-for case in CASES:
-    run(str(case), check, kernels, case)
-for mask in MASKS:
-    run(f"mask {mask}", check_mask, kernels, *mask)
-run("without saving", check_without_saving, kernels, CASES[3])
-run("autograd", check_autograd, kernels)
-run("search", attention_search.check, kernels, "cpu")
-print(json.dumps(report))
-"""
+
+from fastgate.kernels import attention as kernels
+
+pytestmark = triton_device.MARKS
+FEW = CASES[3:4] if INTERPRETED else CASES
 
 
-@pytest.fixture(scope="module")
-def interpreted():
-    """Each check's traceback, empty where it passed."""
-    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7):
-        pytest.skip("the interpreter of Triton 3.6 stumbles over the scalars of NumPy 2.4")
-    return json.loads(children.finish(children.start(INTERPRET)))
+@pytest.mark.parametrize("case", CASES if INTERPRETED else (*CASES, *LONG), ids=str)
+def test_as_exact_as_torch(case):
+    check(kernels, case, DEVICE)
 
 
-@pytest.mark.parametrize(
-    "name", [*map(str, CASES), *(f"mask {mask}" for mask in MASKS), "without saving", "autograd", "search"]
-)
-def test_in_the_interpreter(interpreted, name):
-    assert not interpreted[name], interpreted[name]
+@pytest.mark.parametrize("case", FEW, ids=str)
+def test_nothing_saved_gives_the_same_bits(case):
+    check_without_saving(kernels, case, DEVICE)
 
 
-@pytest.fixture
-def kernels():
-    from fastgate.kernels import attention
-
-    return attention
+def test_autograd_and_tracing():
+    check_autograd(kernels, DEVICE)
 
 
+@pytest.mark.parametrize("mask", MASKS, ids=str)
+def test_masks_are_the_references(mask):
+    check_mask(kernels, *mask, DEVICE)
+
+
+def test_every_tile_is_found():
+    attention_search.check(DEVICE)
+
+
+@pytest.mark.parametrize("case", FEW[:4], ids=str)
+def test_bits_repeat(case):
+    call = make(case, DEVICE)
+    first = ours(kernels, call)
+    for _ in range(1 if INTERPRETED else 100):
+        out, lse = kernels.forward_saving(*call.tensors, *call.operands)
+        again = (out, *kernels.backward_saved(call.grad, out, lse, *call.tensors, *call.operands))
+        assert all(torch.equal(one, two) for one, two in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("columns", [0, 1, 3])
+def test_unaligned_rows_give_the_same_bits(columns):
+    """Rows that begin between 16-byte boundaries, and rows whose distance is no multiple of 16 bytes."""
+    call = make(next(case for case in CASES if case.bias and case.strided), DEVICE)
+    wanted = ours(kernels, call)
+    tensors = []
+    for t in call.tensors:
+        wide = torch.zeros(t.shape[0], t.shape[1] + columns, dtype=t.dtype, device=DEVICE)
+        wide[:, columns // 2 : columns // 2 + t.shape[1]] = t
+        tensors.append(wide[:, columns // 2 : columns // 2 + t.shape[1]])
+    found = ours(kernels, call._replace(tensors=tuple(tensors)))
+    assert all(torch.equal(one, two) for one, two in zip(found, wanted, strict=True))
+
+
+@gpu_only
 class TestOnADevice:
-    pytestmark = on_device
-
-    @pytest.mark.parametrize("case", (*CASES, *LONG), ids=str)
-    def test_as_exact_as_torch(self, kernels, case):
-        check(kernels, case, "cuda")
-
-    @pytest.mark.parametrize("case", CASES, ids=str)
-    def test_nothing_saved_gives_the_same_bits(self, kernels, case):
-        check_without_saving(kernels, case, "cuda")
-
-    def test_autograd_and_tracing(self, kernels):
-        check_autograd(kernels, "cuda")
-
-    @pytest.mark.parametrize("mask", MASKS, ids=str)
-    def test_masks_are_the_references(self, kernels, mask):
-        check_mask(kernels, *mask, "cuda")
-
-    def test_every_tile_is_found(self, kernels):
-        import attention_search
-
-        attention_search.check(kernels, "cuda")
-
     @pytest.mark.parametrize("case", CASES[:4], ids=str)
-    def test_a_hundred_launches_give_the_same_bits(self, kernels, case):
-        call = make(case, "cuda")
-        first = ours(kernels, call)
-        for _ in range(100):
-            out, lse = kernels.forward_saving(*call.tensors, *call.operands)
-            again = (out, *kernels.backward_saved(call.grad, out, lse, *call.tensors, *call.operands))
-            assert all(torch.equal(one, two) for one, two in zip(first, again, strict=True))
-
-    @pytest.mark.parametrize("case", CASES[:4], ids=str)
-    def test_a_graph_replays_on_new_values_and_lengths(self, kernels, case):
+    def test_a_graph_replays_on_new_values_and_lengths(self, case):
         """The host reads no length: a captured call serves other lengths of as many rows, another seed."""
-        call = make(case, "cuda")
+        call = make(case, DEVICE)
         wanted = ours(kernels, call)  # compiles, which capture forbids
         tensors = [t.clone() for t in call.tensors]
         graph = torch.cuda.CUDAGraph()
@@ -118,7 +90,7 @@ class TestOnADevice:
         assert all(torch.equal(one, two) for one, two in zip(found, wanted, strict=True))
         for t in call.tensors:
             t.copy_(t.flip(0))
-        for ends in call.operands[:2]:
+        for ends in call.operands[3:5]:
             ends.copy_(torch.cat((ends[:1], ends.diff().flip(0).cumsum(0).to(ends.dtype))))
         if call.operands[-1] is not None:
             call.operands[-1].add_(1)
@@ -127,8 +99,8 @@ class TestOnADevice:
         assert all(torch.equal(one, two) for one, two in zip(found, wanted, strict=True))
         assert not torch.equal(call.tensors[0], tensors[0])
 
-    def test_runs_on_the_current_stream(self, kernels):
-        call = make(CASES[0], "cuda")
+    def test_runs_on_the_current_stream(self):
+        call = make(CASES[0], DEVICE)
         wanted = ours(kernels, call)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -151,12 +123,14 @@ class TestOnADevice:
             {"k": torch.zeros(3, 64, dtype=torch.float16)},
             "attention: q, k, v: got torch.float32, torch.float16",
         ),
+        ({"k_bias": torch.zeros(32)}, r"attention: k_bias: got shape \(32,\), wanted \(64,\)"),
         ({"cu_k": torch.zeros(3, dtype=torch.int32)}, "attention: cu_q, cu_k"),
         (dict.fromkeys(("cu_q", "cu_k"), torch.zeros(1, dtype=torch.int32)), "attention: cu_q, cu_k"),
     ],
 )
-def test_what_does_not_fit_is_refused(kernels, change, message):
+def test_what_does_not_fit_is_refused(change, message):
     operands = dict.fromkeys("qkv", torch.zeros(3, 64))
+    operands |= dict.fromkeys(("q_bias", "k_bias", "v_bias"))
     operands |= dict.fromkeys(("cu_q", "cu_k"), torch.tensor([0, 3], dtype=torch.int32))
     operands |= {"heads": 1, "scale": 0.1, "dropout_p": 0.0, "seed": None} | change
     with pytest.raises(ValueError, match=message):

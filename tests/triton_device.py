@@ -21,6 +21,8 @@ MARKS = (
     if INTERPRETED
     else [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 )
+if INTERPRETED:
+    import interpreted  # noqa: F401
 gpu_only = pytest.mark.skipif(INTERPRETED, reason="the interpreter has no streams and no graphs")
 
 

@@ -14,7 +14,7 @@ import torch
 from cases import DTYPES
 from norm_cases import make, wanted_bits
 
-from fastgate.kernels import absorbed_attention, embed_norm, gated_add_norm, linear_gelu
+from fastgate.kernels import absorbed_attention, attention, embed_norm, gated_add_norm, linear_gelu
 from fastgate.ops.embed_norm import OPERANDS as EMBED_OPERANDS
 from fastgate.ops.gated_add_norm import OPERANDS
 
@@ -153,9 +153,49 @@ def _absorbed(
     return both
 
 
+def attention_calls() -> Calls:
+    """Every head_dim, with dropout and without, at one mean length of each range of launch choices; with the
+    biases that an encoder's projections have, once without any and once with those of autocast."""
+    for head_dim in attention.HEAD_DIMS:
+        for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
+            for dropout_p in (0.0, 0.1):
+                for length in (16, 32, 64, 128):
+                    call = f"{head_dim} {name} length {length}{' dropout' if dropout_p else ''}"
+                    yield call, _attention(head_dim, length, dtype, dropout_p, dtype)
+                    if not dropout_p:
+                        yield f"{call} inference", _attention(head_dim, length, dtype, None, dtype)
+    for length in (16, 128):
+        yield f"64 bf16 length {length} no biases", _attention(64, length, torch.bfloat16, 0.0, None)
+    yield "64 bf16 length 128 autocast dropout", _attention(64, 128, torch.bfloat16, 0.1, torch.float32)
+    yield "64 fp16 length 128 dropout", _attention(64, 128, torch.float16, 0.1, torch.float16)
+
+
+def _attention(
+    head_dim: int, length: int, dtype: torch.dtype, dropout_p: float | None, bias_dtype: torch.dtype | None
+) -> Callable[[], object]:
+    """dropout_p: None for inference."""
+    sequences, hidden = 512, 768
+
+    def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    q, k, v, grad = (empty(sequences * length, hidden, dtype=dtype) for _ in range(4))
+    biases = (empty(hidden, dtype=bias_dtype),) * 3 if bias_dtype else (None,) * 3
+    ends = empty(sequences + 1, dtype=torch.int32)
+    seed = empty(dtype=torch.int64) if dropout_p else None
+    operands = (q, k, v, *biases, ends, ends, hidden // head_dim, head_dim**-0.5, dropout_p or 0.0, seed)
+
+    def train() -> None:
+        out, lse = attention.forward_saving(*operands)
+        attention.backward_saved(grad, out, lse, *operands)
+
+    return train if dropout_p is not None else lambda: attention.forward(*operands)
+
+
 OPS: dict[str, Callable[[], Calls]] = {
     "absorbed_attention": absorbed_attention_calls,
+    "attention": attention_calls,
+    "embed_norm": embed_norm_calls,
     "gated_add_norm": gated_add_norm_calls,
     "linear_gelu": linear_gelu_calls,
-    "embed_norm": embed_norm_calls,
 }

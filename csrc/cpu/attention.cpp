@@ -1,4 +1,5 @@
-// Self-attention over packed rows on the CPU, forward and backward: the equations of fastgate/attention.py.
+// Self-attention over packed rows on the CPU, forward and backward: the equations of kernels/attention_forward.py
+// and attention_backward.py.
 //
 // One task is one head of one sequence. Its slices of q, k and v are copied to float32 buffers padded with zeros to
 // whole vector blocks, so every product runs one micro-kernel without tails. Backward draws the dropout mask and the
@@ -91,6 +92,7 @@ struct Problem {
   int64_t sequences, hidden, heads, width;  // width: of a head
   const int32_t *cu_q, *cu_k;
   const void *q, *k, *v;
+  const float *q_bias, *v_bias;  // null where not given; the keys' adds nothing that the softmax does not take out
   float scale;
   bool dropout;
   uint64_t seed;
@@ -112,15 +114,29 @@ Task task_of(const Problem& o, int64_t index) {
   return {head, q_row, queries, k_row, keys, up(queries, 4), up(keys, 16), up(o.width, 16), stride(o.width), stride(keys)};
 }
 
-// A head's slice of `rows` rows into `out` (padded, width16), times `factor`; the padding is zero.
+FASTGATE_INLINE float rounded_to(const float*, float value) { return value; }
+
+FASTGATE_INLINE float rounded_to(const bf16*, float value) {
+  bf16 stored;
+  store(&stored, 0, value);
+  return load(&stored, 0);
+}
+
+// A head's slice of `rows` rows, its bias added, into `out` (padded, width16), times `factor`; the padding is zero. The
+// sum with a bias is rounded to T, as a Linear's output would be.
 template <class T>
 FASTGATE_INLINE void gather(
-    const Problem& o, const Task& t, const void* from, int64_t row, int64_t rows, int64_t padded, float factor, float* out) {
+    const Problem& o, const Task& t, const void* from, const float* bias, int64_t row, int64_t rows, int64_t padded,
+    float factor, float* out) {
+  const float* head_bias = bias ? bias + t.head * o.width : nullptr;
   for (int64_t i = 0; i < padded; ++i) {
     float* to = out + i * t.width_row;
     const int64_t n = i < rows ? o.width : 0;
     const T* source = static_cast<const T*>(from) + (row + i) * o.hidden + t.head * o.width;
-    for (int64_t j = 0; j < n; ++j) to[j] = factor * load(source, j);
+    if (bias)
+      each(n, [&](int64_t j) { to[j] = factor * rounded_to(source, load(source, j) + head_bias[j]); });
+    else
+      each(n, [&](int64_t j) { to[j] = factor * load(source, j); });
     for (int64_t j = n; j < t.width16; ++j) to[j] = 0.0f;
   }
 }
@@ -159,9 +175,9 @@ FASTGATE_INLINE void forward_tasks(const Problem& o, void* out, float* scratch, 
     const int64_t w = t.width_row, n = t.keys_row;
     float *q = scratch, *mixed = q + t.queries4 * w, *k = mixed + t.queries4 * w, *kt = k + n * w, *v = kt + n * w;
     float *p = v + n * w, *factors = p + kQueries * n;
-    gather<T>(o, t, o.q, t.q_row, t.queries, t.queries4, o.scale, q);
-    gather<T>(o, t, o.k, t.k_row, t.keys, t.keys16, 1.0f, k);
-    gather<T>(o, t, o.v, t.k_row, t.keys, t.keys16, 1.0f, v);
+    gather<T>(o, t, o.q, o.q_bias, t.q_row, t.queries, t.queries4, o.scale, q);
+    gather<T>(o, t, o.k, nullptr, t.k_row, t.keys, t.keys16, 1.0f, k);
+    gather<T>(o, t, o.v, o.v_bias, t.k_row, t.keys, t.keys16, 1.0f, v);
     transpose(t, k, kt);
     for (int64_t first = 0; first < t.queries4; first += kQueries) {
       const int64_t rows = std::min(kQueries, t.queries4 - first);
@@ -199,10 +215,10 @@ FASTGATE_INLINE void backward_tasks(
     float *q = scratch, *grad = q + t.queries4 * w, *dq = grad + t.queries4 * w, *k = dq + t.queries4 * w;
     float *kt = k + n * w, *v = kt + n * w, *vt = v + n * w, *dk = vt + n * w, *dv = dk + n * w;
     float *p = dv + n * w, *dp = p + kQueries * n, *factors = dp + kQueries * n;
-    gather<T>(o, t, o.q, t.q_row, t.queries, t.queries4, o.scale, q);
-    gather<T>(o, t, g.grad, t.q_row, t.queries, t.queries4, 1.0f, grad);
-    gather<T>(o, t, o.k, t.k_row, t.keys, t.keys16, 1.0f, k);
-    gather<T>(o, t, o.v, t.k_row, t.keys, t.keys16, 1.0f, v);
+    gather<T>(o, t, o.q, o.q_bias, t.q_row, t.queries, t.queries4, o.scale, q);
+    gather<T>(o, t, g.grad, nullptr, t.q_row, t.queries, t.queries4, 1.0f, grad);
+    gather<T>(o, t, o.k, nullptr, t.k_row, t.keys, t.keys16, 1.0f, k);
+    gather<T>(o, t, o.v, o.v_bias, t.k_row, t.keys, t.keys16, 1.0f, v);
     transpose(t, k, kt);
     transpose(t, v, vt);
     std::fill(dk, dk + n * w, 0.0f);
@@ -270,6 +286,12 @@ const int32_t* ends_of(PreparedAttention& p, const Tensor& cu_seqlens, int64_t r
   return ends;
 }
 
+const float* bias_of(PreparedAttention& p, const OptionalTensor& bias) {
+  if (!bias) return nullptr;
+  p.kept_alive.push_back(as_float(*bias));
+  return static_cast<const float*>(p.kept_alive.back().data_ptr());
+}
+
 PreparedAttention prepare(FASTGATE_ATTENTION_OPERANDS) {
   const auto dtype = q.scalar_type();
   STD_TORCH_CHECK(
@@ -288,11 +310,17 @@ PreparedAttention prepare(FASTGATE_ATTENTION_OPERANDS) {
   o.heads = heads;
   o.width = o.hidden / heads;
   p.half = dtype == ScalarType::BFloat16;
-  p.kept_alive.reserve(5);
+  p.kept_alive.reserve(8);
   for (const Tensor* t : {&q, &k, &v}) p.kept_alive.push_back(dense(*t));
   o.q = p.kept_alive[0].data_ptr(), o.k = p.kept_alive[1].data_ptr(), o.v = p.kept_alive[2].data_ptr();
   o.cu_q = ends_of(p, cu_q, q.size(0), p.longest_q, "cu_q");
   o.cu_k = ends_of(p, cu_k, k.size(0), p.longest_k, "cu_k");
+  for (const OptionalTensor* bias : {&q_bias, &k_bias, &v_bias})
+    STD_TORCH_CHECK(
+        !*bias || ((*bias)->dim() == 1 && (*bias)->size(0) == o.hidden),
+        "attention: q_bias, k_bias, v_bias: got another shape, wanted (", o.hidden, ",); pass one number a column of q");
+  o.q_bias = bias_of(p, q_bias);
+  o.v_bias = bias_of(p, v_bias);
   o.scale = static_cast<float>(scale);
   o.dropout = dropout_p > 0.0;
   if (o.dropout) {
@@ -314,7 +342,8 @@ PreparedAttention prepare(FASTGATE_ATTENTION_OPERANDS) {
 }  // namespace
 
 Tensor attention(FASTGATE_ATTENTION_OPERANDS) {
-  const PreparedAttention p = prepare(q, k, v, cu_q, cu_k, heads, scale, dropout_p, seed);
+  const PreparedAttention p = prepare(
+      q, k, v, q_bias, k_bias, v_bias, cu_q, cu_k, heads, scale, dropout_p, seed);
   Tensor out = empty_like(q, q.scalar_type());
   void* to = out.data_ptr();
   const int64_t size = forward_scratch(p.longest_q, p.longest_k, p.problem.width);
@@ -326,7 +355,8 @@ Tensor attention(FASTGATE_ATTENTION_OPERANDS) {
 }
 
 std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor grad, FASTGATE_ATTENTION_OPERANDS) {
-  const PreparedAttention p = prepare(q, k, v, cu_q, cu_k, heads, scale, dropout_p, seed);
+  const PreparedAttention p = prepare(
+      q, k, v, q_bias, k_bias, v_bias, cu_q, cu_k, heads, scale, dropout_p, seed);
   STD_TORCH_CHECK(
       grad.scalar_type() == q.scalar_type() && grad.numel() == q.numel(),
       "attention_backward: grad: got another shape or dtype, wanted the output's; pass the gradient of the output");

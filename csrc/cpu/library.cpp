@@ -2,8 +2,8 @@
 #include "ops.h"
 
 #define ATTENTION_OPERANDS                                                                              \
-  "Tensor q, Tensor k, Tensor v, Tensor cu_q, Tensor cu_k, int heads, float scale, float dropout_p, " \
-  "Tensor? seed"
+  "Tensor q, Tensor k, Tensor v, Tensor? q_bias, Tensor? k_bias, Tensor? v_bias, Tensor cu_q, "         \
+  "Tensor cu_k, int heads, float scale, float dropout_p, Tensor? seed"
 
 STABLE_TORCH_LIBRARY(fastgate_cpu, m) {
   m.def("attention(" ATTENTION_OPERANDS ") -> Tensor");

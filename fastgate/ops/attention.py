@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastgate import reference
+from fastgate.errors import ArgumentError, say
 from fastgate.ops import slots
 from fastgate.packing import Ragged
 
@@ -27,22 +28,39 @@ def attention(
     heads: int,
     scale: float,
     dropout_p: float = 0.0,
+    *,
+    q_bias: Tensor | None = None,
+    k_bias: Tensor | None = None,
+    v_bias: Tensor | None = None,
 ) -> Tensor:
-    """dropout(softmax(q k^T * scale)) v in each sequence.
+    """dropout(softmax((q + q_bias) (k + k_bias)^T * scale)) (v + v_bias) in each sequence.
 
-    q: (queries.rows, hidden); k, v: (keys.rows, hidden). Returns (queries.rows, hidden). A sequence without
-    keys gives zeros, as torch's scaled_dot_product_attention does for a row that is masked out entirely. The
-    dropout mask is a function of a seed from torch's default generator, of query row * heads + head, and of
-    the key's column.
+    q: (queries.rows, hidden); k, v: (keys.rows, hidden); biases: (hidden,). Returns (queries.rows, hidden). A
+    sequence without keys gives zeros, as torch's scaled_dot_product_attention does for a row that is masked
+    out entirely. k_bias adds the same to every score of a query, which the softmax takes out again: it is not
+    read, and its gradient is exactly zero. The dropout mask is a function of a seed from torch's default
+    generator, of query row * heads + head, and of the key's column.
+
+    Raises ArgumentError for biases and dropout_p that do not fit.
     """
+    for name, bias in (("q_bias", q_bias), ("k_bias", k_bias), ("v_bias", v_bias)):
+        if bias is not None and (bias.shape != q.shape[1:] or bias.device != q.device):
+            got, wanted = (
+                f"shape {tuple(bias.shape)} on {bias.device}",
+                f"{tuple(q.shape[1:])} on {q.device}",
+            )
+            raise ArgumentError(say("attention", name, got, wanted, "pass one number a column of q"))
     seed = slots.draw_seed("attention", dropout_p, q.device)
     chosen = _chosen(q, heads)
     even = queries.equal and keys.equal and keys.longest >= LONG and not dropout_p
     if chosen.backend == "reference" or even:
-        return torch_attention(q, k, v, queries, keys, heads, scale, dropout_p, seed)
-    operands = (q, k, v, queries.cu_seqlens, keys.cu_seqlens, heads, scale, dropout_p, seed)
+        biases = (q_bias, k_bias, v_bias)
+        return torch_attention(q, k, v, queries, keys, heads, scale, dropout_p, seed, biases)
+    operands = (
+        q, k, v, q_bias, k_bias, v_bias, queries.cu_seqlens, keys.cu_seqlens, heads, scale, dropout_p, seed,
+    )  # fmt: skip
     direct = slots.is_direct(q)
-    if direct and not slots.needs_gradient(q, k, v):
+    if direct and not slots.needs_gradient(*operands[:6]):
         return chosen.forward(*operands)
     call: Callable[..., tuple[Tensor, Tensor]] = _Attention.apply if direct else torch.ops.fastgate.attention
     return call(*operands)[0]
@@ -58,8 +76,14 @@ def torch_attention(
     scale: float,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
+    biases: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None),
 ) -> Tensor:
     """`attention` in plain torch, for every device and dtype: the measure of compiled kernels."""
+    q_bias, k_bias, v_bias = biases
+    if k_bias is not None and slots.needs_gradient(k_bias):
+        # A gradient of zeros and not a missing one, as DDP and Adam expect.
+        q_bias = 0.0 * k_bias if q_bias is None else q_bias + 0.0 * k_bias
+    q, v = _with_bias(q, q_bias), _with_bias(v, v_bias)
     if dropout_p or keys.longest == 0:
         return _openly(q, k, v, queries, keys, heads, scale, dropout_p, seed)
     if queries.equal and keys.equal:
@@ -67,6 +91,11 @@ def torch_attention(
         mixed = F.scaled_dot_product_attention(one, two, three, scale=scale)
         return mixed.transpose(1, 2).reshape(q.shape)
     return _padded(q, k, v, queries, keys, heads, scale)
+
+
+def _with_bias(rows: Tensor, bias: Tensor | None) -> Tensor:
+    """rows + bias rounded to rows' dtype, as a Linear's output is."""
+    return rows if bias is None else (rows + bias).to(rows.dtype)
 
 
 def _heads(rows: Tensor, sequences: int, heads: int) -> Tensor:
@@ -123,8 +152,8 @@ def _openly(
 
 
 _OPERANDS = (
-    "Tensor q, Tensor k, Tensor v, Tensor cu_q, Tensor cu_k, int heads, float scale, float dropout_p, "
-    "Tensor? seed"
+    "Tensor q, Tensor k, Tensor v, Tensor? q_bias, Tensor? k_bias, Tensor? v_bias, Tensor cu_q, Tensor cu_k, "
+    "int heads, float scale, float dropout_p, Tensor? seed"
 )
 # lse: the log-sum-exp of every query's scores, (heads, queries), in the form that the backend's own backward
 # takes; without elements where it takes none.
@@ -138,16 +167,17 @@ def _lengths(cu_seqlens: Tensor) -> Ragged:
     return Ragged(tuple(cu_seqlens.diff().tolist()), cu_seqlens.device)
 
 
-def _reference_forward(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, *rest: Any) -> Tensor:
-    return torch_attention(q, k, v, _lengths(cu_q), _lengths(cu_k), *rest)
+def _reference_forward(q: Tensor, k: Tensor, v: Tensor, *operands: Any) -> Tensor:
+    *biases, cu_q, cu_k, heads, scale, dropout_p, seed = operands
+    return torch_attention(
+        q, k, v, _lengths(cu_q), _lengths(cu_k), heads, scale, dropout_p, seed, tuple(biases)
+    )
 
 
-def _reference_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, *rest: Any
-) -> Any:
+def _reference_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *operands: Any) -> Any:
     with torch.enable_grad():
         q, k, v = (t.detach().requires_grad_() for t in (q, k, v))
-        out = torch_attention(q, k, v, _lengths(cu_q), _lengths(cu_k), *rest)
+        out = _reference_forward(q, k, v, *operands)
     return torch.autograd.grad(out, (q, k, v), grad, materialize_grads=True)
 
 
@@ -163,7 +193,7 @@ def _chosen(q: Tensor, heads: int) -> slots.Implementation:
 
 
 def _forward(*operands: Any) -> tuple[Tensor, Tensor]:
-    q, heads = operands[0], operands[5]
+    q, heads = operands[0], operands[8]
     chosen = _chosen(q, heads)
     if chosen.saving is not None:
         return chosen.saving[0](*operands)
@@ -171,7 +201,7 @@ def _forward(*operands: Any) -> tuple[Tensor, Tensor]:
 
 
 def _backward(grad: Tensor, out: Tensor, lse: Tensor, *operands: Any) -> tuple[Tensor, ...]:
-    chosen = _chosen(operands[0], operands[5])
+    chosen = _chosen(operands[0], operands[8])
     if chosen.saving is not None:
         return chosen.saving[1](grad, out, lse, *operands)
     return chosen.backward(grad, *operands)
@@ -183,7 +213,7 @@ slots.schemas.impl("attention_backward", _backward, "CompositeExplicitAutograd")
 
 @torch.library.register_fake("fastgate::attention")
 def _fake(*operands: Any) -> tuple[Tensor, Tensor]:
-    q, heads = operands[0], operands[5]
+    q, heads = operands[0], operands[8]
     lse = (0,) if _chosen(q, heads).saving is None else (heads, q.shape[0])
     return q.new_empty(q.shape), q.new_empty(lse, dtype=torch.float32)
 
@@ -197,16 +227,30 @@ def _fake_backward(
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     """The output costs no memory: the product after it keeps it too."""
-    q, k, v, cu_q, cu_k, *ctx.numbers, seed = inputs
-    ctx.save_for_backward(*output, q, k, v, cu_q, cu_k, seed)
+    *tensors, ctx.heads, ctx.scale, ctx.dropout_p, seed = inputs
+    ctx.save_for_backward(*output, *tensors, seed)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
-    *tensors, seed = ctx.saved_tensors
-    dq, dk, dv = torch.ops.fastgate.attention_backward(grad, *tensors, *ctx.numbers, seed)
-    return dq, dk, dv, None, None, None, None, None, None
+    out, lse, *tensors, seed = ctx.saved_tensors
+    call = _backward if slots.is_direct(grad) else torch.ops.fastgate.attention_backward
+    dq, dk, dv = call(grad, out, lse, *tensors, ctx.heads, ctx.scale, ctx.dropout_p, seed)
+    q_bias, k_bias, v_bias = (
+        bias if needed else None for bias, needed in zip(tensors[3:6], ctx.needs_input_grad[3:6], strict=True)
+    )
+    return (
+        dq, dk, dv, _over_rows(dq, q_bias), None if k_bias is None else torch.zeros_like(k_bias),
+        _over_rows(dv, v_bias), None, None, None, None, None, None,
+    )  # fmt: skip
+
+
+def _over_rows(gradient: Tensor, bias: Tensor | None) -> Tensor | None:
+    """A bias's gradient, summed in float32 at least; torch's sum gives the same bits at every call."""
+    if bias is None:
+        return None
+    return gradient.sum(0, dtype=torch.promote_types(gradient.dtype, bias.dtype)).to(bias.dtype)
 
 
 class _Attention(torch.autograd.Function):
