@@ -31,7 +31,8 @@ by equal runs of blocks. Each leaves what it has, with its own maximum, in scrat
 How many programs a sequence gets follows from shapes alone, rows / sequences; lengths are known on the device
 only. In backward each row's gradient belongs to the program that walks the row, and each probe's is summed
 over the splits by sums.add_up, as are the rows' where there are more heads than one program takes. No
-atomics.
+atomics. float32, whose products take registers rather than tensor cores, has 8 heads a program forward, 4
+backward, and leaves the rows' gradient, all heads at once, to rows_kernel.
 
 A row of the mask has the counter sequence * heads + head; see fastgate/reference.py, keep_mask.
 """
@@ -60,6 +61,8 @@ WIDEST, MOST_HEADS = 1024, 64
 SPLIT_FROM, LEAST_SPLIT, MOST_SPLITS = 256, 64, 64
 # Channels that a program of merge_kernel adds up.
 MERGED, MERGE_WARPS = tl.constexpr(128), 4
+# What a program of rows_kernel works on at a time, and with how many warps.
+ROWS_BLOCK, ROWS_WIDTH, ROWS_WARPS = 16, 128, 4
 
 
 class Tile(NamedTuple):
@@ -295,6 +298,7 @@ def _weights(
     grad,  # (CHUNKS, HEADS, WIDTH), of mixed
     grad_total,  # (HEADS, 1) float32, or None
     lse,  # (HEADS, 1) float32
+    share,  # (HEADS, 1) float32: what P is multiplied by, so that it adds up to 1; None: nothing
     rows,  # (BLOCK, CHUNKS, WIDTH)
     seed,  # int64, or None: no dropout
     counter,  # (HEADS, 1) int64
@@ -311,6 +315,8 @@ def _weights(
     dp = _products(grad, rows)
     # A row that is not there has the score 0, whose exponential may be infinite.
     p = tl.where((start + tl.arange(0, BLOCK) < stop)[None, :], tl.exp2(s * c - lse), 0.0)
+    if share is not None:
+        p *= share
     dropped = p
     if seed is not None:
         if grad_total is not None:
@@ -346,7 +352,8 @@ def backward_kernel(
     cu_ptr,  # (sequences + 1,) int32 or int64
     seed_ptr,  # () int64, or None: no dropout
     dprobe_ptr,  # (sequences, heads, HIDDEN); with SPLITS > 1 (SPLITS, sequences, heads, HIDDEN) float32
-    dx_ptr,  # (rows, HIDDEN); with several groups (groups, rows, HIDDEN) float32
+    dx_ptr,  # (rows, HIDDEN); with several groups (groups, rows, HIDDEN) float32; None: left to rows_kernel
+    weights_ptr,  # (2, rows, heads) float32: M P / (1 - p) and scale dS, for it; None with dx
     sequences: tl.int32,
     heads: tl.int32,
     rows: tl.int64,
@@ -371,7 +378,8 @@ def backward_kernel(
     sequence, split, first_head = tl.program_id(0), tl.program_id(1), tl.program_id(2) * HEADS
     begin, length, first, stop = _span(cu_ptr, sequence, split, SPLITS, BLOCK)
     x_ptr += begin * HIDDEN
-    dx_ptr += (tl.program_id(2) * rows + begin) * HIDDEN
+    if dx_ptr is not None:
+        dx_ptr += (tl.program_id(2) * rows + begin) * HIDDEN
     stride_s, stride_h = stride_s // VECTOR * VECTOR, stride_h // VECTOR * VECTOR
     stride_gs, stride_gh = stride_gs // VECTOR * VECTOR, stride_gh // VECTOR * VECTOR
     probe = _load_heads(
@@ -386,20 +394,26 @@ def backward_kernel(
     place = sequence.to(tl.int64) * heads
     counter = (place + head)[:, None]
     lse = tl.load(lse_ptr + place + head, mask=head < heads, other=0.0)[:, None]
-    seed, grad_total = None, None
+    seed, grad_total, share = None, None, None
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
         if grad_total_ptr is not None:
             grad_total = tl.load(grad_total_ptr + place + head, mask=head < heads, other=0.0)[:, None]
     if x_ptr.dtype.element_ty == tl.float32:
         delta = tl.zeros((HEADS,), tl.float32)
+        whole = tl.zeros((HEADS,), tl.float32)
         for start in tl.range(0, length, BLOCK, num_stages=STAGES):
             block = _load_rows(x_ptr, start, length, HIDDEN, BLOCK, CHUNKS, WIDTH)
             p, _, dp = _weights(
-                probe, grad, grad_total, lse, block, seed, counter, start, length, c, over_keep, threshold,
-                HEADS, BLOCK,
+                probe, grad, grad_total, lse, None, block, seed, counter, start, length, c, over_keep,
+                threshold, HEADS, BLOCK,
             )  # fmt: skip
             delta += tl.sum(p * dp, 1)
+            whole += tl.sum(p, 1)
+        # L's rounding makes all P too large or too small alike, which dP - delta would show.
+        share = 1.0 / tl.where(whole == 0.0, 1.0, whole)
+        delta *= share
+        share = share[:, None]
     else:
         skip = (place + first_head) * HIDDEN
         mixed = _load_heads(mixed_ptr + skip, HIDDEN, heads - first_head, HIDDEN, HEADS, CHUNKS, WIDTH)
@@ -413,16 +427,23 @@ def backward_kernel(
     for start in tl.range(first, stop, BLOCK, num_stages=STAGES):
         block = _load_rows(x_ptr, start, stop, HIDDEN, BLOCK, CHUNKS, WIDTH)
         p, dropped, dp = _weights(
-            probe, grad, grad_total, lse, block, seed, counter, start, stop, c, over_keep, threshold,
+            probe, grad, grad_total, lse, share, block, seed, counter, start, stop, c, over_keep, threshold,
             HEADS, BLOCK,
         )  # fmt: skip
         ds = (p * (dp - delta[:, None]) * scale).to(block.dtype)
-        dropped = tl.broadcast_to(tl.trans(dropped.to(block.dtype))[None, :, :], (CHUNKS, BLOCK, HEADS))
-        by_row = tl.broadcast_to(tl.trans(ds)[None, :, :], (CHUNKS, BLOCK, HEADS))
-        dx = tl.dot(dropped, grad, input_precision="ieee")
-        dx = tl.dot(by_row, probe, dx, input_precision="ieee")
-        to, inside = _rows(dx_ptr, start, stop, HIDDEN, BLOCK, CHUNKS, WIDTH)
-        tl.store(to, tl.permute(dx, (1, 0, 2)).to(dx_ptr.dtype.element_ty), mask=inside)
+        if dx_ptr is not None:
+            dropped = tl.broadcast_to(tl.trans(dropped.to(block.dtype))[None, :, :], (CHUNKS, BLOCK, HEADS))
+            by_row = tl.broadcast_to(tl.trans(ds)[None, :, :], (CHUNKS, BLOCK, HEADS))
+            dx = tl.dot(dropped, grad, input_precision="ieee")
+            dx = tl.dot(by_row, probe, dx, input_precision="ieee")
+            to, inside = _rows(dx_ptr, start, stop, HIDDEN, BLOCK, CHUNKS, WIDTH)
+            tl.store(to, tl.permute(dx, (1, 0, 2)).to(dx_ptr.dtype.element_ty), mask=inside)
+        else:
+            row = start + tl.arange(0, BLOCK)
+            to = weights_ptr + (begin + row)[None, :] * heads + head[:, None]
+            inside = (row < stop)[None, :] & (head < heads)[:, None]
+            tl.store(to, dropped, mask=inside)
+            tl.store(to + rows * heads, ds, mask=inside)
         dprobe = _weighted(ds, block, dprobe, HEADS, BLOCK, CHUNKS)
     at, there = _heads(
         dprobe_ptr + ((split * sequences).to(tl.int64) * heads + place + first_head) * HIDDEN, HIDDEN,
@@ -431,7 +452,53 @@ def backward_kernel(
     tl.store(at, dprobe.to(dprobe_ptr.dtype.element_ty), mask=there)
 
 
-FORWARD, BACKWARD, MERGE = Kernel(forward_kernel), Kernel(backward_kernel), Kernel(merge_kernel)
+@triton.jit(do_not_specialize=["heads", "rows", "stride_s", "stride_h", "stride_gs", "stride_gh"])
+def rows_kernel(
+    grad_ptr,  # (sequences, heads, HIDDEN), strides stride_gs, stride_gh, 1: of mixed
+    probe_ptr,  # (sequences, heads, HIDDEN), strides stride_s, stride_h, 1
+    weights_ptr,  # (2, rows, heads) float32, as backward_kernel leaves them
+    cu_ptr,  # (sequences + 1,) int32 or int64
+    dx_ptr,  # (rows, HIDDEN)
+    heads: tl.int32,
+    rows: tl.int64,
+    stride_gs: tl.int64,
+    stride_gh: tl.int64,
+    stride_s: tl.int64,
+    stride_h: tl.int64,
+    HIDDEN: tl.constexpr,
+    SPLITS: tl.constexpr,
+    VECTOR: tl.constexpr,
+    HEADS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """dx of float32, for whose registers the walk over rows leaves no room.
+
+    Grid: (sequences, SPLITS, HIDDEN in runs of WIDTH). HEADS: all of them, padded."""
+    sequence, split, run = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    begin, _, first, stop = _span(cu_ptr, sequence, split, SPLITS, BLOCK)
+    stride_s, stride_h = stride_s // VECTOR * VECTOR, stride_h // VECTOR * VECTOR
+    stride_gs, stride_gh = stride_gs // VECTOR * VECTOR, stride_gh // VECTOR * VECTOR
+    channel = run * WIDTH + tl.arange(0, WIDTH)
+    head = tl.arange(0, HEADS)
+    there = (head < heads)[:, None] & (channel < HIDDEN)[None, :]
+    probe_ptr += sequence.to(tl.int64) * stride_s
+    grad_ptr += sequence.to(tl.int64) * stride_gs
+    probe = tl.load(probe_ptr + head[:, None] * stride_h + channel[None, :], mask=there, other=0.0)
+    grad = tl.load(grad_ptr + head[:, None] * stride_gh + channel[None, :], mask=there, other=0.0)
+    for start in range(first, stop, BLOCK):
+        row = start + tl.arange(0, BLOCK)
+        at = weights_ptr + (begin + row)[:, None] * heads + head[None, :]
+        inside = (row < stop)[:, None] & (head < heads)[None, :]
+        dx = tl.dot(tl.load(at, mask=inside, other=0.0), grad, input_precision="ieee")
+        ds = tl.load(at + rows * heads, mask=inside, other=0.0)
+        dx = tl.dot(ds, probe, dx, input_precision="ieee")
+        to = dx_ptr + (begin + row)[:, None] * HIDDEN + channel[None, :]
+        tl.store(to, dx, mask=(row < stop)[:, None] & (channel < HIDDEN)[None, :])
+
+
+FORWARD, BACKWARD = Kernel(forward_kernel), Kernel(backward_kernel)
+MERGE, ROWS = Kernel(merge_kernel), Kernel(rows_kernel)
 
 
 def forward_tile(hidden: int, dtype: torch.dtype, shared_memory: int) -> Tile:
@@ -439,7 +506,7 @@ def forward_tile(hidden: int, dtype: torch.dtype, shared_memory: int) -> Tile:
     padded = max(16, triton.next_power_of_2(hidden))
     if dtype == torch.float32:  # no tensor cores: a product's operands lie in registers
         width = min(padded, 32)
-        return Tile(8, 8, padded // width, width, 1, 8)
+        return Tile(8, 16, padded // width, width, 1, 8)
     width = min(padded, 128)
     # Two blocks of 64 KB under way at 1024 channels; half as many rows, one block, where there is less room.
     block, stages = (32, 3) if padded <= 512 or shared_memory >= 227 else (16, 2)
@@ -449,8 +516,7 @@ def forward_tile(hidden: int, dtype: torch.dtype, shared_memory: int) -> Tile:
 def backward_tile(hidden: int, dtype: torch.dtype) -> Tile:
     padded = max(16, triton.next_power_of_2(hidden))
     if dtype == torch.float32:
-        width = min(padded, 32)
-        return Tile(8, 8, padded // width, width, 1, 8)
+        return Tile(4, 16, padded // 16, 16, 1, 8)
     width = min(padded, 128)
     return Tile(16, 16, padded // width, width, 2, padded // width)
 
@@ -626,11 +692,14 @@ def backward_saved(
             return torch.empty(like.shape, dtype=like.dtype, device=like.device)
         return torch.empty((parts, *like.shape), dtype=torch.float32, device=like.device)
 
-    dprobe, dx = scratch(splits, probe), scratch(groups, x)
+    # float32 leaves dx to a kernel of its own, which takes all heads at once.
+    apart = x.dtype == torch.float32
+    dprobe, dx = scratch(splits, probe), scratch(1 if apart else groups, x)
+    weights = x.new_empty((2, x.shape[0], heads)) if apart else None
     strides = (grad.stride(0), grad.stride(1), probe.stride(0), probe.stride(1))
     vector = _vector(x.itemsize, hidden, *strides)
     inputs = (mixed.contiguous(), residue, total.contiguous(), lse, probe, x, call.cu_seqlens, call.seed)
-    tensors = (grad, grad_total, *inputs, dprobe, dx)
+    tensors = (grad, grad_total, *inputs, dprobe, None if apart else dx, weights)
     BACKWARD.launch(
         (sequences, splits, groups),
         (
@@ -643,6 +712,17 @@ def backward_saved(
         ),
         tile.num_warps,
     )  # fmt: skip
+    if apart:
+        given = (grad, probe, weights, call.cu_seqlens, dx)
+        padded = max(16, triton.next_power_of_2(heads))
+        ROWS.launch(
+            (sequences, splits, -(-hidden // ROWS_WIDTH)),
+            (hidden, splits, vector, padded, aligned(*given), call.cu_seqlens.dtype),
+            (
+                *given, heads, x.shape[0], *strides, hidden, splits, vector, padded, ROWS_BLOCK, ROWS_WIDTH,
+            ),
+            ROWS_WARPS,
+        )  # fmt: skip
     return _added(dprobe, probe), _added(dx, x)
 
 

@@ -128,6 +128,7 @@ def test_absorbed_attention_keeps_its_rules(op, name, counts):
         assert (kernel["tensor"] > 0) == (
             " bf16 " in name and kernel_name.startswith(("forward", "backward"))
         )
-        assert kernel["wide"] > 0 and kernel["narrow"] <= 9, architecture
+        # rows_kernel reads two weights a row and head.
+        assert kernel["wide"] > 0 and kernel["narrow"] <= (16 if " fp32 " in name else 9), architecture
         small = "163 KB" in name or kernel_name != "forward_kernel"
         assert kernel["shared"] <= (163 if small else 227) * 1024, architecture
