@@ -53,7 +53,7 @@ def attention(
     seed = slots.draw_seed("attention", dropout_p, q.device)
     chosen = _chosen(q, heads)
     even = queries.equal and keys.equal and keys.longest >= LONG and not dropout_p
-    if chosen.backend == "reference" or even:
+    if chosen.backend == "reference" or (even and q.device.type == "cpu"):
         biases = (q_bias, k_bias, v_bias)
         return torch_attention(q, k, v, queries, keys, heads, scale, dropout_p, seed, biases)
     operands = (
