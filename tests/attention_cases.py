@@ -82,14 +82,14 @@ class Call(NamedTuple):
     keys: Ragged
 
 
-def make(case: Case, device: str) -> Call:
+def make(case: Case, device: torch.device) -> Call:
     generator = torch.Generator().manual_seed(0)
     hidden = case.heads * case.head_dim
 
     def draw(rows: int, columns: int) -> Tensor:
         return torch.randn(rows, columns, generator=generator).to(device, case.dtype)
 
-    queries, keys = (Ragged(n, torch.device(device)) for n in (case.queries, case.keys))
+    queries, keys = (Ragged(n, device) for n in (case.queries, case.keys))
     if case.strided:
         q, k, v = draw(queries.rows, 3 * hidden).split(hidden, 1)
     else:
@@ -124,7 +124,7 @@ def ours(kernels: Any, call: Call) -> list[Tensor]:
     return [out, *grads]
 
 
-def check_without_saving(kernels: Any, case: Case, device: str = "cpu") -> None:
+def check_without_saving(kernels: Any, case: Case, device: torch.device) -> None:
     """Nothing saved, and forward run again: the same bits."""
     call = make(case, device)
     with poisoned():
@@ -134,7 +134,7 @@ def check_without_saving(kernels: Any, case: Case, device: str = "cpu") -> None:
         assert torch.equal(one, two)
 
 
-def check(kernels: Any, case: Case, device: str = "cpu") -> None:
+def check(kernels: Any, case: Case, device: torch.device) -> None:
     call = make(case, device)
     truth, own = torchs(call, torch.float64), torchs(call, case.dtype)
     for name, got, torch_got, true in zip(
@@ -145,7 +145,7 @@ def check(kernels: Any, case: Case, device: str = "cpu") -> None:
         assert error(got, true) <= bound, f"{name}: error {error(got, true)}, allowed {bound}"
 
 
-def check_autograd(kernels: Any, device: str = "cpu") -> None:
+def check_autograd(kernels: Any, device: torch.device) -> None:
     """Through the op's slot: eager, with nothing to differentiate, traced; other head_dims run in torch."""
     saving = (kernels.forward_saving, kernels.backward_saved)
     ours = ops.Implementation(
@@ -156,11 +156,11 @@ def check_autograd(kernels: Any, device: str = "cpu") -> None:
         saving,
         kernels.HEAD_DIMS,
     )
-    ops.implementation("attention", device, FP32)  # fills the slots
-    before = ops.SLOTS.get(("attention", device))
-    ops.SLOTS["attention", device] = ours
+    ops.implementation("attention", device.type, FP32)  # fills the slots
+    before = ops.SLOTS.get(("attention", device.type))
+    ops.SLOTS["attention", device.type] = ours
     try:
-        lengths = Ragged((5, 1, 9), torch.device(device))
+        lengths = Ragged((5, 1, 9), device)
         for heads in (2, 4):  # head_dim 32, 16
             leaves = [torch.randn(15, 64, device=device, requires_grad=True) for _ in range(3)]
             biases = [torch.randn(64, device=device, requires_grad=True) for _ in range(3)]
@@ -183,18 +183,18 @@ def check_autograd(kernels: Any, device: str = "cpu") -> None:
                 (*leaves, *biases, lengths.cu_seqlens, lengths.cu_seqlens, heads, 0.2, 0.0, None),
             )
     finally:
-        ops.SLOTS.pop(("attention", device))
+        ops.SLOTS.pop(("attention", device.type))
         if before is not None:
-            ops.SLOTS["attention", device] = before
+            ops.SLOTS["attention", device.type] = before
 
 
 MASKS = ((31, 0, FP32), (31, -3, FP32), (64, SEED, BF16), (128, -3, BF16))
 
 
-def check_mask(kernels: Any, n: int, seed: int, dtype: torch.dtype, device: str = "cpu") -> None:
+def check_mask(kernels: Any, n: int, seed: int, dtype: torch.dtype, device: torch.device) -> None:
     """Every probability equal, value j and gradient i unit vectors: O_ij and dV_ji are zero where dropped."""
     heads, width, dropout_p = 2, max(n, 32), 0.4
-    queries = Ragged((n - 1, n), torch.device(device))
+    queries = Ragged((n - 1, n), device)
     unit = torch.eye(width, dtype=dtype, device=device)[:n].repeat(1, heads)
     rows = torch.cat((unit[:-1], unit))
     seed_tensor = torch.tensor(seed, device=device)

@@ -21,11 +21,11 @@ def _search(
     tl.store(found_ptr + tile, find(cu_ptr, sequences, tile, BLOCK))
 
 
-def check(device: str) -> None:
+def check(device: torch.device) -> None:
     """One sequence, a few, and enough for a second round of probes."""
     block = 64
     generator = torch.Generator().manual_seed(0)
-    for sequences in (1, 3, 150) if device == "cpu" else (1, 2, 127, 128, 129, 16385):
+    for sequences in (1, 3, 150) if device.type == "cpu" else (1, 2, 127, 128, 129, 16385):
         lengths = torch.randint(0, 130, (sequences,), generator=generator)
         lengths[torch.rand(sequences, generator=generator) < 0.2] = 0
         cu = torch.cat((torch.zeros(1, dtype=torch.int64), lengths.cumsum(0))).to(torch.int32)
