@@ -16,6 +16,11 @@ class Ragged:
     lengths: tuple[int, ...]
     device: torch.device
 
+    @staticmethod
+    def of(cu_seqlens: Tensor) -> Ragged:
+        """From (sequences + 1,) ends; brings them to the host."""
+        return Ragged(tuple(cu_seqlens.diff().tolist()), cu_seqlens.device)
+
     @cached_property
     def cu_seqlens(self) -> Tensor:
         ends = torch.tensor((0, *self.lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32)
@@ -40,6 +45,14 @@ class Ragged:
         lengths = torch.tensor(self.lengths).to(self.device, non_blocking=True)
         mask = torch.arange(self.longest, device=self.device) < lengths[:, None]
         return mask.flatten().nonzero().squeeze(1), mask
+
+    def grid(self, rows: Tensor) -> Tensor:
+        """(rows, hidden) -> (sequences, longest, hidden), zeros where no row is."""
+        shape = (len(self.lengths), self.longest, rows.shape[-1])
+        if self.equal:
+            return rows.view(shape)
+        flat, _ = self.padded
+        return rows.new_zeros(shape[0] * shape[1], shape[2]).index_copy(0, flat, rows).view(shape)
 
 
 @dataclass(frozen=True)

@@ -111,7 +111,9 @@ def make(case: Case, device: Any = "cpu", seed: int = 0) -> Call:
 def traceable(keys: Ragged) -> Any:
     """The same in plain attributes: before Python 3.12 Dynamo stops at the lock of a cached property."""
     names = ("lengths", "rows", "longest", "equal", "padded", "cu_seqlens")
-    return SimpleNamespace(**{name: getattr(keys, name) for name in names})
+    plain = SimpleNamespace(**{name: getattr(keys, name) for name in names})
+    plain.grid = lambda rows: Ragged.grid(plain, rows)
+    return plain
 
 
 def by_definition(probe: Tensor, x: Tensor, call: Call) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,6 @@ from torch.autograd.function import once_differentiable
 from fastgate import reference
 from fastgate.errors import ArgumentError, say
 from fastgate.ops import slots
-from fastgate.ops.attention import _grid, _lengths
 from fastgate.packing import Ragged
 
 
@@ -108,9 +107,7 @@ def torch_absorbed_attention(
     seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(mixed, total) in plain torch, for every device and dtype: what runs where no kernel does."""
-    return reference.absorbed_attention(
-        probe, _grid(x, keys), scale, **_on_grid(probe, keys, dropout_p, seed)
-    )
+    return reference.absorbed_attention(probe, keys.grid(x), scale, **_on_grid(probe, keys, dropout_p, seed))
 
 
 def _on_grid(probe: Tensor, keys: Ragged, dropout_p: float, seed: Tensor | None) -> dict[str, Any]:
@@ -144,7 +141,7 @@ slots.schemas.define(
 
 
 def _reference_forward(probe: Tensor, x: Tensor, cu_seqlens: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return torch_absorbed_attention(probe, x, _lengths(cu_seqlens), *rest)
+    return torch_absorbed_attention(probe, x, Ragged.of(cu_seqlens), *rest)
 
 
 def _reference_backward(
@@ -157,9 +154,9 @@ def _reference_backward(
     dropout_p: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    keys = _lengths(cu_seqlens)
+    keys = Ragged.of(cu_seqlens)
     dprobe, dgrid = reference.absorbed_attention_backward(
-        grad, grad_total, probe, _grid(x, keys), scale, **_on_grid(probe, keys, dropout_p, seed)
+        grad, grad_total, probe, keys.grid(x), scale, **_on_grid(probe, keys, dropout_p, seed)
     )
     dx = dgrid.flatten(0, 1)
     return dprobe, dx if keys.equal else dx.index_select(0, keys.padded[0])

@@ -104,22 +104,13 @@ def _heads(rows: Tensor, sequences: int, heads: int) -> Tensor:
     return rows.view(sequences, n, heads, rows.shape[-1] // heads).transpose(1, 2)
 
 
-def _grid(rows: Tensor, ragged: Ragged) -> Tensor:
-    """(rows, hidden) -> (sequences, longest, hidden), zeros where no row is."""
-    shape = (len(ragged.lengths), ragged.longest, rows.shape[-1])
-    if ragged.equal:
-        return rows.view(shape)
-    flat, _ = ragged.padded
-    return rows.new_zeros(shape[0] * shape[1], shape[2]).index_copy(0, flat, rows).view(shape)
-
-
 def _padded(
     q: Tensor, k: Tensor, v: Tensor, queries: Ragged, keys: Ragged, heads: int, scale: float
 ) -> Tensor:
     """Pads to the longest sequence and masks the keys."""
     sequences = len(queries.lengths)
     one, two, three = (
-        _heads(_grid(t, r).flatten(0, 1), sequences, heads) for t, r in ((q, queries), (k, keys), (v, keys))
+        _heads(r.grid(t).flatten(0, 1), sequences, heads) for t, r in ((q, queries), (k, keys), (v, keys))
     )
     mask = keys.padded[1][:, None, None, :]
     mixed = F.scaled_dot_product_attention(one, two, three, attn_mask=mask, scale=scale)
@@ -163,14 +154,10 @@ slots.schemas.define(
 )
 
 
-def _lengths(cu_seqlens: Tensor) -> Ragged:
-    return Ragged(tuple(cu_seqlens.diff().tolist()), cu_seqlens.device)
-
-
 def _reference_forward(q: Tensor, k: Tensor, v: Tensor, *operands: Any) -> Tensor:
     *biases, cu_q, cu_k, heads, scale, dropout_p, seed = operands
     return torch_attention(
-        q, k, v, _lengths(cu_q), _lengths(cu_k), heads, scale, dropout_p, seed, tuple(biases)
+        q, k, v, Ragged.of(cu_q), Ragged.of(cu_k), heads, scale, dropout_p, seed, tuple(biases)
     )
 
 
@@ -296,7 +283,7 @@ def attention_probabilities(
     there = torch.zeros(sequences * length, dtype=torch.bool, device=q.device).index_fill(0, at, True)
     there = there.view(sequences, 1, 1, length)
     scores = torch.matmul(
-        _heads(_grid(q, queries).flatten(0, 1), sequences, heads),
+        _heads(queries.grid(q).flatten(0, 1), sequences, heads),
         _heads(spread, sequences, heads).transpose(2, 3),
     )
     p = (scores * scale).masked_fill(~there, float("-inf")).softmax(-1)
