@@ -13,10 +13,10 @@ import lengths
 import pytest
 import torch
 from contest import DEVICE, ON_GPU, Work
-from fastgate.ops.absorbed_attention import absorbed_attention, torch_absorbed_attention
 from torch import Tensor
 from torch.nn.functional import linear
 
+from fastgate.ops.absorbed_attention import absorbed_attention, torch_absorbed_attention
 from fastgate.ops.attention import attention
 from fastgate.packing import Ragged
 

@@ -7,10 +7,10 @@ that do not fill a block, widths that are no multiple of a vector, sequences of 
 from __future__ import annotations
 
 import torch
-from fastgate.ops.absorbed_attention import absorbed_attention
 from torch import Tensor
 
 from fastgate import backends, ops
+from fastgate.ops.absorbed_attention import absorbed_attention
 from fastgate.ops.attention import attention
 from fastgate.ops.embed_norm import embed_norm
 from fastgate.ops.gated_add_norm import gated_add_norm

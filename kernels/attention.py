@@ -36,7 +36,7 @@ class Blocks(NamedTuple):
 
 def _blocks_float32(head_dim: int) -> Blocks:
     """No tensor core: small blocks, for the products' operands lie in registers; 128 a thread hold them."""
-    return Blocks(False, 32, 32, 4 if head_dim == 32 else 8, 1, 128)
+    return Blocks(False, 32, 16 if head_dim == 128 else 32, 4 if head_dim == 32 else 8, 1, 128)
 
 
 def _key_blocks_float32(head_dim: int) -> Blocks:
@@ -44,7 +44,7 @@ def _key_blocks_float32(head_dim: int) -> Blocks:
     return Blocks(False, 16 if head_dim == 128 else 32, 32, 8, 1, 128)
 
 
-def forward_blocks(head_dim: int, dtype: torch.dtype, queries: int) -> Blocks:
+def forward_blocks(head_dim: int, dtype: torch.dtype, dropout: bool, queries: int) -> Blocks:
     """queries: rows a sequence, on average. Blocks of 64 rows run wgmma on sm_90, smaller ones waste less."""
     if dtype == torch.float32:
         return _blocks_float32(head_dim)
@@ -52,6 +52,8 @@ def forward_blocks(head_dim: int, dtype: torch.dtype, queries: int) -> Blocks:
     if queries <= 32 and not wide:
         return Blocks(True, 32, 32, 2, 2)
     if queries <= 64:
+        if dropout and not wide:
+            return Blocks(True, 64, 32, 4, 2)  # the mask is drawn in registers
         return Blocks(True, 64, 64, 8 if wide else 4, 2)
     return Blocks(False, 128, 32 if wide else 64, 8, 3)
 
@@ -63,11 +65,11 @@ def backward_blocks(head_dim: int, dtype: torch.dtype, dropout: bool, longest: i
         return _blocks_float32(head_dim), _key_blocks_float32(head_dim)
     if longest <= 20 or (longest <= 40 and head_dim < 128):
         block = 32 if longest <= 20 else 64
-        blocks = Blocks(True, block, block, 4, 1)
+        blocks = Blocks(True, block, block, 8 if dropout and block == 64 else 4, 1)
         return blocks, blocks
     if head_dim == 128:
         return Blocks(False, 64, 64, 8, 2), Blocks(False, 32, 64, 8, 2)
-    walk = 32 if dropout else 64  # the mask is drawn in registers
+    walk = 32 if dropout else 64
     return Blocks(False, 64, walk, 4, 2), Blocks(False, walk, 64, 4, 2)
 
 
@@ -198,7 +200,7 @@ def _forward(call: _Call, saving: bool) -> tuple[Tensor, Tensor]:
     lse = call.q.new_empty((call.heads, rows) if saving else (0,), dtype=torch.float32)
     if not rows:
         return out, lse
-    blocks = forward_blocks(call.head_dim, call.q.dtype, rows // call.sequences)
+    blocks = forward_blocks(call.head_dim, call.q.dtype, call.seed is not None, rows // call.sequences)
     grid = call.sequences * call.heads if blocks.whole else _slots(rows, blocks.queries, call)
     tensors = (
         call.q, call.k, call.v, call.q_bias, call.v_bias, out, lse if saving else None, call.seed,
