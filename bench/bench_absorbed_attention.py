@@ -72,17 +72,9 @@ class Call:
 
 def forward(which: str | tuple[int, int], hidden: int, heads: int) -> Work:
     call = Call(which, hidden, heads, 1)
-
-    def contender(function: Any) -> contest.Call:
-        @torch.no_grad()
-        def run(place: int) -> Any:
-            return function(*call.given[place])
-
-        return run
-
     return Work(
         f"absorbed_attention forward {call.name} {str(DTYPE).removeprefix('torch.')}",
-        {name: contender(function) for name, function in call.functions().items()},
+        {name: contest.inference(function, call.given) for name, function in call.functions().items()},
         call.bytes,
         call.flops,
         call.sets,
@@ -98,18 +90,13 @@ def backward(which: str | tuple[int, int], hidden: int, heads: int) -> Work:
     grads = [torch.randn_like(tensors[0]) for tensors in call.given]
     leaves = [[t.requires_grad_() for t in tensors] for tensors in call.given]
 
-    def contender(function: Any) -> contest.Call:
-        outputs = [function(*tensors) for tensors in leaves]
-
-        def run(place: int) -> Any:
-            return torch.autograd.grad(outputs[place], leaves[place], grads[place], retain_graph=True)
-
-        return run
-
     exact = [t.detach().double().requires_grad_() for t in call.given[0]]
     return Work(
         f"absorbed_attention backward {call.name} {str(DTYPE).removeprefix('torch.')}",
-        {name: contender(function) for name, function in call.functions().items()},
+        {
+            name: contest.differentiation(function, leaves, grads)
+            for name, function in call.functions().items()
+        },
         call.bytes,
         2 * call.flops,
         call.sets,

@@ -56,9 +56,6 @@ class Call:
             for _ in range(self.sets)
         ]
 
-    def leaves(self, differentiable: bool) -> list[list[Tensor]]:
-        return [[t.detach().requires_grad_(differentiable) for t in given[:3]] for given in self.packed]
-
     def grid(self, t: Tensor) -> Tensor:
         """(rows, hidden) -> (sequences, heads, longest, head_dim)."""
         count, longest = len(self.ragged.lengths), self.ragged.longest
@@ -151,13 +148,7 @@ def forward(which: int | str, heads: int, head_dim: int) -> Work:
 
     def contender(form: Form) -> contest.Call:
         into, function, _ = form
-        given = [[into(t) for t in leaves] for leaves in call.leaves(False)]
-
-        @torch.no_grad()
-        def run(place: int) -> Tensor:
-            return function(*given[place])
-
-        return run
+        return contest.inference(function, [[into(t) for t in tensors[:3]] for tensors in call.packed])
 
     contenders = {name: contender(form) for name, form in found.items()}
     checked = {name: _then(found[name][2], run) for name, run in contenders.items()}
@@ -187,14 +178,9 @@ def backward(which: int | str, heads: int, head_dim: int) -> Work:
 
     def contender(form: Form) -> contest.Call:
         into, function, _ = form
-        given = [[into(t).detach().requires_grad_() for t in leaves] for leaves in call.leaves(False)]
-        outputs = [function(*leaves) for leaves in given]
+        given = [[into(t).detach().requires_grad_() for t in tensors[:3]] for tensors in call.packed]
         grads = [into(tensors[3]).contiguous() for tensors in call.packed]
-
-        def run(place: int) -> Any:
-            return torch.autograd.grad(outputs[place], given[place], grads[place], retain_graph=True)
-
-        return run
+        return contest.differentiation(function, given, grads)
 
     contenders = {name: contender(form) for name, form in found.items()}
     checked = {name: _then(found[name][2], run) for name, run in contenders.items()}

@@ -6,8 +6,6 @@ mostly the tables' gradients, which are dense, as nn.Embedding's are.
 
 from __future__ import annotations
 
-from typing import Any
-
 import contest
 import peers
 import pytest
@@ -52,12 +50,6 @@ def operands(rows: int, hidden: int, sets: int) -> list[list[Tensor]]:
     return [[*ids(), *parameters] for _ in range(sets)]
 
 
-def functions() -> tuple[dict[str, Any], dict[str, str]]:
-    compiled, reason = peers.compiled(eager)
-    found = {"fastgate": fused, "eager": eager}
-    return (found, {"compile": reason}) if compiled is None else ({**found, "compile": compiled}, {})
-
-
 def wide(tensors: list[Tensor]) -> list[Tensor]:
     return [t.detach().double() if t.is_floating_point() else t for t in tensors]
 
@@ -67,18 +59,11 @@ def forward(rows: int, hidden: int) -> Work:
     size = rows * (2 * hidden * DTYPE.itemsize + 3 * 8)
     sets = contest.sets_for(size)
     given = operands(rows, hidden, sets)
-    found, absent = functions()
-
-    def contender(function: Any) -> contest.Call:
-        @torch.no_grad()
-        def call(place: int) -> Any:
-            return function(*given[place])
-
-        return call
+    found, absent = peers.with_compiled({"fastgate": fused, "eager": eager}, eager)
 
     return Work(
         f"embed_norm forward {rows}x{hidden} {str(DTYPE).removeprefix('torch.')}",
-        {name: contender(function) for name, function in found.items()},
+        {name: contest.inference(function, given) for name, function in found.items()},
         size,
         sets=sets,
         absent=absent,
@@ -95,21 +80,14 @@ def backward(rows: int, hidden: int) -> Work:
     sets = contest.sets_for(size)
     given = operands(rows, hidden, sets)
     grads = [torch.randn(rows, hidden, device=DEVICE).to(DTYPE) for _ in given]
-    leaves = [t.requires_grad_() for t in given[0][3:]]
-    found, absent = functions()
-
-    def contender(function: Any) -> contest.Call:
-        outputs = [function(*tensors) for tensors in given]
-
-        def call(place: int) -> Any:
-            return torch.autograd.grad(outputs[place], leaves, grads[place], retain_graph=True)
-
-        return call
+    for parameter in given[0][3:]:  # the same in all sets
+        parameter.requires_grad_()
+    found, absent = peers.with_compiled({"fastgate": fused, "eager": eager}, eager)
 
     exact = [t.requires_grad_() if t.is_floating_point() else t for t in wide(given[0])]
     return Work(
         f"embed_norm backward {rows}x{hidden} {str(DTYPE).removeprefix('torch.')}",
-        {name: contender(function) for name, function in found.items()},
+        {name: contest.differentiation(function, given, grads) for name, function in found.items()},
         size,
         sets=sets,
         absent=absent,

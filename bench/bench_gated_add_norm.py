@@ -78,14 +78,10 @@ def forward(rows: int, hidden: int, dtype: str) -> Work:
     given = operands(rows, hidden, dtype, sets)
     found, absent = functions()
 
-    def inference(function: Any) -> contest.Call:
-        @torch.no_grad()
-        def call(place: int) -> Any:
-            return function(*given[place], 0.0)
-
-        return call
-
-    contenders = {name: inference(function) for name, function in found.items()}
+    contenders = {
+        name: contest.inference(function, [(*tensors, 0.0) for tensors in given])
+        for name, function in found.items()
+    }
     for language in peers.GPU_LANGUAGES:
         implementation, reason = peers.implementation("gated_add_norm", language)
         if implementation is None:
@@ -114,16 +110,8 @@ def backward(rows: int, hidden: int, dtype: str, dropout_p: float) -> Work:
     grads = [torch.randn_like(tensors[0]) for tensors in given]
     found, absent = functions()
 
-    def through(function: Any) -> contest.Call:
-        leaves = [[t.detach().requires_grad_() for t in tensors] for tensors in given]
-        outputs = [function(*tensors, dropout_p) for tensors in leaves]
-
-        def call(place: int) -> Any:
-            return torch.autograd.grad(outputs[place], leaves[place], grads[place], retain_graph=True)
-
-        return call
-
-    contenders = {name: through(function) for name, function in found.items()}
+    leaves = [(*(t.detach().requires_grad_() for t in tensors), dropout_p) for tensors in given]
+    contenders = {name: contest.differentiation(function, leaves, grads) for name, function in found.items()}
     wanted = sum(PARAMETER_BIT[name] for name in ("bias", "weight", "norm_bias")) | DRESIDUAL
     wanted |= DX if dropout_p else 0
     seed = torch.tensor(7, device=DEVICE) if dropout_p else None
@@ -141,8 +129,8 @@ def backward(rows: int, hidden: int, dtype: str, dropout_p: float) -> Work:
         contenders[language] = call
     truth: list[Tensor] = []
     if not dropout_p:
-        leaves = [t.double().requires_grad_() for t in given[0]]
-        truth = list(torch.autograd.grad(eager(*leaves, 0.0), leaves, grads[0].double()))
+        exact = [t.double().requires_grad_() for t in given[0]]
+        truth = list(torch.autograd.grad(eager(*exact, 0.0), exact, grads[0].double()))
     return Work(
         f"gated_add_norm backward {rows}x{hidden} {dtype} p={dropout_p}",
         contenders,

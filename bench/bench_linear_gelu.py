@@ -6,6 +6,7 @@ The ceiling is the library's product alone at the same shape.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import contest
@@ -41,35 +42,21 @@ def operands(rows: int, hidden: int, sets: int) -> list[list[Tensor]]:
     return [[draw(rows, hidden), weight, bias] for _ in range(sets)]
 
 
-def functions() -> tuple[dict[str, Any], dict[str, str]]:
-    compiled, reason = peers.compiled(eager)
-    found = {"fastgate": linear_gelu, "eager": eager}
-    return (found, {"compile": reason}) if compiled is None else ({**found, "compile": compiled}, {})
-
-
 def forward(rows: int, hidden: int) -> Work:
     elements = rows * hidden + 4 * hidden * hidden + 4 * rows * hidden
     sets = contest.sets_for(elements * DTYPE.itemsize)
     given = operands(rows, hidden, sets)
-    found, absent = functions()
+    found, absent = peers.with_compiled({"fastgate": linear_gelu, "eager": eager}, eager)
     module, reason = peers.triton_kernels("linear_gelu")
     for form in FORMS:
         if module is None:
             absent[form] = reason
         else:
-            found[form] = getattr(module, f"forward_{form}")
-
-    def contender(function: Any) -> contest.Call:
-        @torch.no_grad()
-        def call(place: int) -> Any:
-            y = function(*given[place])
-            return y[0] if isinstance(y, tuple) else y  # the forms can give what backward wants, too
-
-        return call
+            found[form] = _y(getattr(module, f"forward_{form}"))
 
     return Work(
         f"linear_gelu forward {rows}x{hidden} {str(DTYPE).removeprefix('torch.')}",
-        {name: contender(function) for name, function in found.items()},
+        {name: contest.inference(function, given) for name, function in found.items()},
         elements * DTYPE.itemsize,
         8 * rows * hidden * hidden,
         sets,
@@ -83,22 +70,19 @@ def forward(rows: int, hidden: int) -> Work:
     )
 
 
+def _y(form: Callable[..., Any]) -> Callable[..., Tensor]:
+    """The first of a form's results: it can give what backward wants, too."""
+    return lambda *operands: form(*operands)[0]
+
+
 def backward(rows: int, hidden: int) -> Work:
     """Reads dy, u, x and the weight, writes du and reads it twice, and writes dx, dW and db."""
     elements = (2 + 3) * 4 * rows * hidden + 2 * rows * hidden + 2 * 4 * hidden * hidden
     sets = contest.sets_for(elements * DTYPE.itemsize)
     given = [[t.requires_grad_() for t in tensors] for tensors in operands(rows, hidden, sets)]
     grads = [torch.randn(rows, 4 * hidden, device=DEVICE).to(DTYPE) for _ in given]
-    found, absent = functions()
+    found, absent = peers.with_compiled({"fastgate": linear_gelu, "eager": eager}, eager)
     absent |= dict.fromkeys(FORMS, "forms of the forward only")
-
-    def contender(function: Any) -> contest.Call:
-        outputs = [function(*tensors) for tensors in given]
-
-        def call(place: int) -> Any:
-            return torch.autograd.grad(outputs[place], given[place], grads[place], retain_graph=True)
-
-        return call
 
     def products(place: int) -> Any:
         x, weight, _ = given[place]
@@ -108,7 +92,7 @@ def backward(rows: int, hidden: int) -> Work:
     leaves = [t.detach().double().requires_grad_() for t in given[0]]
     return Work(
         f"linear_gelu backward {rows}x{hidden} {str(DTYPE).removeprefix('torch.')}",
-        {name: contender(function) for name, function in found.items()},
+        {name: contest.differentiation(function, given, grads) for name, function in found.items()},
         elements * DTYPE.itemsize,
         16 * rows * hidden * hidden,
         sets,

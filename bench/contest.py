@@ -15,6 +15,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -188,6 +189,29 @@ def _gpu_lap(call: Call, sets: int) -> _Graph:
         torch.cuda.synchronize()
         cycles = round(min(WAIT_CYCLES, WAIT_CYCLES * taken * calls / sets))
         return _Queue(call, sets, calls, cycles)
+
+
+def inference(function: Callable[..., Any], given: Sequence[Sequence[Any]]) -> Call:
+    """function of a set's operands, without autograd."""
+
+    @torch.no_grad()
+    def call(place: int) -> Any:
+        return function(*given[place])
+
+    return call
+
+
+def differentiation(
+    function: Callable[..., Any], given: Sequence[Sequence[Any]], grads: Sequence[Tensor]
+) -> Call:
+    """The gradients of function's result in a set's differentiable operands; forward has run before."""
+    outputs = [function(*operands) for operands in given]
+    leaves = [[t for t in operands if isinstance(t, Tensor) and t.requires_grad] for operands in given]
+
+    def call(place: int) -> Any:
+        return torch.autograd.grad(outputs[place], leaves[place], grads[place], retain_graph=True)
+
+    return call
 
 
 def copying(size: int, sets: int) -> Call:

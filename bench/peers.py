@@ -40,6 +40,15 @@ def compiled(function: Callable[..., Any]) -> tuple[Callable[..., Any] | None, s
     return torch.compile(function, dynamic=False), ""
 
 
+def with_compiled(
+    functions: dict[str, Callable[..., Any]], eager: Callable[..., Any]
+) -> tuple[dict[str, Callable[..., Any]], dict[str, str]]:
+    """(functions and `compile`, torch.compile's form of `eager`, nothing) where it runs; else (functions,
+    why not)."""
+    found, reason = compiled(eager)
+    return (functions, {"compile": reason}) if found is None else ({**functions, "compile": found}, {})
+
+
 def liger(name: str) -> tuple[Callable[..., Any] | None, str]:
     """A function of Liger-Kernel's functional interface."""
     if not contest.ON_GPU:
