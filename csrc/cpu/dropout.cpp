@@ -32,7 +32,7 @@ FASTGATE_CLONES void drop_bf16(int64_t n, const void* x, void* y, const float* k
 
 }  // namespace
 
-// x: (rows, hidden) float32 or bfloat16; the mask of fastgate/reference.py's keep_mask.
+// x: (rows, hidden) float32 or bfloat16; the mask of keep_mask, fastgate/reference/dropout.py.
 Tensor dropout(Tensor x, double dropout_p, Tensor seed) {
   const auto dtype = x.scalar_type();
   STD_TORCH_CHECK(

@@ -1,4 +1,4 @@
-// gated_add_norm on the CPU, forward and backward: the equations of fastgate/reference.py, one row at a time.
+// gated_add_norm on the CPU, forward and backward: the equations of fastgate/reference/, one row at a time.
 //
 // A row is read once, worked on in float32 inside the first-level cache, and written once. Backward recomputes the
 // row's statistics from x and residual, so forward keeps nothing. Parameters' gradients are summed over fixed blocks

@@ -1,0 +1,25 @@
+"""Every op's mathematics in plain torch, forward and backward: the truth each backend is measured against.
+
+An op a file. Packed attention's is in fastgate/ops/attention.py, in torch's own attention.
+"""
+
+from .absorbed_attention import absorbed_attention, absorbed_attention_backward
+from .dropout import dropout_threshold, keep_mask, philox
+from .embed_norm import embed_norm, embed_norm_backward, scatter
+from .gated_add_norm import gated_add_norm, gated_add_norm_backward
+from .linear_gelu import linear_gelu, linear_gelu_backward
+
+__all__ = [
+    "absorbed_attention",
+    "absorbed_attention_backward",
+    "dropout_threshold",
+    "embed_norm",
+    "embed_norm_backward",
+    "gated_add_norm",
+    "gated_add_norm_backward",
+    "keep_mask",
+    "linear_gelu",
+    "linear_gelu_backward",
+    "philox",
+    "scatter",
+]
