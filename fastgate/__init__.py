@@ -8,6 +8,7 @@ from . import backends  # noqa: F401  leaves the compiled kernels where the ops 
 from .checkpoint import load, save
 from .errors import ArgumentError, CheckpointError, DataError, FastgateError, NothingPatched, Unsupported
 from .explain import explain
+from .freeze import freeze, thaw
 from .patch import patch, unpatch
 from .prune import prune
 
@@ -33,10 +34,12 @@ __all__ = [
     "Speedup",
     "Unsupported",
     "explain",
+    "freeze",
     "load",
     "patch",
     "prune",
     "save",
+    "thaw",
     "unpatch",
 ]
 

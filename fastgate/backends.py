@@ -17,6 +17,8 @@ import torch
 from fastgate import ops
 from fastgate.errors import ArgumentError, say
 from fastgate.ops.embed_norm import composed
+from fastgate.ops.linear import missing_for_onednn
+from fastgate.ops.linear_gelu import onednn
 
 CPU_LIBRARY = Path(__file__).parent / "libfastgate_cpu.so"
 CUDA_LIBRARY = Path(__file__).parent / "libfastgate_cuda.so"
@@ -169,6 +171,8 @@ def gpu_languages(op: str) -> list[tuple[str, str]]:
 
 def fill() -> None:
     """Put the best implementation that runs here into every slot of fastgate.ops."""
+    if not missing_for_onednn():
+        ops.SLOTS["linear_gelu", "cpu"] = onednn()
     if not load_cpu_library():
         for op in CPU_OPS:
             ops.SLOTS[op, "cpu"] = cpp(op)
@@ -188,11 +192,16 @@ def candidates() -> list[Candidate]:
     """Every implementation of every op on this machine: which run, for what, and why others do not."""
     found = []
     missing = load_cpu_library()
-    for op in ops.OPS:
+    for op in ("linear", *ops.OPS):
         rest = "every dtype"
-        if op in CPU_OPS:
-            found.append(Candidate(op, "cpu", "cpp", not missing, missing or "float32 and bfloat16"))
-            rest += ", in place of cpp" if missing else " that cpp does not take: float16 and float64"
+        for backend, written, why_not in (
+            ("cpp", op in CPU_OPS, missing),
+            ("onednn", op in ("linear", "linear_gelu"), missing_for_onednn()),
+        ):
+            if written:
+                found.append(Candidate(op, "cpu", backend, not why_not, why_not or "float32 and bfloat16"))
+                takes = f"that {backend} does not take: float16 and float64"
+                rest += f", in place of {backend}" if why_not else f" {takes}"
         found.append(Candidate(op, "cpu", "reference", True, rest))
         found += _on_accelerator(op)
     return found
@@ -220,6 +229,8 @@ def implementations(op: str, device_type: str = "cpu") -> list[ops.Implementatio
     found = [ops.REFERENCE[op]]
     if device_type == "cpu" and op in CPU_OPS and not load_cpu_library():
         found.append(cpp(op))
+    if device_type == "cpu" and op == "linear_gelu" and not missing_for_onednn():
+        found.append(onednn())
     if device_type == "cuda":
         for language in CUDA_BACKENDS.get(op, ()):
             missing, implementation = LANGUAGES[language]

@@ -15,7 +15,9 @@ from .ops.absorbed_attention import absorbed_attention
 from .ops.attention import attention, attention_probabilities
 from .ops.embed_norm import embed_norm
 from .ops.gated_add_norm import gated_add_norm
+from .ops.linear import linear as product
 from .ops.linear_gelu import linear_gelu
+from .packed import PackedLinear
 from .packing import Packing
 from .plan import Plan, Step, make_plan
 from .replacement import Replacement
@@ -88,17 +90,25 @@ def _is_exact_gelu(activation: Any) -> bool:
 def is_linear_gelu(intermediate: Any) -> bool:
     """The first half of a feed-forward block is what `linear_gelu` computes; if not, it runs as a module."""
     return (
-        is_plain(intermediate.dense)
+        weight_of(intermediate.dense) is not None
         and _is_exact_gelu(intermediate.intermediate_act_fn)
         and _is_itself(intermediate)
     )
 
 
+def weight_of(module: nn.Module) -> Tensor | None:
+    """The weight, plain or packed, to multiply with in place of calling the module; None: call it."""
+    if is_plain(module):
+        return module.weight  # type: ignore[return-value]
+    return module.packed if is_plain(module, PackedLinear) else None  # type: ignore[return-value]
+
+
 def linear(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
     """A Linear's product and the bias still to add; a module that is not plain is called, bias within."""
-    if is_plain(module):
-        return F.linear(x, module.weight), module.bias  # type: ignore[arg-type, return-value]
-    return module(x), None
+    weight = weight_of(module)
+    if weight is None:
+        return module(x), None
+    return product(x, weight), module.bias  # type: ignore[return-value]
 
 
 def drop(module: Any) -> float:
@@ -220,7 +230,7 @@ def _project_query(run: Run, layer: Any, h: Tensor) -> tuple[Tensor, Any]:
     packing = run.packing
     source = h if packing.key_rows is None else h.index_select(0, packing.key_rows)
     h = h.index_select(0, packing.wanted_rows)  # type: ignore[arg-type]
-    return h, (layer.attention.self.query(h), source)
+    return h, (_with_bias(*linear(layer.attention.self.query, h)), source)
 
 
 def _attend(run: Run, i: int, layer: Any, step: Step, projected: tuple[Any, ...]) -> Tensor:
@@ -293,7 +303,7 @@ def _intermediate(module: Any, h: Tensor) -> Tensor:
     if not is_linear_gelu(module):
         return module(h)
     dense = module.dense
-    return linear_gelu(h, dense.weight, dense.bias)
+    return linear_gelu(h, weight_of(dense), dense.bias)  # type: ignore[arg-type]
 
 
 def _output_norm(

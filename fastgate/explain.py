@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .encoder import is_linear_gelu, is_plain, replacement_of
+from .encoder import is_linear_gelu, replacement_of, weight_of
 from .forward import demanded_rows, make_runtime_plan
 from .packing import pack_rows
 from .plan import Sizes, flops
@@ -146,7 +146,7 @@ def _notes(layer: Any, first: str) -> tuple[str, ...]:
     ):
         parent, _, name = path.rpartition(".")
         module = layer.get_submodule(parent)._modules.get(name)
-        if module is not None and not is_plain(module) and not hasattr(module, "fastgate_removed"):
+        if module is not None and weight_of(module) is None and not hasattr(module, "fastgate_removed"):
             notes.append(f"{path} called as {type(module).__name__}")
     if not is_linear_gelu(layer.intermediate):
         notes.append(f"intermediate called as {type(layer.intermediate).__name__}")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .errors import NothingPatched, Unsupported, say
 from .families import FAMILIES, Family, Found, base_class, find_encoders, verify
 from .forward import forward_encoder
+from .freeze import thaw
 from .state import EncoderState, Runtime
 
 
@@ -69,6 +70,7 @@ def unpatch(model: nn.Module) -> nn.Module:
                     "load the unpruned model, or open the gates if the weights are still there",
                 )
             )
+    thaw(model)
     for item in found:
         EncoderState(item.encoder).remove_replacements()
         del item.encoder.fastgate_runtime

@@ -69,6 +69,10 @@ def double(operands):
     return [None if t is None else t.double() for t in operands]
 
 
+# Largest error of oneDNN's float32 GELU over (-8, 8), a polynomial's; torch's own is 1.2e-6 there.
+ONEDNN_GELU = 4e-7
+
+
 def growth(dtype, terms):
     """A float32 sum is rounded at every term, a random walk, and orders of summing differ by as much; sums of
     the half precisions are float32 too, and round once that shows."""
@@ -81,9 +85,14 @@ def check_forward(backend, case, dtype, bias=True, seed=0, bias_dtype=None):
     truth, torchs = eager(*double(operands)), eager(*operands)
     y = backend.forward(*operands)
     assert y.shape == truth.shape and y.dtype == dtype
-    assert error(y, truth) <= allowed(torchs, truth, dtype, growth(dtype, case.depth))
+    bound = allowed(torchs, truth, dtype, growth(dtype, case.depth))
+    if backend.backend == "onednn" and dtype == FP32:
+        bound += ONEDNN_GELU
+    assert error(y, truth) <= bound
     kept_y, v = backend.saving[0](*operands)
-    assert torch.equal(kept_y, y) and v.shape == y.shape and v.dtype == dtype
+    assert v.shape == y.shape and v.dtype == dtype
+    # oneDNN's GELU within the product is not the GELU of v to the last bit.
+    assert error(kept_y, truth) <= bound if backend.backend == "onednn" else torch.equal(kept_y, y)
     return v
 
 

@@ -25,10 +25,12 @@ LOW = {
     "backends": {"ops", "kernels"},
     "info": {"backends"},
     "families": {"gates", "encoder"},
-    "encoder": {"ops", "plan", "packing", "gates", "replacement"},
+    "packed": {"ops"},
+    "encoder": {"ops", "plan", "packing", "gates", "replacement", "packed"},
     "state": {"encoder", "families", "replacement"},
     "forward": {"encoder", "families", "packing", "plan", "state"},
-    "patch": {"families", "forward", "state"},
+    "freeze": {"encoder", "families", "ops", "packed", "state"},
+    "patch": {"families", "forward", "freeze", "state"},
 }
 MODEL = set(LOW) - {"kernels", "backends", "info"}
 MIDDLE = {
@@ -40,7 +42,7 @@ MIDDLE = {
     "pruning": MODEL | {"prune", "checkpoint"},
 }
 ARROWS = {**LOW, **MIDDLE}
-TORCH_ONLY = ("errors", "reference", "gates", "plan", "packing", "replacement", "ops", "encoder")
+TORCH_ONLY = ("errors", "reference", "gates", "plan", "packing", "replacement", "ops", "packed", "encoder")
 
 
 def sources(folder: Path) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastgate.errors import ArgumentError, say
-from fastgate.ops import slots
+from fastgate.ops import linear, slots
 
 # Bits of the backward's `wanted`.
 DX, DWEIGHT, DBIAS = 1, 2, 4
@@ -28,22 +29,26 @@ slots.schemas.define(
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """gelu(x W^T + b), gelu(v) = v (1 + erf(v / sqrt 2)) / 2.
 
-    x: (..., K), floating; weight: (N, K) of x's dtype; bias: (N,). Returns (..., N) in x's dtype. Under
-    autocast x and weight are cast as torch's F.linear casts them. Differentiable in every tensor.
+    x: (..., K), floating; weight: (N, K) of x's dtype, or what `linear.pack` made of one; bias: (N,). Returns
+    (..., N) in x's dtype. Under autocast x and weight are cast as torch's F.linear casts them. Differentiable
+    in every tensor.
 
-    Raises ArgumentError for shapes, dtypes or devices that do not fit.
+    Raises ArgumentError for shapes, dtypes or devices that do not fit, Unsupported for a packed weight as
+    `linear` does.
     """
     autocast = torch.is_autocast_enabled(x.device.type)
     _check(x, weight, bias, autocast)
     dtype = _autocast_dtype(x) if autocast else x.dtype
     chosen = slots.implementation("linear_gelu", x.device.type, dtype)
-    if chosen.backend == "reference":
+    if chosen.backend == "reference" or (chosen.backend == "onednn" and not linear.takes(x, weight)):
+        linear.refuse_packed(weight)
         return F.gelu(F.linear(x, weight, bias))
     if autocast:
         x, weight = x.to(dtype), weight.to(dtype)
     direct = slots.is_direct(x)
     if not slots.needs_gradient(x, weight, bias):
         return (chosen.forward if direct else torch.ops.fastgate.linear_gelu)(x, weight, bias)
+    linear.refuse_packed(weight)
     return (_LinearGelu.apply if direct else torch.ops.fastgate.linear_gelu_saving)(x, weight, bias)[0]
 
 
@@ -91,16 +96,48 @@ def _reference_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if v is None:
         v = _reference_product(x, weight, bias)
+    return _from_product(grad, v, x, weight, wanted, torch.matmul)
+
+
+def _from_product(
+    grad: Tensor, v: Tensor, x: Tensor, weight: Tensor, wanted: int, times: Callable[[Tensor, Tensor], Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients from v = x W^T + b; times: makes dx of dv and the weight."""
     dv = torch.ops.aten.gelu_backward(grad, v)
     dx, dweight, dbias = _empty_gradients(x, weight, wanted)
     rows = dv.reshape(-1, weight.shape[0])
     if wanted & DX:
-        dx.copy_(torch.matmul(dv, weight))
+        dx = times(dv, weight)
     if wanted & DWEIGHT:
-        torch.mm(rows.t(), x.reshape(-1, weight.shape[1]), out=dweight)
+        dweight = linear.weight_gradient(dv, x)
     if wanted & DBIAS:
         torch.sum(rows, 0, dtype=dbias.dtype, out=dbias)
     return dx, dweight, dbias
+
+
+def _onednn_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return linear.product(x, weight, None if bias is None else bias.to(x.dtype), gelu=True)
+
+
+def _onednn_saving(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    v = linear.product(x, weight, None if bias is None else bias.to(x.dtype))
+    return F.gelu(v), v
+
+
+def _onednn_backward(
+    grad: Tensor, v: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None, wanted: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    if v is None:
+        _, v = _onednn_saving(x, weight, bias)
+    return _from_product(grad, v, x, weight, wanted, linear.rows_gradient)
+
+
+def onednn() -> slots.Implementation:
+    """The CPU's, where `linear.missing_for_onednn` finds nothing: bias and GELU within the product."""
+    saving = (_onednn_saving, _onednn_backward)
+    return slots.Implementation(
+        "onednn", _onednn_forward, _onednn_backward, frozenset(linear.ONEDNN_DTYPES), saving
+    )
 
 
 def _empty_gradients(x: Tensor, weight: Tensor, wanted: int) -> tuple[Tensor, Tensor, Tensor]:

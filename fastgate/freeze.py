@@ -1,0 +1,94 @@
+"""`freeze`: pack the weights of a patched model for inference on the CPU. `thaw` takes it back."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from torch import Tensor, nn
+
+from .encoder import is_plain, is_skipped
+from .errors import ArgumentError, NothingPatched, Unsupported, say
+from .families import find_encoders
+from .ops.linear import ONEDNN_DTYPES, missing_for_onednn
+from .packed import PackedLinear
+from .state import EncoderState
+
+
+def freeze(model: nn.Module) -> nn.Module:
+    """Lay the weights of every plain Linear in `model` out as oneDNN multiplies, in place; returns the model.
+
+    For inference on the CPU in float32 or bfloat16: the same outputs but for rounding, fewest bytes moved a
+    product. The packed weights replace the parameters, so they can neither go stale nor be trained; the
+    parameters that are left no longer ask for gradients. Weights that several modules share, and those that
+    are read otherwise than by a product, stay as they are. State dict, `fastgate.save`, copies and pickles
+    hold ordinary weights. `fastgate.thaw(model)` gives the Linears back. Freezing twice changes nothing.
+
+    Raises NothingPatched for a model that is not patched, ArgumentError for one in training mode or with soft
+    gates, Unsupported for other devices and dtypes or a torch without oneDNN.
+    """
+    encoders = [item.encoder for item in find_encoders(model) if hasattr(item.encoder, "fastgate_runtime")]
+    if not encoders:
+        got = f"unpatched {type(model).__name__}"
+        raise NothingPatched(say("freeze", "model", got, "a patched model", "call fastgate.patch(model)"))
+    if model.training:
+        got = "a model in training mode"
+        raise ArgumentError(say("freeze", "model", got, "one in eval mode", "call model.eval() first"))
+    if missing_for_onednn():
+        raise Unsupported(say("freeze", "torch", missing_for_onednn(), "oneDNN", "run the model as it is"))
+    whole: set[nn.Module] = set()
+    for encoder in encoders:
+        state = EncoderState(encoder)
+        soft = [i for i, gate in enumerate(state.gates) if isinstance(gate, Tensor)]
+        if soft:
+            remedy = "harden the gates (Pruner.harden) first"
+            raise ArgumentError(say("freeze", "model", f"soft gates in layers {soft}", "0 or 1", remedy))
+        if state.runtime.demand == "first":
+            whole |= _absorbed(state)
+    shared = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
+    found = [
+        (parent, name, module)
+        for parent in model.modules()
+        for name, module in parent.named_children()
+        if isinstance(module, nn.Linear)
+        and is_plain(module)
+        and module not in whole
+        and shared[id(module.weight)] == 1
+    ]
+    kinds = {(m.weight.device.type, m.weight.dtype) for *_, m in found}
+    wrong = sorted(
+        f"{dtype} on {device}" for device, dtype in kinds if device != "cpu" or dtype not in ONEDNN_DTYPES
+    )
+    if wrong:
+        remedy = "run the model as it is, or convert it first"
+        raise Unsupported(say("freeze", "model", ", ".join(wrong), "float32 or bfloat16 on the CPU", remedy))
+    for parent, name, module in found:
+        setattr(parent, name, PackedLinear(module))
+    model.requires_grad_(False)
+    return model
+
+
+def thaw(model: nn.Module) -> nn.Module:
+    """Give `model` the Linears back that `freeze` packed, in place; returns the model.
+
+    Every parameter asks for gradients again. A model that is not frozen stays as it is.
+    """
+    found = [
+        (parent, name, module)
+        for parent in model.modules()
+        for name, module in parent.named_children()
+        if isinstance(module, PackedLinear)
+    ]
+    for parent, name, module in found:
+        setattr(parent, name, module.thawed())
+    if found:
+        model.requires_grad_(True)
+    return model
+
+
+def _absorbed(state: EncoderState) -> set[nn.Module]:
+    """The key and value Linears of the last attention: with one query a sequence their weights are read."""
+    top = max((i for i, gate in enumerate(state.gates) if not is_skipped(gate)), default=None)
+    if top is None:
+        return set()
+    attention = state.layers[top].attention.self
+    return {attention.key, attention.value}

@@ -1,0 +1,184 @@
+"""freeze and thaw: packed weights compute what plain ones do, cannot go stale, and are given back."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import encoders
+import pytest
+import torch
+from torch import nn
+
+import fastgate
+from fastgate.encoder import is_plain
+from fastgate.packed import PackedLinear
+
+HEADS = ("Model", "ForSequenceClassification", "ForTokenClassification", "ForMaskedLM")
+
+
+def frozen(head="ForSequenceClassification", keep=None, dtype=torch.float32, family="Bert"):
+    model = fastgate.patch(encoders.make(family, head).to(dtype))
+    if keep is not None:
+        fastgate.prune(model, keep=keep)
+    return model, fastgate.freeze(copy.deepcopy(model))
+
+
+def packed(model):
+    return [module for module in model.modules() if isinstance(module, PackedLinear)]
+
+
+def outputs(model, batch):
+    with torch.inference_mode():
+        return model(**batch).to_tuple()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("keep", [None, [0, 2], [0], []], ids=str)
+@pytest.mark.parametrize("head", HEADS)
+def test_the_outputs_are_the_same(head, keep, dtype):
+    plain, ours = frozen(head, keep, dtype)
+    batch = encoders.batch(plain, head)
+    tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.05}
+    for one, other in zip(outputs(plain, batch), outputs(ours, batch), strict=True):
+        torch.testing.assert_close(one, other, **tolerance)
+
+
+def test_what_is_packed():
+    """Every Linear that is only multiplied with: not the absorbed attention's, not a tied decoder."""
+    _, classifier = frozen(keep=[0, 1])
+    names = [name for name, module in classifier.named_modules() if is_plain(module)]
+    assert names == [f"bert.encoder.layer.1.attention.self.{part}" for part in ("key", "value")]
+    _, tagger = frozen("ForTokenClassification")
+    assert not [name for name, module in tagger.named_modules() if is_plain(module)]
+    _, masked = frozen("ForMaskedLM")
+    assert [n for n, module in masked.named_modules() if is_plain(module)] == ["cls.predictions.decoder"]
+
+
+def test_the_weights_are_there_once_and_ask_for_no_gradient():
+    plain, ours = frozen("ForTokenClassification")
+    left = {name for name, _ in ours.named_parameters()}
+    assert not any(name.endswith("dense.weight") for name in left)
+    assert not any(p.requires_grad for p in ours.parameters())
+    assert len(packed(ours)) == sum(isinstance(m, nn.Linear) for m in plain.modules())
+
+
+def test_the_state_dict_is_the_plain_models():
+    plain, ours = frozen("ForTokenClassification")
+    one, other = plain.state_dict(), ours.state_dict()
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_new_weights_are_packed_anew():
+    plain, ours = frozen()
+    batch = encoders.batch(plain, "ForSequenceClassification")
+    before = outputs(ours, batch)[0]
+    with torch.no_grad():
+        for parameter in plain.parameters():
+            parameter.mul_(1.1)
+    ours.load_state_dict(plain.state_dict())
+    assert not torch.allclose(outputs(ours, batch)[0], before, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(outputs(ours, batch)[0], outputs(plain, batch)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_state_dict_that_does_not_fit_is_refused():
+    _, ours = frozen("ForTokenClassification")
+    whole = ours.state_dict()
+    short = {name: value for name, value in whole.items() if name != "classifier.weight"}
+    with pytest.raises(RuntimeError, match=r'Missing key.*"classifier.weight"'):
+        ours.load_state_dict(short)
+    with pytest.raises(RuntimeError, match=r"size mismatch for classifier.weight"):
+        ours.load_state_dict({**whole, "classifier.weight": torch.zeros(2, 2)})
+    assert not ours.load_state_dict(short, strict=False).unexpected_keys
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_are_frozen_and_apart(way):
+    plain, ours = frozen()
+    batch = encoders.batch(plain, "ForSequenceClassification")
+    other = way(ours)
+    assert len(packed(other)) == len(packed(ours)) > 0
+    assert torch.equal(outputs(other, batch)[0], outputs(ours, batch)[0])
+    other.load_state_dict({name: torch.zeros_like(t) for name, t in other.state_dict().items()})
+    torch.testing.assert_close(outputs(ours, batch)[0], outputs(plain, batch)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_another_dtype_is_packed_anew():
+    plain, ours = frozen()
+    ours.to(torch.bfloat16)
+    assert {module.packed.dtype for module in packed(ours)} == {torch.bfloat16}
+    batch = encoders.batch(plain, "ForSequenceClassification")
+    want = outputs(plain.to(torch.bfloat16), batch)[0]
+    torch.testing.assert_close(outputs(ours, batch)[0], want, rtol=0.05, atol=0.05)
+
+
+def test_save_and_load(tmp_path):
+    plain, ours = frozen(keep=[1])
+    fastgate.save(ours, tmp_path / "saved")
+    batch = encoders.batch(plain, "ForSequenceClassification")
+    loaded = fastgate.load(tmp_path / "saved")
+    assert not packed(loaded)
+    torch.testing.assert_close(outputs(loaded, batch)[0], outputs(plain, batch)[0])
+
+
+@pytest.mark.parametrize("keep", [None, [1]], ids=str)
+def test_thaw_gives_the_linears_back(keep):
+    plain, ours = frozen(keep=keep)
+    state = torch.get_rng_state()
+    assert fastgate.thaw(ours) is ours
+    assert torch.equal(state, torch.get_rng_state())
+    assert not packed(ours) and all(p.requires_grad for p in ours.parameters())
+    for (name, one), (_, other) in zip(plain.named_parameters(), ours.named_parameters(), strict=True):
+        assert torch.equal(one, other), name
+    batch = encoders.batch(plain, "ForSequenceClassification", labels=True)
+    ours(**batch).loss.backward()
+    assert fastgate.thaw(plain) is plain
+
+
+def test_unpatch_thaws_too():
+    _, ours = frozen()
+    fastgate.unpatch(ours)
+    assert not packed(ours) and not hasattr(ours.bert, "fastgate_runtime")
+
+
+def test_freezing_twice_changes_nothing():
+    _, ours = frozen()
+    before = packed(ours)
+    fastgate.freeze(ours)
+    assert [id(module) for module in packed(ours)] == [id(module) for module in before]
+
+
+def test_explain_says_nothing_new():
+    plain, ours = frozen()
+    assert str(fastgate.explain(plain)) == str(fastgate.explain(ours))
+
+
+def test_what_freeze_refuses():
+    model = encoders.make("Bert", "ForSequenceClassification")
+    with pytest.raises(fastgate.NothingPatched, match=r"freeze: model.*fastgate\.patch"):
+        fastgate.freeze(model)
+    fastgate.patch(model)
+    with pytest.raises(fastgate.ArgumentError, match=r"training mode.*model\.eval\(\)"):
+        fastgate.freeze(model.train())
+    with pytest.raises(fastgate.Unsupported, match=r"freeze: model: got torch\.float64 on cpu"):
+        fastgate.freeze(model.eval().double())
+    from fastgate.state import encoder_state
+
+    encoder_state(model.float()).set_gates([torch.tensor(0.5), 1.0, 1.0])
+    with pytest.raises(fastgate.ArgumentError, match=r"soft gates in layers \[0\]"):
+        fastgate.freeze(model)
+    assert not packed(model)
+
+
+def test_what_a_frozen_model_refuses():
+    plain, ours = frozen()
+    batch = encoders.batch(plain, "ForSequenceClassification")
+    ours.requires_grad_(True)
+    with pytest.raises(fastgate.Unsupported, match=r"training.*fastgate\.thaw"):
+        ours(**batch)
+    ours.requires_grad_(False)
+    with pytest.raises(fastgate.Unsupported, match=r"autocast.*fastgate\.thaw"), torch.autocast("cpu"):
+        ours(**batch)
+    with pytest.raises(fastgate.Unsupported, match=r"freeze: model: got torch\.float64"):
+        ours.double()
