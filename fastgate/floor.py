@@ -1,4 +1,7 @@
-"""The floor under a run: the matrix products that a plan needs, by themselves, at their own shapes."""
+"""The floor under a run: the matrix products that a plan needs, by themselves, at their own shapes.
+
+Each is made the fastest way known here: on the CPU by oneDNN, from packed weights.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .ops.linear import pack, product, takes
 from .plan import Sizes, Step, products
 from .state import encoder_state
 
@@ -39,7 +43,10 @@ class Floor:
 
     def __call__(self, batch: Batch) -> None:
         for a, b, pairs in self._work[id(batch)]:
-            torch.bmm(a, b) if pairs else F.linear(a, b)
+            if pairs:
+                torch.bmm(a, b)
+            else:
+                product(a, b) if b.is_mkldnn else F.linear(a, b)
 
     def _products(self, mask: Tensor, steps: list[tuple[str, int, int]]) -> list[tuple[Tensor, Tensor, bool]]:
         config: Any = self.state.encoder.config
@@ -60,10 +67,15 @@ class Floor:
             for place, (m, inner, outer) in enumerate(products(Step(op, layer, False), sizes, heads)):
                 if op == "project_down":
                     inner, outer = outer, inner
-                work.append(
-                    (self._tensor("x", m, inner), self._tensor((layer, op, place), outer, inner), False)
-                )
+                work.append((self._tensor("x", m, inner), self._weight((layer, op, place), outer, inner), False))
         return work
+
+    def _weight(self, name: object, *shape: int) -> Tensor:
+        key = ("weight", name, *shape)
+        if key not in self._made:
+            weight = torch.randn(*shape, device=self.device, dtype=self.dtype)
+            self._made[key] = pack(weight) if takes(weight, weight) else weight
+        return self._made[key]
 
     def _tensor(self, name: object, *shape: int) -> Tensor:
         key = (name, *shape)
