@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -40,7 +41,8 @@ class Pruner:
     Gates are drawn on the host once an optimizer step, outside forward, so micro-batches and recomputed
     activations see one draw. An attention whose gate was drawn 0 does not run and has no gradient in that
     step: None, so Adam leaves it alone, where zeros would move it by its momentum. `history`: what the gates
-    did, a list of dicts. `kept`: the layers whose attention stays, None until hardened.
+    did, a list of dicts. `kept`: the layers whose attention stays, None until hardened. `teacher_seconds`: what
+    the teacher's forwards took so far, by the host's clock.
 
     teacher: a dense model fine-tuned on the task; None: the model itself with every gate open, until
     hardening. total_steps: optimizer steps of the run; None if `plan_steps` will be called before the first.
@@ -60,6 +62,7 @@ class Pruner:
         self.steps = 0
         self.kept: list[int] | None = None
         self.history: list[dict[str, Any]] = []
+        self.teacher_seconds = 0.0
         self._teacher_model = teacher
         self._schedule: Schedule | None = None
         self._attached = False
@@ -271,7 +274,9 @@ class Pruner:
     ) -> Tensor:
         distill, teacher = self.config.distill, self._teacher
         assert distill is not None and teacher is not None
+        start = time.perf_counter()
         lesson = teacher(inputs, want_hidden=distill.hidden > 0)
+        self.teacher_seconds += time.perf_counter() - start
         total = torch.zeros((), device=self._device)
         scores = logits_of(outputs)
         if distill.logits and scores:

@@ -280,7 +280,12 @@ class _Run:
                 teacher=teacher,
             )
             seconds = self.train(trainer)
-            notes = {"kept": trainer.pruner.kept, "seconds": seconds, "steps": trainer.pruner.history}
+            notes = {
+                "kept": trainer.pruner.kept,
+                "seconds": seconds,
+                "teacher_seconds": trainer.pruner.teacher_seconds,
+                "steps": trainer.pruner.history,
+            }
             _write_json(self.out / _HISTORY, notes)
             save(trainer.model, folder, self.tokenizer)
         notes = json.loads((self.out / _HISTORY).read_text())
@@ -292,6 +297,7 @@ class _Run:
             "scores": scores,
             "score": scores[self.task.metric],
             "seconds": notes["seconds"],
+            "teacher_seconds": notes["teacher_seconds"],
             "kept": notes["kept"],
             "layers": int(model.config.num_hidden_layers),
         }
