@@ -28,7 +28,9 @@ LOW = {
     "encoder": {"ops", "plan", "packing", "gates", "replacement"},
     "state": {"encoder", "families", "replacement"},
     "forward": {"encoder", "families", "packing", "plan", "state"},
-    "patch": {"families", "forward", "state"},
+    "heads": {"families", "forward", "state"},
+    "sentence": set(),
+    "patch": {"families", "forward", "heads", "sentence", "state"},
 }
 MODEL = set(LOW) - {"kernels", "backends", "info"}
 MIDDLE = {
@@ -40,7 +42,7 @@ MIDDLE = {
     "pruning": MODEL | {"prune", "checkpoint"},
 }
 ARROWS = {**LOW, **MIDDLE}
-TORCH_ONLY = ("errors", "reference", "gates", "plan", "packing", "replacement", "ops", "encoder")
+TORCH_ONLY = ("errors", "reference", "gates", "plan", "packing", "replacement", "ops", "encoder", "sentence")
 
 
 def sources(folder: Path) -> list[Path]:
