@@ -17,8 +17,8 @@ from .state import Runtime
 def rows_read(head: Any, runtime: Runtime, given: dict[str, Any]) -> Tensor | None:
     """(batch, length) bool, the rows that a call of a tagging or language-model head reads; None: attended.
 
-    The rows asked for and the labelled ones; in evaluation, or if `patch` was asked for all, a loss comes with
-    the logits of all attended rows. given: the call's arguments by name.
+    The rows asked for and the labelled ones; in evaluation, or where `patch` was asked for all, a loss comes
+    with the logits of all attended rows. given: the call's arguments by name.
     """
     rows, labels, tokens = given.get("rows"), given.get("labels"), _tokens(given)
     if tokens is None or (rows is None and labels is None):
@@ -61,6 +61,8 @@ def masked_lm(head: Any, family: Family, rows: Tensor | None, given: dict[str, A
     picked = flat if index is None else flat.index_select(0, index)
     module = head.cls if hasattr(head, "cls") else head.lm_head
     pretraining = hasattr(module, "seq_relationship")
+    scores: Tensor
+    relation: Any
     scores, relation = module(picked, outputs.pooler_output) if pretraining else (module(picked), None)
     logits = scores if index is None else _spread(scores, index, len(flat))
     logits = logits.view(*hidden.shape[:2], -1)
