@@ -6,6 +6,7 @@ import functools
 import inspect
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from . import sentence
@@ -108,6 +109,11 @@ def unpatch(model: nn.Module) -> nn.Module:
     return model
 
 
+# How many rows there are is a matter of data, and a graph for each number would be compiled again and again:
+# torch.compile leaves the encoder, whose steps are compiled kernels and library products, as it is.
+_uncompiled = torch.compiler.disable(forward_encoder, reason="fastgate's encoder runs packed rows")
+
+
 def _swapped_class(family: Family, hf: type[nn.Module], demand: str) -> type[nn.Module]:
     """A subclass under the same name, so that pipelines, configs and pickles see the old class."""
     original = hf.forward
@@ -117,7 +123,8 @@ def _swapped_class(family: Family, hf: type[nn.Module], demand: str) -> type[nn.
 
         @functools.wraps(original)
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-            return forward_encoder(self, *args, **kwargs)
+            run = _uncompiled if torch.compiler.is_compiling() else forward_encoder
+            return run(self, *args, **kwargs)
 
     else:
 
