@@ -104,7 +104,7 @@ def demanded(name: str, value: Tensor, mask: Tensor) -> Tensor:
 
 
 def without_attention(model: nn.Module, layers: Iterable[int]) -> nn.Module:
-    """A model of transformers with the attention of these layers taken out: its LayerNorm of the input stays."""
+    """A model of transformers without the attention of these layers: its LayerNorm of the input stays."""
 
     def skip(module: Any, args: tuple[Tensor, Tensor], output: Tensor) -> Tensor:
         return module.LayerNorm(args[1])
