@@ -61,6 +61,7 @@ def forward_encoder(
     attentions = kwargs.get("output_attentions")
     attentions = getattr(config, "output_attentions", False) if attentions is None else attentions
     whole = wanted_hidden is not None or bool(attentions)
+    rows = None if rows is None else checked_rows(rows, (batch, length), runtime.reads)
     attended = _attended(attention_mask, batch, length, device)
     demanded = demanded_rows(encoder, attended, rows, whole, (batch, length), device)
     packing = pack_rows(batch, length, attended, demanded, device)
@@ -146,8 +147,6 @@ def demanded_rows(
     rows: those this call reads. whole: every row is read, padding too.
     """
     runtime: Runtime = encoder.fastgate_runtime
-    if rows is not None:
-        rows = checked_rows(rows, shape, runtime.reads).to(device)
     if whole or runtime.demand == "every":
         return torch.ones(shape, dtype=torch.bool, device=device)
     if rows is None and runtime.demand == "start" and attended is not None:
@@ -157,6 +156,7 @@ def demanded_rows(
     first[:, 0] = True
     if rows is None and runtime.demand in ("first", "start"):
         return first
+    rows = None if rows is None else rows.to(device)
     wanted = attended if rows is None else rows
     if wanted is not None and (
         runtime.reads in ("first", "start") or getattr(encoder, "pooler", None) is not None
