@@ -133,7 +133,7 @@ def run_plan(run: Run, embedded: Callable[[bool], Ids | Tensor]) -> Tensor:
         else:
             h = _run_layer(run, i, h)
         if run.record is not None:
-            # Here, not inside: what is computed anew in the backward has no gradient outside, and comes twice.
+            # Not inside: what is computed anew in the backward has no gradient outside, and comes twice.
             _note_hidden(run, h, run.plan.of_layer(i)[-1].narrow)
     return h
 

@@ -35,7 +35,8 @@ class Replacement(nn.Module):
 
     def scale_and_shift(self, share: float | Tensor) -> tuple[Tensor | None, Tensor | None]:
         """(a, b) so that a * h + b = h + share * r(h); None stands for 1 and 0."""
-        scale, shift = self.scale, self.shift
+        scale: Tensor | None = self.scale
+        shift: Tensor | None = self.shift
         if isinstance(share, Tensor) or share != 1.0:  # else each would be a kernel that changes nothing
             scale = None if scale is None else share * scale
             shift = None if shift is None else share * shift

@@ -283,6 +283,20 @@ def test_what_inspects_the_signature_sees_the_old_one(head):
     assert "rows" not in trainer._signature_columns and "input_ids" in trainer._signature_columns
 
 
+@pytest.mark.parametrize("head", ["ForTokenClassification", "ForMaskedLM"])
+def test_gradients_of_logits_that_were_asked_for(head):
+    """A loss of one's own over the rows asked for."""
+    model = make("Bert", head)
+    patched = fastgate.patch(copy.deepcopy(model))
+    inputs = batch(model, head)
+    asked = some_rows(inputs)
+    model(**inputs).logits[asked].square().mean().backward()
+    patched(**inputs, rows=asked).logits[asked].square().mean().backward()
+    for (name, ours), theirs in zip(patched.named_parameters(), model.parameters(), strict=True):
+        if theirs.grad is not None and "key.bias" not in name:
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-5, msg=name)
+
+
 @torch.no_grad()
 def test_rows_may_lie_on_the_host_and_in_inference_mode():
     patched = fastgate.patch(make("Bert", "ForMaskedLM"))

@@ -174,8 +174,8 @@ def quantised(model, places=PLACES):
 @pytest.mark.parametrize("place", [*PLACES, "all"])
 @torch.no_grad()
 def test_quantised_linears_are_honoured(place):
-    """Their scale is taken from all rows of the call: where these are the same, so is the output; on fewer the
-    error is as large as Hugging Face's."""
+    """Their scale is taken from all rows of the call: where these are the same, so is the output; on fewer
+    rows the error is like Hugging Face's."""
     exact = make("Bert", "ForTokenClassification")
     model = quantised(copy.deepcopy(exact), PLACES if place == "all" else (place,))
     patched = fastgate.patch(copy.deepcopy(model))

@@ -111,7 +111,7 @@ def test_gradient_checkpointing_changes_nothing_but_the_memory(head, dropout, ke
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_one_draw_of_the_gates_is_seen_by_both_passes(dropout, reentrant):
-    """The next step's gates, drawn before the backward has run, are not what the layers are computed anew with."""
+    """Layers are computed anew with the gates of their forward, whatever was drawn before the backward ran."""
     options = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
     model = fastgate.patch(make("Bert", "ForSequenceClassification", layers=5, **options)).train()
     model.bert.embeddings.dropout.p = 0.0
