@@ -68,6 +68,7 @@ def _is_itself(module: nn.Module) -> bool:
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
+        or module._backward_pre_hooks
         or "forward" in module.__dict__
     )
 

@@ -258,8 +258,23 @@ def _are_plain(words: nn.Module, positions: nn.Module, types: nn.Module) -> bool
     """Whether embed_norm may stand for these tables: nothing but rows to gather, of one dtype."""
     tables = (words, positions, types)
     return (
-        all(is_plain(t, nn.Embedding) for t in tables)
+        all(_only_gathers(t) for t in tables)
         and not any(t.max_norm is not None or t.scale_grad_by_freq or t.sparse for t in tables)
         and types.padding_idx is None
         and len({t.weight.dtype for t in tables}) == 1
+    )
+
+
+def _only_gathers(table: nn.Module) -> bool:
+    """An Embedding and nothing more, but for a hook that transformers adds for gradient checkpointing: it makes
+    the output require a gradient, which it does already if the weight does."""
+    if is_plain(table, nn.Embedding):
+        return True
+    hooks = [getattr(hook, "__qualname__", "") for hook in table._forward_hooks.values()]
+    others = table._forward_pre_hooks or table._backward_hooks or table._backward_pre_hooks
+    return (
+        type(table) is nn.Embedding
+        and table.weight.requires_grad
+        and all(name.endswith("make_inputs_require_grads") for name in hooks)
+        and not (others or "forward" in table.__dict__)
     )

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers.modeling_outputs import MaskedLMOutput
 from transformers.utils import can_return_tuple
 
+from .errors import ArgumentError, say
 from .families import Family
 from .forward import checked_rows
 from .state import Runtime
@@ -26,8 +27,13 @@ def rows_read(head: Any, runtime: Runtime, given: dict[str, Any]) -> Tensor | No
     shape = (tokens.shape[0], tokens.shape[1])
     if rows is not None:
         rows = checked_rows(rows, shape)
-    if labels is None or labels.numel() != shape[0] * shape[1]:
+    if labels is None:
         return rows
+    if labels.numel() != shape[0] * shape[1]:
+        got = f"shape {tuple(labels.shape)}"
+        raise ArgumentError(
+            say("forward", "labels", got, f"one a token, {shape}", "pad labels as the input is")
+        )
     labelled = (labels != -100).view(shape)
     if rows is not None:
         return rows.to(labelled.device) | labelled

@@ -5,6 +5,7 @@ import inspect
 import pickle
 
 import pytest
+import tiny
 import torch
 import transformers
 from encoders import FAMILIES, LENGTHS, VOCABULARY, batch, make
@@ -216,6 +217,16 @@ def test_rows_that_cannot_be_honoured_are_refused():
 
 
 @pytest.mark.parametrize("head", TOKENS)
+def test_labels_for_other_tokens_are_refused(head):
+    patched = fastgate.patch(make("Bert", head))
+    inputs = batch(patched, head, labels=True)
+    longer = torch.nn.functional.pad(inputs.pop("labels"), (0, 1))
+    for training in (False, True):
+        with pytest.raises(ValueError, match=r"labels: got shape \(4, 15\), wanted one a token, \(4, 14\)"):
+            patched.train(training)(**inputs, labels=longer)
+
+
+@pytest.mark.parametrize("head", TOKENS)
 def test_in_training_only_labelled_rows_are_computed(head):
     patched = fastgate.patch(make("Bert", head))
     inputs = batch(patched, head, labels=True)
@@ -270,6 +281,25 @@ def test_language_models_return_tuples_as_before():
         torch.testing.assert_close(
             logits_of(positional), logits_of(model(**{**inputs, "token_type_ids": None}))
         )
+
+
+@pytest.mark.parametrize(
+    "task, head", [("fill-mask", "MaskedLM"), ("token-classification", "TokenClassification")]
+)
+def test_pipelines_over_tokens(task, head, tmp_path):
+    folder = tiny.model_folder(tmp_path / "model")
+    model = getattr(transformers, f"BertFor{head}").from_pretrained(folder).eval()
+    texts = ["the film was [MASK]", "a [MASK] story it was not"]
+    found = [
+        transformers.pipeline(task, model=each, tokenizer=tiny.tokenizer(tmp_path / "words"))(
+            texts, batch_size=2
+        )
+        for each in (model, fastgate.patch(copy.deepcopy(model)))
+    ]
+    for theirs, ours in zip(*found, strict=True):
+        assert len(theirs) == len(ours) > 0
+        for want, got in zip(theirs, ours, strict=True):
+            assert want.keys() == got.keys() and abs(want["score"] - got["score"]) < 1e-5
 
 
 @pytest.mark.parametrize("head", ["Model", *TOKENS])

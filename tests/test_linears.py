@@ -78,6 +78,11 @@ def watched(linear):
     return linear
 
 
+def watched_before(linear):
+    linear.register_full_backward_pre_hook(lambda module, outputs: (2.0 * outputs[0],))
+    return linear
+
+
 def replaced_forward(linear):
     linear.forward = Doubled(linear)
     return linear
@@ -105,6 +110,7 @@ REPLACED = {
     "forward hook": hooked,
     "pre-hook": prehooked,
     "backward hook": watched,
+    "backward pre-hook": watched_before,
     "forward replaced": replaced_forward,
     "weight norm": weight_normed,
     "spectral norm": parametrizations.spectral_norm,

@@ -218,6 +218,25 @@ def test_the_real_one(minilm_path):
     assert fastgate.explain(patched).demand == "start"
 
 
+def test_cross_encoders_and_sparse_encoders(folder, tmp_path):
+    """They stand on heads of transformers, which know their demand."""
+    from sentence_transformers import CrossEncoder, SparseEncoder
+    from transformers import BertForMaskedLM
+
+    model = CrossEncoder(folder, num_labels=1, device="cpu")
+    pairs = [(TEXTS[0], TEXTS[1]), (TEXTS[2], TEXTS[3])]
+    want = model.predict(pairs)
+    assert abs(fastgate.patch(model).predict(pairs) - want).max() < 1e-5
+    assert fastgate.explain(model).demand == "first"
+
+    BertForMaskedLM.from_pretrained(folder).save_pretrained(tmp_path / "mlm")
+    tiny.tokenizer(tmp_path / "mlm").save_pretrained(tmp_path / "mlm")
+    sparse = SparseEncoder(str(tmp_path / "mlm"), device="cpu")
+    want = sparse.encode(TEXTS, convert_to_sparse_tensor=False)
+    got = fastgate.patch(sparse).encode(TEXTS, convert_to_sparse_tensor=False)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+
+
 def test_it_is_never_imported_by_fastgate():
     code = "import sys, fastgate; from fastgate import sentence; import torch; "
     code += "sentence.rows_read(torch.nn.Linear(2, 2)); print('sentence_transformers' in sys.modules)"
