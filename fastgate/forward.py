@@ -266,7 +266,7 @@ def _are_plain(words: nn.Module, positions: nn.Module, types: nn.Module) -> bool
 
 
 def _only_gathers(table: nn.Module) -> bool:
-    """An Embedding and nothing more, but for a hook that transformers adds for gradient checkpointing: it makes
+    """An Embedding and nothing more, but for a hook that transformers adds for gradient checkpointing: it has
     the output require a gradient, which it does already if the weight does."""
     if is_plain(table, nn.Embedding):
         return True

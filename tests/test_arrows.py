@@ -30,6 +30,7 @@ LOW = {
     "forward": {"encoder", "families", "packing", "plan", "state"},
     "heads": {"families", "forward", "state"},
     "sentence": set(),
+    "memory": set(),
     "patch": {"families", "forward", "heads", "sentence", "state"},
 }
 MODEL = set(LOW) - {"kernels", "backends", "info"}
@@ -42,7 +43,18 @@ MIDDLE = {
     "pruning": MODEL | {"prune", "checkpoint"},
 }
 ARROWS = {**LOW, **MIDDLE}
-TORCH_ONLY = ("errors", "reference", "gates", "plan", "packing", "replacement", "ops", "encoder", "sentence")
+TORCH_ONLY = (
+    "errors",
+    "reference",
+    "gates",
+    "plan",
+    "packing",
+    "replacement",
+    "ops",
+    "encoder",
+    "sentence",
+    "memory",
+)
 
 
 def sources(folder: Path) -> list[Path]:

