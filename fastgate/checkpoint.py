@@ -18,6 +18,7 @@ from transformers import AutoConfig
 
 from .errors import ArgumentError, CheckpointError, say
 from .families import FAMILIES, base_class
+from .patch import patch
 from .prune import prune
 from .replacement import KINDS
 from .state import encoder_state
@@ -90,6 +91,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], tokenizer: Any = None) 
             "class": hf.__name__,
             "kept": [i for i in range(state.num_layers) if i not in closed],
             "replacement": kinds.pop(),
+            "demand": state.runtime.asked,
             "sha256": _digest(aside / WEIGHTS),
         }
         (aside / META).write_text(json.dumps(meta, indent=2) + "\n")
@@ -147,10 +149,12 @@ def load(path: str | os.PathLike[str]) -> nn.Module:
             )
         ) from error
     try:
+        patch(model, demand=meta.get("demand"))
         prune(model, meta["kept"], meta["replacement"])
     except ArgumentError as error:
+        wanted = "layers and a demand that the model has"
         raise CheckpointError(
-            say("load", str(source / META), str(error), "layers of the encoder", "save the model anew")
+            say("load", str(source / META), str(error), wanted, "save the model anew")
         ) from error
     _fill(model, tensors, weights)
     return model.eval()
@@ -263,6 +267,7 @@ def _check(source: Path, meta: dict[str, Any]) -> None:
         and isinstance(kept, list)
         and all(type(i) is int for i in kept)
         and meta.get("replacement") in KINDS
+        and meta.get("demand") in (None, "first", "all")
         and isinstance(meta.get("sha256"), str)
     )
     if not good:

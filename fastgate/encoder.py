@@ -70,6 +70,7 @@ def _is_itself(module: nn.Module) -> bool:
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
+        or module._backward_pre_hooks
         or "forward" in module.__dict__
     )
 
@@ -142,6 +143,9 @@ def run_plan(run: Run, embedded: Callable[[bool], Ids | Tensor]) -> Tensor:
             h = layer._gradient_checkpointing_func(_run_layer, run, i, h)
         else:
             h = _run_layer(run, i, h)
+        if run.record is not None:
+            # Not inside: what is computed anew in the backward has no gradient outside, and comes twice.
+            _note_hidden(run, h, run.plan.of_layer(i)[-1].narrow)
     return h
 
 
@@ -209,7 +213,6 @@ def _run_layer(run: Run, i: int, h: Tensor) -> Tensor:
         elif step.op == "output_norm":
             h = _output_norm(run, i, layer, step, x, h, bias)
         _note(run, step, h if step.op.endswith("norm") else x[0] if isinstance(x, tuple) else x)
-    _note_hidden(run, h, step.narrow)
     return h
 
 

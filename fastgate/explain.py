@@ -70,7 +70,7 @@ def explain(model: nn.Module, lengths: Sequence[int] = (32,) * 8) -> Explanation
     encoder = state.encoder
     batch, longest = len(lengths), max(lengths)
     attended = torch.arange(longest) < torch.tensor(lengths)[:, None]
-    demanded = demanded_rows(encoder, state.runtime, attended, None, False, batch, longest, attended.device)
+    demanded = demanded_rows(encoder, attended, None, False, (batch, longest), attended.device)
     packing = pack_rows(batch, longest, attended, demanded, attended.device)
     plan = make_runtime_plan(encoder, packing, capture=False)
     config = encoder.config

@@ -13,6 +13,7 @@ from .errors import Unsupported, say
 
 # Rows a head reads. first: token 0 of each sequence. attended: what the mask keeps. labelled: rows with a
 # label in training, attended ones otherwise. every: padding too, as the softmax of question answering does.
+# (sentence.py has one more, start: the first attended token of each sequence.)
 DEMANDS = {
     "Model": "attended",
     "ForSequenceClassification": "first",
@@ -57,11 +58,11 @@ FAMILIES = (
 
 @dataclass
 class Found:
-    """An encoder inside a model: the module, its family, and the demand of the head above it."""
+    """An encoder inside a model: the module, its family, the head above it and what that reads (or None)."""
 
     encoder: nn.Module
     family: Family
-    demand: str
+    reads: str | None
     head: nn.Module | None
 
 
@@ -82,8 +83,8 @@ def find_encoders(model: nn.Module) -> Iterator[Found]:
                     heads[id(getattr(module, family.attribute))] = module
                 else:
                     head = heads.get(id(module))
-                    name = known.__name__ if head is None else base_class(head).__name__
-                    yield Found(module, family, family.heads()[name], head)
+                    reads = None if head is None else family.heads()[base_class(head).__name__]
+                    yield Found(module, family, reads, head)
 
 
 def verify(found: Found) -> None:

@@ -28,10 +28,13 @@ def forward_encoder(
     encoder_attention_mask: Tensor | None = None,
     past_key_values: Any = None,
     use_cache: bool | None = None,
-    fastgate_rows: Tensor | None = None,
+    rows: Tensor | None = None,
     **kwargs: Any,
 ) -> Any:
-    """The forward of a swapped encoder; arguments and outputs are Hugging Face's."""
+    """The forward of a swapped encoder; arguments and outputs are Hugging Face's, and one argument more.
+
+    rows: (batch, length) bool, the rows this call reads; every other row may come back as zeros.
+    """
     config = encoder.config
     _refuse(encoder_hidden_states, encoder_attention_mask, past_key_values, use_cache, kwargs)
     if (input_ids is None) == (inputs_embeds is None):
@@ -58,8 +61,9 @@ def forward_encoder(
     attentions = kwargs.get("output_attentions")
     attentions = getattr(config, "output_attentions", False) if attentions is None else attentions
     whole = wanted_hidden is not None or bool(attentions)
+    rows = None if rows is None else checked_rows(rows, (batch, length), runtime.reads)
     attended = _attended(attention_mask, batch, length, device)
-    demanded = demanded_rows(encoder, runtime, attended, fastgate_rows, whole, batch, length, device)
+    demanded = demanded_rows(encoder, attended, rows, whole, (batch, length), device)
     packing = pack_rows(batch, length, attended, demanded, device)
 
     record = runtime.record
@@ -68,9 +72,9 @@ def forward_encoder(
         record.hidden, record.attention_output, record.steps = [], [], []
     plan = make_runtime_plan(encoder, packing, record is not None)
     run = Run(encoder, runtime.gates, packing, plan, record, {} if attentions else None)
-    rows = run_plan(run, _embedder(encoder, packing, input_ids, token_type_ids, position_ids, inputs_embeds))
+    h = run_plan(run, _embedder(encoder, packing, input_ids, token_type_ids, position_ids, inputs_embeds))
 
-    hidden = packing.pad(rows, narrow=True)
+    hidden = packing.pad(h, narrow=True)
     pooler = getattr(encoder, "pooler", None)
     output = BaseModelOutputWithPoolingAndCrossAttentions(
         last_hidden_state=hidden,
@@ -102,10 +106,13 @@ def make_runtime_plan(encoder: Any, packing: Packing, capture: bool) -> Plan:
 def _refuse(states: Any, mask: Any, cache: Any, use_cache: Any, kwargs: dict[str, Any]) -> None:
     remedy = "call fastgate.unpatch(model) first"
     given = {"encoder_hidden_states": states, "encoder_attention_mask": mask, "past_key_values": cache}
-    given |= {name: kwargs.get(name) for name in ("cu_seq_lens_q", "cu_seq_lens_k")}
     for name, value in given.items():
         if value is not None:
             raise Unsupported(say("forward", name, type(value).__name__, "None", remedy))
+    for name in ("cu_seq_lens_q", "cu_seq_lens_k"):
+        if kwargs.get(name) is not None:
+            flat = "pass a padded batch (sentence-transformers: model[0].unpad_inputs = False), or " + remedy
+            raise Unsupported(say("forward", name, "rows packed already", "None", flat))
     for name, value in {"use_cache": use_cache, "is_causal": kwargs.get("is_causal")}.items():
         if value:
             raise Unsupported(say("forward", name, value, "False", remedy))
@@ -129,32 +136,52 @@ def _attended(mask: Tensor | None, batch: int, length: int, device: torch.device
 
 def demanded_rows(
     encoder: Any,
-    runtime: Runtime,
     attended: Tensor | None,
     rows: Tensor | None,
     whole: bool,
-    batch: int,
-    length: int,
+    shape: tuple[int, int],
     device: torch.device,
 ) -> Tensor | None:
-    """(batch, length) bool, the rows read after the encoder; None: the attended ones."""
+    """(batch, length) bool, the rows read after the encoder; None: the attended ones.
+
+    rows: those this call reads. whole: every row is read, padding too.
+    """
+    runtime: Runtime = encoder.fastgate_runtime
     if whole or runtime.demand == "every":
-        return torch.ones(batch, length, dtype=torch.bool, device=device)
-    pooled = getattr(encoder, "pooler", None) is not None
-    first = torch.zeros(batch, length, dtype=torch.bool, device=device)
+        return torch.ones(shape, dtype=torch.bool, device=device)
+    if rows is None and runtime.demand == "start" and attended is not None:
+        # argmax is the first of equals, and 0 where nothing is attended: as sentence-transformers has it.
+        return torch.zeros_like(attended).scatter_(1, attended.int().argmax(1, keepdim=True), True)
+    first = torch.zeros(shape, dtype=torch.bool, device=device)
     first[:, 0] = True
-    if runtime.demand == "first":
+    if rows is None and runtime.demand in ("first", "start"):
         return first
-    wanted: Tensor | None = None
-    if rows is not None:
-        wanted = rows.to(device).view(batch, length)
-        if not encoder.training:
-            wanted = wanted | attended if attended is not None else None
-        if pooled and wanted is not None:
-            wanted = wanted | first
-    elif pooled and attended is not None:
-        wanted = attended | first
-    return wanted
+    rows = None if rows is None else rows.to(device)
+    wanted = attended if rows is None else rows
+    if wanted is not None and (
+        runtime.reads in ("first", "start") or getattr(encoder, "pooler", None) is not None
+    ):
+        return wanted | first
+    return rows
+
+
+def checked_rows(rows: Any, shape: tuple[int, int], reads: str | None = None) -> Tensor:
+    """The rows a call asks for, once they are a mask that can be honoured under a head that reads `reads`."""
+    if reads in ("first", "every"):
+        what = "token 0" if reads == "first" else "every token"
+        raise ArgumentError(
+            say("forward", "rows", "a mask", f"none, as this head reads {what}", "leave rows out")
+        )
+    if not isinstance(rows, Tensor):
+        got = type(rows).__name__
+    elif rows.dtype != torch.bool:
+        got = str(rows.dtype)
+    elif rows.shape != shape:
+        got = f"shape {tuple(rows.shape)}"
+    else:
+        return rows
+    remedy = "pass e.g. input_ids == mask_token_id"
+    raise ArgumentError(say("forward", "rows", got, f"a bool tensor (batch, length) = {shape}", remedy))
 
 
 def _embedder(
@@ -231,8 +258,23 @@ def _are_plain(words: nn.Module, positions: nn.Module, types: nn.Module) -> bool
     """Whether embed_norm may stand for these tables: nothing but rows to gather, of one dtype."""
     tables = (words, positions, types)
     return (
-        all(is_plain(t, nn.Embedding) for t in tables)
+        all(_only_gathers(t) for t in tables)
         and not any(t.max_norm is not None or t.scale_grad_by_freq or t.sparse for t in tables)
         and types.padding_idx is None
         and len({t.weight.dtype for t in tables}) == 1
+    )
+
+
+def _only_gathers(table: nn.Module) -> bool:
+    """An Embedding and nothing more, but for a hook that transformers adds for gradient checkpointing: it has
+    the output require a gradient, which it does already if the weight does."""
+    if is_plain(table, nn.Embedding):
+        return True
+    hooks = [getattr(hook, "__qualname__", "") for hook in table._forward_hooks.values()]
+    others = table._forward_pre_hooks or table._backward_hooks or table._backward_pre_hooks
+    return (
+        type(table) is nn.Embedding
+        and table.weight.requires_grad
+        and all(name.endswith("make_inputs_require_grads") for name in hooks)
+        and not (others or "forward" in table.__dict__)
     )

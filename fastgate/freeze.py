@@ -42,7 +42,7 @@ def freeze(model: nn.Module) -> nn.Module:
         if soft:
             remedy = "harden the gates (Pruner.harden) first"
             raise ArgumentError(say("freeze", "model", f"soft gates in layers {soft}", "0 or 1", remedy))
-        if state.runtime.demand == "first":
+        if state.runtime.demand in ("first", "start"):
             whole |= _absorbed(state)
     shared = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     found = [

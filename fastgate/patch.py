@@ -6,23 +6,34 @@ import functools
 import inspect
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from .errors import NothingPatched, Unsupported, say
+from . import sentence
+from .errors import ArgumentError, NothingPatched, Unsupported, say
 from .families import FAMILIES, Family, Found, base_class, find_encoders, verify
 from .forward import forward_encoder
 from .freeze import thaw
+from .heads import masked_lm, rows_read
 from .state import EncoderState, Runtime
 
 
-def patch(model: nn.Module) -> nn.Module:
+def patch(model: nn.Module, demand: str | None = None) -> nn.Module:
     """Make every BERT or RoBERTa encoder inside `model` run packed rows, in place, and return the model.
 
     The outputs stay Hugging Face's on the rows the head reads; rows nobody reads are not computed and come
     back as zeros. Everything is checked before anything is changed; patching twice changes nothing.
 
+    demand: the rows of a bare encoder that you read: "first" token 0 of each sequence, "all" (the default)
+    every attended one. A head and a sentence-transformers model know theirs: CLS pooling reads one row, any
+    other pooling all. "all" computes the attended rows there too; fewer than are read is refused. The demand
+    stays until `patch` is called with another; after a change of the pooling, call it again.
+
+    Heads for tokens and bare encoders also take the rows of one call: `model(**batch, rows=mask)`, mask
+    (batch, length) bool. Labelled rows are always among them; in training they are the only ones by default.
+
     Raises NothingPatched if no known encoder is inside, Unsupported for decoders, cross-attention, replaced
-    modules and hooks that would not run.
+    modules and hooks that would not run, ArgumentError for a demand that leaves out rows that are read.
     """
     found = list(find_encoders(model))
     if not found:
@@ -35,17 +46,37 @@ def patch(model: nn.Module) -> nn.Module:
                 "pass such a model (decoders, cross-attention and pre-LN models are not supported)",
             )
         )
+    pooled = sentence.rows_read(model)
+    demands = []
     for item in found:
         verify(item)
-    for item in found:
-        _swap(item)
+        demands.append(_demand(item, pooled.get(id(item.encoder)), demand))
+    for item, (reads, asked) in zip(found, demands, strict=True):
+        _swap(item, reads, asked)
     return model
 
 
-def _swap(found: Found) -> None:
+def _demand(found: Found, pooled: str | None, demand: str | None) -> tuple[str | None, str | None]:
+    """The rows that are read and those asked for (see Runtime); what is not known anew stays as it was."""
+    before = getattr(found.encoder, "fastgate_runtime", None) or Runtime(None)
+    reads, asked = found.reads or pooled or before.reads, before.asked if demand is None else demand
+    if asked not in (None, "first", "all"):
+        raise ArgumentError(say("patch", "demand", repr(asked), '"first" or "all"', "pass one of these"))
+    if asked == "first" and reads not in (None, "first", "start"):
+        head = type(found.head).__name__ if found.head is not None else "what stands above the encoder"
+        remedy = 'leave demand out, or pass demand="all"'
+        raise ArgumentError(
+            say("patch", "demand", '"first"', f"the rows that {head} reads ({reads})", remedy)
+        )
+    return reads, asked
+
+
+def _swap(found: Found, reads: str | None, asked: str | None) -> None:
     if not hasattr(found.encoder, "fastgate_runtime"):
         layers = len(found.encoder.encoder.layer)  # type: ignore[union-attr, arg-type]
-        found.encoder.fastgate_runtime = Runtime(found.demand, [1.0] * layers)  # type: ignore[assignment]
+        found.encoder.fastgate_runtime = Runtime(reads, [1.0] * layers)  # type: ignore[assignment]
+    runtime = EncoderState(found.encoder).runtime
+    runtime.reads, runtime.asked = reads, asked
     for module in (found.encoder, found.head):
         if module is not None and type(module) in SWAPPED:
             module.__class__ = SWAPPED[type(module)]
@@ -80,6 +111,11 @@ def unpatch(model: nn.Module) -> nn.Module:
     return model
 
 
+# How many rows there are is a matter of data, and a graph for each number would be compiled again and again:
+# torch.compile leaves the encoder, whose steps are compiled kernels and library products, as it is.
+_uncompiled = torch.compiler.disable(forward_encoder, reason="fastgate's encoder runs packed rows")
+
+
 def _swapped_class(family: Family, hf: type[nn.Module], demand: str) -> type[nn.Module]:
     """A subclass under the same name, so that pipelines, configs and pickles see the old class."""
     original = hf.forward
@@ -89,15 +125,19 @@ def _swapped_class(family: Family, hf: type[nn.Module], demand: str) -> type[nn.
 
         @functools.wraps(original)
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-            return forward_encoder(self, *args, **kwargs)
+            run = _uncompiled if torch.compiler.is_compiling() else forward_encoder
+            return run(self, *args, **kwargs)
 
     else:
 
         @functools.wraps(original)
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
             given = dict(zip(names[1:], args, strict=False)) | kwargs
-            if given.get("labels") is not None:
-                kwargs["fastgate_rows"] = given["labels"] != -100
+            rows = rows_read(self, getattr(self, family.attribute).fastgate_runtime, given)
+            if hf.__name__.endswith(("ForMaskedLM", "ForPreTraining")):
+                return masked_lm(self, family, rows, given, return_dict=given.pop("return_dict", None))
+            if rows is not None:
+                kwargs["rows"] = rows
             return original(self, *args, **kwargs)
 
     body = {"forward": forward, "fastgate_demand": demand, "__module__": __name__, "__doc__": hf.__doc__}

@@ -35,9 +35,12 @@ class Replacement(nn.Module):
 
     def scale_and_shift(self, share: float | Tensor) -> tuple[Tensor | None, Tensor | None]:
         """(a, b) so that a * h + b = h + share * r(h); None stands for 1 and 0."""
-        scale = None if self.scale is None else 1.0 + share * self.scale
-        shift = None if self.shift is None else share * self.shift
-        return scale, shift
+        scale: Tensor | None = self.scale
+        shift: Tensor | None = self.shift
+        if isinstance(share, Tensor) or share != 1.0:  # else each would be a kernel that changes nothing
+            scale = None if scale is None else share * scale
+            shift = None if shift is None else share * shift
+        return None if scale is None else 1.0 + scale, shift
 
     def extra_repr(self) -> str:
         return f"kind={self.kind!r}"

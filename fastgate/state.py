@@ -19,13 +19,22 @@ from .replacement import Replacement
 class Runtime:
     """What a patched encoder carries beside its weights.
 
-    demand: the rows its head reads. gates: one an encoder layer: 1.0 the attention runs, 0.0 it is skipped, a
-    0-d tensor it is gated. record: where to write what is computed, while recording.
+    reads: the rows that what stands above it reads (families.DEMANDS), None if nothing known does. gates: one
+    an encoder layer: 1.0 the attention runs, 0.0 it is skipped, a 0-d tensor it is gated. record: where to
+    write what is computed, while recording. asked: the demand `patch` was called with, if any.
     """
 
-    demand: str
+    reads: str | None
     gates: list[Gate] = field(default_factory=list)
     record: Record | None = None
+    asked: str | None = None
+
+    @property
+    def demand(self) -> str:
+        """Rows to compute where a call does not say: `first`, `start`, `labelled`, `attended` or `every`."""
+        if self.asked == "all" and self.reads != "every":
+            return "attended"
+        return self.reads or ("first" if self.asked == "first" else "attended")
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -100,3 +101,14 @@ def demanded(name: str, value: Tensor, mask: Tensor) -> Tensor:
         and name in ("last_hidden_state", "logits", "prediction_logits")
     )
     return value[mask.bool()] if padded else value
+
+
+def without_attention(model: nn.Module, layers: Iterable[int]) -> nn.Module:
+    """A model of transformers without the attention of these layers: its LayerNorm of the input stays."""
+
+    def skip(module: Any, args: tuple[Tensor, Tensor], output: Tensor) -> Tensor:
+        return module.LayerNorm(args[1])
+
+    for i in layers:
+        model.base_model.encoder.layer[i].attention.output.register_forward_hook(skip)
+    return model

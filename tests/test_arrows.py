@@ -30,7 +30,10 @@ LOW = {
     "state": {"encoder", "families", "replacement"},
     "forward": {"encoder", "families", "packing", "plan", "state"},
     "freeze": {"encoder", "families", "ops", "packed", "state"},
-    "patch": {"families", "forward", "freeze", "state"},
+    "heads": {"families", "forward", "state"},
+    "sentence": set(),
+    "memory": set(),
+    "patch": {"families", "forward", "freeze", "heads", "sentence", "state"},
 }
 MODEL = set(LOW) - {"kernels", "backends", "info"}
 MIDDLE = {
@@ -42,7 +45,19 @@ MIDDLE = {
     "pruning": MODEL | {"prune", "checkpoint"},
 }
 ARROWS = {**LOW, **MIDDLE}
-TORCH_ONLY = ("errors", "reference", "gates", "plan", "packing", "replacement", "ops", "packed", "encoder")
+TORCH_ONLY = (
+    "errors",
+    "reference",
+    "gates",
+    "plan",
+    "packing",
+    "replacement",
+    "ops",
+    "packed",
+    "encoder",
+    "sentence",
+    "memory",
+)
 
 
 def sources(folder: Path) -> list[Path]:

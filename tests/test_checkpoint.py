@@ -128,6 +128,7 @@ DAMAGE = {
     "checksum ": flipped,
     "upgrade": lambda path: rewrite(path, format=2),
     "wrong fields": lambda path: rewrite(path, kept="all"),
+    "wrong fields ": lambda path: rewrite(path, demand="last"),
     "shapes": lambda path: with_tensors(path, lambda t: t.update({"classifier.bias": torch.zeros(7)})),
     "missing": lambda path: with_tensors(path, lambda t: t.pop("classifier.bias")),
     "unknown": lambda path: with_tensors(path, lambda t: t.update(stranger=torch.zeros(1))),
