@@ -67,7 +67,9 @@ class Floor:
             for place, (m, inner, outer) in enumerate(products(Step(op, layer, False), sizes, heads)):
                 if op == "project_down":
                     inner, outer = outer, inner
-                work.append((self._tensor("x", m, inner), self._weight((layer, op, place), outer, inner), False))
+                work.append(
+                    (self._tensor("x", m, inner), self._weight((layer, op, place), outer, inner), False)
+                )
         return work
 
     def _weight(self, name: object, *shape: int) -> Tensor:

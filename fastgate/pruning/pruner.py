@@ -41,8 +41,8 @@ class Pruner:
     Gates are drawn on the host once an optimizer step, outside forward, so micro-batches and recomputed
     activations see one draw. An attention whose gate was drawn 0 does not run and has no gradient in that
     step: None, so Adam leaves it alone, where zeros would move it by its momentum. `history`: what the gates
-    did, a list of dicts. `kept`: the layers whose attention stays, None until hardened. `teacher_seconds`: what
-    the teacher's forwards took so far, by the host's clock.
+    did, a list of dicts. `kept`: the layers whose attention stays, None until hardened. `teacher_seconds`: of
+    the teacher's forwards so far, by the host's clock.
 
     teacher: a dense model fine-tuned on the task; None: the model itself with every gate open, until
     hardening. total_steps: optimizer steps of the run; None if `plan_steps` will be called before the first.
