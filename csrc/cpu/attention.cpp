@@ -13,9 +13,10 @@ namespace {
 
 constexpr int64_t kQueries = 64;  // queries whose scores are held at a time
 
-// exp for x <= 0 to 2 units in the last place: 2^n times a polynomial of the remainder.
+// exp for x <= 0 to 2 units in the last place, and no less than exp(-80), which a share of leaves a normal number: 2^n
+// times a polynomial of the remainder.
 FASTGATE_INLINE float exponential(float x) {
-  x = x < -87.0f ? -87.0f : x;
+  x = x < -80.0f ? -80.0f : x;
   const float magic = 12582912.0f, shifted = x * 1.44269504f + magic, n = shifted - magic;
   const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
   float p = 1.9875691500e-4f;
@@ -33,24 +34,25 @@ FASTGATE_INLINE float exponential(float x) {
   return p * power;
 }
 
-// The first n of a row of scores become probabilities, the rest of its `blocks` of 16 zeros.
-FASTGATE_INLINE void softmax(float* row, int64_t n, int64_t blocks) {
-  const int32_t width = static_cast<int32_t>(16 * blocks), there = static_cast<int32_t>(n);
-  float top = row[0];
+// Scores of a block's rows become probabilities. A row is `blocks` of 16 long, and beyond the first n are numbers that
+// nobody reads: scores low enough to add nothing, so that no loop has a tail.
+FASTGATE_INLINE void softmax(float* scores, int64_t rows, int64_t row_step, int64_t n, int64_t blocks) {
+  const int64_t width = 16 * blocks;
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = n; j < width; ++j) scores[i * row_step + j] = -1e30f;
+  for (int64_t i = 0; i < rows; ++i) {
+    float *row = scores + i * row_step, top = -1e30f, total = 0.0f;
 #pragma omp simd reduction(max : top)
-  for (int32_t j = 0; j < width; ++j) {
-    const float score = j < there ? row[j] : row[0];
-    top = score > top ? score : top;
-  }
-  float total = 0.0f;
+    for (int64_t j = 0; j < width; ++j) top = row[j] > top ? row[j] : top;
 #pragma omp simd reduction(+ : total)
-  for (int32_t j = 0; j < width; ++j) {
-    const float part = j < there ? exponential(row[j] - top) : 0.0f;
-    row[j] = part;
-    total += part;
+    for (int64_t j = 0; j < width; ++j) {
+      const float part = exponential(row[j] - top);
+      row[j] = part;
+      total += part;
+    }
+    const float share = 1.0f / total;
+    each(width, [&](int64_t j) { row[j] *= share; });
   }
-  const float share = 1.0f / total;
-  each(16 * blocks, [&](int64_t j) { row[j] *= share; });
 }
 
 struct Problem {
@@ -168,13 +170,11 @@ FASTGATE_INLINE void forward_tasks(const Problem& o, void* out, Scratch& scratch
     for (int64_t first = 0; first < t.queries; first += kQueries) {
       const int64_t rows = std::min(kQueries, t.queries - first);
       multiply(false, {q + first * w, w, 1}, kt, n, p, n, rows, 16 * t.blocks, o.width);
-      for (int64_t i = 0; i < rows && t.keys > 0; ++i) {
+      softmax(p, rows, n, t.keys, t.blocks);
+      for (int64_t i = 0; i < rows && o.dropout; ++i) {
         float* row = p + i * n;
-        softmax(row, t.keys, t.blocks);
-        if (o.dropout) {
-          draw(o, t, first + i, factors);
-          each(16 * t.blocks, [&](int64_t j) { row[j] *= factors[j]; });
-        }
+        draw(o, t, first + i, factors);
+        each(16 * t.blocks, [&](int64_t j) { row[j] *= factors[j]; });
       }
       multiply(false, {p, n, 1}, v, w, mixed, w, rows, t.width16, t.keys);
       scatter<T>(o, t, mixed, t.q_row + first, rows, 1.0f, out);
@@ -221,9 +221,9 @@ FASTGATE_INLINE void backward_tasks(
       const int64_t rows = std::min(kQueries, t.queries - first);
       multiply(false, {q + first * w, w, 1}, kt, n, p, n, rows, keys16, o.width);
       multiply(false, {grad + first * w, w, 1}, vt, n, dp, n, rows, keys16, o.width);
-      for (int64_t i = 0; i < rows && t.keys > 0; ++i) {
+      softmax(p, rows, n, t.keys, t.blocks);
+      for (int64_t i = 0; i < rows; ++i) {
         float *row = p + i * n, *drow = dp + i * n;
-        softmax(row, t.keys, t.blocks);
         if (o.dropout) {
           draw(o, t, first + i, factors);
           each(keys16, [&](int64_t j) { drow[j] *= factors[j]; });
