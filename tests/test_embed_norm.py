@@ -85,17 +85,6 @@ def test_masks_are_equal_forward_and_backward_in_every_backend(name, seed, hidde
     check_masks(BACKENDS[name], seed, hidden)
 
 
-@pytest.mark.skipif("cpp" not in BACKENDS, reason="the compiled library is not built")
-@pytest.mark.parametrize("dtype", [FP32, BF16])
-@pytest.mark.parametrize("shape", [(0, 5), (3, 1), (40, 771)], ids=str)
-def test_dropout_by_itself_has_the_references_mask(shape, dtype, poisoned):
-    x, seed = torch.randn(shape).to(dtype) + 10, torch.tensor(SEED)
-    want = torch.where(reference.keep_mask(seed, *shape, 0.3), x.float() / 0.7, 0.0).to(dtype)
-    torch.testing.assert_close(torch.ops.fastgate_cpu.dropout(x, 0.3, seed), want)
-    with pytest.raises(RuntimeError, match="dropout: x: got another shape or dtype"):
-        torch.ops.fastgate_cpu.dropout(x.double(), 0.3, seed)
-
-
 @pytest.mark.parametrize("name", BACKENDS)
 def test_strided_operands(name):
     check_strides(BACKENDS[name])

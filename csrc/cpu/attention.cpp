@@ -4,8 +4,9 @@
 // One task is one head of one sequence. Its slices of q, k and v are copied to float32 buffers whose rows are whole
 // vectors, so that every product is tiles.h's. Backward draws the dropout mask and the probabilities again, so forward
 // keeps nothing, and a task owns its rows of every gradient: the same bits at every call.
-#include <cmath>
-
+#include "dropout.h"
+#include "sequences.h"
+#include "softmax.h"
 #include "tiles.h"
 
 namespace fastgate::cpu {
@@ -13,58 +14,13 @@ namespace {
 
 constexpr int64_t kQueries = 64;  // queries whose scores are held at a time
 
-// exp for x <= 0 to 2 units in the last place, and no less than exp(-80), which a share of leaves a normal number: 2^n
-// times a polynomial of the remainder.
-FASTGATE_INLINE float exponential(float x) {
-  x = x < -80.0f ? -80.0f : x;
-  const float magic = 12582912.0f, shifted = x * 1.44269504f + magic, n = shifted - magic;
-  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  uint32_t bits;  // n stands in the low bits of `shifted`
-  std::memcpy(&bits, &shifted, sizeof bits);
-  bits = (bits + 127u) << 23;
-  float power;
-  std::memcpy(&power, &bits, sizeof power);
-  return p * power;
-}
-
-// Scores of a block's rows become probabilities. A row is `blocks` of 16 long, and beyond the first n are numbers that
-// nobody reads: scores low enough to add nothing, so that no loop has a tail.
-FASTGATE_INLINE void softmax(float* scores, int64_t rows, int64_t row_step, int64_t n, int64_t blocks) {
-  const int64_t width = 16 * blocks;
-  for (int64_t i = 0; i < rows; ++i)
-    for (int64_t j = n; j < width; ++j) scores[i * row_step + j] = -1e30f;
-  for (int64_t i = 0; i < rows; ++i) {
-    float *row = scores + i * row_step, top = -1e30f, total = 0.0f;
-#pragma omp simd reduction(max : top)
-    for (int64_t j = 0; j < width; ++j) top = row[j] > top ? row[j] : top;
-#pragma omp simd reduction(+ : total)
-    for (int64_t j = 0; j < width; ++j) {
-      const float part = exponential(row[j] - top);
-      row[j] = part;
-      total += part;
-    }
-    const float share = 1.0f / total;
-    each(width, [&](int64_t j) { row[j] *= share; });
-  }
-}
-
 struct Problem {
   int64_t sequences, hidden, heads, width;  // width: of a head
-  const int32_t *cu_q, *cu_k;
+  const int64_t *cu_q, *cu_k;
   const void *q, *k, *v;
   const float *q_bias, *v_bias;  // null where not given; the keys' adds nothing that the softmax does not take out
   float scale;
-  bool dropout;
-  uint64_t seed;
-  uint32_t threshold;
-  float kept;
+  Dropout dropout;
 };
 
 // One head of one sequence: where its rows begin, how many there are, and the sizes of its buffers.
@@ -141,7 +97,7 @@ FASTGATE_INLINE void transpose(const Task& t, const float* from, float* to) {
 
 // Dropout factors of one query's row, zeros up to whole blocks; its counter row is query * heads + head.
 FASTGATE_INLINE void draw(const Problem& o, const Task& t, int64_t query, float* factors) {
-  keep_factors(o.seed, (t.q_row + query) * o.heads + t.head, t.keys, o.threshold, o.kept, factors);
+  keep_factors(o.dropout, (t.q_row + query) * o.heads + t.head, t.keys, factors);
   for (int64_t j = t.keys; j < 16 * t.blocks; ++j) factors[j] = 0.0f;
 }
 
@@ -171,7 +127,7 @@ FASTGATE_INLINE void forward_tasks(const Problem& o, void* out, Scratch& scratch
       const int64_t rows = std::min(kQueries, t.queries - first);
       multiply(false, {q + first * w, w, 1}, kt, n, p, n, rows, 16 * t.blocks, o.width);
       softmax(p, rows, n, t.keys, t.blocks);
-      for (int64_t i = 0; i < rows && o.dropout; ++i) {
+      for (int64_t i = 0; i < rows && o.dropout.on; ++i) {
         float* row = p + i * n;
         draw(o, t, first + i, factors);
         each(16 * t.blocks, [&](int64_t j) { row[j] *= factors[j]; });
@@ -224,13 +180,13 @@ FASTGATE_INLINE void backward_tasks(
       softmax(p, rows, n, t.keys, t.blocks);
       for (int64_t i = 0; i < rows; ++i) {
         float *row = p + i * n, *drow = dp + i * n;
-        if (o.dropout) {
+        if (o.dropout.on) {
           draw(o, t, first + i, factors);
           each(keys16, [&](int64_t j) { drow[j] *= factors[j]; });
         }
         const float along = sum(keys16, [&](int64_t j) { return row[j] * drow[j]; });
         each(keys16, [&](int64_t j) { drow[j] = row[j] * (drow[j] - along); });
-        if (o.dropout) each(keys16, [&](int64_t j) { row[j] *= factors[j]; });
+        if (o.dropout.on) each(keys16, [&](int64_t j) { row[j] *= factors[j]; });
       }
       multiply(false, {dp, n, 1}, k, w, dq + first * w, w, rows, t.width16, t.keys);
       multiply(first > 0, {dp, 1, n}, q + first * w, w, dk, w, t.keys, t.width16, rows);
@@ -259,25 +215,10 @@ FASTGATE_ATTENTION(b, bf16)
 struct PreparedAttention {
   Problem problem{};
   std::vector<Tensor> kept_alive;
+  std::vector<int64_t> cu_q, cu_k;
   int64_t longest_q = 0, longest_k = 0;
   bool half = false;
 };
-
-const int32_t* ends_of(PreparedAttention& p, const Tensor& cu_seqlens, int64_t rows, int64_t& longest, const char* name) {
-  STD_TORCH_CHECK(
-      cu_seqlens.scalar_type() == ScalarType::Int && cu_seqlens.dim() == 1 && cu_seqlens.size(0) > 0,
-      "attention: ", name, ": got another dtype or shape, wanted (sequences + 1,) int32; cumulate the lengths from 0");
-  p.kept_alive.push_back(dense(cu_seqlens));
-  const auto* ends = static_cast<const int32_t*>(p.kept_alive.back().data_ptr());
-  const int64_t count = cu_seqlens.size(0);
-  bool rising = ends[0] == 0 && ends[count - 1] == rows;
-  for (int64_t i = 1; i < count; ++i) {
-    rising = rising && ends[i] >= ends[i - 1];
-    longest = std::max<int64_t>(longest, ends[i] - ends[i - 1]);
-  }
-  STD_TORCH_CHECK(rising, "attention: ", name, ": got ends that do not rise from 0 to ", rows, "; cumulate the lengths from 0");
-  return ends;
-}
 
 const float* bias_of(PreparedAttention& p, const OptionalTensor& bias) {
   if (!bias) return nullptr;
@@ -306,8 +247,10 @@ PreparedAttention prepare(FASTGATE_ATTENTION_OPERANDS) {
   p.kept_alive.reserve(8);
   for (const Tensor* t : {&q, &k, &v}) p.kept_alive.push_back(dense(*t));
   o.q = p.kept_alive[0].data_ptr(), o.k = p.kept_alive[1].data_ptr(), o.v = p.kept_alive[2].data_ptr();
-  o.cu_q = ends_of(p, cu_q, q.size(0), p.longest_q, "cu_q");
-  o.cu_k = ends_of(p, cu_k, k.size(0), p.longest_k, "cu_k");
+  p.cu_q = ends_of("attention", "cu_q", cu_q, q.size(0));
+  p.cu_k = ends_of("attention", "cu_k", cu_k, k.size(0));
+  o.cu_q = p.cu_q.data(), o.cu_k = p.cu_k.data();
+  p.longest_q = longest_of(p.cu_q), p.longest_k = longest_of(p.cu_k);
   for (const OptionalTensor* bias : {&q_bias, &k_bias, &v_bias})
     STD_TORCH_CHECK(
         !*bias || ((*bias)->dim() == 1 && (*bias)->size(0) == o.hidden),
@@ -315,15 +258,7 @@ PreparedAttention prepare(FASTGATE_ATTENTION_OPERANDS) {
   o.q_bias = bias_of(p, q_bias);
   o.v_bias = bias_of(p, v_bias);
   o.scale = static_cast<float>(scale);
-  o.dropout = dropout_p > 0.0;
-  if (o.dropout) {
-    STD_TORCH_CHECK(
-        seed && seed->numel() == 1 && seed->scalar_type() == ScalarType::Long,
-        "attention: seed: got none, wanted an int64 tensor of one element with dropout_p > 0; pass a seed");
-    o.seed = static_cast<uint64_t>(*static_cast<const int64_t*>(seed->data_ptr()));
-    o.threshold = static_cast<uint32_t>(std::min(std::nearbyint(dropout_p * 4294967296.0), 4294967295.0));
-    o.kept = static_cast<float>(1.0 / (1.0 - dropout_p));
-  }
+  o.dropout = dropout_of("attention", dropout_p, seed);
   return p;
 }
 

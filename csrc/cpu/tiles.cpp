@@ -4,6 +4,8 @@
 // none runs nearly empty; each height is compiled apart.
 #include "tiles.h"
 
+#include "rows.h"
+
 namespace fastgate::cpu {
 namespace {
 
