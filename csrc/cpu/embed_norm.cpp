@@ -2,8 +2,8 @@
 //
 // A row is gathered from the three tables into float32, normed inside the first-level cache, and written once. Backward
 // gathers again. It leaves du of every row, and sums the vectors' gradients over fixed blocks of rows; then the rows of
-// du that have an id are summed in order by whoever owns that id's row of the table, which is written once, zeros or
-// not: no atomics, the same bits at every call and for every number of threads.
+// du that have an id are summed in order by whoever owns that id's row of the table: no atomics, the same bits at every
+// call and for every number of threads.
 #include <memory>
 
 #include "dropout.h"
@@ -106,7 +106,7 @@ struct Scatter {
   std::vector<int32_t> starts, order;
 };
 
-// Ids `first` to `last` of a table's gradient, columns `begin` to `end`.
+// Ids `first` to `last` of a table's gradient, which was zeros, columns `begin` to `end`.
 template <class T>
 FASTGATE_INLINE void scatter_ids(
     const Problem& o, const Scatter& s, const float* du, float* scratch, int64_t first, int64_t last, int64_t begin,
@@ -117,10 +117,7 @@ FASTGATE_INLINE void scatter_ids(
     T* out = static_cast<T*>(s.gradient) + id * o.hidden + begin;
     const int64_t stop = s.starts[id + 1];
     int64_t at = s.starts[id];
-    if (at == stop || id == s.padding) {
-      std::memset(out, 0, n * sizeof(T));
-      continue;
-    }
+    if (at == stop || id == s.padding) continue;
     const auto row = [&](int64_t place) { return du + s.order[place] * o.hidden + begin; };
     for (bool joined = false; at < stop; joined = true) {
       const int64_t flush = std::min(stop, at + kFlush);
@@ -292,9 +289,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> embed_norm_backward(
     const bool asked = wanted & (int64_t{1} << table);
     const auto dtype = word_table.scalar_type();
     gradients.push_back(asked ? empty_like(*tables[table], dtype) : empty(&none, 1, dtype, word_table));
-    if (asked) scatters.push_back(scatter_of(p, table, gradients.back(), paddings[table]));
+    if (!asked) continue;
+    torch::stable::zero_(gradients.back());  // fresh pages: what it costs is theirs
+    scatters.push_back(scatter_of(p, table, gradients.back(), paddings[table]));
   }
-  const auto cost = [&](int64_t s) { return (scatters[s].number + 4.0 * o.rows) * o.hidden / kParts; };
+  const auto cost = [&](int64_t) { return 4.0 * o.rows * o.hidden / kParts; };
   share_out(static_cast<int64_t>(scatters.size()), kParts, cost, [&](int64_t begin, int64_t end) {
     std::vector<float> scratch(2 * padded(o.hidden));
     for (int64_t part = begin; part < end;) {
