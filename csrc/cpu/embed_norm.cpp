@@ -13,7 +13,7 @@
 namespace fastgate::cpu {
 namespace {
 
-constexpr int64_t kForwardElements = 16384;  // per thread at least: less is not worth waking one
+constexpr int64_t kForwardElements = 32768;  // per thread at least: less is not worth waking one
 constexpr int64_t kFlush = 32;               // rows summed before their sum joins the others'
 constexpr int64_t kBlocks = 64;              // row blocks at most, each with its own sums
 constexpr int64_t kParts = 64;               // of a table's gradient
