@@ -94,6 +94,47 @@ def test_any_lengths_and_widths(lengths, heads, hidden, dropout_p, dtype):
     check(IMPLEMENTATIONS[-1], Case(tuple(lengths), heads, hidden, dtype, dropout_p, "any"))
 
 
+@pytest.mark.parametrize("case", [(130, 7, 300, 61, 0), (700,)])
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS[1:], ids=lambda i: i.backend)
+def test_bits_do_not_depend_on_threads(implementation, case, dtype):
+    """Long enough for seven threads to share, one sequence's heads among several of them."""
+    call = make(Case(case, 12, 384, dtype, 0.2, "threads"))
+    want = run(implementation, call)
+    for threads in (1, 2, 3, 7):
+        torch.set_num_threads(threads)
+        assert all(torch.equal(one, two) for one, two in zip(run(implementation, call), want, strict=True))
+
+
+@pytest.mark.parametrize("strided", ["probe", "x", "grad"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=lambda i: i.backend)
+def test_strided_operands(implementation, strided):
+    """Operands with any strides give what dense ones give."""
+    call = make(Case((5, 9), 3, 32, FP32, 0.0, "strides"))
+    wide = getattr(call, strided).repeat_interleave(2, -1)[..., ::2]
+    for got, want in zip(
+        run(implementation, call._replace(**{strided: wide})), run(implementation, call), strict=True
+    ):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS[1:], ids=lambda i: i.backend)
+def test_the_compiled_op_refuses_what_would_read_elsewhere(implementation):
+    call = make(Case((5, 9), 3, 32, FP32, 0.5, "small"))
+    cu_seqlens, *rest = call.rest
+    wrong = {
+        "cu_seqlens: got ends that do not rise": (call.probe, call.x, cu_seqlens + 1, *rest),
+        "probe, x: got shapes": (call.probe, call.x[:, :16], cu_seqlens, *rest),
+        "probe, x: got other or unequal dtypes": (call.probe, call.x.double(), cu_seqlens, *rest),
+        "seed: got none": (call.probe, call.x, cu_seqlens, *rest[:2], None),
+    }
+    for message, operands in wrong.items():
+        with pytest.raises(RuntimeError, match=f"absorbed_attention: {message}"):
+            implementation.forward(*operands)
+    with pytest.raises(RuntimeError, match="absorbed_attention_backward: grads: got another"):
+        implementation.backward(call.grad[:1], None, *call.operands)
+
+
 @pytest.mark.parametrize("seed", [0, SEED, -3])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=lambda i: i.backend)
 def test_masks_are_the_references(implementation, seed):

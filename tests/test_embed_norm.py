@@ -107,6 +107,50 @@ def test_bits_repeat(name, call):
     assert all(torch.equal(grads[key], grads_again[key]) for key in grads)
 
 
+@pytest.mark.parametrize("call", ["no types", "two norms and dropout"])
+@pytest.mark.parametrize("name", [name for name in BACKENDS if name != "reference"])
+def test_bits_do_not_depend_on_threads(name, call):
+    """Large enough for seven threads to share; words in a table that goes by ids, types in one by columns."""
+    given = make(700, 384, DTYPES[0], call)
+    given["word_table"] = torch.randn(300, 384)
+    given["words"] = torch.randint(300, (700,))
+    grad = torch.randn(700, 384)
+    y, grads = run(BACKENDS[name], given, grad)
+    for threads in (1, 2, 3, 7):
+        torch.set_num_threads(threads)
+        again, grads_again = run(BACKENDS[name], given, grad)
+        assert torch.equal(y, again)
+        assert all(torch.equal(grads[key], grads_again[key]) for key in grads)
+
+
+def test_a_table_with_a_row_for_most_of_the_ids():
+    """Ids by the hundred, as positions' are: the tables' gradients against torch's, many rows to an id."""
+    given = make(2000, 24, DTYPES[0], "plain")
+    given["position_table"], given["positions"] = torch.randn(512, 24), torch.arange(2000) % 200
+    for backend in BACKENDS.values():
+        check(backend, given)
+
+
+@pytest.mark.parametrize("name", [name for name in BACKENDS if name != "reference"])
+def test_the_compiled_op_refuses_what_would_read_elsewhere(name):
+    given = make(9, 24, DTYPES[0], "dropout")
+    backend, grad = BACKENDS[name], torch.randn(9, 24)
+    wrong = {
+        "ids: got another dtype or number": dict(positions=given["positions"][:3]),
+        "ids: got another dtype": dict(words=given["words"].float()),
+        "tables: got other dtypes or shapes": dict(type_table=torch.randn(2, 23)),
+        "vectors: got 23 elements, wanted 24": dict(weight=torch.randn(23)),
+        "seed: got none": dict(seed=None),
+    }
+    for message, changed in wrong.items():
+        with pytest.raises(RuntimeError, match=f"embed_norm: {message}"):
+            backend.forward(*{**given, **changed}.values())
+    with pytest.raises(RuntimeError, match="embed_norm: ids: got one outside its table, wanted 0 to 36"):
+        backend.backward(grad, *{**given, "words": given["words"] + 30}.values(), 127)
+    with pytest.raises(RuntimeError, match="embed_norm_backward: grad: got another shape or dtype"):
+        backend.backward(grad[:3], *given.values(), 127)
+
+
 def public(given, **changed):
     """The public function on the schema's operands; the seed is drawn."""
     given = {**given, **changed}
