@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 from norm_cases import differentiable, double
 from torch import nn
 
-from fastgate import backends, ops, reference
+from fastgate import backends, ops
 from fastgate.errors import ArgumentError
 from fastgate.ops.embed_norm import BIT, OPERANDS, TABLES, embed_norm
 

@@ -87,7 +87,7 @@ slots.REFERENCE["embed_norm"] = slots.Implementation(
 
 
 def naming_bad_ids(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A compiled forward that says which ids are outside their table: its own error cannot be an IndexError."""
+    """A compiled forward that says which ids are outside their table: C++ cannot raise an IndexError here."""
 
     def forward(*operands: Any) -> Any:
         try:
