@@ -208,6 +208,22 @@ def test_bad_ends_are_refused():
         forward(q, q, q, None, None, None, *(torch.tensor([0.0, 4.0]),) * 2, 2, 1.0, 0.0, None)
 
 
+@pytest.mark.parametrize("implementation", backends.implementations("attention"), ids=lambda i: i.backend)
+def test_thirds_of_one_products_rows_need_no_copy(implementation):
+    queries, keys, (rows, *_) = packed(LENGTHS["uneven"], 3 * 64)
+    rest = (None, None, None, queries.cu_seqlens, keys.cu_seqlens, 4, 0.25, 0.0, None)
+    thirds, grad = rows.split(64, 1), rows.t().contiguous().t()[:, 5:69]
+    for q, k, v in (thirds, [third.t().contiguous().t() for third in thirds]):
+        dense = [t.contiguous() for t in (q, k, v)]
+        assert torch.equal(implementation.forward(q, k, v, *rest), implementation.forward(*dense, *rest))
+        for got, want in zip(
+            implementation.backward(grad, q, k, v, *rest),
+            implementation.backward(grad.contiguous(), *dense, *rest),
+            strict=True,
+        ):
+            assert torch.equal(got, want) and got.is_contiguous()
+
+
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 def test_bits_do_not_depend_on_threads(dropout_p):
     """Long enough for seven threads to share, one sequence's heads among several of them."""

@@ -47,7 +47,8 @@ struct Rows {
 
 // `count` rows: where they lie, or as float32 in `room`, padded with zeros to whole vectors.
 template <class T>
-FASTGATE_INLINE Rows rows_of(const Problem& o, const void* from, int64_t offset, int64_t step, int64_t count, float* room) {
+FASTGATE_INLINE Rows rows_of(
+    const Problem& o, const void* from, int64_t offset, int64_t step, int64_t count, float* room) {
   const T* first = static_cast<const T*>(from) + offset;
   if (o.direct) return {reinterpret_cast<const float*>(first), step};
   const int64_t width = o.width, apart = stride(width);
@@ -60,8 +61,10 @@ FASTGATE_INLINE Rows rows_of(const Problem& o, const void* from, int64_t offset,
 }
 
 template <class T>
-FASTGATE_INLINE Rows heads_of(const Problem& o, const ByHead& from, int64_t sequence, int64_t head, int64_t count, float* room) {
-  return rows_of<T>(o, from.at, sequence * from.sequence_step + head * from.head_step, from.head_step, count, room);
+FASTGATE_INLINE Rows heads_of(
+    const Problem& o, const ByHead& from, int64_t sequence, int64_t head, int64_t count, float* room) {
+  const int64_t offset = sequence * from.sequence_step + head * from.head_step;
+  return rows_of<T>(o, from.at, offset, from.head_step, count, room);
 }
 
 template <class T>
@@ -107,7 +110,8 @@ FASTGATE_INLINE void against_rows(const Problem& o, const Run& r, const Rows& le
 
 // The run's heads of `to` = weights (heads, rows) x.
 template <class T>
-FASTGATE_INLINE void mix_rows(const Problem& o, const Run& r, const float* weights, void* to, float* room, float* mixed) {
+FASTGATE_INLINE void mix_rows(
+    const Problem& o, const Run& r, const float* weights, void* to, float* room, float* mixed) {
   const int64_t place = r.sequence * o.heads + r.head;
   const Rows out = target(o, to, place, mixed);
   for (int64_t first = 0; first == 0 || first < r.rows; first += kRows) {
@@ -154,11 +158,10 @@ FASTGATE_INLINE void forward_units(const Problem& o, const Outputs& out, int64_t
     weigh<T>(o, r, scores, probes, room);
     for (int64_t h = 0; h < r.heads; ++h) {
       float* row = scores + h * r.apart;
-      if (o.dropout.on) {
-        draw(o, r, h, factors);
-        each(r.rows, [&](int64_t j) { row[j] *= factors[j]; });
-      }
-      out.total[unit + h] = sum(r.rows, [&](int64_t j) { return row[j]; });
+      out.total[unit + h] = r.rows > 0 ? 1.0f : 0.0f;
+      if (!o.dropout.on) continue;
+      draw(o, r, h, factors);
+      out.total[unit + h] = sum(r.rows, [&](int64_t j) { return row[j] *= factors[j]; });
     }
     mix_rows<T>(o, r, scores, out.mixed, room, mixed);
     unit += r.heads;
@@ -262,7 +265,8 @@ PreparedAbsorbed prepare(
       "absorbed_attention: probe, x: got other or unequal dtypes, wanted float32 or bfloat16; convert them first");
   STD_TORCH_CHECK(
       x.dim() == 2 && probe.dim() == 3 && probe.size(2) == x.size(1) && probe.size(0) + 1 == cu_seqlens.numel(),
-      "absorbed_attention: probe, x: got shapes that do not fit, wanted (sequences, heads, H), (rows, H); reshape them first");
+      "absorbed_attention: probe, x: got shapes that do not fit, wanted (sequences, heads, H), (rows, H); reshape "
+      "them first");
   PreparedAbsorbed p;
   p.kept_alive.reserve(4);
   Problem& o = p.problem;
@@ -307,7 +311,8 @@ std::tuple<Tensor, Tensor> absorbed_attention_backward(
   STD_TORCH_CHECK(
       grad.scalar_type() == x.scalar_type() && grad.dim() == 3 && grad.numel() == probe.numel() &&
           (!grad_total || grad_total->numel() == o.sequences * o.heads),
-      "absorbed_attention_backward: grads: got another shape or dtype, wanted the outputs'; pass the gradients of the outputs");
+      "absorbed_attention_backward: grads: got another shape or dtype, wanted the outputs'; pass the gradients of "
+      "the outputs");
   Tensor dprobe = empty_like(probe, x.scalar_type()), dx = empty_like(x, x.scalar_type());
   const std::unique_ptr<float[]> weights(new float[2 * o.heads * x.size(0)]);
   AbsorbedGradients g{by_head(p.kept_alive, grad), nullptr, dprobe.data_ptr(), dx.data_ptr(), weights.get()};

@@ -14,10 +14,16 @@ namespace {
 
 constexpr int64_t kQueries = 64;  // queries whose scores are held at a time
 
+// (rows, hidden) with adjacent columns: the thirds of one product's rows need not be copied.
+struct Operand {
+  const void* at;
+  int64_t step;  // from row to row
+};
+
 struct Problem {
   int64_t sequences, hidden, heads, width;  // width: of a head
   const int64_t *cu_q, *cu_k;
-  const void *q, *k, *v;
+  Operand q, k, v;
   const float *q_bias, *v_bias;  // null where not given; the keys' adds nothing that the softmax does not take out
   float scale;
   Dropout dropout;
@@ -49,13 +55,13 @@ FASTGATE_INLINE float rounded_to(const bf16*, float value) {
 // zero. The sum with a bias is rounded to T, as a Linear's output would be.
 template <class T>
 FASTGATE_INLINE void gather(
-    const Problem& o, const Task& t, const void* from, const float* bias, int64_t row, int64_t rows, int64_t padded,
+    const Problem& o, const Task& t, const Operand& from, const float* bias, int64_t row, int64_t rows, int64_t padded,
     float factor, float* out) {
   const float* head_bias = bias ? bias + t.head * o.width : nullptr;
   for (int64_t i = 0; i < padded; ++i) {
     float* to = out + i * t.width_row;
     const int64_t n = i < rows ? o.width : 0;
-    const T* source = static_cast<const T*>(from) + (row + i) * o.hidden + t.head * o.width;
+    const T* source = static_cast<const T*>(from.at) + (row + i) * from.step + t.head * o.width;
     if (bias)
       each(n, [&](int64_t j) { to[j] = factor * rounded_to(source, load(source, j) + head_bias[j]); });
     else
@@ -144,7 +150,7 @@ int64_t backward_scratch(int64_t longest_q, int64_t longest_k, int64_t width) {
 }
 
 struct AttentionGradients {
-  const void* grad;
+  Operand grad;
   void *dq, *dk, *dv;
 };
 
@@ -199,13 +205,14 @@ FASTGATE_INLINE void backward_tasks(
 }
 
 // A pair of functions for each element type, compiled for every clone.
-#define FASTGATE_ATTENTION(NAME, T)                                                                                    \
-  FASTGATE_WIDE_CLONES void forward_##NAME(const Problem& o, void* out, Scratch& scratch, int64_t begin, int64_t end) {       \
-    forward_tasks<T>(o, out, scratch, begin, end);                                                                     \
-  }                                                                                                                    \
-  FASTGATE_WIDE_CLONES void backward_##NAME(                                                                                \
-      const Problem& o, const AttentionGradients& g, Scratch& scratch, int64_t begin, int64_t end) {                     \
-    backward_tasks<T>(o, g, scratch, begin, end);                                                                      \
+#define FASTGATE_ATTENTION(NAME, T)                                                                  \
+  FASTGATE_WIDE_CLONES void forward_##NAME(                                                          \
+      const Problem& o, void* out, Scratch& scratch, int64_t begin, int64_t end) {                   \
+    forward_tasks<T>(o, out, scratch, begin, end);                                                   \
+  }                                                                                                  \
+  FASTGATE_WIDE_CLONES void backward_##NAME(                                                         \
+      const Problem& o, const AttentionGradients& g, Scratch& scratch, int64_t begin, int64_t end) { \
+    backward_tasks<T>(o, g, scratch, begin, end);                                                    \
   }
 
 FASTGATE_ATTENTION(f, float)
@@ -220,6 +227,11 @@ struct PreparedAttention {
   bool half = false;
 };
 
+Operand operand_of(std::vector<Tensor>& kept_alive, const Tensor& t) {
+  kept_alive.push_back(t.stride(1) == 1 ? t : dense(t));
+  return {kept_alive.back().data_ptr(), kept_alive.back().stride(0)};
+}
+
 const float* bias_of(PreparedAttention& p, const OptionalTensor& bias) {
   if (!bias) return nullptr;
   p.kept_alive.push_back(as_float(*bias));
@@ -229,11 +241,12 @@ const float* bias_of(PreparedAttention& p, const OptionalTensor& bias) {
 PreparedAttention prepare(FASTGATE_ATTENTION_OPERANDS) {
   const auto dtype = q.scalar_type();
   STD_TORCH_CHECK(
-      (dtype == ScalarType::Float || dtype == ScalarType::BFloat16) && k.scalar_type() == dtype && v.scalar_type() == dtype,
+      (dtype == ScalarType::Float || dtype == ScalarType::BFloat16) && k.scalar_type() == dtype &&
+          v.scalar_type() == dtype,
       "attention: q, k, v: got other or unequal dtypes, wanted float32 or bfloat16; convert them first");
   STD_TORCH_CHECK(
-      q.dim() == 2 && k.dim() == 2 && v.dim() == 2 && k.size(0) == v.size(0) && q.size(1) == k.size(1) && k.size(1) == v.size(1) &&
-          heads > 0 && q.size(1) % heads == 0,
+      q.dim() == 2 && k.dim() == 2 && v.dim() == 2 && k.size(0) == v.size(0) && q.size(1) == k.size(1) &&
+          k.size(1) == v.size(1) && heads > 0 && q.size(1) % heads == 0,
       "attention: q, k, v: got shapes that do not fit, wanted (queries, hidden), (keys, hidden), (keys, hidden) with hidden a "
       "multiple of heads; reshape them first");
   STD_TORCH_CHECK(cu_q.numel() == cu_k.numel(), "attention: cu_q, cu_k: got unequal lengths, wanted one end a sequence in each; pad with equal ends");
@@ -245,8 +258,7 @@ PreparedAttention prepare(FASTGATE_ATTENTION_OPERANDS) {
   o.width = o.hidden / heads;
   p.half = dtype == ScalarType::BFloat16;
   p.kept_alive.reserve(8);
-  for (const Tensor* t : {&q, &k, &v}) p.kept_alive.push_back(dense(*t));
-  o.q = p.kept_alive[0].data_ptr(), o.k = p.kept_alive[1].data_ptr(), o.v = p.kept_alive[2].data_ptr();
+  o.q = operand_of(p.kept_alive, q), o.k = operand_of(p.kept_alive, k), o.v = operand_of(p.kept_alive, v);
   p.cu_q = ends_of("attention", "cu_q", cu_q, q.size(0));
   p.cu_k = ends_of("attention", "cu_k", cu_k, k.size(0));
   o.cu_q = p.cu_q.data(), o.cu_k = p.cu_k.data();
@@ -271,8 +283,7 @@ double cost_of(const Problem& o, int64_t sequence) {
 }  // namespace
 
 Tensor attention(FASTGATE_ATTENTION_OPERANDS) {
-  const PreparedAttention p = prepare(
-      q, k, v, q_bias, k_bias, v_bias, cu_q, cu_k, heads, scale, dropout_p, seed);
+  const PreparedAttention p = prepare(q, k, v, q_bias, k_bias, v_bias, cu_q, cu_k, heads, scale, dropout_p, seed);
   Tensor out = empty_like(q, q.scalar_type());
   void* to = out.data_ptr();
   const Problem& o = p.problem;
@@ -286,14 +297,12 @@ Tensor attention(FASTGATE_ATTENTION_OPERANDS) {
 }
 
 std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor grad, FASTGATE_ATTENTION_OPERANDS) {
-  const PreparedAttention p = prepare(
-      q, k, v, q_bias, k_bias, v_bias, cu_q, cu_k, heads, scale, dropout_p, seed);
+  PreparedAttention p = prepare(q, k, v, q_bias, k_bias, v_bias, cu_q, cu_k, heads, scale, dropout_p, seed);
   STD_TORCH_CHECK(
-      grad.scalar_type() == q.scalar_type() && grad.numel() == q.numel(),
+      grad.scalar_type() == q.scalar_type() && grad.dim() == 2 && grad.numel() == q.numel(),
       "attention_backward: grad: got another shape or dtype, wanted the output's; pass the gradient of the output");
-  const Tensor dense_grad = dense(grad);
   Tensor dq = empty_like(q, q.scalar_type()), dk = empty_like(k, k.scalar_type()), dv = empty_like(v, v.scalar_type());
-  const AttentionGradients g{dense_grad.data_ptr(), dq.data_ptr(), dk.data_ptr(), dv.data_ptr()};
+  const AttentionGradients g{operand_of(p.kept_alive, grad), dq.data_ptr(), dk.data_ptr(), dv.data_ptr()};
   const Problem& o = p.problem;
   const int64_t size = backward_scratch(p.longest_q, p.longest_k, o.width);
   const auto cost = [&](int64_t sequence) { return 2.5 * cost_of(o, sequence); };

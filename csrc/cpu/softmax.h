@@ -45,8 +45,7 @@ FASTGATE_INLINE void softmax(float* scores, int64_t rows, int64_t row_step, int6
       row[j] = part;
       total += part;
     }
-    const float share = 1.0f / total;
-    each(width, [&](int64_t j) { row[j] *= share; });
+    each(width, [&](int64_t j) { row[j] /= total; });  // a product with 1 / total would round once more
   }
 }
 
