@@ -82,7 +82,7 @@ def test_gradcheck_of_the_references_backward(lengths, dropout_p):
     assert torch.autograd.gradcheck(Reference.apply, leaves)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     lengths=st.lists(st.integers(0, 40), min_size=1, max_size=6),
     heads=st.integers(2, 20),
