@@ -209,6 +209,21 @@ def test_weights_and_rows_are_brought_to_the_querys_precision():
         assert grad.dtype == FP32 and grad.shape == leaf.shape and grad.isfinite().all()
 
 
+@pytest.mark.parametrize("enabled", [True, False])
+def test_autocast_of_float32(enabled):
+    """Its products leave the probes in bfloat16: the rows follow them, and the gradients come back in float32."""
+    lengths = (5, 3)
+    drawn, _ = operands(lengths, dtype=FP32)
+    leaves = [t.requires_grad_() for t in drawn]
+    exact = absorbed_attention(*leaves, Ragged(lengths, CPU), 4, 0.35)
+    with torch.autocast("cpu", BF16, enabled=enabled):
+        out = absorbed_attention(*leaves, Ragged(lengths, CPU), 4, 0.35)
+    rough = 3e-2 * float(exact.detach().abs().max()) if enabled else 0.0
+    torch.testing.assert_close(out.float(), exact, rtol=0.0, atol=rough)
+    for leaf, grad in zip(leaves, torch.autograd.grad(out.float().square().sum(), leaves), strict=True):
+        assert grad.dtype == FP32 and grad.shape == leaf.shape and grad.isfinite().all()
+
+
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize("lengths", [(5, 1, 9), (4, 0, 2)])
 def test_opcheck(lengths, dropout_p):
