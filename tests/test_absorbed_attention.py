@@ -211,7 +211,7 @@ def test_weights_and_rows_are_brought_to_the_querys_precision():
 
 @pytest.mark.parametrize("enabled", [True, False])
 def test_autocast_of_float32(enabled):
-    """Its products leave the probes in bfloat16: the rows follow them, and the gradients come back in float32."""
+    """Its products leave the probes in bfloat16: the rows follow them; the gradients come back in float32."""
     lengths = (5, 3)
     drawn, _ = operands(lengths, dtype=FP32)
     leaves = [t.requires_grad_() for t in drawn]
