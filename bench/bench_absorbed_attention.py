@@ -23,7 +23,7 @@ from fastgate.packing import Ragged
 DTYPE = torch.bfloat16 if ON_GPU else torch.float32
 TOLERANCE = 3e-2 if ON_GPU else 1e-4
 # (lengths, hidden, heads); a pair: so many sequences of that length.
-MIXES = ((1, 32), (32, 25), (256, 128), *lengths.ROWS) if ON_GPU else ((1, 32), (32, 25))
+MIXES = ((1, 32), (32, 25), (256, 128), *lengths.ROWS) if ON_GPU else ((1, 32), (32, 25), (8, 300))
 SHAPES = [(which, hidden, heads) for which in MIXES for hidden, heads in ((384, 12), (768, 12), (1024, 16))]
 CONTENDERS = ("fastgate", "padded", "formed")
 

@@ -35,7 +35,7 @@ SHAPES = [
     *((which, 8, 128) for which in (128, 512, "imdb")),
 ]
 if not ON_GPU:
-    SHAPES = [(32, 12, 32), (128, 12, 64), ("sst2", 12, 64)]
+    SHAPES = [(32, 12, 32), *((which, 12, 64) for which in (16, 64, 128, 512, "sst2"))]
 
 
 class Call:

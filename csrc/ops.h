@@ -47,8 +47,24 @@ constexpr int64_t parameter_bit(int place) { return int64_t{4} << place; }
   Tensor q, Tensor k, Tensor v, OptionalTensor q_bias, OptionalTensor k_bias, OptionalTensor v_bias,       \
       Tensor cu_q, Tensor cu_k, int64_t heads, double scale, double dropout_p, OptionalTensor seed
 
+// Operands of absorbed_attention, in the schema's order.
+#define FASTGATE_ABSORBED_ATTENTION_OPERANDS \
+  Tensor probe, Tensor x, Tensor cu_seqlens, double scale, double dropout_p, OptionalTensor seed
+
+// Operands of embed_norm, in the schema's order.
+#define FASTGATE_EMBED_NORM_OPERANDS                                                                        \
+  Tensor words, Tensor positions, OptionalTensor types, Tensor word_table, Tensor position_table,           \
+      Tensor type_table, Tensor weight, Tensor norm_bias, double eps, double dropout_p, OptionalTensor seed, \
+      OptionalTensor weight2, OptionalTensor norm_bias2, double eps2, int64_t padding_idx,                   \
+      int64_t position_padding_idx
+
 namespace cpu {
-Tensor dropout(Tensor x, double dropout_p, Tensor seed);
+std::tuple<Tensor, Tensor> absorbed_attention(FASTGATE_ABSORBED_ATTENTION_OPERANDS);
+std::tuple<Tensor, Tensor> absorbed_attention_backward(
+    Tensor grad, OptionalTensor grad_total, FASTGATE_ABSORBED_ATTENTION_OPERANDS);
+Tensor embed_norm(FASTGATE_EMBED_NORM_OPERANDS);
+std::tuple<Tensor, Tensor, Tensor, Tensor> embed_norm_backward(
+    Tensor grad, FASTGATE_EMBED_NORM_OPERANDS, int64_t wanted);
 Tensor attention(FASTGATE_ATTENTION_OPERANDS);
 std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor grad, FASTGATE_ATTENTION_OPERANDS);
 Tensor gated_add_norm(Tensor x, Tensor residual, FASTGATE_GATED_ADD_NORM_OPERANDS);

@@ -16,7 +16,7 @@ import torch
 
 from fastgate import ops
 from fastgate.errors import ArgumentError, say
-from fastgate.ops.embed_norm import composed
+from fastgate.ops.embed_norm import naming_bad_ids
 from fastgate.ops.linear import missing_for_onednn
 from fastgate.ops.linear_gelu import onednn
 
@@ -25,8 +25,7 @@ CUDA_LIBRARY = Path(__file__).parent / "libfastgate_cuda.so"
 BUILD_RECORD = Path(__file__).parent / "build.json"
 CPP_DTYPES = (torch.float32, torch.bfloat16)
 GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-CPU_OPS = ("gated_add_norm", "attention", "embed_norm")
-CPU_LIBRARY_OPS = ("gated_add_norm", "attention", "dropout")
+CPU_OPS = ("gated_add_norm", "attention", "embed_norm", "absorbed_attention")
 # Ops with a GPU kernel -> its languages, best first. FASTGATE_CUDA forces one where there are two.
 CUDA_BACKENDS = {
     "gated_add_norm": ("cuda", "triton"),
@@ -78,7 +77,7 @@ def _load(library: Path, reason: str, namespace: str, wanted: tuple[str, ...]) -
 @functools.cache
 def load_cpu_library() -> str:
     """Load the compiled CPU kernels; returns the reason they cannot run, empty if they can."""
-    return _load(CPU_LIBRARY, "reason", "fastgate_cpu", CPU_LIBRARY_OPS)
+    return _load(CPU_LIBRARY, "reason", "fastgate_cpu", CPU_OPS)
 
 
 @functools.cache
@@ -92,10 +91,11 @@ def load_cuda_library() -> str:
 def cpp(op: str) -> ops.Implementation:
     """The compiled CPU implementation of `op`; load_cpu_library must have succeeded."""
     library = torch.ops.fastgate_cpu
+    forward = getattr(library, op).default
     if op == "embed_norm":
-        return composed(cpp("gated_add_norm"), library.dropout.default)
+        forward = naming_bad_ids(forward)
     return ops.Implementation(
-        "cpp", getattr(library, op).default, getattr(library, f"{op}_backward").default, frozenset(CPP_DTYPES)
+        "cpp", forward, getattr(library, f"{op}_backward").default, frozenset(CPP_DTYPES)
     )
 
 

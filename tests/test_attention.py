@@ -15,6 +15,7 @@ CPU = torch.device("cpu")
 LENGTHS = {
     "uneven": ((5, 1, 17, 40, 3), (5, 1, 17, 40, 3)),
     "one query a sequence": ((1, 1, 1), (4, 9, 100)),
+    "more queries than keys": ((20, 90), (7, 33)),
     "more than a block of queries": ((70, 130), (70, 130)),
     "no keys, no queries": ((3, 0, 2), (0, 4, 2)),
     "even": ((16, 16), (16, 16)),
@@ -71,7 +72,7 @@ def exact(q, k, v, queries, keys, heads, scale, dropout_p=0.0, seed=None, biases
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize("bias_dtype", [None, torch.float32])
 def test_backend_is_as_near_to_fp64_as_torch(
-    implementation, dtype, heads, hidden, case, dropout_p, bias_dtype
+    implementation, dtype, heads, hidden, case, dropout_p, bias_dtype, poisoned
 ):
     queries, keys, (q, k, v) = packed(LENGTHS[case], hidden, dtype)
     scale, seed = (hidden // heads) ** -0.5, torch.tensor(1234567) if dropout_p else None
@@ -190,15 +191,51 @@ def test_opcheck():
         torch.library.opcheck(torch.ops.fastgate.attention.default, operands)
 
 
-def test_bad_ends_are_refused():
-    compiled = backends.implementations("attention")[-1]
-    if compiled.backend == "reference":
+def compiled():
+    found = backends.implementations("attention")[-1]
+    if found.backend == "reference":
         pytest.skip("no compiled library here")
-    q = torch.randn(4, 8)
+    return found
+
+
+def test_bad_ends_are_refused():
+    forward, q = compiled().forward, torch.randn(4, 8)
     for ends in ([0, 5], [1, 4], [0, 3, 2, 4]):
-        with pytest.raises(RuntimeError, match="cu_q"):
+        with pytest.raises(RuntimeError, match="attention: cu_q: got ends that do not rise from 0 to 4"):
             cu = torch.tensor(ends, dtype=torch.int32)
-            compiled.forward(q, q, q, None, None, None, cu, cu, 2, 1.0, 0.0, None)
+            forward(q, q, q, None, None, None, cu, cu, 2, 1.0, 0.0, None)
+    with pytest.raises(RuntimeError, match="attention: cu_q: got another dtype"):
+        forward(q, q, q, None, None, None, *(torch.tensor([0.0, 4.0]),) * 2, 2, 1.0, 0.0, None)
+
+
+@pytest.mark.parametrize("implementation", backends.implementations("attention"), ids=lambda i: i.backend)
+def test_thirds_of_one_products_rows_need_no_copy(implementation):
+    queries, keys, (rows, *_) = packed(LENGTHS["uneven"], 3 * 64)
+    rest = (None, None, None, queries.cu_seqlens, keys.cu_seqlens, 4, 0.25, 0.0, None)
+    thirds, grad = rows.split(64, 1), rows.t().contiguous().t()[:, 5:69]
+    for q, k, v in (thirds, [third.t().contiguous().t() for third in thirds]):
+        dense = [t.contiguous() for t in (q, k, v)]
+        assert torch.equal(implementation.forward(q, k, v, *rest), implementation.forward(*dense, *rest))
+        for got, want in zip(
+            implementation.backward(grad, q, k, v, *rest),
+            implementation.backward(grad.contiguous(), *dense, *rest),
+            strict=True,
+        ):
+            assert torch.equal(got, want) and got.is_contiguous()
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_bits_do_not_depend_on_threads(dropout_p):
+    """Long enough for seven threads to share, one sequence's heads among several of them."""
+    implementation, lengths = compiled(), (130, 7, 300, 61, 0)
+    queries, keys, (q, k, v) = packed((lengths, lengths), 96)
+    rest = (None,) * 3, queries.cu_seqlens, keys.cu_seqlens, 3, 0.2, dropout_p, torch.tensor(9)
+    operands = (q, k, v, *rest[0], *rest[1:])
+    want = (implementation.forward(*operands), *implementation.backward(q, *operands))
+    for threads in (2, 3, 7):
+        torch.set_num_threads(threads)
+        got = (implementation.forward(*operands), *implementation.backward(q, *operands))
+        assert all(torch.equal(one, two) for one, two in zip(got, want, strict=True))
 
 
 def test_probabilities_reproduce_the_output():

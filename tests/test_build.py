@@ -188,6 +188,13 @@ def test_a_missing_library_is_named(monkeypatch, tmp_path):
     assert "does not load under torch" in reason()
 
 
+@pytest.mark.skipif(backends.load_cpu_library() != "", reason="the compiled library is not built")
+def test_a_library_without_an_op_is_built_again():
+    wanted = (*backends.CPU_OPS, "later")
+    reason = backends._load(backends.CPU_LIBRARY, "reason", "fastgate_cpu", wanted)
+    assert reason == "libfastgate_cpu.so was built before later was there: build again"
+
+
 def test_info_says_what_runs_and_why():
     found = info.collect()
     json.dumps(found)

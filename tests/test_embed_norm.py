@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 from norm_cases import differentiable, double
 from torch import nn
 
-from fastgate import backends, ops, reference
+from fastgate import backends, ops
 from fastgate.errors import ArgumentError
 from fastgate.ops.embed_norm import BIT, OPERANDS, TABLES, embed_norm
 
@@ -85,17 +85,6 @@ def test_masks_are_equal_forward_and_backward_in_every_backend(name, seed, hidde
     check_masks(BACKENDS[name], seed, hidden)
 
 
-@pytest.mark.skipif("cpp" not in BACKENDS, reason="the compiled library is not built")
-@pytest.mark.parametrize("dtype", [FP32, BF16])
-@pytest.mark.parametrize("shape", [(0, 5), (3, 1), (40, 771)], ids=str)
-def test_dropout_by_itself_has_the_references_mask(shape, dtype, poisoned):
-    x, seed = torch.randn(shape).to(dtype) + 10, torch.tensor(SEED)
-    want = torch.where(reference.keep_mask(seed, *shape, 0.3), x.float() / 0.7, 0.0).to(dtype)
-    torch.testing.assert_close(torch.ops.fastgate_cpu.dropout(x, 0.3, seed), want)
-    with pytest.raises(RuntimeError, match="dropout: x: got another shape or dtype"):
-        torch.ops.fastgate_cpu.dropout(x.double(), 0.3, seed)
-
-
 @pytest.mark.parametrize("name", BACKENDS)
 def test_strided_operands(name):
     check_strides(BACKENDS[name])
@@ -116,6 +105,50 @@ def test_bits_repeat(name, call):
     again, grads_again = run(BACKENDS[name], given, grad)
     assert torch.equal(y, again)
     assert all(torch.equal(grads[key], grads_again[key]) for key in grads)
+
+
+@pytest.mark.parametrize("call", ["no types", "two norms and dropout"])
+@pytest.mark.parametrize("name", [name for name in BACKENDS if name != "reference"])
+def test_bits_do_not_depend_on_threads(name, call):
+    """Large enough for seven threads to share; words in a table that goes by ids, types in one by columns."""
+    given = make(700, 384, DTYPES[0], call)
+    given["word_table"] = torch.randn(300, 384)
+    given["words"] = torch.randint(300, (700,))
+    grad = torch.randn(700, 384)
+    y, grads = run(BACKENDS[name], given, grad)
+    for threads in (1, 2, 3, 7):
+        torch.set_num_threads(threads)
+        again, grads_again = run(BACKENDS[name], given, grad)
+        assert torch.equal(y, again)
+        assert all(torch.equal(grads[key], grads_again[key]) for key in grads)
+
+
+def test_a_table_with_a_row_for_most_of_the_ids():
+    """Ids by the hundred, as positions' are: the tables' gradients against torch's, many rows to an id."""
+    given = make(2000, 24, DTYPES[0], "plain")
+    given["position_table"], given["positions"] = torch.randn(512, 24), torch.arange(2000) % 200
+    for backend in BACKENDS.values():
+        check(backend, given)
+
+
+@pytest.mark.parametrize("name", [name for name in BACKENDS if name != "reference"])
+def test_the_compiled_op_refuses_what_would_read_elsewhere(name):
+    given = make(9, 24, DTYPES[0], "dropout")
+    backend, grad = BACKENDS[name], torch.randn(9, 24)
+    wrong = {
+        "ids: got another dtype or number": dict(positions=given["positions"][:3]),
+        "ids: got another dtype": dict(words=given["words"].float()),
+        "tables: got other dtypes or shapes": dict(type_table=torch.randn(2, 23)),
+        "vectors: got 23 elements, wanted 24": dict(weight=torch.randn(23)),
+        "seed: got none": dict(seed=None),
+    }
+    for message, changed in wrong.items():
+        with pytest.raises(RuntimeError, match=f"embed_norm: {message}"):
+            backend.forward(*{**given, **changed}.values())
+    with pytest.raises(RuntimeError, match="embed_norm: ids: got one outside its table, wanted 0 to 36"):
+        backend.backward(grad, *{**given, "words": given["words"] + 30}.values(), 127)
+    with pytest.raises(RuntimeError, match="embed_norm_backward: grad: got another shape or dtype"):
+        backend.backward(grad[:3], *given.values(), 127)
 
 
 def public(given, **changed):

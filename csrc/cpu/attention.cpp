@@ -1,117 +1,46 @@
 // Self-attention over packed rows on the CPU, forward and backward: the equations of kernels/attention_forward.py
 // and attention_backward.py.
 //
-// One task is one head of one sequence. Its slices of q, k and v are copied to float32 buffers padded with zeros to
-// whole vector blocks, so every product runs one micro-kernel without tails. Backward draws the dropout mask and the
-// probabilities again, so forward keeps nothing, and a task owns its rows of every gradient: the same bits at every call.
-#include <algorithm>
-#include <cmath>
-
-#include "ops.h"
-#include "rows.h"
+// One task is one head of one sequence. Its slices of q, k and v are copied to float32 buffers whose rows are whole
+// vectors, so that every product is tiles.h's. Backward draws the dropout mask and the probabilities again, so forward
+// keeps nothing, and a task owns its rows of every gradient: the same bits at every call.
+#include "dropout.h"
+#include "sequences.h"
+#include "softmax.h"
+#include "tiles.h"
 
 namespace fastgate::cpu {
 namespace {
 
-constexpr int64_t kQueries = 64;        // queries whose scores are held at a time
-constexpr double kTaskFlops = 400000.0;  // per thread at least: less is not worth waking one
+constexpr int64_t kQueries = 64;  // queries whose scores are held at a time
 
-typedef float v8 __attribute__((vector_size(32)));
-
-constexpr int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-// Distance between rows of n floats: an odd number of cache lines, or a column of a matrix would sit in a few sets.
-constexpr int64_t stride(int64_t n) { return up(n, 16) | 16; }
-
-// By reference: a vector returned by value has another calling convention at each level of x86-64.
-FASTGATE_INLINE void load8(v8& value, const float* p) { std::memcpy(&value, p, sizeof value); }
-
-// c (m, n) = a (m, k) b (k, n), or += if Add. m is a multiple of 4, n of 16; a's element (i, p) is a[i*a_row + p*a_step].
-// Sixteen columns of b stay in the first-level cache while every row of a passes.
-template <bool Add>
-FASTGATE_INLINE void multiply(
-    const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_row, float* c, int64_t c_row, int64_t m,
-    int64_t n, int64_t k) {
-  for (int64_t j = 0; j < n; j += 16) {
-    for (int64_t i = 0; i < m; i += 4) {
-      const float *a0 = a + i * a_row, *a1 = a0 + a_row, *a2 = a1 + a_row, *a3 = a2 + a_row;
-      v8 c00{}, c01{}, c10{}, c11{}, c20{}, c21{}, c30{}, c31{};
-      const float* bp = b + j;
-      for (int64_t p = 0; p < k; ++p, bp += b_row) {
-        v8 b0, b1;
-        load8(b0, bp), load8(b1, bp + 8);
-        const int64_t at = p * a_step;
-        c00 += a0[at] * b0, c01 += a0[at] * b1;
-        c10 += a1[at] * b0, c11 += a1[at] * b1;
-        c20 += a2[at] * b0, c21 += a2[at] * b1;
-        c30 += a3[at] * b0, c31 += a3[at] * b1;
-      }
-      const v8 tile[4][2] = {{c00, c01}, {c10, c11}, {c20, c21}, {c30, c31}};
-      for (int64_t r = 0; r < 4; ++r)
-        for (int64_t half = 0; half < 2; ++half) {
-          float* out = c + (i + r) * c_row + j + 8 * half;
-          v8 value = tile[r][half], before;
-          if (Add) load8(before, out), value += before;
-          std::memcpy(out, &value, sizeof value);
-        }
-    }
-  }
-}
-
-// exp for x <= 0 to 2 units in the last place: 2^n times a polynomial of the remainder.
-FASTGATE_INLINE float exponential(float x) {
-  x = x < -87.0f ? -87.0f : x;
-  const float magic = 12582912.0f, shifted = x * 1.44269504f + magic, n = shifted - magic;
-  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  uint32_t bits;  // n stands in the low bits of `shifted`
-  std::memcpy(&bits, &shifted, sizeof bits);
-  bits = (bits + 127u) << 23;
-  float power;
-  std::memcpy(&power, &bits, sizeof power);
-  return p * power;
-}
-
-// The first n of a row of scores become probabilities, the rest zero.
-FASTGATE_INLINE void softmax(float* row, int64_t n, int64_t width) {
-  float top = row[0];
-#pragma omp simd reduction(max : top)
-  for (int64_t j = 1; j < n; ++j) top = row[j] > top ? row[j] : top;
-  each(n, [&](int64_t j) { row[j] = exponential(row[j] - top); });
-  const float part = 1.0f / sum(n, [&](int64_t j) { return row[j]; });
-  each(n, [&](int64_t j) { row[j] *= part; });
-  for (int64_t j = n; j < width; ++j) row[j] = 0.0f;
-}
+// (rows, hidden) with adjacent columns: the thirds of one product's rows need not be copied.
+struct Operand {
+  const void* at;
+  int64_t step;  // from row to row
+};
 
 struct Problem {
   int64_t sequences, hidden, heads, width;  // width: of a head
-  const int32_t *cu_q, *cu_k;
-  const void *q, *k, *v;
+  const int64_t *cu_q, *cu_k;
+  Operand q, k, v;
   const float *q_bias, *v_bias;  // null where not given; the keys' adds nothing that the softmax does not take out
   float scale;
-  bool dropout;
-  uint64_t seed;
-  uint32_t threshold;
-  float kept;
+  Dropout dropout;
 };
 
-// One head of one sequence: where its rows begin, how many there are, and its padded sizes.
+// One head of one sequence: where its rows begin, how many there are, and the sizes of its buffers.
 struct Task {
   int64_t head, q_row, queries, k_row, keys;
-  int64_t queries4, keys16, width16;
+  int64_t blocks, width16;      // 16 keys a block; a head's width in whole vectors
   int64_t width_row, keys_row;  // distances between rows of the buffers
 };
 
 Task task_of(const Problem& o, int64_t index) {
-  const int64_t head = index / o.sequences, sequence = index % o.sequences;  // threads share out heads: even work
+  const int64_t sequence = index / o.heads, head = index % o.heads;
   const int64_t q_row = o.cu_q[sequence], k_row = o.cu_k[sequence];
   const int64_t queries = o.cu_q[sequence + 1] - q_row, keys = o.cu_k[sequence + 1] - k_row;
-  return {head, q_row, queries, k_row, keys, up(queries, 4), up(keys, 16), up(o.width, 16), stride(o.width), stride(keys)};
+  return {head, q_row, queries, k_row, keys, (keys + 15) / 16, up(o.width, 16), stride(o.width), stride(keys)};
 }
 
 FASTGATE_INLINE float rounded_to(const float*, float value) { return value; }
@@ -122,17 +51,17 @@ FASTGATE_INLINE float rounded_to(const bf16*, float value) {
   return load(&stored, 0);
 }
 
-// A head's slice of `rows` rows, its bias added, into `out` (padded, width16), times `factor`; the padding is zero. The
-// sum with a bias is rounded to T, as a Linear's output would be.
+// A head's slice of `rows` rows, its bias added, into `out` (`padded` rows of width16), times `factor`; the padding is
+// zero. The sum with a bias is rounded to T, as a Linear's output would be.
 template <class T>
 FASTGATE_INLINE void gather(
-    const Problem& o, const Task& t, const void* from, const float* bias, int64_t row, int64_t rows, int64_t padded,
+    const Problem& o, const Task& t, const Operand& from, const float* bias, int64_t row, int64_t rows, int64_t padded,
     float factor, float* out) {
   const float* head_bias = bias ? bias + t.head * o.width : nullptr;
   for (int64_t i = 0; i < padded; ++i) {
     float* to = out + i * t.width_row;
     const int64_t n = i < rows ? o.width : 0;
-    const T* source = static_cast<const T*>(from) + (row + i) * o.hidden + t.head * o.width;
+    const T* source = static_cast<const T*>(from.at) + (row + i) * from.step + t.head * o.width;
     if (bias)
       each(n, [&](int64_t j) { to[j] = factor * rounded_to(source, load(source, j) + head_bias[j]); });
     else
@@ -147,101 +76,127 @@ FASTGATE_INLINE void scatter(
   for (int64_t i = 0; i < rows; ++i) {
     T* out = static_cast<T*>(to) + (row + i) * o.hidden + t.head * o.width;
     const float* source = from + i * t.width_row;
-    for (int64_t j = 0; j < o.width; ++j) store(out, j, factor * source[j]);
+    each(o.width, [&](int64_t j) { store(out, j, factor * source[j]); });
   }
 }
 
-// (keys16, width16) -> (width16, keys16).
+typedef float four __attribute__((vector_size(16)));
+
+// Sixteen rows (16, width16) -> their columns of (width16, keys).
 FASTGATE_INLINE void transpose(const Task& t, const float* from, float* to) {
-  for (int64_t i = 0; i < t.keys16; ++i)
-    for (int64_t j = 0; j < t.width16; ++j) to[j * t.keys_row + i] = from[i * t.width_row + j];
+  for (int64_t i = 0; i < 16; i += 4)
+    for (int64_t j = 0; j < t.width16; j += 4) {
+      four a, b, c, d;
+      std::memcpy(&a, from + i * t.width_row + j, sizeof a);
+      std::memcpy(&b, from + (i + 1) * t.width_row + j, sizeof b);
+      std::memcpy(&c, from + (i + 2) * t.width_row + j, sizeof c);
+      std::memcpy(&d, from + (i + 3) * t.width_row + j, sizeof d);
+      const four ab = __builtin_shufflevector(a, b, 0, 4, 1, 5), AB = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+      const four cd = __builtin_shufflevector(c, d, 0, 4, 1, 5), CD = __builtin_shufflevector(c, d, 2, 6, 3, 7);
+      const four columns[4] = {
+          __builtin_shufflevector(ab, cd, 0, 1, 4, 5), __builtin_shufflevector(ab, cd, 2, 3, 6, 7),
+          __builtin_shufflevector(AB, CD, 0, 1, 4, 5), __builtin_shufflevector(AB, CD, 2, 3, 6, 7)};
+      for (int64_t column = 0; column < 4; ++column)
+        std::memcpy(to + (j + column) * t.keys_row + i, &columns[column], sizeof a);
+    }
 }
 
-// Dropout factors of one query's row; its counter row is query * heads + head.
+// Dropout factors of one query's row, zeros up to whole blocks; its counter row is query * heads + head.
 FASTGATE_INLINE void draw(const Problem& o, const Task& t, int64_t query, float* factors) {
-  keep_factors(o.seed, (t.q_row + query) * o.heads + t.head, t.keys, o.threshold, o.kept, factors);
+  keep_factors(o.dropout, (t.q_row + query) * o.heads + t.head, t.keys, factors);
+  for (int64_t j = t.keys; j < 16 * t.blocks; ++j) factors[j] = 0.0f;
 }
 
 int64_t forward_scratch(int64_t longest_q, int64_t longest_k, int64_t width) {
-  const int64_t q = up(longest_q, 4), k = stride(longest_k), w = stride(width);
-  return 2 * q * w + 3 * k * w + kQueries * k + k;
+  const int64_t k = stride(longest_k), w = stride(width);
+  return (longest_q + kQueries + 16 + longest_k) * w + (up(width, 16) + kQueries + 1) * k;
 }
 
 template <class T>
-FASTGATE_INLINE void forward_tasks(const Problem& o, void* out, float* scratch, int64_t begin, int64_t end) {
+FASTGATE_INLINE void forward_tasks(const Problem& o, void* out, Scratch& scratch, int64_t begin, int64_t end) {
+  const Scratch::Mark mark = scratch.mark();
   for (int64_t index = begin; index < end; ++index) {
     const Task t = task_of(o, index);
     if (t.queries == 0) continue;
+    scratch.release(mark);
     const int64_t w = t.width_row, n = t.keys_row;
-    float *q = scratch, *mixed = q + t.queries4 * w, *k = mixed + t.queries4 * w, *kt = k + n * w, *v = kt + n * w;
-    float *p = v + n * w, *factors = p + kQueries * n;
-    gather<T>(o, t, o.q, o.q_bias, t.q_row, t.queries, t.queries4, o.scale, q);
-    gather<T>(o, t, o.k, nullptr, t.k_row, t.keys, t.keys16, 1.0f, k);
-    gather<T>(o, t, o.v, o.v_bias, t.k_row, t.keys, t.keys16, 1.0f, v);
-    transpose(t, k, kt);
-    for (int64_t first = 0; first < t.queries4; first += kQueries) {
-      const int64_t rows = std::min(kQueries, t.queries4 - first);
-      multiply<false>(q + first * w, w, 1, kt, n, p, n, rows, t.keys16, o.width);
-      for (int64_t i = 0; i < rows; ++i) {
-        float* row = p + i * n;
-        if (t.keys > 0) softmax(row, t.keys, t.keys16);
-        if (o.dropout) {
-          draw(o, t, first + i, factors);
-          each(t.keys, [&](int64_t j) { row[j] *= factors[j]; });
-        }
-      }
-      multiply<false>(p, n, 1, v, w, mixed + first * w, w, rows, t.width16, t.keys);
+    float *q = scratch.take(t.queries * w), *mixed = scratch.take(kQueries * w), *few = scratch.take(16 * w);
+    float *v = scratch.take(t.keys * w), *kt = scratch.take(t.width16 * n), *p = scratch.take(kQueries * n);
+    float* factors = scratch.take(n);
+    gather<T>(o, t, o.q, o.q_bias, t.q_row, t.queries, t.queries, o.scale, q);
+    gather<T>(o, t, o.v, o.v_bias, t.k_row, t.keys, t.keys, 1.0f, v);
+    for (int64_t key = 0; key < t.keys; key += 16) {
+      gather<T>(o, t, o.k, nullptr, t.k_row + key, std::min<int64_t>(16, t.keys - key), 16, 1.0f, few);
+      transpose(t, few, kt + key);
     }
-    scatter<T>(o, t, mixed, t.q_row, t.queries, 1.0f, out);
+    for (int64_t first = 0; first < t.queries; first += kQueries) {
+      const int64_t rows = std::min(kQueries, t.queries - first);
+      multiply(false, {q + first * w, w, 1}, kt, n, p, n, rows, 16 * t.blocks, o.width);
+      softmax(p, rows, n, t.keys, t.blocks);
+      for (int64_t i = 0; i < rows && o.dropout.on; ++i) {
+        float* row = p + i * n;
+        draw(o, t, first + i, factors);
+        each(16 * t.blocks, [&](int64_t j) { row[j] *= factors[j]; });
+      }
+      multiply(false, {p, n, 1}, v, w, mixed, w, rows, t.width16, t.keys);
+      scatter<T>(o, t, mixed, t.q_row + first, rows, 1.0f, out);
+    }
   }
 }
 
 int64_t backward_scratch(int64_t longest_q, int64_t longest_k, int64_t width) {
-  const int64_t q = up(longest_q, 4), k = stride(longest_k), w = stride(width);
-  return 3 * q * w + 6 * k * w + 2 * kQueries * k + k;
+  const int64_t k = stride(longest_k), w = stride(width);
+  return (3 * longest_q + 2 * up(longest_k, 16) + 2 * longest_k) * w + (2 * up(width, 16) + 2 * kQueries + 1) * k;
 }
 
 struct AttentionGradients {
-  const void* grad;
+  Operand grad;
   void *dq, *dk, *dv;
 };
 
 template <class T>
 FASTGATE_INLINE void backward_tasks(
-    const Problem& o, const AttentionGradients& g, float* scratch, int64_t begin, int64_t end) {
+    const Problem& o, const AttentionGradients& g, Scratch& scratch, int64_t begin, int64_t end) {
+  const Scratch::Mark mark = scratch.mark();
   for (int64_t index = begin; index < end; ++index) {
     const Task t = task_of(o, index);
-    const int64_t w = t.width_row, n = t.keys_row;
-    float *q = scratch, *grad = q + t.queries4 * w, *dq = grad + t.queries4 * w, *k = dq + t.queries4 * w;
-    float *kt = k + n * w, *v = kt + n * w, *vt = v + n * w, *dk = vt + n * w, *dv = dk + n * w;
-    float *p = dv + n * w, *dp = p + kQueries * n, *factors = dp + kQueries * n;
-    gather<T>(o, t, o.q, o.q_bias, t.q_row, t.queries, t.queries4, o.scale, q);
-    gather<T>(o, t, g.grad, nullptr, t.q_row, t.queries, t.queries4, 1.0f, grad);
-    gather<T>(o, t, o.k, nullptr, t.k_row, t.keys, t.keys16, 1.0f, k);
-    gather<T>(o, t, o.v, o.v_bias, t.k_row, t.keys, t.keys16, 1.0f, v);
-    transpose(t, k, kt);
-    transpose(t, v, vt);
-    std::fill(dk, dk + n * w, 0.0f);
-    std::fill(dv, dv + n * w, 0.0f);
-    std::fill(dq, dq + t.queries4 * w, 0.0f);
-    for (int64_t first = 0; first < t.queries4 && t.keys > 0; first += kQueries) {
-      const int64_t rows = std::min(kQueries, t.queries4 - first);
-      multiply<false>(q + first * w, w, 1, kt, n, p, n, rows, t.keys16, o.width);
-      multiply<false>(grad + first * w, w, 1, vt, n, dp, n, rows, t.keys16, o.width);
+    scratch.release(mark);
+    const int64_t w = t.width_row, n = t.keys_row, keys16 = 16 * t.blocks;
+    float *q = scratch.take(t.queries * w), *grad = scratch.take(t.queries * w), *dq = scratch.take(t.queries * w);
+    float *k = scratch.take(keys16 * w), *v = scratch.take(keys16 * w);
+    float *dk = scratch.take(t.keys * w), *dv = scratch.take(t.keys * w);
+    float *kt = scratch.take(t.width16 * n), *vt = scratch.take(t.width16 * n);
+    float *p = scratch.take(kQueries * n), *dp = scratch.take(kQueries * n), *factors = scratch.take(n);
+    gather<T>(o, t, o.q, o.q_bias, t.q_row, t.queries, t.queries, o.scale, q);
+    gather<T>(o, t, g.grad, nullptr, t.q_row, t.queries, t.queries, 1.0f, grad);
+    gather<T>(o, t, o.k, nullptr, t.k_row, t.keys, keys16, 1.0f, k);
+    gather<T>(o, t, o.v, o.v_bias, t.k_row, t.keys, keys16, 1.0f, v);
+    for (int64_t key = 0; key < t.keys; key += 16) {
+      transpose(t, k + key * w, kt + key);
+      transpose(t, v + key * w, vt + key);
+    }
+    if (t.queries == 0) {
+      std::fill(dk, dk + t.keys * w, 0.0f);
+      std::fill(dv, dv + t.keys * w, 0.0f);
+    }
+    for (int64_t first = 0; first < t.queries; first += kQueries) {
+      const int64_t rows = std::min(kQueries, t.queries - first);
+      multiply(false, {q + first * w, w, 1}, kt, n, p, n, rows, keys16, o.width);
+      multiply(false, {grad + first * w, w, 1}, vt, n, dp, n, rows, keys16, o.width);
+      softmax(p, rows, n, t.keys, t.blocks);
       for (int64_t i = 0; i < rows; ++i) {
         float *row = p + i * n, *drow = dp + i * n;
-        softmax(row, t.keys, t.keys16);
-        if (o.dropout) {
+        if (o.dropout.on) {
           draw(o, t, first + i, factors);
-          each(t.keys, [&](int64_t j) { drow[j] *= factors[j]; });
+          each(keys16, [&](int64_t j) { drow[j] *= factors[j]; });
         }
-        const float along = sum(t.keys, [&](int64_t j) { return row[j] * drow[j]; });
-        each(t.keys, [&](int64_t j) { drow[j] = row[j] * (drow[j] - along); });
-        if (o.dropout) each(t.keys, [&](int64_t j) { row[j] *= factors[j]; });
+        const float along = sum(keys16, [&](int64_t j) { return row[j] * drow[j]; });
+        each(keys16, [&](int64_t j) { drow[j] = row[j] * (drow[j] - along); });
+        if (o.dropout.on) each(keys16, [&](int64_t j) { row[j] *= factors[j]; });
       }
-      multiply<false>(dp, n, 1, k, w, dq + first * w, w, rows, t.width16, t.keys);
-      multiply<true>(dp, 1, n, q + first * w, w, dk, w, t.keys16, t.width16, rows);
-      multiply<true>(p, 1, n, grad + first * w, w, dv, w, t.keys16, t.width16, rows);
+      multiply(false, {dp, n, 1}, k, w, dq + first * w, w, rows, t.width16, t.keys);
+      multiply(first > 0, {dp, 1, n}, q + first * w, w, dk, w, t.keys, t.width16, rows);
+      multiply(first > 0, {p, 1, n}, grad + first * w, w, dv, w, t.keys, t.width16, rows);
     }
     scatter<T>(o, t, dq, t.q_row, t.queries, o.scale, g.dq);
     scatter<T>(o, t, dk, t.k_row, t.keys, 1.0f, g.dk);
@@ -250,13 +205,14 @@ FASTGATE_INLINE void backward_tasks(
 }
 
 // A pair of functions for each element type, compiled for every clone.
-#define FASTGATE_ATTENTION(NAME, T)                                                                                    \
-  FASTGATE_CLONES void forward_##NAME(const Problem& o, void* out, float* scratch, int64_t begin, int64_t end) {       \
-    forward_tasks<T>(o, out, scratch, begin, end);                                                                     \
-  }                                                                                                                    \
-  FASTGATE_CLONES void backward_##NAME(                                                                                \
-      const Problem& o, const AttentionGradients& g, float* scratch, int64_t begin, int64_t end) {                     \
-    backward_tasks<T>(o, g, scratch, begin, end);                                                                      \
+#define FASTGATE_ATTENTION(NAME, T)                                                                  \
+  FASTGATE_WIDE_CLONES void forward_##NAME(                                                          \
+      const Problem& o, void* out, Scratch& scratch, int64_t begin, int64_t end) {                   \
+    forward_tasks<T>(o, out, scratch, begin, end);                                                   \
+  }                                                                                                  \
+  FASTGATE_WIDE_CLONES void backward_##NAME(                                                         \
+      const Problem& o, const AttentionGradients& g, Scratch& scratch, int64_t begin, int64_t end) { \
+    backward_tasks<T>(o, g, scratch, begin, end);                                                    \
   }
 
 FASTGATE_ATTENTION(f, float)
@@ -266,24 +222,14 @@ FASTGATE_ATTENTION(b, bf16)
 struct PreparedAttention {
   Problem problem{};
   std::vector<Tensor> kept_alive;
-  int64_t longest_q = 0, longest_k = 0, tasks = 0, grain = 1;
+  std::vector<int64_t> cu_q, cu_k;
+  int64_t longest_q = 0, longest_k = 0;
   bool half = false;
 };
 
-const int32_t* ends_of(PreparedAttention& p, const Tensor& cu_seqlens, int64_t rows, int64_t& longest, const char* name) {
-  STD_TORCH_CHECK(
-      cu_seqlens.scalar_type() == ScalarType::Int && cu_seqlens.dim() == 1 && cu_seqlens.size(0) > 0,
-      "attention: ", name, ": got another dtype or shape, wanted (sequences + 1,) int32; cumulate the lengths from 0");
-  p.kept_alive.push_back(dense(cu_seqlens));
-  const auto* ends = static_cast<const int32_t*>(p.kept_alive.back().data_ptr());
-  const int64_t count = cu_seqlens.size(0);
-  bool rising = ends[0] == 0 && ends[count - 1] == rows;
-  for (int64_t i = 1; i < count; ++i) {
-    rising = rising && ends[i] >= ends[i - 1];
-    longest = std::max<int64_t>(longest, ends[i] - ends[i - 1]);
-  }
-  STD_TORCH_CHECK(rising, "attention: ", name, ": got ends that do not rise from 0 to ", rows, "; cumulate the lengths from 0");
-  return ends;
+Operand operand_of(std::vector<Tensor>& kept_alive, const Tensor& t) {
+  kept_alive.push_back(t.stride(1) == 1 ? t : dense(t));
+  return {kept_alive.back().data_ptr(), kept_alive.back().stride(0)};
 }
 
 const float* bias_of(PreparedAttention& p, const OptionalTensor& bias) {
@@ -295,11 +241,12 @@ const float* bias_of(PreparedAttention& p, const OptionalTensor& bias) {
 PreparedAttention prepare(FASTGATE_ATTENTION_OPERANDS) {
   const auto dtype = q.scalar_type();
   STD_TORCH_CHECK(
-      (dtype == ScalarType::Float || dtype == ScalarType::BFloat16) && k.scalar_type() == dtype && v.scalar_type() == dtype,
+      (dtype == ScalarType::Float || dtype == ScalarType::BFloat16) && k.scalar_type() == dtype &&
+          v.scalar_type() == dtype,
       "attention: q, k, v: got other or unequal dtypes, wanted float32 or bfloat16; convert them first");
   STD_TORCH_CHECK(
-      q.dim() == 2 && k.dim() == 2 && v.dim() == 2 && k.size(0) == v.size(0) && q.size(1) == k.size(1) && k.size(1) == v.size(1) &&
-          heads > 0 && q.size(1) % heads == 0,
+      q.dim() == 2 && k.dim() == 2 && v.dim() == 2 && k.size(0) == v.size(0) && q.size(1) == k.size(1) &&
+          k.size(1) == v.size(1) && heads > 0 && q.size(1) % heads == 0,
       "attention: q, k, v: got shapes that do not fit, wanted (queries, hidden), (keys, hidden), (keys, hidden) with hidden a "
       "multiple of heads; reshape them first");
   STD_TORCH_CHECK(cu_q.numel() == cu_k.numel(), "attention: cu_q, cu_k: got unequal lengths, wanted one end a sequence in each; pad with equal ends");
@@ -311,10 +258,11 @@ PreparedAttention prepare(FASTGATE_ATTENTION_OPERANDS) {
   o.width = o.hidden / heads;
   p.half = dtype == ScalarType::BFloat16;
   p.kept_alive.reserve(8);
-  for (const Tensor* t : {&q, &k, &v}) p.kept_alive.push_back(dense(*t));
-  o.q = p.kept_alive[0].data_ptr(), o.k = p.kept_alive[1].data_ptr(), o.v = p.kept_alive[2].data_ptr();
-  o.cu_q = ends_of(p, cu_q, q.size(0), p.longest_q, "cu_q");
-  o.cu_k = ends_of(p, cu_k, k.size(0), p.longest_k, "cu_k");
+  o.q = operand_of(p.kept_alive, q), o.k = operand_of(p.kept_alive, k), o.v = operand_of(p.kept_alive, v);
+  p.cu_q = ends_of("attention", "cu_q", cu_q, q.size(0));
+  p.cu_k = ends_of("attention", "cu_k", cu_k, k.size(0));
+  o.cu_q = p.cu_q.data(), o.cu_k = p.cu_k.data();
+  p.longest_q = longest_of(p.cu_q), p.longest_k = longest_of(p.cu_k);
   for (const OptionalTensor* bias : {&q_bias, &k_bias, &v_bias})
     STD_TORCH_CHECK(
         !*bias || ((*bias)->dim() == 1 && (*bias)->size(0) == o.hidden),
@@ -322,51 +270,45 @@ PreparedAttention prepare(FASTGATE_ATTENTION_OPERANDS) {
   o.q_bias = bias_of(p, q_bias);
   o.v_bias = bias_of(p, v_bias);
   o.scale = static_cast<float>(scale);
-  o.dropout = dropout_p > 0.0;
-  if (o.dropout) {
-    STD_TORCH_CHECK(
-        seed && seed->numel() == 1 && seed->scalar_type() == ScalarType::Long,
-        "attention: seed: got none, wanted an int64 tensor of one element with dropout_p > 0; pass a seed");
-    o.seed = static_cast<uint64_t>(*static_cast<const int64_t*>(seed->data_ptr()));
-    o.threshold = static_cast<uint32_t>(std::min(std::nearbyint(dropout_p * 4294967296.0), 4294967295.0));
-    o.kept = static_cast<float>(1.0 / (1.0 - dropout_p));
-  }
-  p.tasks = o.sequences * heads;
-  double flops = 1.0;
-  for (int64_t s = 0; s < o.sequences; ++s)
-    flops += 4.0 * o.hidden * (o.cu_q[s + 1] - o.cu_q[s]) * (o.cu_k[s + 1] - o.cu_k[s]);
-  p.grain = std::max<int64_t>(1, static_cast<int64_t>(p.tasks * kTaskFlops / flops));
+  o.dropout = dropout_of("attention", dropout_p, seed);
   return p;
+}
+
+// Of one head of a sequence, in float operations: the products, and what moving a row's slice costs beside them.
+double cost_of(const Problem& o, int64_t sequence) {
+  const double queries = o.cu_q[sequence + 1] - o.cu_q[sequence], keys = o.cu_k[sequence + 1] - o.cu_k[sequence];
+  return 4.0 * o.width * queries * keys + 50.0 * queries * keys + 20.0 * o.width * (queries + keys);
 }
 
 }  // namespace
 
 Tensor attention(FASTGATE_ATTENTION_OPERANDS) {
-  const PreparedAttention p = prepare(
-      q, k, v, q_bias, k_bias, v_bias, cu_q, cu_k, heads, scale, dropout_p, seed);
+  const PreparedAttention p = prepare(q, k, v, q_bias, k_bias, v_bias, cu_q, cu_k, heads, scale, dropout_p, seed);
   Tensor out = empty_like(q, q.scalar_type());
   void* to = out.data_ptr();
-  const int64_t size = forward_scratch(p.longest_q, p.longest_k, p.problem.width);
-  torch::stable::parallel_for(0, p.tasks, p.grain, [&](int64_t begin, int64_t end) {
-    std::vector<float> scratch(size);
-    (p.half ? forward_b : forward_f)(p.problem, to, scratch.data(), begin, end);
+  const Problem& o = p.problem;
+  const int64_t size = forward_scratch(p.longest_q, p.longest_k, o.width);
+  const auto cost = [&](int64_t sequence) { return cost_of(o, sequence); };
+  share_out(o.sequences, heads, cost, [&](int64_t begin, int64_t end) {
+    Scratch scratch(size);
+    (p.half ? forward_b : forward_f)(o, to, scratch, begin, end);
   });
   return out;
 }
 
 std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor grad, FASTGATE_ATTENTION_OPERANDS) {
-  const PreparedAttention p = prepare(
-      q, k, v, q_bias, k_bias, v_bias, cu_q, cu_k, heads, scale, dropout_p, seed);
+  PreparedAttention p = prepare(q, k, v, q_bias, k_bias, v_bias, cu_q, cu_k, heads, scale, dropout_p, seed);
   STD_TORCH_CHECK(
-      grad.scalar_type() == q.scalar_type() && grad.numel() == q.numel(),
+      grad.scalar_type() == q.scalar_type() && grad.dim() == 2 && grad.numel() == q.numel(),
       "attention_backward: grad: got another shape or dtype, wanted the output's; pass the gradient of the output");
-  const Tensor dense_grad = dense(grad);
   Tensor dq = empty_like(q, q.scalar_type()), dk = empty_like(k, k.scalar_type()), dv = empty_like(v, v.scalar_type());
-  const AttentionGradients g{dense_grad.data_ptr(), dq.data_ptr(), dk.data_ptr(), dv.data_ptr()};
-  const int64_t size = backward_scratch(p.longest_q, p.longest_k, p.problem.width);
-  torch::stable::parallel_for(0, p.tasks, p.grain, [&](int64_t begin, int64_t end) {
-    std::vector<float> scratch(size);
-    (p.half ? backward_b : backward_f)(p.problem, g, scratch.data(), begin, end);
+  const AttentionGradients g{operand_of(p.kept_alive, grad), dq.data_ptr(), dk.data_ptr(), dv.data_ptr()};
+  const Problem& o = p.problem;
+  const int64_t size = backward_scratch(p.longest_q, p.longest_k, o.width);
+  const auto cost = [&](int64_t sequence) { return 2.5 * cost_of(o, sequence); };
+  share_out(o.sequences, heads, cost, [&](int64_t begin, int64_t end) {
+    Scratch scratch(size);
+    (p.half ? backward_b : backward_f)(o, g, scratch, begin, end);
   });
   return {dq, dk, dv};
 }

@@ -4,15 +4,14 @@
 // row's statistics from x and residual, so forward keeps nothing. Parameters' gradients are summed over fixed blocks
 // of rows and the blocks in order: the same bits at every call and for every number of threads.
 #include <algorithm>
-#include <cmath>
 
-#include "ops.h"
-#include "rows.h"
+#include "dropout.h"
+#include "norm.h"
 
 namespace fastgate::cpu {
 namespace {
 
-constexpr int64_t kForwardElements = 16384;  // per thread at least: less is not worth waking one
+constexpr int64_t kForwardElements = 32768;  // per thread at least: less is not worth waking one
 constexpr int64_t kFlush = 32;               // rows summed before their sum joins the block's
 constexpr int64_t kBlocks = 64;              // row blocks at most, each with its own sums
 
@@ -23,30 +22,11 @@ struct Operands {
   const float *weight2, *norm_bias2;             // null: one norm
   const float *bias, *scale, *shift, *undropped;  // zeros and ones where none was given; undropped is all ones
   float gate, eps, eps2;
-  bool dropout;
-  uint64_t seed;
-  uint32_t threshold;
-  float kept;  // 1 / (1 - dropout_p)
+  Dropout dropout;
 };
-
-// Scratch rows: room for the last group of four dropout factors, and each on its own cache line.
-constexpr int64_t padded(int64_t n) { return (n + 15) / 16 * 16; }
-
-struct Norm {
-  float mean, rstd;
-};
-
-FASTGATE_INLINE Norm statistics(const float* u, int64_t n, float total, float eps) {
-  const float mean = total / static_cast<float>(n);
-  const float squares = sum(n, [&](int64_t j) {
-    const float centred = u[j] - mean;
-    return centred * centred;
-  });
-  return {mean, 1.0f / std::sqrt(squares / static_cast<float>(n) + eps)};
-}
 
 FASTGATE_CLONES void draw_keep_factors(const Operands& o, int64_t row, float* keep) {
-  keep_factors(o.seed, row, o.hidden, o.threshold, o.kept, keep);
+  keep_factors(o.dropout, row, o.hidden, keep);
 }
 
 // u of one row into `u`, and its statistics. `keep` holds the row's dropout factors.
@@ -69,10 +49,10 @@ FASTGATE_INLINE void forward_rows(const Operands& o, void* out, float* scratch, 
   for (int64_t row = begin; row < end; ++row) {
     const int64_t offset = row * n;
     TY* y = static_cast<TY*>(out) + offset;
-    if (o.dropout) draw_keep_factors(o, row, drawn);
+    if (o.dropout.on) draw_keep_factors(o, row, drawn);
     const Norm one = mix(
         o, static_cast<const TX*>(o.x) + offset, static_cast<const TR*>(o.residual) + offset,
-        o.dropout ? drawn : o.undropped, u);
+        o.dropout.on ? drawn : o.undropped, u);
     if (weight2 == nullptr) {
       each(n, [&](int64_t j) { store(y, j, (u[j] - one.mean) * one.rstd * weight[j] + norm_bias[j]); });
       continue;
@@ -91,34 +71,6 @@ struct Gradients {
   int64_t wanted;
 };
 
-// The means over a row of t and of t * xhat.
-struct Means {
-  float t, along;
-};
-
-// xhat into `xhat`, which held the norm's input, and t = dy * weight into `t`, which may be dy itself.
-template <class TY>
-FASTGATE_INLINE Means norm_backward(
-    int64_t n, const TY* dy, const float* weight, Norm norm, float* xhat, float* t, float* dweight, float* dbias) {
-  float total = 0.0f, along = 0.0f;
-#pragma omp simd reduction(+ : total, along)
-  for (int64_t j = 0; j < n; ++j) {
-    const float g = load(dy, j), normed = (xhat[j] - norm.mean) * norm.rstd, weighted = g * weight[j];
-    xhat[j] = normed;
-    dweight[j] += g * normed;
-    dbias[j] += g;
-    t[j] = weighted;
-    total += weighted;
-    along += weighted * normed;
-  }
-  return {total / static_cast<float>(n), along / static_cast<float>(n)};
-}
-
-// An element of the gradient of the norm's input.
-FASTGATE_INLINE float through_norm(Norm norm, Means means, float xhat, float t) {
-  return norm.rstd * (t - means.t - xhat * means.along);
-}
-
 template <class TX, class TR, class TY>
 FASTGATE_INLINE void backward_rows(
     const Operands& o, const Gradients& g, float* scratch, int64_t begin, int64_t end, float* block) {
@@ -127,7 +79,7 @@ FASTGATE_INLINE void backward_rows(
   float *dbias = sums, *dgate = dbias + n, *dscale = dgate + n, *dshift = dscale + n;
   float *dweight = dshift + n, *dnorm_bias = dweight + n, *dweight2 = dnorm_bias + n, *dnorm_bias2 = dweight2 + n;
   const float *weight = o.weight, *norm_bias = o.norm_bias, *scale = o.scale, *bias = o.bias;
-  const float *keep = o.dropout ? drawn : o.undropped;
+  const float *keep = o.dropout.on ? drawn : o.undropped;
   const float gate = o.gate;
   for (int64_t start = begin; start < end; start += kFlush) {
     const int64_t stop = std::min(end, start + kFlush);
@@ -137,7 +89,7 @@ FASTGATE_INLINE void backward_rows(
       const TX* x = static_cast<const TX*>(o.x) + offset;
       const TR* residual = static_cast<const TR*>(o.residual) + offset;
       const TY* dy = static_cast<const TY*>(g.grad) + offset;
-      if (o.dropout) draw_keep_factors(o, row, drawn);
+      if (o.dropout.on) draw_keep_factors(o, row, drawn);
       const Norm one = mix(o, x, residual, keep, u);
       Means means;
       if (o.weight2 == nullptr) {
@@ -260,7 +212,7 @@ Prepared prepare(const Tensor& x, const Tensor& residual, FASTGATE_GATED_ADD_NOR
   o.residual = p.kept_alive.back().data_ptr();
   const bool both_bf16 = x.scalar_type() == ScalarType::BFloat16 && residual.scalar_type() == ScalarType::BFloat16;
   p.y_dtype = both_bf16 ? ScalarType::BFloat16 : ScalarType::Float;
-  o.dropout = dropout_p > 0.0;
+  o.dropout = dropout_of("gated_add_norm", dropout_p, seed);
   p.kernels = choose(x.scalar_type(), residual.scalar_type());
   o.eps = static_cast<float>(eps);
   o.eps2 = static_cast<float>(eps2);
@@ -272,14 +224,6 @@ Prepared prepare(const Tensor& x, const Tensor& residual, FASTGATE_GATED_ADD_NOR
     o.norm_bias2 = floats(p, *norm_bias2, "norm_bias2");
   }
   o.gate = gate ? *static_cast<const float*>(p.kept_alive.emplace_back(as_float(*gate)).data_ptr()) : 1.0f;
-  if (o.dropout) {
-    STD_TORCH_CHECK(
-        seed && seed->numel() == 1 && seed->scalar_type() == ScalarType::Long,
-        "gated_add_norm: seed: got none, wanted an int64 tensor of one element with dropout_p > 0; pass a seed");
-    o.seed = static_cast<uint64_t>(*static_cast<const int64_t*>(seed->data_ptr()));
-    o.threshold = static_cast<uint32_t>(std::min(std::nearbyint(dropout_p * 4294967296.0), 4294967295.0));
-    o.kept = static_cast<float>(1.0 / (1.0 - dropout_p));
-  }
   const float* zeros = p.copies.emplace_back(o.hidden, 0.0f).data();
   const float* ones = p.copies.emplace_back(o.hidden, 1.0f).data();
   o.undropped = ones;

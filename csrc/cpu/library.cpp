@@ -5,10 +5,25 @@
   "Tensor q, Tensor k, Tensor v, Tensor? q_bias, Tensor? k_bias, Tensor? v_bias, Tensor cu_q, "         \
   "Tensor cu_k, int heads, float scale, float dropout_p, Tensor? seed"
 
+#define ABSORBED_ATTENTION_OPERANDS \
+  "Tensor probe, Tensor x, Tensor cu_seqlens, float scale, float dropout_p, Tensor? seed"
+
+#define EMBED_NORM_OPERANDS                                                                             \
+  "Tensor words, Tensor positions, Tensor? types, Tensor word_table, Tensor position_table, "           \
+  "Tensor type_table, Tensor weight, Tensor norm_bias, float eps, float dropout_p, Tensor? seed, "      \
+  "Tensor? weight2, Tensor? norm_bias2, float eps2, int padding_idx, int position_padding_idx"
+
 STABLE_TORCH_LIBRARY(fastgate_cpu, m) {
+  m.def("absorbed_attention(" ABSORBED_ATTENTION_OPERANDS ") -> (Tensor, Tensor)");
+  m.def(
+      "absorbed_attention_backward(Tensor grad, Tensor? grad_total, " ABSORBED_ATTENTION_OPERANDS
+      ") -> (Tensor, Tensor)");
   m.def("attention(" ATTENTION_OPERANDS ") -> Tensor");
   m.def("attention_backward(Tensor grad, " ATTENTION_OPERANDS ") -> (Tensor, Tensor, Tensor)");
-  m.def("dropout(Tensor x, float dropout_p, Tensor seed) -> Tensor");
+  m.def("embed_norm(" EMBED_NORM_OPERANDS ") -> Tensor");
+  m.def(
+      "embed_norm_backward(Tensor grad, " EMBED_NORM_OPERANDS
+      ", int wanted) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("gated_add_norm(" FASTGATE_GATED_ADD_NORM_SCHEMA ") -> Tensor");
   m.def(
       "gated_add_norm_backward(Tensor grad, " FASTGATE_GATED_ADD_NORM_SCHEMA
@@ -16,9 +31,12 @@ STABLE_TORCH_LIBRARY(fastgate_cpu, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastgate_cpu, CPU, m) {
+  m.impl("absorbed_attention", TORCH_BOX(&fastgate::cpu::absorbed_attention));
+  m.impl("absorbed_attention_backward", TORCH_BOX(&fastgate::cpu::absorbed_attention_backward));
   m.impl("attention", TORCH_BOX(&fastgate::cpu::attention));
   m.impl("attention_backward", TORCH_BOX(&fastgate::cpu::attention_backward));
-  m.impl("dropout", TORCH_BOX(&fastgate::cpu::dropout));
+  m.impl("embed_norm", TORCH_BOX(&fastgate::cpu::embed_norm));
+  m.impl("embed_norm_backward", TORCH_BOX(&fastgate::cpu::embed_norm_backward));
   m.impl("gated_add_norm", TORCH_BOX(&fastgate::cpu::gated_add_norm));
   m.impl("gated_add_norm_backward", TORCH_BOX(&fastgate::cpu::gated_add_norm_backward));
 }

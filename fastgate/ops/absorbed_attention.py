@@ -45,7 +45,7 @@ def absorbed_attention(
     seed = slots.draw_seed("absorbed_attention", dropout_p, q.device)
     per_head = q.reshape(sequences, heads, width).transpose(0, 1)
     probe = torch.bmm(per_head, key.to(q.dtype).view(heads, width, -1)).transpose(0, 1)
-    mixed, total = _mix(probe, x.to(q.dtype), keys, scale, dropout_p, seed)
+    mixed, total = _mix(probe, x.to(probe.dtype), keys, scale, dropout_p, seed)  # autocast's, of a product
     per_head, back = mixed.transpose(0, 1), value.to(q.dtype).view(heads, width, -1).transpose(1, 2)
     if value_bias is None:
         return torch.bmm(per_head, back).transpose(0, 1).reshape(sequences, hidden)

@@ -15,9 +15,6 @@ from fastgate.errors import ArgumentError, say
 from fastgate.ops import slots
 from fastgate.packing import Ragged
 
-# From here on torch's own attention is the faster one on the CPU, where it need not pad.
-LONG = 64
-
 
 def attention(
     q: Tensor,
@@ -52,8 +49,7 @@ def attention(
             raise ArgumentError(say("attention", name, got, wanted, "pass one number a column of q"))
     seed = slots.draw_seed("attention", dropout_p, q.device)
     chosen = _chosen(q, heads)
-    even = queries.equal and keys.equal and keys.longest >= LONG and not dropout_p
-    if chosen.backend == "reference" or (even and q.device.type == "cpu"):
+    if chosen.backend == "reference":
         biases = (q_bias, k_bias, v_bias)
         return torch_attention(q, k, v, queries, keys, heads, scale, dropout_p, seed, biases)
     operands = (

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from fastgate import reference
 from fastgate.errors import ArgumentError, say
-from fastgate.ops import gated_add_norm, slots
+from fastgate.ops import slots
 
 _SCHEMA = (
     "Tensor words, Tensor positions, Tensor? types, Tensor word_table, Tensor position_table, "
@@ -53,6 +53,7 @@ def _reference_forward(*operands: Any) -> Tensor:
         return reference.embed_norm(**named)
     except IndexError:
         _refuse_ids(*operands[:6])
+        raise
 
 
 def _reference_backward(grad: Tensor, *operands: Any) -> Gradients:
@@ -85,74 +86,17 @@ slots.REFERENCE["embed_norm"] = slots.Implementation(
 )
 
 
-def composed(
-    norm: slots.Implementation, dropout: Callable[[Tensor, float, Tensor | None], Tensor]
-) -> slots.Implementation:
-    """The op from torch's gathers, another op's kernels (norm: gated_add_norm's) and a dropout of a tensor.
+def naming_bad_ids(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A compiled forward that says which ids are outside their table: C++ cannot raise an IndexError here."""
 
-    On a CPU a gather runs at the speed of memory, so there is nothing to fuse it with.
-    """
-    bit = gated_add_norm.PARAMETER_BIT
-
-    def gather(ids: tuple[Any, ...], tables: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        (words, positions, types), (word_table, position_table, type_table) = ids, tables
+    def forward(*operands: Any) -> Any:
         try:
-            rest = position_table.index_select(0, positions)
-            if types is None:
-                return word_table.index_select(0, words), rest.add_(type_table[0])
-            rows = type_table.index_select(0, types)
-            rest += rows  # and into their memory the words: fresh memory costs more than the gather
-            return torch.index_select(word_table, 0, words, out=rows), rest
-        except IndexError:
-            _refuse_ids(*ids, *tables)
+            return function(*operands)
+        except RuntimeError:
+            _refuse_ids(*operands[:6])
+            raise
 
-    def only_norm(eps: float, *second: Any) -> tuple[Any, ...]:
-        """gated_add_norm's operands from eps on, of a norm without the rest."""
-        return (eps, None, None, None, None, 0.0, None, *(second or (None, None, 0.0)))
-
-    def norm_of_dropped(v: Tensor, eps: float, dropout_p: float, seed: Tensor | None) -> tuple[Any, ...]:
-        """The same of LayerNorm(dropout(v)): v is x, and a scale of zero leaves the residual out."""
-        return (eps, None, None, v.new_zeros(v.shape[-1]), None, dropout_p, seed, None, None, 0.0)
-
-    def forward(*operands: Any) -> Tensor:
-        weight, norm_bias, eps, p, seed, weight2, norm_bias2, eps2 = operands[6:14]
-        rows = gather(operands[:3], operands[3:6])
-        if not p:
-            return norm.forward(*rows, weight, norm_bias, *only_norm(eps, weight2, norm_bias2, eps2))
-        y = norm.forward(*rows, weight, norm_bias, *only_norm(eps))
-        if weight2 is None:
-            return dropout(y, p, seed)
-        return norm.forward(y, y, weight2, norm_bias2, *norm_of_dropped(y, eps2, p, seed))
-
-    def backward(grad: Tensor, *operands: Any) -> Gradients:
-        weight, norm_bias, eps, p, seed, weight2, norm_bias2, eps2 = operands[6:14]
-        *paddings, wanted = operands[14:]
-        rows, asked = gather(operands[:3], operands[3:6]), _asked(wanted)
-        du_bit = gated_add_norm.DRESIDUAL if any(wanted & BIT[name] for name in TABLES) else 0
-        later: list[Tensor] = []
-        if p and weight2 is not None:
-            v = norm.forward(*rows, weight, norm_bias, *only_norm(eps))
-            bits = gated_add_norm.DX | sum(bit[name.removesuffix("2")] for name in asked if "2" in name)
-            grad, _, second = norm.backward(
-                grad, v, v, weight2, norm_bias2, *norm_of_dropped(v, eps2, p, seed), bits
-            )
-            later, asked = [second], [name for name in asked if "2" not in name]
-            weight2 = norm_bias2 = None
-        elif p:
-            grad = dropout(grad, p, seed)
-        bits = du_bit | sum(bit[name] for name in asked)
-        _, du, first = norm.backward(
-            grad, *rows, weight, norm_bias, *only_norm(eps, weight2, norm_bias2, eps2), bits
-        )
-        dwords, dpositions, dtypes = (
-            reference.scatter(du, ids, table, padding) if wanted & BIT[name] else table.new_empty(0)
-            for name, ids, table, padding in zip(
-                TABLES, operands[:3], operands[3:6], (*paddings, -1), strict=True
-            )
-        )
-        return dwords, dpositions, dtypes, torch.cat([first, *later]) if later else first
-
-    return slots.Implementation(norm.backend, forward, backward, norm.dtypes)
+    return forward
 
 
 def _refuse_ids(
@@ -162,8 +106,8 @@ def _refuse_ids(
     word_table: Tensor,
     position_table: Tensor,
     type_table: Tensor,
-) -> NoReturn:
-    """Say which ids are outside their table, as an IndexError, which nn.Embedding raises."""
+) -> None:
+    """Say which ids are outside their table, if any, as an IndexError, which nn.Embedding raises."""
     tables = (word_table, position_table, type_table)
     for name, ids, table in zip(
         ("words", "positions", "types"), (words, positions, types), tables, strict=True
@@ -171,7 +115,6 @@ def _refuse_ids(
         if ids is not None and ids.numel() and (ids.min() < 0 or ids.max() >= table.shape[0]):
             got, wanted = f"ids from {int(ids.min())} to {int(ids.max())}", f"0 to {table.shape[0] - 1}"
             raise IndexError(say("embed_norm", name, got, wanted, "the table has a row for these only"))
-    raise AssertionError("every id has a row")
 
 
 def _forward(*operands: Any) -> Tensor:

@@ -5,7 +5,7 @@ An op a file. Packed attention's is in fastgate/ops/attention.py, in torch's own
 
 from .absorbed_attention import absorbed_attention, absorbed_attention_backward
 from .dropout import dropout_threshold, keep_mask, philox
-from .embed_norm import embed_norm, embed_norm_backward, scatter
+from .embed_norm import embed_norm, embed_norm_backward
 from .gated_add_norm import gated_add_norm, gated_add_norm_backward
 from .linear_gelu import linear_gelu, linear_gelu_backward
 
@@ -21,5 +21,4 @@ __all__ = [
     "linear_gelu",
     "linear_gelu_backward",
     "philox",
-    "scatter",
 ]

@@ -117,9 +117,9 @@ def embed_norm_backward(
     dy = drop(dy, None, dropout_p, mask, dtype)
     du = norm_backward(dy, weight, xhat, rstd)
     return EmbedGradients(
-        word_table=scatter(du, words, word_table, padding_idx),
-        position_table=scatter(du, positions, position_table, position_padding_idx),
-        type_table=scatter(du, types, type_table, -1),
+        word_table=_scatter(du, words, word_table, padding_idx),
+        position_table=_scatter(du, positions, position_table, position_padding_idx),
+        type_table=_scatter(du, types, type_table, -1),
         weight=(dy * xhat).sum(0),
         norm_bias=dy.sum(0),
         weight2=dweight2,
@@ -127,7 +127,7 @@ def embed_norm_backward(
     )
 
 
-def scatter(du: Tensor, ids: Tensor | None, table: Tensor, padding_idx: int) -> Tensor:
+def _scatter(du: Tensor, ids: Tensor | None, table: Tensor, padding_idx: int) -> Tensor:
     """dT: the rows of du summed by their ids, row padding_idx left zero; without ids all go to row 0."""
     if ids is None:
         dtable = torch.zeros_like(table)
