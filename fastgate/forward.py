@@ -12,7 +12,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAtte
 from .encoder import Ids, Record, Run, check_hidden_selection, is_plain, is_skipped, plan_for, run_plan
 from .errors import ArgumentError, Unsupported, say
 from .families import LAYER_MODULES, reject_hooks
-from .packing import Packing, pack_rows
+from .packing import HOST, Packing, on_host, pack_rows
 from .plan import Plan
 from .state import Runtime
 
@@ -58,8 +58,9 @@ def forward_encoder(
     attentions = kwargs.get("output_attentions")
     attentions = getattr(config, "output_attentions", False) if attentions is None else attentions
     whole = wanted_hidden is not None or bool(attentions)
-    attended = _attended(attention_mask, batch, length, device)
-    demanded = demanded_rows(encoder, runtime, attended, fastgate_rows, whole, batch, length, device)
+    asked = None if fastgate_rows is None else fastgate_rows.reshape(batch, length)
+    attended, asked = on_host(_attended(attention_mask, batch, length), asked)
+    demanded = demanded_rows(encoder, runtime, attended, asked, whole, batch, length, HOST)
     packing = pack_rows(batch, length, attended, demanded, device)
 
     record = runtime.record
@@ -111,7 +112,7 @@ def _refuse(states: Any, mask: Any, cache: Any, use_cache: Any, kwargs: dict[str
             raise Unsupported(say("forward", name, value, "False", remedy))
 
 
-def _attended(mask: Tensor | None, batch: int, length: int, device: torch.device) -> Tensor | None:
+def _attended(mask: Tensor | None, batch: int, length: int) -> Tensor | None:
     if mask is None:
         return None
     if mask.shape != (batch, length):
@@ -124,7 +125,7 @@ def _attended(mask: Tensor | None, batch: int, length: int, device: torch.device
                 "pass the tokenizer's mask, or call fastgate.unpatch(model) for masks a pair of tokens",
             )
         )
-    return mask.to(device=device, dtype=torch.bool)
+    return mask.to(torch.bool)
 
 
 def demanded_rows(
