@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -47,10 +47,6 @@ def forward_encoder(
     device = (input_ids if input_ids is not None else inputs_embeds).device  # type: ignore[union-attr]
     runtime: Runtime = encoder.fastgate_runtime
     layers = encoder.encoder.layer
-    for i, layer in enumerate(layers):
-        for path in LAYER_MODULES:
-            reject_hooks(f"layer {i} {path}", layer.get_submodule(path))
-
     selection = kwargs.get("output_hidden_states")
     wanted_hidden = check_hidden_selection(
         getattr(config, "output_hidden_states", None) if selection is None else selection, len(layers)
@@ -69,9 +65,16 @@ def forward_encoder(
         record.hidden, record.attention_output, record.steps = [], [], []
     plan = make_runtime_plan(encoder, packing, record is not None)
     run = Run(encoder, runtime.gates, packing, plan, record, {} if attentions else None)
-    rows = run_plan(run, _embedder(encoder, packing, input_ids, token_type_ids, position_ids, inputs_embeds))
+    embed = _embedder(encoder, packing, input_ids, token_type_ids, position_ids, inputs_embeds)
+    hidden = None
+    if runtime.graphs is not None and not torch.compiler.is_compiling():
+        hidden = runtime.graphs.replay(run, embed.padded)
+    if hidden is None:
+        for i, layer in enumerate(layers):
+            for path in LAYER_MODULES:
+                reject_hooks(f"layer {i} {path}", layer.get_submodule(path))
+        hidden = packing.pad(run_plan(run, embed.rows), narrow=True)
 
-    hidden = packing.pad(rows, narrow=True)
     pooler = getattr(encoder, "pooler", None)
     output = BaseModelOutputWithPoolingAndCrossAttentions(
         last_hidden_state=hidden,
@@ -158,6 +161,14 @@ def demanded_rows(
     return wanted
 
 
+class _Embedder(NamedTuple):
+    """padded: the ids that embeddings are gathered by, (batch or 1, length) each; None where they are not.
+    rows: what run_plan asks for ids or finished embeddings."""
+
+    padded: Ids | None
+    rows: Callable[[bool], Ids | Tensor]
+
+
 def _embedder(
     encoder: Any,
     packing: Packing,
@@ -165,8 +176,7 @@ def _embedder(
     token_type_ids: Tensor | None,
     position_ids: Tensor | None,
     inputs_embeds: Tensor | None,
-) -> Callable[[bool], Ids | Tensor]:
-    """What the plan's first step asks for ids or finished embeddings (see run_plan)."""
+) -> _Embedder:
     embeddings = encoder.embeddings
     shape = (packing.batch, packing.length)
     for name, ids in (("token_type_ids", token_type_ids), ("position_ids", position_ids)):
@@ -188,7 +198,7 @@ def _embedder(
             )
             return packing.pack(padded, narrow)
 
-        return whole
+        return _Embedder(None, whole)
 
     if position_ids is None:
         if hasattr(embeddings, "create_position_ids_from_input_ids"):
@@ -225,7 +235,9 @@ def _embedder(
         u = u + (tables[2].weight[0] if types is None else tables[2](types))
         return embeddings.dropout(embeddings.LayerNorm(u))
 
-    return added if input_ids is None else gathered
+    if input_ids is None:
+        return _Embedder(None, added)
+    return _Embedder(Ids(input_ids, position_ids, token_type_ids), gathered)  # type: ignore[arg-type]
 
 
 def _are_plain(words: nn.Module, positions: nn.Module, types: nn.Module) -> bool:

@@ -7,9 +7,10 @@ lies on the device. After that no step between embedding and head waits for the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -32,31 +33,29 @@ def on_device(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     """Host tensors on the device: one copy, which the host does not wait for."""
     if device.type == "cpu":
         return list(tensors)
-    starts, size = layout(tensors)
-    staging = stage(tensors, starts, size, pinned=device.type == "cuda")
+    places, size = place_bytes(dict(enumerate(tensors)))
+    # Torch's allocator does not hand pinned memory out again before its copies are done.
+    staging = torch.empty(size, dtype=torch.uint8, device=HOST, pin_memory=device.type == "cuda")
+    for t, (begin, end, dtype) in zip(tensors, places.values(), strict=True):
+        staging[begin:end].view(dtype).copy_(t.reshape(-1))
     there = staging.to(device, non_blocking=True)
     return [
-        there[start : start + t.numel() * t.itemsize].view(t.dtype)[: t.numel()].view(t.shape)
-        for t, start in zip(tensors, starts, strict=True)
+        there[begin:end].view(dtype).view(t.shape)
+        for t, (begin, end, dtype) in zip(tensors, places.values(), strict=True)
     ]
 
 
-def layout(tensors: Sequence[Tensor]) -> tuple[list[int], int]:
-    """(the byte at which each begins, bytes in all) where they lie one after another."""
-    starts, size = [], 0
-    for t in tensors:
-        starts.append(size)
-        size += -(-t.numel() * t.itemsize // ALIGNMENT) * ALIGNMENT
-    return starts, size
+Name = TypeVar("Name")
 
 
-def stage(tensors: Sequence[Tensor], starts: Sequence[int], size: int, pinned: bool) -> Tensor:
-    """(size,) uint8: the tensors where `starts` says. Pinned memory is not used again before its copies are
-    done: torch's allocator sees to that."""
-    staging = torch.empty(size, dtype=torch.uint8, device=HOST, pin_memory=pinned)
-    for t, start in zip(tensors, starts, strict=True):
-        staging[start : start + t.numel() * t.itemsize].view(t.dtype).copy_(t.reshape(-1))
-    return staging
+def place_bytes(tensors: Mapping[Name, Tensor]) -> tuple[dict[Name, tuple[int, int, torch.dtype]], int]:
+    """((begin, end, dtype) of each where they lie one after another, bytes in all)."""
+    places, size = {}, 0
+    for name, t in tensors.items():
+        end = size + t.numel() * t.itemsize
+        places[name] = (size, end, t.dtype)
+        size = -(-end // ALIGNMENT) * ALIGNMENT
+    return places, size
 
 
 def ends_of(lengths: Sequence[int]) -> Tensor:
@@ -212,6 +211,16 @@ class Packing:
         index = self.wanted_index() if narrow else self.packed_index()
         full = rows.new_zeros(self.batch * self.length, rows.shape[-1]).index_copy(0, index, rows)
         return full.view(self.batch, self.length, -1)
+
+
+def static_packing(
+    queries: Ragged, keys: Ragged, wanted: Ragged, key_rows: Tensor | None, wanted_rows: Tensor | None
+) -> Packing:
+    """Of index tensors that lie on the device, of no padded batch: what the steps of a plan read."""
+    made = Packing(0, 0, queries, keys, wanted, HostIndices(None, key_rows, wanted_rows))
+    found = {"key_rows": key_rows, "wanted_rows": wanted_rows}
+    made.__dict__["_there"] = {name: t for name, t in found.items() if t is not None}
+    return made
 
 
 def pack_rows(

@@ -11,14 +11,18 @@ from torch import Tensor, nn
 from .errors import NothingPatched, Unsupported, say
 from .families import FAMILIES, Family, Found, base_class, find_encoders, verify
 from .forward import forward_encoder
+from .graphs import Graphs
 from .state import EncoderState, Runtime
 
 
-def patch(model: nn.Module) -> nn.Module:
+def patch(model: nn.Module, *, graphs: bool | None = None) -> nn.Module:
     """Make every BERT or RoBERTa encoder inside `model` run packed rows, in place, and return the model.
 
     The outputs stay Hugging Face's on the rows the head reads; rows nobody reads are not computed and come
     back as zeros. Everything is checked before anything is changed; patching twice changes nothing.
+
+    graphs: whether inference on a GPU captures CUDA graphs of small batches and replays them, as
+    fastgate/graphs.py says; None: as the model has it, at first yes.
 
     Raises NothingPatched if no known encoder is inside, Unsupported for decoders, cross-attention, replaced
     modules and hooks that would not run.
@@ -38,13 +42,16 @@ def patch(model: nn.Module) -> nn.Module:
         verify(item)
     for item in found:
         _swap(item)
+        if graphs is not None:
+            runtime: Runtime = item.encoder.fastgate_runtime  # type: ignore[assignment]
+            runtime.graphs = (runtime.graphs or Graphs()) if graphs else None
     return model
 
 
 def _swap(found: Found) -> None:
     if not hasattr(found.encoder, "fastgate_runtime"):
         layers = len(found.encoder.encoder.layer)  # type: ignore[union-attr, arg-type]
-        found.encoder.fastgate_runtime = Runtime(found.demand, [1.0] * layers)  # type: ignore[assignment]
+        found.encoder.fastgate_runtime = Runtime(found.demand, [1.0] * layers, graphs=Graphs())  # type: ignore[assignment]
     for module in (found.encoder, found.head):
         if module is not None and type(module) in SWAPPED:
             module.__class__ = SWAPPED[type(module)]

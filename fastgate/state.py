@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .encoder import Gate, Record, is_skipped, replacement_of
 from .errors import ArgumentError, NothingPatched, say
 from .families import find_encoders
+from .graphs import Graphs
 from .replacement import Replacement
 
 
@@ -20,12 +21,14 @@ class Runtime:
     """What a patched encoder carries beside its weights.
 
     demand: the rows its head reads. gates: one an encoder layer: 1.0 the attention runs, 0.0 it is skipped, a
-    0-d tensor it is gated. record: where to write what is computed, while recording.
+    0-d tensor it is gated. record: where to write what is computed, while recording. graphs: captured for
+    inference on a GPU; None: never.
     """
 
     demand: str
     gates: list[Gate] = field(default_factory=list)
     record: Record | None = None
+    graphs: Graphs | None = None
 
 
 @dataclass(frozen=True)

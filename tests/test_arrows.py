@@ -26,9 +26,11 @@ LOW = {
     "info": {"backends"},
     "families": {"gates", "encoder"},
     "encoder": {"ops", "plan", "packing", "gates", "replacement"},
-    "state": {"encoder", "families", "replacement"},
+    "fingerprint": set(),
+    "graphs": {"encoder", "fingerprint", "packing"},
+    "state": {"encoder", "families", "graphs", "replacement"},
     "forward": {"encoder", "families", "packing", "plan", "state"},
-    "patch": {"families", "forward", "state"},
+    "patch": {"families", "forward", "graphs", "state"},
 }
 MODEL = set(LOW) - {"kernels", "backends", "info"}
 MIDDLE = {
@@ -36,7 +38,6 @@ MIDDLE = {
     "explain": MODEL,
     "checkpoint": MODEL | {"prune"},
     "export": MODEL | {"prune"},
-    "graphs": MODEL,
     "pruning": MODEL | {"prune", "checkpoint"},
 }
 ARROWS = {**LOW, **MIDDLE}
