@@ -207,10 +207,10 @@ class Packing:
     def pad(self, rows: Tensor, narrow: bool) -> Tensor:
         """(packed or demanded, hidden) -> (batch, length, hidden), zeros where no row is."""
         if self.host.index is None and not (narrow and self.narrow):
-            return rows.view(self.batch, self.length, -1)
+            return rows.view(self.batch, self.length, rows.shape[-1])
         index = self.wanted_index() if narrow else self.packed_index()
         full = rows.new_zeros(self.batch * self.length, rows.shape[-1]).index_copy(0, index, rows)
-        return full.view(self.batch, self.length, -1)
+        return full.view(self.batch, self.length, rows.shape[-1])
 
 
 def static_packing(
