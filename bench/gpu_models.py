@@ -4,8 +4,8 @@
 
 Random weights of BERT-base's sizes in bfloat16, random ids, real lengths (lengths.json): no other file and no
 hub is needed. Each contender sees a batch several times, which compiles and captures; then they take turns,
-and the medians count. Rivals run the dense model, padded: `sdpa`, `eager`, `compile` (sdpa under torch.compile
-with CUDA graphs) and `flash` where the flash_attn package is. Before that fastgate's logits are found equal to
+and medians count. Rivals run the dense model, padded: `sdpa`, `eager`, `compile` (sdpa under torch.compile
+with CUDA graphs) and `flash` where the flash_attn package is. Before, fastgate's logits are found equal to
 Hugging Face's, of a pruned model with the same attention left out there. FLOPs are those of the products that
 the batch needs, two a multiply-add, with nothing for padding. FOLDER gets models.jsonl, a line a scenario as
 it is done; models.md, tables and aims; and a profiler trace a model. `--quick`: tiny, on any device, to show
