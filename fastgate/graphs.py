@@ -209,16 +209,13 @@ class Graph:
 
     def __init__(self, kind: Kind, run: Run, device: torch.device, capturer: Device) -> None:
         bucket = kind.bucket
-        ends = torch.empty(bucket.sequences + 1, dtype=torch.int32)
-        segments = {"gather": bucket.rows, "out": bucket.wanted or bucket.rows}
-        segments |= {"key_rows": bucket.keys, "wanted_rows": bucket.wanted}
-        shapes = {name: torch.empty(n, dtype=torch.int64) for name, n in segments.items() if n}
-        shapes |= {"query_ends": ends}
-        shapes |= ({"key_ends": ends} if bucket.keys else {}) | (
-            {"wanted_ends": ends} if bucket.wanted else {}
-        )
+        ends = {"query_ends": True, "key_ends": bool(bucket.keys), "wanted_ends": bool(bucket.wanted)}
+        indices = {"gather": bucket.rows, "out": bucket.wanted or bucket.rows}
+        indices |= {"key_rows": bucket.keys, "wanted_rows": bucket.wanted}
+        sizes = {name: (n, torch.int64) for name, n in indices.items() if n}
+        sizes |= {name: (bucket.sequences + 1, torch.int32) for name, there in ends.items() if there}
         self.kind = kind
-        self.places, self.size = place_bytes(shapes)
+        self.places, self.size = place_bytes(sizes)
         self.pinned = device.type == "cuda"
         with torch.inference_mode(False), torch.no_grad():
             self.memory = torch.zeros(self.size, dtype=torch.uint8, device=device)

@@ -33,27 +33,34 @@ def on_device(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     """Host tensors on the device: one copy, which the host does not wait for."""
     if device.type == "cpu":
         return list(tensors)
-    places, size = place_bytes(dict(enumerate(tensors)))
+    places, size = place_bytes({i: (t.numel(), t.dtype) for i, t in enumerate(tensors)})
+    on_gpu = device.type == "cuda"
     # Torch's allocator does not hand pinned memory out again before its copies are done.
-    staging = torch.empty(size, dtype=torch.uint8, device=HOST, pin_memory=device.type == "cuda")
+    staging = torch.empty(size, dtype=torch.uint8, device=HOST, pin_memory=on_gpu)
     for t, (begin, end, dtype) in zip(tensors, places.values(), strict=True):
         staging[begin:end].view(dtype).copy_(t.reshape(-1))
     there = staging.to(device, non_blocking=True)
+    if on_gpu and torch.cuda.is_current_stream_capturing():
+        _captured.append(staging)
     return [
         there[begin:end].view(dtype).view(t.shape)
         for t, (begin, end, dtype) in zip(tensors, places.values(), strict=True)
     ]
 
 
+# What copies in graphs of the callers' own read at every replay.
+_captured: list[Tensor] = []
 Name = TypeVar("Name")
 
 
-def place_bytes(tensors: Mapping[Name, Tensor]) -> tuple[dict[Name, tuple[int, int, torch.dtype]], int]:
-    """((begin, end, dtype) of each where they lie one after another, bytes in all)."""
+def place_bytes(
+    sizes: Mapping[Name, tuple[int, torch.dtype]],
+) -> tuple[dict[Name, tuple[int, int, torch.dtype]], int]:
+    """((begin, end, dtype) of as many numbers each where they lie one after another, bytes in all)."""
     places, size = {}, 0
-    for name, t in tensors.items():
-        end = size + t.numel() * t.itemsize
-        places[name] = (size, end, t.dtype)
+    for name, (count, dtype) in sizes.items():
+        end = size + count * dtype.itemsize
+        places[name] = (size, end, dtype)
         size = -(-end // ALIGNMENT) * ALIGNMENT
     return places, size
 
