@@ -18,6 +18,7 @@ import argparse
 import copy
 import importlib.util
 import json
+import os
 import re
 import statistics
 import sys
@@ -27,6 +28,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+# A profiler that is taken down between traces loses the kernels of graphs.
+os.environ.setdefault("TEARDOWN_CUPTI", "0")
 
 import torch
 from lengths import mix

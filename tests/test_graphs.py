@@ -5,6 +5,7 @@ Without a GPU on a stand-in (tape.py) that replays what ops did to memory; on a 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import pickle
 import threading
@@ -439,6 +440,94 @@ def test_the_bench_of_a_fingerprint(device):
     with Tape() as tape:
         assert found.fingerprint.holds(model.bert) and not found.fingerprint.drops()
     assert not tape.steps
+
+
+class FakeCuda:
+    """As much of torch.cuda as captures use; the log says what was called, on which stream."""
+
+    def __init__(self, monkeypatch):
+        self.log, self.now = [], "default"
+        fake = self
+
+        class Stream:
+            def __init__(self, name="side"):
+                self.name = name
+
+            def __eq__(self, other):
+                return self.name == other.name
+
+            def wait_stream(self, other):
+                fake.log.append(f"{self.name} waits for {other.name}")
+
+            def wait_event(self, event):
+                fake.log.append(f"{self.name} waits for {event.recorded}")
+
+        class Event:
+            recorded = None
+
+            def record(self, stream):
+                self.recorded = f"work on {stream.name}"
+
+            def synchronize(self):
+                fake.log.append("drained")
+
+        @contextlib.contextmanager
+        def on(stream):
+            before, fake.now = fake.now, stream.name
+            yield
+            fake.now = before
+
+        @contextlib.contextmanager
+        def graph(graph, pool, stream, capture_error_mode):
+            fake.log.append(f"capture on {stream.name}, {capture_error_mode}, in {pool}")
+            with on(stream):
+                yield
+            fake.log.append("captured")
+
+        class CUDAGraph:
+            def replay(self):
+                fake.log.append(f"replay on {fake.now}")
+
+        names = {"Stream": Stream, "Event": Event, "stream": on, "graph": graph, "CUDAGraph": CUDAGraph}
+        names |= {"current_stream": lambda: Stream(self.now), "graph_pool_handle": lambda: "one pool"}
+        names |= {"device": lambda device: contextlib.nullcontext()}
+        for name, value in names.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+        self.on, self.Stream = on, Stream
+
+
+def test_the_order_of_streams(monkeypatch):
+    """On a device that is not there: who waits for whom, in captures and between calls on two streams."""
+    fake = FakeCuda(monkeypatch)
+    cuda = graphs.Cuda(torch.device("cuda:0"))
+    with cuda.use():
+        replay, out = cuda.capture(lambda: fake.log.append(f"body on {fake.now}") or "result")
+        replay()
+    assert out == "result" and fake.log == [
+        "side waits for default",
+        "body on side",
+        "default waits for side",
+        "capture on side, thread_local, in one pool",
+        "body on side",
+        "captured",
+        "replay on default",
+    ]
+    fake.log.clear()
+    with cuda.use():  # the same stream: in order as it is
+        replay()
+    with fake.on(fake.Stream("other")), cuda.use():
+        replay()
+    with cuda.use():
+        replay()
+    cuda.drain()
+    assert fake.log == [
+        "replay on default",
+        "other waits for work on default",
+        "replay on other",
+        "default waits for work on other",
+        "replay on default",
+        "drained",
+    ]
 
 
 WIDE = {"hidden_size": 128, "intermediate_size": 256}  # heads that the GPU's kernels take
