@@ -15,8 +15,9 @@ the device busy enough to run as ever. Where more kinds of batches come in turn 
 uses that a capture takes double with every turnover.
 
 Threads and streams: one lock an encoder is held while a call is queued, and calls are ordered by an event
-where streams differ, for they share their memory. Captures see only their own thread's calls (thread_local),
-but wait for the device: a graph of the caller's own should not be captured meanwhile in another thread.
+where streams differ, for they share their memory. Captures see only their own thread's calls (thread_local)
+and come one at a time, but they wait for the device, and torch allows one in a process: while a caller
+captures a graph of its own in another thread, the kinds of batches in use should have been seen before.
 
 Whatever does not fit runs as ever, and `Graphs.eager` counts why: training, gradients, autocast, recording,
 hooks, modules and parameters that are not plain, a dispatch mode, torch.compile's tracing, a capture that is
@@ -108,6 +109,10 @@ class Device(Protocol):
         """Wait until nothing that was queued here runs."""
 
 
+# Torch allows one capture at a time in a process.
+_capturing = threading.Lock()
+
+
 class Cuda:
     """Graphs of one CUDA device, in one memory pool."""
 
@@ -142,7 +147,8 @@ class Cuda:
             body()
         stream.wait_stream(self.side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.side, capture_error_mode="thread_local"):
+        mode = "thread_local"
+        with _capturing, torch.cuda.graph(graph, pool=self.pool, stream=self.side, capture_error_mode=mode):
             out = body()
         return graph.replay, out
 
