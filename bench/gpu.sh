@@ -79,7 +79,7 @@ kernels() {
 
 # The graphs of small batches first, then whole models beside Hugging Face's.
 models() {
-  step test_models 200 "$python" -m pytest -q -m gpu -n 8 -p no:cacheprovider tests/test_graphs.py \
+  step test_models 200 "$python" -m pytest -q -m gpu -n 8 -p no:cacheprovider tests/test_graphs_on_gpu.py \
     tests/test_syncs.py
   step models 400 "$python" bench/gpu_models.py --out "$out" && cat "$out/models.md"
 }

@@ -1,6 +1,6 @@
 """Graphs of an encoder: equal to the run without them, never stale, bounded, safe under threads and streams.
 
-Without a GPU on a stand-in (tape.py) that replays what ops did to memory; on a GPU the real thing.
+On a stand-in (tape.py) that replays what ops did to memory; test_graphs_on_gpu.py has the real thing.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import threading
 
 import pytest
 import torch
-from encoders import VOCABULARY, batch, demanded, make
+from encoders import VOCABULARY, batch, make
+from graph_models import CHANGES, FILLS, HEADS, captured, graphs_of, patched, same
 from hypothesis import given
 from hypothesis import strategies as st
 from tape import Tape, pretended
@@ -20,56 +21,14 @@ from torch import nn
 
 import fastgate
 from fastgate import graphs
-from fastgate.graphs import Graphs, rounded
+from fastgate.graphs import rounded
 from fastgate.state import encoder_state
-
-HEADS = ("Model", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
-FILLS = ((14, 9, 3, 1), (2, 5, 14, 7), (13, 14, 1, 1), (6, 6, 6, 10))
 
 
 @pytest.fixture
 def device():
     with pretended() as found:
         yield found
-
-
-def patched(head="ForSequenceClassification", keep=None, family="Bert", **options):
-    """(a model with graphs, its twin without)."""
-    plain = fastgate.patch(make(family, head, **options), graphs=False)
-    if keep is not None:
-        fastgate.prune(plain, keep=list(keep), replacement="affine")
-        for i in set(range(3)) - set(keep):
-            stand_in = encoder_state(plain).replacement(i)
-            nn.init.normal_(stand_in.shift, std=0.3)
-            nn.init.normal_(stand_in.scale, std=0.3)
-    model = copy.deepcopy(plain)
-    return fastgate.patch(model, graphs=True), plain
-
-
-def graphs_of(model) -> Graphs:
-    found = encoder_state(model).runtime.graphs
-    assert found is not None
-    return found
-
-
-def same(model, plain, inputs, tolerance=2e-5):
-    """Call both; equal on every row that is claimed."""
-    with torch.inference_mode():
-        got, want = model(**inputs), plain(**inputs)
-    mask = inputs["attention_mask"]
-    mask = torch.ones_like(mask) if "start_logits" in want else mask
-    for name, value in want.items():
-        found, true = demanded(name, got[name], mask), demanded(name, value, mask)
-        torch.testing.assert_close(found, true, rtol=tolerance, atol=tolerance)
-    return got
-
-
-def captured(model, plain, inputs):
-    """Call until there is a graph for these inputs."""
-    for _ in range(graphs.CAPTURE_AT):
-        same(model, plain, inputs)
-    assert graphs_of(model).replays
-    return graphs_of(model)
 
 
 @pytest.mark.parametrize("keep", [None, (0,), (1,), (0, 2), ()], ids=str)
@@ -154,56 +113,6 @@ def test_values_changed_in_place_are_seen(device):
             one.bert.encoder.layer[2].output.dense.weight.data += 0.05  # bumps no version
     same(model, plain, inputs)
     assert found.captures == 1 and found.replays == 2
-
-
-def _new_data(one):
-    weight = one.bert.encoder.layer[0].attention.self.query.weight
-    weight.data = weight.data * 0.5
-
-
-def _turned(one):
-    """The same memory, read the other way."""
-    weight = one.bert.encoder.layer[0].attention.self.query.weight
-    weight.data = weight.data.t()
-
-
-def _assigned(one):
-    state = {name: t * 0.9 for name, t in one.state_dict().items()}
-    one.load_state_dict(state, assign=True)
-
-
-def _replaced(one):
-    torch.manual_seed(1)
-    one.bert.encoder.layer[1].intermediate.dense = nn.Linear(32, 64)
-
-
-def _new_parameter(one):
-    norm = one.bert.encoder.layer[1].output.LayerNorm
-    norm.weight = nn.Parameter(norm.weight.detach() * 2)
-
-
-def _other_activation(one):
-    one.bert.encoder.layer[0].intermediate.intermediate_act_fn = nn.ReLU()
-
-
-def _changes_eps(one):
-    one.bert.encoder.layer[1].output.LayerNorm.eps = 0.5
-
-
-CHANGES = {
-    "data": _new_data,
-    "transposed": _turned,
-    "assign": _assigned,
-    "module": _replaced,
-    "parameter": _new_parameter,
-    "eps": _changes_eps,
-    "dtype": lambda one: one.double(),
-    "gates": lambda one: encoder_state(one).set_gates([1.0, 0.0, 1.0]),
-    "pruned": lambda one: fastgate.prune(one, keep=[0]),
-    "replacement": lambda one: encoder_state(one).add_replacements("mean"),
-    "activation": _other_activation,
-    "no bias": lambda one: setattr(one.bert.encoder.layer[0].output.dense, "bias", None),
-}
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -528,121 +437,3 @@ def test_the_order_of_streams(monkeypatch):
         "replay on default",
         "drained",
     ]
-
-
-WIDE = {"hidden_size": 128, "intermediate_size": 256}  # heads that the GPU's kernels take
-
-
-def on_gpu(head="ForSequenceClassification", keep=None, dtype=torch.float32, **options):
-    model, plain = patched(head, keep, **(WIDE | options))
-    return model.to("cuda", dtype), plain.to("cuda", dtype)
-
-
-def gpu_batch(model, head="", side="right", lengths=FILLS[0]):
-    return {name: t.cuda() for name, t in batch(model, head, side, lengths).items()}
-
-
-# cuBLAS may choose another kernel for a bucket's rows than for a batch's.
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.2}
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-class TestOnADevice:
-    @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-    @pytest.mark.parametrize("keep", [None, (0,), (0, 2), ()], ids=str)
-    @pytest.mark.parametrize("head", HEADS)
-    def test_equal_to_the_run_without(self, head, keep, dtype):
-        model, plain = on_gpu(head, keep, dtype)
-        for fill in (*FILLS, *FILLS):
-            for side in ("right", "left"):
-                inputs = gpu_batch(model, head, side, fill)
-                on_host = dict(inputs, attention_mask=inputs["attention_mask"].cpu())
-                same(model, plain, inputs, TOLERANCE[dtype])
-                with torch.inference_mode():
-                    one, two = model(**inputs)[0], model(**on_host)[0]
-                assert torch.equal(one, two)
-        found = graphs_of(model)
-        assert found.captures and found.replays > found.captures and not found.refused, found.eager
-
-    def test_weights(self):
-        model, plain = on_gpu()
-        inputs = gpu_batch(model)
-        found = captured(model, plain, inputs)
-        for one in (model, plain):
-            with torch.no_grad():
-                one.bert.encoder.layer[0].attention.self.query.weight.mul_(0.5)
-        same(model, plain, inputs, 1e-3)
-        assert found.captures == 1
-        for captures, change in enumerate(("data", "assign", "gates", "module"), 2):
-            for one in (model, plain):
-                CHANGES[change](one)
-                one.cuda()
-            for _ in range(3):
-                same(model, plain, inputs, 1e-3)
-            assert found.captures == captures
-
-    def test_streams_and_what_is_on_them(self):
-        """Behind the work that fills its operands, and before what a call on another stream does."""
-        model, plain = on_gpu()
-        all_inputs = [gpu_batch(model, lengths=fill) for fill in FILLS]
-        for inputs in all_inputs:
-            captured(model, plain, inputs)
-        with torch.inference_mode():
-            wanted = [plain(**inputs).logits for inputs in all_inputs]
-            torch.cuda.synchronize()
-            streams, found = [torch.cuda.Stream() for _ in range(4)], []
-            for turn in range(40):
-                stream, at = streams[turn % 4], turn % len(all_inputs)
-                with torch.cuda.stream(stream):
-                    late = {name: torch.zeros_like(t) for name, t in all_inputs[at].items()}
-                    late["attention_mask"] = all_inputs[at]["attention_mask"].cpu()
-                    torch.cuda._sleep(2_000_000)
-                    for name in ("input_ids", "token_type_ids"):
-                        late[name].copy_(all_inputs[at][name])
-                    found.append((model(**late).logits, at))
-            torch.cuda.synchronize()
-        for got, at in found:
-            torch.testing.assert_close(got, wanted[at], rtol=1e-3, atol=1e-3)
-        assert graphs_of(model).replays >= 40
-
-    def test_threads(self):
-        model, plain = on_gpu()
-        all_inputs = [gpu_batch(model, lengths=fill) for fill in (*FILLS, (14,), (3, 2))]
-        with torch.inference_mode():
-            wanted = [plain(**inputs).logits for inputs in all_inputs]
-        torch.cuda.synchronize()
-        wrong = []
-
-        def work(start):
-            try:
-                with torch.inference_mode(), torch.cuda.stream(torch.cuda.Stream()):
-                    for turn in range(30):
-                        at = (start + turn) % len(all_inputs)
-                        got = model(**all_inputs[at]).logits
-                        torch.testing.assert_close(got, wanted[at], rtol=1e-3, atol=1e-3)
-            except BaseException as error:
-                wrong.append(error)
-
-        threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert not wrong and graphs_of(model).replays > 60 and not graphs_of(model).refused
-
-    def test_memory_is_bounded(self, monkeypatch):
-        monkeypatch.setattr(graphs, "MOST_GRAPHS", 2)
-        monkeypatch.setattr(graphs, "CAPTURE_AT", 0)  # at every sight, however many were evicted
-        model, plain = on_gpu()
-        sizes = [gpu_batch(model, lengths=(14,) * n) for n in (32, 16, 8, 4, 2, 1)]
-        held = []
-        for _ in range(3):
-            for inputs in sizes:
-                same(model, plain, inputs, 1e-3)
-            torch.cuda.synchronize()
-            held.append((torch.cuda.memory_allocated(), torch.cuda.memory_reserved()))
-        found = graphs_of(model)
-        assert found.captures == 18 and found.evictions == 16 and len(found.graphs) == 2
-        assert held[2][0] - held[0][0] < 1 << 20 and held[2][1] - held[0][1] < 1 << 24, held
-        found.clear()
