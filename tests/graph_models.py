@@ -74,7 +74,8 @@ def _assigned(one):
 
 def _replaced(one):
     torch.manual_seed(1)
-    one.bert.encoder.layer[1].intermediate.dense = nn.Linear(32, 64)
+    intermediate = one.bert.encoder.layer[1].intermediate
+    intermediate.dense = nn.Linear(intermediate.dense.in_features, intermediate.dense.out_features)
 
 
 def _new_parameter(one):
