@@ -21,7 +21,7 @@ from fastgate.ops.linear_gelu import linear_gelu
 
 DTYPE = torch.bfloat16 if ON_GPU else torch.float32
 TOLERANCE = 3e-2 if ON_GPU else 1e-5
-ROWS = (512, 4096, 32768) if ON_GPU else (32, 800)
+ROWS = (512, 4096, 32768, 131072) if ON_GPU else (32, 800)
 HIDDEN = (384, 768, 1024)
 FORMS = ("fused", "cublas")
 CONTENDERS = ("fastgate", *FORMS, "eager", "compile")

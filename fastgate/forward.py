@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAtte
 from .encoder import Ids, Record, Run, check_hidden_selection, is_plain, is_skipped, plan_for, run_plan
 from .errors import ArgumentError, Unsupported, say
 from .families import LAYER_MODULES, reject_hooks
-from .packing import Packing, pack_rows
+from .packing import HOST, Packing, on_host, pack_rows
 from .plan import Plan
 from .state import Runtime
 
@@ -50,10 +50,6 @@ def forward_encoder(
     device = (input_ids if input_ids is not None else inputs_embeds).device  # type: ignore[union-attr]
     runtime: Runtime = encoder.fastgate_runtime
     layers = encoder.encoder.layer
-    for i, layer in enumerate(layers):
-        for path in LAYER_MODULES:
-            reject_hooks(f"layer {i} {path}", layer.get_submodule(path))
-
     selection = kwargs.get("output_hidden_states")
     wanted_hidden = check_hidden_selection(
         getattr(config, "output_hidden_states", None) if selection is None else selection, len(layers)
@@ -62,8 +58,8 @@ def forward_encoder(
     attentions = getattr(config, "output_attentions", False) if attentions is None else attentions
     whole = wanted_hidden is not None or bool(attentions)
     rows = None if rows is None else checked_rows(rows, (batch, length), runtime.reads)
-    attended = _attended(attention_mask, batch, length, device)
-    demanded = demanded_rows(encoder, attended, rows, whole, (batch, length), device)
+    attended, rows = on_host(_attended(attention_mask, batch, length), rows)
+    demanded = demanded_rows(encoder, attended, rows, whole, (batch, length), HOST)
     packing = pack_rows(batch, length, attended, demanded, device)
 
     record = runtime.record
@@ -72,9 +68,16 @@ def forward_encoder(
         record.hidden, record.attention_output, record.steps = [], [], []
     plan = make_runtime_plan(encoder, packing, record is not None)
     run = Run(encoder, runtime.gates, packing, plan, record, {} if attentions else None)
-    h = run_plan(run, _embedder(encoder, packing, input_ids, token_type_ids, position_ids, inputs_embeds))
+    embed = _embedder(encoder, packing, input_ids, token_type_ids, position_ids, inputs_embeds)
+    hidden = None
+    if runtime.graphs is not None and not torch.compiler.is_compiling():
+        hidden = runtime.graphs.replay(run, embed.padded)
+    if hidden is None:
+        for i, layer in enumerate(layers):
+            for path in LAYER_MODULES:
+                reject_hooks(f"layer {i} {path}", layer.get_submodule(path))
+        hidden = packing.pad(run_plan(run, embed.rows), narrow=True)
 
-    hidden = packing.pad(h, narrow=True)
     pooler = getattr(encoder, "pooler", None)
     output = BaseModelOutputWithPoolingAndCrossAttentions(
         last_hidden_state=hidden,
@@ -118,7 +121,7 @@ def _refuse(states: Any, mask: Any, cache: Any, use_cache: Any, kwargs: dict[str
             raise Unsupported(say("forward", name, value, "False", remedy))
 
 
-def _attended(mask: Tensor | None, batch: int, length: int, device: torch.device) -> Tensor | None:
+def _attended(mask: Tensor | None, batch: int, length: int) -> Tensor | None:
     if mask is None:
         return None
     if mask.shape != (batch, length):
@@ -131,7 +134,7 @@ def _attended(mask: Tensor | None, batch: int, length: int, device: torch.device
                 "pass the tokenizer's mask, or call fastgate.unpatch(model) for masks a pair of tokens",
             )
         )
-    return mask.to(device=device, dtype=torch.bool)
+    return mask.to(torch.bool)
 
 
 def demanded_rows(
@@ -184,6 +187,14 @@ def checked_rows(rows: Any, shape: tuple[int, int], reads: str | None = None) ->
     raise ArgumentError(say("forward", "rows", got, f"a bool tensor (batch, length) = {shape}", remedy))
 
 
+class _Embedder(NamedTuple):
+    """padded: the ids that embeddings are gathered by, (batch or 1, length) each; None where they are not.
+    rows: what run_plan asks for ids or finished embeddings."""
+
+    padded: Ids | None
+    rows: Callable[[bool], Ids | Tensor]
+
+
 def _embedder(
     encoder: Any,
     packing: Packing,
@@ -191,8 +202,7 @@ def _embedder(
     token_type_ids: Tensor | None,
     position_ids: Tensor | None,
     inputs_embeds: Tensor | None,
-) -> Callable[[bool], Ids | Tensor]:
-    """What the plan's first step asks for ids or finished embeddings (see run_plan)."""
+) -> _Embedder:
     embeddings = encoder.embeddings
     shape = (packing.batch, packing.length)
     for name, ids in (("token_type_ids", token_type_ids), ("position_ids", position_ids)):
@@ -214,7 +224,7 @@ def _embedder(
             )
             return packing.pack(padded, narrow)
 
-        return whole
+        return _Embedder(None, whole)
 
     if position_ids is None:
         if hasattr(embeddings, "create_position_ids_from_input_ids"):
@@ -251,7 +261,9 @@ def _embedder(
         u = u + (tables[2].weight[0] if types is None else tables[2](types))
         return embeddings.dropout(embeddings.LayerNorm(u))
 
-    return added if input_ids is None else gathered
+    if input_ids is None:
+        return _Embedder(None, added)
+    return _Embedder(Ids(input_ids, position_ids, token_type_ids), gathered)  # type: ignore[arg-type]
 
 
 def _are_plain(words: nn.Module, positions: nn.Module, types: nn.Module) -> bool:

@@ -1,12 +1,74 @@
-"""Padded batches as packed rows: which rows exist, which are keys, which are demanded."""
+"""Padded batches as packed rows: which rows exist, which are keys, which are demanded.
+
+All of it is worked out on the host, where it costs microseconds, and the index tensors go to the device in
+one copy that waits for nothing. What the host does not know is read once a batch (`on_host`): a mask that
+lies on the device. After that no step between embedding and head waits for the device.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+HOST = torch.device("cpu")
+# Where each tensor of a joint copy begins, in bytes: kernels read 16 at a time.
+ALIGNMENT = 16
+
+
+def on_host(*masks: Tensor | None) -> list[Tensor | None]:
+    """Bool masks of one shape, brought to the host: one wait for all that lie on a device, none without."""
+    away = [mask for mask in masks if mask is not None and mask.device.type != "cpu"]
+    if not away:
+        return list(masks)
+    here = iter((away[0][None] if len(away) == 1 else torch.stack(away)).to(HOST))
+    return [mask if mask is None or mask.device.type == "cpu" else next(here) for mask in masks]
+
+
+def on_device(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Host tensors on the device: one copy, which the host does not wait for."""
+    if device.type == "cpu":
+        return list(tensors)
+    places, size = place_bytes({i: (t.numel(), t.dtype) for i, t in enumerate(tensors)})
+    on_gpu = device.type == "cuda"
+    # Torch's allocator does not hand pinned memory out again before its copies are done.
+    staging = torch.empty(size, dtype=torch.uint8, device=HOST, pin_memory=on_gpu)
+    for t, (begin, end, dtype) in zip(tensors, places.values(), strict=True):
+        staging[begin:end].view(dtype).copy_(t.reshape(-1))
+    there = staging.to(device, non_blocking=True)
+    if on_gpu and torch.cuda.is_current_stream_capturing():
+        _captured.append(staging)
+    return [
+        there[begin:end].view(dtype).view(t.shape)
+        for t, (begin, end, dtype) in zip(tensors, places.values(), strict=True)
+    ]
+
+
+# What copies in graphs of the callers' own read at every replay.
+_captured: list[Tensor] = []
+Name = TypeVar("Name")
+
+
+def place_bytes(
+    sizes: Mapping[Name, tuple[int, torch.dtype]],
+) -> tuple[dict[Name, tuple[int, int, torch.dtype]], int]:
+    """((begin, end, dtype) of as many numbers each where they lie one after another, bytes in all)."""
+    places, size = {}, 0
+    for name, (count, dtype) in sizes.items():
+        end = size + count * dtype.itemsize
+        places[name] = (size, end, dtype)
+        size = -(-end // ALIGNMENT) * ALIGNMENT
+    return places, size
+
+
+def ends_of(lengths: Sequence[int]) -> Tensor:
+    """(sequences + 1,) int32 on the host."""
+    ends = torch.tensor((0, *lengths), dtype=torch.int32, device=HOST)
+    return torch.cumsum(ends, 0, dtype=torch.int32)
 
 
 @dataclass(frozen=True)
@@ -23,8 +85,7 @@ class Ragged:
 
     @cached_property
     def cu_seqlens(self) -> Tensor:
-        ends = torch.tensor((0, *self.lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        return ends.to(self.device, non_blocking=True)
+        return on_device([ends_of(self.lengths)], self.device)[0]
 
     @property
     def rows(self) -> int:
@@ -42,9 +103,17 @@ class Ragged:
     @cached_property
     def padded(self) -> tuple[Tensor, Tensor]:
         """(flat, mask): where rows stand in a (sequences, longest) grid, and which places are rows."""
-        lengths = torch.tensor(self.lengths).to(self.device, non_blocking=True)
-        mask = torch.arange(self.longest, device=self.device) < lengths[:, None]
-        return mask.flatten().nonzero().squeeze(1), mask
+        lengths = torch.tensor(self.lengths, dtype=torch.int64, device=HOST)
+        mask = torch.arange(self.longest, device=HOST) < lengths[:, None]
+        flat, mask = on_device([_true(mask), mask], self.device)
+        return flat, mask
+
+    @cached_property
+    def sequence_of_row(self) -> Tensor:
+        """(rows,) int64."""
+        lengths = torch.tensor(self.lengths, dtype=torch.int64, device=HOST)
+        found = torch.repeat_interleave(torch.arange(len(self.lengths), device=HOST), lengths)
+        return on_device([found], self.device)[0]
 
     def grid(self, rows: Tensor) -> Tensor:
         """(rows, hidden) -> (sequences, longest, hidden), zeros where no row is."""
@@ -55,27 +124,69 @@ class Ragged:
         return rows.new_zeros(shape[0] * shape[1], shape[2]).index_copy(0, flat, rows).view(shape)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
+class HostIndices:
+    """What a packing is made of, on the host; None as in Packing. wanted: rows of the padded batch."""
+
+    index: Tensor | None
+    key_rows: Tensor | None
+    wanted_rows: Tensor | None
+
+    @cached_property
+    def wanted(self) -> Tensor | None:
+        """(demanded,) int64: row b * length + t of each demanded row; None: every row, in order."""
+        if self.wanted_rows is None or self.index is None:
+            return self.index if self.wanted_rows is None else self.wanted_rows
+        return self.index[self.wanted_rows]
+
+
+@dataclass(frozen=True, eq=False)
 class Packing:
     """The rows of one padded batch (batch, length).
 
-    index: (packed,) int64, row b * length + t of each packed row; None: every row, in order.
-    queries: the packed rows as sequences. keys: the attended ones; key_rows: (keys,) int64 into the packed
-    rows, None when they are all of them. wanted: the demanded ones; wanted_rows likewise.
+    queries: the packed rows as sequences. keys: the attended ones. wanted: the demanded ones. host: where
+    they stand. On the device, copied there together when one of them is first asked for:
+    index: (packed,) int64, row b * length + t of each packed row; None: every row, in order. key_rows:
+    (keys,) int64 into the packed rows, None when they are all of them. wanted_rows: the demanded likewise.
     """
 
     batch: int
     length: int
-    index: Tensor | None
     queries: Ragged
     keys: Ragged
-    key_rows: Tensor | None
     wanted: Ragged
-    wanted_rows: Tensor | None
+    host: HostIndices
+
+    @cached_property
+    def _there(self) -> dict[str, Tensor]:
+        """The index tensors on the device, and the ends of the sequences, which their Ragged is given."""
+        host = self.host
+        found = {"index": host.index, "key_rows": host.key_rows, "wanted_rows": host.wanted_rows}
+        if host.index is not None and host.wanted_rows is not None:
+            found["wanted_index"] = host.wanted
+        named = {name: t for name, t in found.items() if t is not None}
+        ragged = list({id(r): r for r in (self.queries, self.keys, self.wanted)}.values())
+        ends = [ends_of(r.lengths) for r in ragged]
+        there = on_device([*named.values(), *ends], self.queries.device)
+        for one, end in zip(ragged, there[len(named) :], strict=True):
+            one.__dict__.setdefault("cu_seqlens", end)  # where a cached_property keeps it
+        return dict(zip(named, there, strict=False))
+
+    @property
+    def index(self) -> Tensor | None:
+        return None if self.host.index is None else self._there["index"]
+
+    @property
+    def key_rows(self) -> Tensor | None:
+        return None if self.host.key_rows is None else self._there["key_rows"]
+
+    @property
+    def wanted_rows(self) -> Tensor | None:
+        return None if self.host.wanted_rows is None else self._there["wanted_rows"]
 
     @property
     def narrow(self) -> bool:
-        return self.wanted_rows is not None
+        return self.host.wanted_rows is not None
 
     @property
     def single(self) -> bool:
@@ -83,68 +194,84 @@ class Packing:
 
     def wanted_index(self) -> Tensor:
         """(demanded,) int64: row b * length + t of each demanded row."""
-        index = self.packed_index()
-        return index if self.wanted_rows is None else index[self.wanted_rows]
+        if not self.narrow:
+            return self.packed_index()
+        return self._there["wanted_rows" if self.host.index is None else "wanted_index"]
 
     def packed_index(self) -> Tensor:
         """(packed,) int64: row b * length + t of each packed row."""
-        if self.index is None:
+        if self.host.index is None:
             return torch.arange(self.batch * self.length, device=self.queries.device)
-        return self.index
+        return self._there["index"]
 
     def pack(self, padded: Tensor, narrow: bool = False) -> Tensor:
         """(batch, length, ...) -> (packed or demanded, ...)."""
         flat = padded.reshape(self.batch * self.length, *padded.shape[2:])
         if narrow:
             return flat.index_select(0, self.wanted_index())
-        return flat if self.index is None else flat.index_select(0, self.index)
+        return flat if self.host.index is None else flat.index_select(0, self._there["index"])
 
     def pad(self, rows: Tensor, narrow: bool) -> Tensor:
         """(packed or demanded, hidden) -> (batch, length, hidden), zeros where no row is."""
-        if self.index is None and not (narrow and self.narrow):
-            return rows.view(self.batch, self.length, -1)
+        if self.host.index is None and not (narrow and self.narrow):
+            return rows.view(self.batch, self.length, rows.shape[-1])
         index = self.wanted_index() if narrow else self.packed_index()
         full = rows.new_zeros(self.batch * self.length, rows.shape[-1]).index_copy(0, index, rows)
-        return full.view(self.batch, self.length, -1)
+        return full.view(self.batch, self.length, rows.shape[-1])
+
+
+def static_packing(
+    queries: Ragged, keys: Ragged, wanted: Ragged, key_rows: Tensor | None, wanted_rows: Tensor | None
+) -> Packing:
+    """Of index tensors that lie on the device, of no padded batch: what the steps of a plan read."""
+    made = Packing(0, 0, queries, keys, wanted, HostIndices(None, key_rows, wanted_rows))
+    found = {"key_rows": key_rows, "wanted_rows": wanted_rows}
+    made.__dict__["_there"] = {name: t for name, t in found.items() if t is not None}
+    return made
 
 
 def pack_rows(
     batch: int, length: int, attended: Tensor | None, demanded: Tensor | None, device: torch.device
 ) -> Packing:
-    """Packed rows are the attended and the demanded ones.
+    """Packed rows are the attended and the demanded ones; `device` is where they lie.
 
-    attended: (batch, length) bool, None: all. demanded: (batch, length) bool, None: the attended ones.
+    attended: (batch, length) bool, None: all. demanded: (batch, length) bool, None: the attended ones. Masks
+    on the host cost no wait for the device, others one.
     """
+    attended, demanded = on_host(attended, demanded)
     if attended is not None and bool(attended.all()):
         attended = None
     if demanded is not None and attended is None and bool(demanded.all()):
         demanded = None
-    full = Ragged((length,) * batch, device)
-    if attended is None and demanded is None:
-        return Packing(batch, length, None, full, full, None, full, None)
     if attended is None:
-        assert demanded is not None
-        wanted = _ragged(demanded)
-        return Packing(batch, length, None, full, full, None, wanted, _true(demanded.flatten()))
+        full = Ragged((length,) * batch, device)
+        wanted = full if demanded is None else _ragged(demanded, device)
+        wanted_rows = None if demanded is None else _true(demanded)
+        return Packing(batch, length, full, full, wanted, HostIndices(None, None, wanted_rows))
     if demanded is None:
-        rows = _ragged(attended)
-        return Packing(batch, length, _true(attended.flatten()), rows, rows, None, rows, None)
+        rows = _ragged(attended, device)
+        return Packing(batch, length, rows, rows, rows, HostIndices(_true(attended), None, None))
     packed = attended | demanded
-    queries, keys, wanted = _ragged(packed), _ragged(attended), _ragged(demanded)
-    places = _true(packed.flatten())
-    index = None if queries.rows == batch * length else places
-    key_rows = None if keys.rows == queries.rows else _true(attended.flatten()[places])
-    wanted_rows = None if wanted.rows == queries.rows else _true(demanded.flatten()[places])
-    if wanted_rows is None:
+    queries, keys, wanted = (_ragged(mask, device) for mask in (packed, attended, demanded))
+    index = _true(packed)
+    key_rows = wanted_rows = None
+    if keys.rows == queries.rows:
+        keys = queries
+    else:
+        key_rows = _true(attended.flatten()[index])
+    if wanted.rows == queries.rows:
         wanted = queries
+    else:
+        wanted_rows = _true(demanded.flatten()[index])
+    whole = queries.rows == batch * length
     return Packing(
-        batch, length, index, queries, queries if key_rows is None else keys, key_rows, wanted, wanted_rows
+        batch, length, queries, keys, wanted, HostIndices(None if whole else index, key_rows, wanted_rows)
     )
 
 
-def _ragged(mask: Tensor) -> Ragged:
-    return Ragged(tuple(mask.sum(1).tolist()), mask.device)
+def _ragged(mask: Tensor, device: torch.device) -> Ragged:
+    return Ragged(tuple(mask.sum(1).tolist()), device)
 
 
 def _true(flags: Tensor) -> Tensor:
-    return flags.nonzero().squeeze(1)
+    return flags.flatten().nonzero().squeeze(1)

@@ -14,11 +14,12 @@ from .errors import ArgumentError, NothingPatched, Unsupported, say
 from .families import FAMILIES, Family, Found, base_class, find_encoders, verify
 from .forward import forward_encoder
 from .freeze import thaw
+from .graphs import Graphs
 from .heads import masked_lm, rows_read
 from .state import EncoderState, Runtime
 
 
-def patch(model: nn.Module, demand: str | None = None) -> nn.Module:
+def patch(model: nn.Module, demand: str | None = None, *, graphs: bool | None = None) -> nn.Module:
     """Make every BERT or RoBERTa encoder inside `model` run packed rows, in place, and return the model.
 
     The outputs stay Hugging Face's on the rows the head reads; rows nobody reads are not computed and come
@@ -31,6 +32,9 @@ def patch(model: nn.Module, demand: str | None = None) -> nn.Module:
 
     Heads for tokens and bare encoders also take the rows of one call: `model(**batch, rows=mask)`, mask
     (batch, length) bool. Labelled rows are always among them; in training they are the only ones by default.
+
+    graphs: whether inference on a GPU captures CUDA graphs of small batches and replays them, as
+    fastgate/graphs.py says; None: as the model has it, at first yes.
 
     Raises NothingPatched if no known encoder is inside, Unsupported for decoders, cross-attention, replaced
     modules and hooks that would not run, ArgumentError for a demand that leaves out rows that are read.
@@ -53,6 +57,9 @@ def patch(model: nn.Module, demand: str | None = None) -> nn.Module:
         demands.append(_demand(item, pooled.get(id(item.encoder)), demand))
     for item, (reads, asked) in zip(found, demands, strict=True):
         _swap(item, reads, asked)
+        if graphs is not None:
+            runtime: Runtime = item.encoder.fastgate_runtime  # type: ignore[assignment]
+            runtime.graphs = (runtime.graphs or Graphs()) if graphs else None
     return model
 
 
@@ -74,7 +81,7 @@ def _demand(found: Found, pooled: str | None, demand: str | None) -> tuple[str |
 def _swap(found: Found, reads: str | None, asked: str | None) -> None:
     if not hasattr(found.encoder, "fastgate_runtime"):
         layers = len(found.encoder.encoder.layer)  # type: ignore[union-attr, arg-type]
-        found.encoder.fastgate_runtime = Runtime(reads, [1.0] * layers)  # type: ignore[assignment]
+        found.encoder.fastgate_runtime = Runtime(reads, [1.0] * layers, graphs=Graphs())  # type: ignore[assignment]
     runtime = EncoderState(found.encoder).runtime
     runtime.reads, runtime.asked = reads, asked
     for module in (found.encoder, found.head):

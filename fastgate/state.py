@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .encoder import Gate, Record, is_skipped, replacement_of
 from .errors import ArgumentError, NothingPatched, say
 from .families import find_encoders
+from .graphs import Graphs
 from .replacement import Replacement
 
 
@@ -21,13 +22,15 @@ class Runtime:
 
     reads: the rows that what stands above it reads (families.DEMANDS), None if nothing known does. gates: one
     an encoder layer: 1.0 the attention runs, 0.0 it is skipped, a 0-d tensor it is gated. record: where to
-    write what is computed, while recording. asked: the demand `patch` was called with, if any.
+    write what is computed, while recording. asked: the demand `patch` was called with, if any. graphs: those
+    captured for inference on a GPU; None: never.
     """
 
     reads: str | None
     gates: list[Gate] = field(default_factory=list)
     record: Record | None = None
     asked: str | None = None
+    graphs: Graphs | None = None
 
     @property
     def demand(self) -> str:

@@ -41,8 +41,7 @@ def make(family: str, head: str, layers: int = 3, attention: str = "sdpa", **opt
         max_position_embeddings=40,
         type_vocab_size=2,
         num_labels=labels,
-        **sizes,
-        **options,
+        **(sizes | options),
     )
     config._attn_implementation = attention
     model = getattr(transformers, family + head)(config)

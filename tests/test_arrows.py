@@ -27,13 +27,15 @@ LOW = {
     "families": {"gates", "encoder"},
     "packed": {"ops"},
     "encoder": {"ops", "plan", "packing", "gates", "replacement", "packed"},
-    "state": {"encoder", "families", "replacement"},
+    "fingerprint": set(),
+    "graphs": {"encoder", "fingerprint", "packing"},
+    "state": {"encoder", "families", "graphs", "replacement"},
     "forward": {"encoder", "families", "packing", "plan", "state"},
     "freeze": {"encoder", "families", "ops", "packed", "state"},
     "heads": {"families", "forward", "state"},
     "sentence": set(),
     "memory": set(),
-    "patch": {"families", "forward", "freeze", "heads", "sentence", "state"},
+    "patch": {"families", "forward", "freeze", "graphs", "heads", "sentence", "state"},
 }
 MODEL = set(LOW) - {"kernels", "backends", "info"}
 MIDDLE = {
@@ -41,7 +43,6 @@ MIDDLE = {
     "explain": MODEL,
     "checkpoint": MODEL | {"prune"},
     "export": MODEL | {"prune"},
-    "graphs": MODEL,
     "pruning": MODEL | {"prune", "checkpoint"},
 }
 ARROWS = {**LOW, **MIDDLE}

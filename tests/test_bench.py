@@ -259,6 +259,38 @@ def test_tasks_travel_and_run_where_no_hub_is(minilm_path, tmp_path):
     assert "sst2 0.67: done before" in run("bash", BENCH / "gpu_tasks.sh", carried)
 
 
+def test_models_are_timed_and_traced(tmp_path):
+    """Tiny ones, wherever this runs: outputs found equal, every scenario a line, the aims in a table."""
+    environment = os.environ | {"PYTHONPATH": children.PACKAGE_PARENT, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, BENCH / "gpu_models.py", "--quick", "--out", tmp_path]
+    found = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout + found.stderr
+    first, traced, *lines = map(json.loads, (tmp_path / "models.jsonl").read_text().splitlines())
+    assert first["environment"]["torch"] == torch.__version__ and traced["pruned_attention_kernels"] == 0
+    assert [line["scenario"] for line in lines] == ["half padding", "batch 1, length 32", "training step"]
+    for line in lines:
+        rows = line["contenders"]
+        assert {"fastgate", "fastgate {0,4,8}", "fastgate {0,1}", "sdpa", "eager"} <= set(rows)
+        assert all(row["ms"] > 0 for row in rows.values()) and line["largest_difference"] < 0.1
+        assert set(rows["fastgate"]["faster_than"]) >= {"sdpa", "eager"}
+        # The work that is left: both are counted from the same steps.
+        assert rows["fastgate"]["tflop_per_s"] > 0 and "flash" in {*rows, *line["absent"]}
+    table = (tmp_path / "models.md").read_text()
+    assert "| half padding: fastgate, sdpa | >= 2.6 |" in table and "replay over its kernels" in table
+    assert len(list(tmp_path.glob("trace_*.json.gz"))) == 5
+
+
+def test_kernels_of_a_pruned_attention_are_counted(bench, monkeypatch):
+    """12 layers of 3 steps over 5 kernels of embeddings and packing; and one more a layer would show."""
+    import gpu_models
+
+    for extra in (0, 1):
+        counts = {"none": 5 + 12 * (3 + extra), "none, half the layers": 5 + 6 * (3 + extra)}
+        found = {"layers": 12, "feed_forward": 3, "kernels": counts}
+        assert gpu_models.pruned_attention_kernels(found) == extra
+    sys.modules.pop("gpu_models")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_the_gpu_run_says_that_there_is_no_gpu(tmp_path):
     found = subprocess.run(

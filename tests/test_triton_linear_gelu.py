@@ -30,8 +30,6 @@ from fastgate.ops.linear_gelu import DBIAS, DWEIGHT, DX
 from fastgate.ops.linear_gelu import linear_gelu as public_linear_gelu
 
 pytest.importorskip("triton", reason="triton is not installed")
-if INTERPRETED:
-    import interpreted  # noqa: F401
 from fastgate.kernels import linear_gelu
 
 pytestmark = triton_device.MARKS
@@ -50,22 +48,7 @@ def form(request, monkeypatch):
     return request.param
 
 
-def as_backend():
-    """The module as a backend for tensors on the CPU, run on this process's device."""
-
-    def on_device(function):
-        def call(*operands):
-            found = function(*moved(operands, DEVICE))
-            return found.cpu() if isinstance(found, torch.Tensor) else tuple(moved(found, "cpu"))
-
-        return call
-
-    forward, backward = on_device(linear_gelu.forward), on_device(linear_gelu.backward)
-    saving = on_device(linear_gelu.forward_saving)
-    return ops.Implementation("triton", forward, backward, frozenset(DTYPES), (saving, backward))
-
-
-BACKEND = as_backend()
+BACKEND = triton_device.on_device(linear_gelu)
 
 
 @pytest.mark.parametrize("form", ["cublas", *TILES], indirect=True)
@@ -229,32 +212,13 @@ def launched():
 @gpu_only
 def test_graph_replay_reads_the_operands_anew(launched):
     call, operands = launched
-    call()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = call()
-    for _ in range(2):
-        operands[0].mul_(0.5)
-        graph.replay()
-        for got, want in zip(captured, call(), strict=True):
-            assert torch.equal(got, want)
+    triton_device.check_replay(call, lambda: operands[0].mul_(0.5))
 
 
 @gpu_only
 def test_another_stream_and_what_is_on_it(launched):
-    """Launched on the current stream: behind the work that fills its operands there."""
     call, operands = launched
-    want = call()
-    kept = operands[0].clone()
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        operands[0].zero_()
-        torch.cuda._sleep(50_000_000)
-        operands[0].copy_(kept)
-        found = call()
-    stream.synchronize()
-    assert all(torch.equal(one, other) for one, other in zip(found, want, strict=True))
+    triton_device.check_stream(call, operands[0])
 
 
 @gpu_only

@@ -8,6 +8,7 @@ child process with the variable set, `pytest -m gpu` runs them on the device.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -33,10 +34,40 @@ def moved(values, device):
 def on_device(module) -> ops.Implementation:
     """A kernel module's functions as a backend for tensors on the CPU, run on this process's device."""
 
-    def forward(*operands):
-        return module.forward(*moved(operands, DEVICE)).cpu()
+    def there(function):
+        def call(*operands):
+            found = function(*moved(operands, DEVICE))
+            return found.cpu() if isinstance(found, torch.Tensor) else tuple(moved(found, "cpu"))
 
-    def backward(*operands):
-        return tuple(moved(module.backward(*moved(operands, DEVICE)), "cpu"))
+        return call
 
-    return ops.Implementation("triton", forward, backward, frozenset())
+    backward = there(module.backward)
+    saving = (there(module.forward_saving), backward) if hasattr(module, "forward_saving") else None
+    return ops.Implementation("triton", there(module.forward), backward, frozenset(), saving)
+
+
+def check_replay(call: Callable[[], Sequence[torch.Tensor]], change: Callable[[], None]) -> None:
+    """A captured call, replayed after `change` of its operands in place, gives what a call gives then."""
+    call()  # compiles, which capture forbids
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call()
+    for _ in range(2):
+        change()
+        want = [t.clone() for t in call()]
+        graph.replay()
+        assert all(torch.equal(one, two) for one, two in zip(captured, want, strict=True))
+
+
+def check_stream(call: Callable[[], Sequence[torch.Tensor]], operand: torch.Tensor) -> None:
+    """A call goes to the current stream: behind the work that fills its operand there."""
+    want, kept = call(), operand.clone()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        operand.zero_()
+        torch.cuda._sleep(50_000_000)
+        operand.copy_(kept)
+        found = call()
+    stream.synchronize()
+    assert all(torch.equal(one, two) for one, two in zip(found, want, strict=True))

@@ -271,10 +271,7 @@ def attention_probabilities(
     q: (queries.rows, hidden); k: (keys.rows, hidden); key_places: (keys.rows,) int64, the column of each key.
     """
     sequences = len(queries.lengths)
-    row = torch.repeat_interleave(
-        torch.arange(sequences, device=q.device), torch.tensor(keys.lengths, device=q.device)
-    )
-    at = row * length + key_places
+    at = keys.sequence_of_row * length + key_places
     spread = k.new_zeros(sequences * length, k.shape[-1]).index_copy(0, at, k)
     there = torch.zeros(sequences * length, dtype=torch.bool, device=q.device).index_fill(0, at, True)
     there = there.view(sequences, 1, 1, length)
