@@ -149,6 +149,11 @@ def _expect(where: str, module: Any, cls: type) -> None:
     reject_hooks(where, module)
 
 
+def is_untouched(module: nn.Module) -> bool:
+    """No forward hooks of any kind, no replaced forward: nothing that reject_hooks would look at."""
+    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+
+
 def reject_hooks(where: str, module: nn.Module) -> None:
     """Refuse hooks that would never run. transformers' own recording hooks are exempt."""
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 
-from .encoder import Ids, Record, Run, check_hidden_selection, is_plain, is_skipped, plan_for, run_plan
+from .encoder import Ids, Parts, Record, Run, check_hidden_selection, is_plain, is_skipped, plan_for, run_plan
 from .errors import ArgumentError, Unsupported, say
-from .families import LAYER_MODULES, reject_hooks
+from .families import LAYER_MODULES, is_untouched, reject_hooks
 from .packing import HOST, Packing, on_host, pack_rows
 from .plan import Plan
 from .state import Runtime
@@ -73,9 +73,10 @@ def forward_encoder(
     if runtime.graphs is not None and not torch.compiler.is_compiling():
         hidden = runtime.graphs.replay(run, embed.padded)
     if hidden is None:
-        for i, layer in enumerate(layers):
-            for path in LAYER_MODULES:
-                reject_hooks(f"layer {i} {path}", layer.get_submodule(path))
+        for i, layer in enumerate(run.layers):
+            for path, module in zip(LAYER_MODULES, Parts.of(layer), strict=True):
+                if not is_untouched(module):
+                    reject_hooks(f"layer {i} {path}", module)
         hidden = packing.pad(run_plan(run, embed.rows), narrow=True)
 
     pooler = getattr(encoder, "pooler", None)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 KEPT_STEPS = (
     "project_qkv",
@@ -48,9 +48,14 @@ class Plan:
     kept: tuple[int, ...]
     top: int
 
+    @cached_property
+    def _by_layer(self) -> dict[int, tuple[Step, ...]]:
+        layers = sorted({step.layer for step in self.steps})
+        return {layer: tuple(step for step in self.steps if step.layer == layer) for layer in layers}
+
     def of_layer(self, layer: int) -> tuple[Step, ...]:
         """The steps of one layer (-1: the embeddings)."""
-        return tuple(step for step in self.steps if step.layer == layer)
+        return self._by_layer.get(layer, ())
 
 
 @lru_cache(maxsize=1024)
