@@ -31,7 +31,7 @@ from .tasks.task import Task
 from .timing import Timing, interleave
 
 # How far logits may lie from Hugging Face's at the same precision, as a share of the largest, or of 1 if that
-# is less. In bfloat16 two ways through 24 layers that round differently are apart by a few of its last places.
+# is less. In bfloat16 two ways through 24 layers that round differently end a few of its last places apart.
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2**-5}
 SECONDS = 0.2  # of a contender on a batch, at least: small batches are run more often for steady medians
 _SHAPES = {  # hidden, layers, heads, intermediate
@@ -242,10 +242,26 @@ def hold_peers(
 
 
 def real_batches(
-    task: Task, tokenizer: Any, *, max_length: int, batch_size: int, count: int, order: str, seed: int = 0
+    task: Task, tokenizer: Any, *, max_length: int, batch_size: int, count: int, order: str
 ) -> list[Batch]:
     """`count` batches of the task's evaluation rows in the order of the data, or all rows sorted by length
-    first.
+    first: what `choose_batches` says of them."""
+    return choose_batches(
+        evaluation_rows(task, tokenizer, max_length),
+        tokenizer,
+        batch_size=batch_size,
+        count=count,
+        order=order,
+    )
+
+
+def evaluation_rows(task: Task, tokenizer: Any, max_length: int) -> Any:
+    """The model's inputs of each evaluation row of the task, as a data set."""
+    return task.tokenize(tokenizer, max_length)["evaluation"].remove_columns("labels")
+
+
+def choose_batches(rows: Any, tokenizer: Any, *, batch_size: int, count: int, order: str) -> list[Batch]:
+    """`count` padded batches of `evaluation_rows`.
 
     Sorted by length the batches are spread evenly from the shortest to the longest, and every batch is nearly
     full.
@@ -255,7 +271,6 @@ def real_batches(
     if batch_size < 1 or count < 1:
         got = f"batch size {batch_size}, {count} batches"
         raise ArgumentError(say("bench", "batches", got, "at least 1 of 1 row", "raise it"))
-    rows = task.tokenize(tokenizer, max_length)["evaluation"].remove_columns("labels")
     whole = max(len(rows) // batch_size, 1)
     if order == "data":
         starts = [i * batch_size for i in range(min(count, whole))]
@@ -375,7 +390,7 @@ def bench(
         raise ArgumentError(say("bench", "dtype", repr(dtype), " or ".join(DTYPES), "pass one of these"))
     if threads is not None:
         torch.set_num_threads(threads)
-    task = load_task(task_name, data_dir)
+    task = load_task(task_name, data_dir, max_train_rows=1)
     ours, reference, tokenizer = contenders(model, task, keep, DTYPES[dtype])
     made = real_batches(
         task, tokenizer, max_length=max_length, batch_size=batch_size, count=batches, order=order
@@ -405,8 +420,8 @@ def bench_table(found: Comparison) -> Table:
     threads = settings["environment"]["threads"]
     title = (
         f"{settings['model']}, {settings['dtype']}, {settings['task']}, "
-        f"batches of {settings['batch_size']} in {settings['order']} order, {data['filled']:.0%} filled, {threads} threads, "
-        f"kept {data['kept']}"
+        f"batches of {settings['batch_size']} in {settings['order']} order, {data['filled']:.0%} filled, "
+        f"{threads} threads, kept {data['kept']}"
     )
     caption = "\n".join(
         [

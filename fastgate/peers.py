@@ -6,8 +6,8 @@ Each runs in the form that was the fastest of those tried (BERT, real batches of
 - compile: SDPA under torch.compile, with dynamic shapes and frozen weights. Compiling for each shape takes as
   long as hundreds of batches and ran no faster; without freezing the weights are not laid out beforehand.
 - onnxruntime: the eager attention through the TorchScript exporter. Only in that graph does onnxruntime's
-  optimizer find all there is to fuse (attention, embedding, bias and gelu, residual and norm); of SDPA's and of
-  torch.export's graphs it fuses no attention.
+  optimizer find all there is to fuse (attention, embedding, bias and gelu, residual and norm); in SDPA's and
+  in torch.export's graphs it finds no attention.
 - openvino: the eager attention through OpenVINO's own PyTorch front end, for latency. Its plugin fuses the
   attention of that graph itself.
 
@@ -54,9 +54,9 @@ class Peer:
 def build(names: Sequence[str], reference: Any, batch: Batch) -> tuple[dict[str, Peer], dict[str, str]]:
     """(the peers of these names that run here, why the others do not).
 
-    reference: Hugging Face's model in evaluation mode, in the precision and on the device the peers shall have;
-    its weights are shared where they can be. batch: model inputs to trace it with; any other batch size and
-    length runs too. Threads are torch's at this moment.
+    reference: Hugging Face's model in evaluation mode, in the precision and on the device the peers shall
+    have; its weights are shared where they can be. batch: model inputs to trace it with; any other batch size
+    and length runs too. Threads are torch's at this moment.
     """
     built: dict[str, Peer] = {}
     absent: dict[str, str] = {}
