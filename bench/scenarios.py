@@ -1,11 +1,12 @@
-"""The sweep of scenarios on the CPU: fastgate at every choice of kept layers, and each peer, one JSON line a run.
+"""The sweep of scenarios on the CPU: fastgate with every choice of kept layers, and each peer, a line a run.
 
     python bench/scenarios.py --data-dir D [--out FILE] [--threads 2] [--only TEXT] [--minutes M] [--list]
 
-A run is one model size, precision, task, order of the rows and batch size. All its contenders take turns on the
-same batches: the peers, fastgate unpruned and pruned, and the floor of each. Runs of one size, precision and kind
-of head share a process, so a peer is exported or compiled once for them. The most important runs come first; one
-whose line with the same settings is in FILE already is left out, so a sweep that was cut off goes on where it was.
+A run is one model size, precision, task, order of the rows and batch size. All its contenders take turns on
+the same batches: the peers, fastgate unpruned and pruned, and the floor of each. Runs of one size, precision
+and kind of head share a process, so a peer is exported or compiled once for them. The most important runs
+come first; one whose line with the same settings is in FILE already is left out, so a sweep that was cut off
+goes on where it was.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from fastgate.tasks.load import load_task
 OUT = Path(__file__).parent / "results" / "scenarios_cpu.jsonl"
 KINDS = {"sst2": "text", "imdb": "text", "wnut17": "tokens"}
 MAX_LENGTH = {"sst2": 128, "imdb": 512, "wnut17": 128}
-BATCHES = {1: 12, 8: 6, 32: 4, 128: 2}  # how many of a size
+BATCHES = {1: 8, 8: 6, 32: 4, 128: 2}  # how many of a size
 PEERS = ("sdpa", "eager", "compile", "onnxruntime", "openvino")
 SHARES = (0.5, 0.67, 0.83)  # of the attention sublayers that are pruned
 
@@ -64,8 +65,8 @@ class Run:
 def runs() -> list[Run]:
     """All runs, the most important first.
 
-    Left out: batches of one sorted by length, where nothing is padded either way; IMDB in batches of 128, and of
-    32 at the largest size: minutes a batch.
+    Left out: batches of one sorted by length, where nothing is padded either way; IMDB in batches of 128, and
+    of 32 at the largest size: minutes a batch.
     """
     sst2 = [("sst2", o, b) for b in (32, 8, 128) for o in compare.ORDERS] + [("sst2", "data", 1)]
     imdb = [("imdb", "data", 8), ("imdb", "length", 8), ("imdb", "data", 1), ("imdb", "data", 32)]
@@ -169,10 +170,8 @@ def run_group(chosen: list[Run], data_dir: Path, out: Path, threads: int, deadli
         )
         if built is None:
             built = peers.build(run.against, reference, batches[0])
-            print(
-                f"{run.group}: not timed: {built[1]}" if built[1] else f"{run.group}: every peer runs",
-                flush=True,
-            )
+            missing = "; ".join(f"{name} is not timed: {why}" for name, why in built[1].items())
+            print(f"{run.group}: {missing or 'every peer runs'}", flush=True)
         start = time.perf_counter()
         try:
             found = compare.compare_all(models, reference, batches, *built)
@@ -204,7 +203,8 @@ def main() -> int:
     titles = {run: f"{run.group} {run.task} {run.order} {run.batch_size}" for run in left}
     left = [run for run in left if args.only in titles[run]]
     if args.list:
-        print("\n".join(titles[run] for run in left))
+        for run in left:
+            print(titles[run])
         return 0
     for group in dict.fromkeys(run.group for run in left):
         chosen = [run for run in left if run.group == group]
