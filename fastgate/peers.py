@@ -22,6 +22,7 @@ import importlib.metadata
 import importlib.util
 import io
 import logging
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -163,6 +164,8 @@ def _fused_graph(reference: Any, batch: Batch, path: Path) -> dict[str, int]:
 
 def _openvino(reference: Any, batch: Batch) -> Peer:
     dtype = _need("openvino", reference, "openvino")
+    # Its converter reports its use to a web service unless opted out of; without this module it has a stub.
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     import openvino
 
     precision = {torch.float32: "f32", torch.bfloat16: "bf16"}[dtype]

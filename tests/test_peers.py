@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 
 import pytest
 import torch
@@ -90,6 +91,7 @@ def test_openvino_runs_in_the_precision_of_the_model():
         assert "wanted bf16" in absent["openvino"]
         return
     assert "bf16" in found["openvino"].form
+    assert sys.modules["openvino_telemetry"] is None  # nothing is reported anywhere
     assert compare.hold_peers(found, model, [batch(4, 9)])[0]
     ours, exact = found["openvino"].run(one := batch(4, 9)), model.float()(**one).logits
     assert (ours - exact).abs().max() > 1e-5  # it rounds

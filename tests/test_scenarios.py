@@ -35,7 +35,7 @@ def bench(monkeypatch, tmp_path):
     monkeypatch.setattr(compare, "demo_model_path", lambda: folder)
     monkeypatch.setattr(compare, "SECONDS", 0.0)
     monkeypatch.setattr(scenarios, "PEERS", ("sdpa", "onnxruntime"))
-    monkeypatch.setattr(scenarios, "BATCHES", {1: 3, 8: 2})
+    monkeypatch.setattr(scenarios, "BATCHES", {1: 3, 8: 2, 32: 1})
     monkeypatch.setattr("fastgate.peers.importlib.util.find_spec", lambda package: None)
     modules = {"scenarios": scenarios, "table": scenario_table, "plots": scenario_plots}
     yield SimpleNamespace(**modules, data=tmp_path / "data", out=tmp_path / "out.jsonl")
@@ -66,7 +66,7 @@ def test_kept_layers_lie_low_spread_and_high(bench):
 
 def test_a_sweep_goes_on_where_it_was_and_is_shown(bench, monkeypatch, capsys):
     Run = bench.scenarios.Run
-    runs = [Run("tiny", "float32", "sst2", order, size) for order in ("data", "length") for size in (1, 8)]
+    runs = [Run("tiny", "float32", "sst2", order, size) for order in ("data", "length") for size in (1, 32)]
     runs += [Run("tiny", "bfloat16", "wnut17", "data", 8)]
     monkeypatch.setattr(bench.scenarios, "runs", lambda: runs)
     options = ["scenarios.py", "--data-dir", str(bench.data), "--out", str(bench.out), "--threads", "1"]
@@ -97,7 +97,7 @@ def test_a_sweep_goes_on_where_it_was_and_is_shown(bench, monkeypatch, capsys):
 
     shown = bench.table.tables(lines)
     assert "## tiny, float32" in shown and "## tiny, bfloat16" in shown
-    assert "onnxruntime was not timed: no package" in shown and "| sst2, sorted, 8 |" in shown
+    assert "onnxruntime was not timed: no package" in shown and "| sst2, sorted, 32 |" in shown
     assert "50% spread: 0, 2, 4" in shown
     monkeypatch.setattr(sys, "argv", ["plots", str(bench.out), str(bench.out.parent)])
     bench.plots.main()
