@@ -89,7 +89,7 @@ def floor(runs: list[dict[str, Any]], model: str, dtype: str) -> plt.Figure:
         axis.set_xticks(sizes, [str(size) for size in sizes])
         axis.set_title(TITLES[task], fontsize=8)
         axis.set_xlabel("rows in a batch", fontsize=8)
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 110)
         axis.grid(alpha=0.2)
     axes[0][0].set_ylabel(f"% of the floor, {model}, {dtype}", fontsize=8)
     axes[0][-1].legend(title="pruned, kept", fontsize=7, title_fontsize=7)
