@@ -8,8 +8,8 @@ Each runs in the form that was the fastest of those tried (BERT, real batches of
 - onnxruntime: the eager attention through the TorchScript exporter. Only in that graph does onnxruntime's
   optimizer find all there is to fuse (attention, embedding, bias and gelu, residual and norm); in SDPA's and
   in torch.export's graphs it finds no attention.
-- openvino: the eager attention through OpenVINO's own PyTorch front end, for latency. Its plugin fuses the
-  attention of that graph itself.
+- openvino: SDPA through OpenVINO's own PyTorch front end, for latency. The eager attention is as fast or
+  a little slower there; of ONNX graphs none was faster.
 
 onnxruntime and openvino are optional packages, imported when asked for: the extra `peers`.
 """
@@ -176,7 +176,7 @@ def _openvino(reference: Any, batch: Batch) -> Peer:
     }
     names = _inputs(batch)
     model = twin(reference) if dtype == torch.float32 else copy.deepcopy(reference).float()
-    model.set_attn_implementation("eager")
+    model.set_attn_implementation("sdpa")
     with _quiet():
         converted = openvino.convert_model(
             _Positional(model, names),
