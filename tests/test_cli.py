@@ -18,6 +18,11 @@ import fastgate
 from fastgate.cli import app
 
 
+@pytest.fixture(autouse=True)
+def _one_call_a_turn(monkeypatch):
+    monkeypatch.setattr("fastgate.compare.SECONDS", 0.0)
+
+
 def run(*arguments, code=0):
     result = CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "200"})
     assert result.exit_code == code, (result.output, result.exception)
@@ -196,6 +201,16 @@ def test_bench_of_a_pruned_checkpoint_sorted_by_length(world):
     assert len(found["kept"]) == 1 and found["filled"] > 0.85 and set(found["ratio"]) == {"sdpa"}
     shown = run("bench", "--model", world / "out" / "pruned", *data, *arguments).stdout
     assert "as fast" in shown and "floor" in shown
+
+
+def test_bench_in_bfloat16_names_who_sat_out(world, monkeypatch):
+    monkeypatch.setattr("fastgate.peers.importlib.util.find_spec", lambda package: None)
+    data = ["--task", "sst2", "--data-dir", world / "data", "--max-length", 24, "--batches", 1]
+    arguments = [*data, "--dtype", "bfloat16", "--against", "sdpa,openvino"]
+    found = json.loads(run("bench", "--model", world / "model", *arguments, "--json").stdout)
+    assert found["settings"]["dtype"] == "bfloat16" and found["max_difference"] > 1e-6
+    assert set(found["ratio"]) == {"sdpa"} and "fastgate[peers]" in found["absent"]["openvino"]
+    assert "openvino was not timed" in run("bench", "--model", world / "model", *arguments).stdout
 
 
 def test_bench_gives_no_figure_for_outputs_that_differ(world, monkeypatch):
