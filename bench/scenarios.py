@@ -197,6 +197,8 @@ def main() -> int:
     p.add_argument("--list", action="store_true", help="print the runs that are left, and do none")
     p.add_argument("--group", help=argparse.SUPPRESS)  # in a child: do the runs of this one
     args = p.parse_args()
+    if torch.cuda.is_available():
+        p.error("device: got a GPU, wanted the CPU alone; set CUDA_VISIBLE_DEVICES to nothing")
     deadline, right = time.time() + 60 * args.minutes, True
     there = done(args.out)
     left = [run for run in runs() if run.settings(args.threads) not in there]

@@ -103,15 +103,15 @@ def contenders(
 
     source: a size (`minilm`, `bert-base`, `bert-large`: random weights, the demo model's tokenizer), a
     fastgate checkpoint, or a model of the hub or in a folder. keep: layers whose attention stays, None for
-    all. dtype: of both models' parameters.
+    all. dtype: of both models' parameters; they are on the GPU if there is one.
     """
-    name = str(source)
+    name, device = str(source), _device()
     if (Path(name) / "fastgate.json").is_file():
         if keep is not None:
             remedy = "leave --keep out, or bench the dense model"
             raise ArgumentError(say("bench", "keep", list(keep), "none for a pruned checkpoint", remedy))
-        ours = load(name).to(dtype)
-        reference = unpruned(ours).to(dtype)
+        ours = load(name).to(device, dtype)
+        reference = unpruned(ours).to(device, dtype)
         return ours_at_best(ours), reference, load_tokenizer(name, task)
     reference, tokenizer = dense(source, task, dtype)
     return pruned(reference, keep), reference, tokenizer
@@ -126,7 +126,11 @@ def dense(source: str | Path, task: Task, dtype: torch.dtype = torch.float32) ->
     else:
         tokenizer = load_tokenizer(name, task)
         reference = dense_model(name, task)
-    return reference.eval().to(dtype), tokenizer
+    return reference.eval().to(_device(), dtype), tokenizer
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def pruned(reference: Any, keep: Sequence[int] | None) -> Any:
@@ -138,7 +142,7 @@ def pruned(reference: Any, keep: Sequence[int] | None) -> Any:
 
 
 def ours_at_best(model: Any) -> Any:
-    """A patched model in the form it is timed in."""
+    """A patched model, on the device it will run on, in the form it is timed in."""
     return model
 
 
@@ -395,8 +399,6 @@ def bench(
     made = real_batches(
         task, tokenizer, max_length=max_length, batch_size=batch_size, count=batches, order=order
     )
-    if torch.cuda.is_available():
-        ours, reference = ours.cuda(), reference.cuda()
     with Progress(console=console, transient=True) as bar:
         job = bar.add_task("timing", total=len(made))
         found = compare(ours, reference, made, against=against, progress=lambda: bar.advance(job))

@@ -14,6 +14,7 @@ import torch
 from fastgate import compare
 
 BENCH = Path(__file__).parent.parent / "bench"
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the sweep is the CPU's")
 NAMES = ("scenarios", "scenario_table", "scenario_plots")
 
 
