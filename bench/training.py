@@ -24,7 +24,7 @@ import torch
 from transformers import Trainer, TrainingArguments, set_seed
 
 import fastgate
-from fastgate.compare import contenders
+from fastgate.compare import dense as dense_and_tokenizer
 from fastgate.info import environment
 from fastgate.memory import saved_bytes
 from fastgate.tasks import load_task
@@ -49,7 +49,7 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
     """What the module says, as plain data."""
     torch.set_num_threads(given.threads)
     task = load_task(given.task, given.data_dir)
-    _, dense, tokenizer = contenders(given.model or str(demo_model_path()), task, None)
+    dense, tokenizer = dense_and_tokenizer(given.model or str(demo_model_path()), task)
     rows = task.tokenize(tokenizer, given.max_length)["train"]
     rows = rows.shuffle(seed=0).select(range(min(len(rows), given.steps * given.batch)))
     collator = task.collator(tokenizer)

@@ -267,7 +267,9 @@ def bench(
     ],
     task: Annotated[str, typer.Option(help="Whose evaluation rows to run.")],
     data_dir: DataDir = None,
-    against: Annotated[str, typer.Option(help="Attention of Hugging Face to compare with.")] = "sdpa,eager",
+    against: Annotated[
+        str, typer.Option(help="Peers, by commas: sdpa, eager, compile, onnxruntime, openvino.")
+    ] = "sdpa,eager",
     keep: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(help="Layers whose attention stays, by commas; all by default."),
@@ -277,16 +279,17 @@ def bench(
     order: Annotated[str, typer.Option(help="data: rows as they come; length: sorted by length.")] = "data",
     threads: Annotated[Optional[int], typer.Option(min=1, help="CPU threads.")] = None,  # noqa: UP045
     max_length: MaxLength = 128,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16, for everyone.")] = "float32",
     as_json: AsJson = False,
 ) -> None:
-    """Time fastgate and Hugging Face on the same real batches in turn, once their outputs are found equal."""
+    """Time fastgate and its peers on the same real batches in turn, once their outputs are found equal."""
     from .compare import bench as run
     from .compare import bench_table
 
     layers = None if keep is None else [_layer(part) for part in _split(keep)]
     found = run(
         model, task, data_dir, against=_split(against), keep=layers, batch_size=batch_size, batches=batches,
-        order=order, threads=threads, max_length=max_length, console=Console(stderr=True),
+        order=order, threads=threads, max_length=max_length, console=Console(stderr=True), dtype=dtype,
     )  # fmt: skip
     if as_json:
         typer.echo(json.dumps(found.to_dict()))

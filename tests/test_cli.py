@@ -18,6 +18,11 @@ import fastgate
 from fastgate.cli import app
 
 
+@pytest.fixture(autouse=True)
+def _one_call_a_turn(monkeypatch):
+    monkeypatch.setattr("fastgate.compare.SECONDS", 0.0)
+
+
 def run(*arguments, code=0):
     result = CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "200"})
     assert result.exit_code == code, (result.output, result.exception)
@@ -198,11 +203,20 @@ def test_bench_of_a_pruned_checkpoint_sorted_by_length(world):
     assert "as fast" in shown and "floor" in shown
 
 
+def test_bench_in_bfloat16_names_who_sat_out(world, monkeypatch):
+    monkeypatch.setattr("fastgate.peers.importlib.util.find_spec", lambda package: None)
+    data = ["--task", "sst2", "--data-dir", world / "data", "--max-length", 24, "--batches", 1]
+    arguments = [*data, "--dtype", "bfloat16", "--against", "sdpa,openvino"]
+    found = json.loads(run("bench", "--model", world / "model", *arguments, "--json").stdout)
+    assert found["settings"]["dtype"] == "bfloat16" and found["max_difference"] > 1e-6
+    assert set(found["ratio"]) == {"sdpa"} and "fastgate[peers]" in found["absent"]["openvino"]
+    assert "openvino was not timed" in run("bench", "--model", world / "model", *arguments).stdout
+
+
 def test_bench_gives_no_figure_for_outputs_that_differ(world, monkeypatch):
     from fastgate import compare
 
-    monkeypatch.setattr(compare, "TOLERANCE", -1.0)
-    monkeypatch.setattr(compare.check_outputs, "__defaults__", (-1.0,))
+    monkeypatch.setattr(compare, "TOLERANCES", {torch.float32: -1.0})
     data = ["--task", "sst2", "--data-dir", world / "data", "--max-length", 24, "--batches", 1]
     result = run("bench", "--model", world / "model", *data, code=1)
     assert "no figure is given" in result.stderr and "median" not in result.stdout
@@ -236,7 +250,11 @@ def test_bench_gives_no_figure_for_outputs_that_differ(world, monkeypatch):
         (["finetune", "--task", "cola", "--data-dir", "DATA"], "without a folder cola"),
         (["bench", "--task", "sst2", "--data-dir", "DATA", "--keep", "a"], "wanted layer indices"),
         (["bench", "--task", "sst2", "--data-dir", "DATA", "--keep", "7"], "layer indices from 0 to 2"),
-        (["bench", "--task", "sst2", "--data-dir", "DATA", "--against", "flash"], "wanted sdpa or eager"),
+        (
+            ["bench", "--task", "sst2", "--data-dir", "DATA", "--against", "flash"],
+            "got flash, wanted sdpa or",
+        ),
+        (["bench", "--task", "sst2", "--data-dir", "DATA", "--dtype", "half"], "wanted float32 or bfloat16"),
         (["bench", "--task", "sst2", "--data-dir", "DATA", "--order", "up"], "wanted data or length"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import time
 
 import matplotlib.image
@@ -12,6 +13,7 @@ from rich.console import Console
 from transformers import BertConfig, BertForSequenceClassification
 
 import fastgate
+from fastgate import timing
 from fastgate.display import Display
 from fastgate.floor import Floor
 from fastgate.report import Contender, gate_picture, markdown_table, standard_error, table, write_report
@@ -74,6 +76,27 @@ def test_contenders_take_turns_on_each_batch_and_medians_are_taken():
     assert found["slow"].total > 0.04 > found["fast"].total and found["slow"].median == pytest.approx(
         found["slow"].total / 2, rel=0.5
     )
+
+
+def test_short_calls_are_repeated_and_each_turn_starts_with_one_that_is_not_timed(monkeypatch):
+    monkeypatch.setattr(timing, "PAUSE_SECONDS", 0.0)
+    calls = []
+
+    def run(name, pauses):
+        return lambda batch: (calls.append(name), time.sleep(next(pauses)))
+
+    # A first call of any length, then each of the two turns: one slow call, untimed, and fast ones.
+    short = iter([0.0, 0.1, *[0.01] * 6, 0.1, *[0.01] * 20])
+    found = interleave(
+        {"long": run("long", itertools.repeat(0.04)), "short": run("short", short)},
+        [0],
+        repeats=2,
+        seconds=0.06,
+    )
+    assert calls.count("long") == 3
+    turns = [len(list(turn)) for name, turn in itertools.groupby(calls) if name == "short"]
+    assert turns[0] == 1 and sum(turns) > 6
+    assert found["short"].total == pytest.approx(0.01, rel=0.6) and found["long"].total > 0.03
 
 
 def test_the_floor_is_the_products_of_the_plan():
