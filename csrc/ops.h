@@ -67,6 +67,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> embed_norm_backward(
     Tensor grad, FASTGATE_EMBED_NORM_OPERANDS, int64_t wanted);
 Tensor attention(FASTGATE_ATTENTION_OPERANDS);
 std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor grad, FASTGATE_ATTENTION_OPERANDS);
+Tensor packed_linear(Tensor x, Tensor panels, OptionalTensor bias, int64_t columns, bool gelu);
 Tensor gated_add_norm(Tensor x, Tensor residual, FASTGATE_GATED_ADD_NORM_OPERANDS);
 std::tuple<Tensor, Tensor, Tensor> gated_add_norm_backward(
     Tensor grad, Tensor x, Tensor residual, FASTGATE_GATED_ADD_NORM_OPERANDS, int64_t wanted);

@@ -17,7 +17,7 @@ import torch
 from fastgate import ops
 from fastgate.errors import ArgumentError, say
 from fastgate.ops.embed_norm import naming_bad_ids
-from fastgate.ops.linear import missing_for_onednn
+from fastgate.ops.linear import PANELS, missing_for_onednn
 from fastgate.ops.linear_gelu import onednn
 
 CPU_LIBRARY = Path(__file__).parent / "libfastgate_cpu.so"
@@ -77,7 +77,7 @@ def _load(library: Path, reason: str, namespace: str, wanted: tuple[str, ...]) -
 @functools.cache
 def load_cpu_library() -> str:
     """Load the compiled CPU kernels; returns the reason they cannot run, empty if they can."""
-    return _load(CPU_LIBRARY, "reason", "fastgate_cpu", CPU_OPS)
+    return _load(CPU_LIBRARY, "reason", "fastgate_cpu", (*CPU_OPS, PANELS))
 
 
 @functools.cache

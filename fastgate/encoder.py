@@ -15,6 +15,7 @@ from .ops.absorbed_attention import absorbed_attention
 from .ops.attention import attention, attention_probabilities
 from .ops.embed_norm import embed_norm
 from .ops.gated_add_norm import gated_add_norm
+from .ops.linear import Packed
 from .ops.linear import linear as product
 from .ops.linear_gelu import linear_gelu
 from .packed import PackedLinear
@@ -123,7 +124,7 @@ def is_linear_gelu(intermediate: Any) -> bool:
     )
 
 
-def weight_of(module: nn.Module) -> Tensor | None:
+def weight_of(module: nn.Module) -> Tensor | Packed | None:
     """The weight, plain or packed, to multiply with in place of calling the module; None: call it."""
     if is_plain(module):
         return module._parameters["weight"]

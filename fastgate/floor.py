@@ -1,6 +1,6 @@
 """The floor under a run: the matrix products that a plan needs, by themselves, at their own shapes.
 
-Each is made the fastest way known here: on the CPU by oneDNN, from packed weights.
+Each is made the fastest way known here: on the CPU from packed weights.
 """
 
 from __future__ import annotations
@@ -10,10 +10,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .ops.linear import pack, product, takes
+from .ops.linear import Packed, linear, pack, takes
 from .plan import Sizes, Step, products
 from .state import encoder_state
 
@@ -33,7 +32,8 @@ class Floor:
         parameter = next(model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
         self._made: dict[tuple, Tensor] = {}
-        self._work: dict[int, list[tuple[Tensor, Tensor, bool]]] = {}
+        self._weights: dict[tuple, Tensor | Packed] = {}
+        self._work: dict[int, list[tuple[Tensor, Any, bool]]] = {}
         self.flops: list[int] = []  # of each batch
         with torch.inference_mode(), self.state.record() as record:
             for batch in batches:
@@ -46,13 +46,13 @@ class Floor:
             if pairs:
                 torch.bmm(a, b)
             else:
-                product(a, b) if b.is_mkldnn else F.linear(a, b)
+                linear(a, b)
 
-    def _products(self, mask: Tensor, steps: list[tuple[str, int, int]]) -> list[tuple[Tensor, Tensor, bool]]:
+    def _products(self, mask: Tensor, steps: list[tuple[str, int, int]]) -> list[tuple[Tensor, Any, bool]]:
         config: Any = self.state.encoder.config
         hidden, inner_width, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
         lengths = mask.sum(-1).tolist()
-        work: list[tuple[Tensor, Tensor, bool]] = []
+        work: list[tuple[Tensor, Any, bool]] = []
         for op, layer, rows in steps:
             if op == "attention":
                 queries = lengths if rows == sum(lengths) else [1] * len(lengths)
@@ -72,12 +72,12 @@ class Floor:
                 )
         return work
 
-    def _weight(self, name: object, *shape: int) -> Tensor:
-        key = ("weight", name, *shape)
-        if key not in self._made:
+    def _weight(self, name: object, *shape: int) -> Tensor | Packed:
+        key = (name, *shape)
+        if key not in self._weights:
             weight = torch.randn(*shape, device=self.device, dtype=self.dtype)
-            self._made[key] = pack(weight) if takes(weight, weight) else weight
-        return self._made[key]
+            self._weights[key] = pack(weight) if takes(weight, weight) else weight
+        return self._weights[key]
 
     def _tensor(self, name: object, *shape: int) -> Tensor:
         key = (name, *shape)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .errors import Unsupported, say
-from .ops.linear import ONEDNN_DTYPES, linear, pack
+from .ops.linear import ONEDNN_DTYPES, pack
 
 _REMEDY = "call fastgate.thaw(model) first"
 
@@ -28,13 +28,12 @@ class PackedLinear(nn.Module):
         self.train(module.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = linear(x, self.packed)
-        return y if self.bias is None else y + self.bias
+        return self.packed.product(x, self.bias)
 
     def thawed(self) -> nn.Linear:
         """The Linear it was made of."""
         module = nn.Linear(self.in_features, self.out_features, self.bias is not None, "meta")
-        module.weight = nn.Parameter(self.packed.to_dense())
+        module.weight = nn.Parameter(self.packed.dense())
         module.bias = self.bias
         return module.train(self.training)
 
@@ -50,11 +49,11 @@ class PackedLinear(nn.Module):
         self.packed = pack(weight)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        self._put(fn(self.packed.to_dense()))
+        self._put(fn(self.packed.dense()))
         return super()._apply(fn, recurse)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        destination[prefix + "weight"] = self.packed.to_dense()
+        destination[prefix + "weight"] = self.packed.dense()
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(
@@ -78,8 +77,8 @@ class PackedLinear(nn.Module):
             self._put(weight.to(self.packed.dtype))
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles, which cannot hold a packed tensor."""
-        return {**self.__dict__, "packed": self.packed.to_dense()}
+        """For copies and pickles: oneDNN's layout cannot be copied, and is another on another machine."""
+        return {**self.__dict__, "packed": self.packed.dense()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({**state, "packed": pack(state["packed"])})

@@ -9,8 +9,9 @@ from cases import BF16, FP16, FP32, allowed, error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastgate import backends
 from fastgate.errors import Unsupported
-from fastgate.ops.linear import linear, missing_for_onednn, pack, product, refuse_packed, takes
+from fastgate.ops.linear import Packed, linear, missing_for_onednn, pack, product, takes
 
 ONEDNN = pytest.mark.skipif(missing_for_onednn() != "", reason=f"no oneDNN: {missing_for_onednn()}")
 SHAPES = ((0, 8, 16), (1, 384, 96), (3, 1, 1), (5, 7, 9), (33, 768, 130), (150, 40, 270))
@@ -83,32 +84,108 @@ def test_what_onednn_takes():
 @pytest.mark.parametrize("bias", [None, torch.linspace(-1, 1, 6)], ids=["none", "bias"])
 def test_product_adds_the_bias_and_the_gelu(bias):
     x, weight, _ = make(4, 8, 6, FP32)
-    for w in (weight, pack(weight)):
-        torch.testing.assert_close(product(x, w, bias), F.linear(x, weight, bias))
-        torch.testing.assert_close(product(x, w, bias, gelu=True), F.gelu(F.linear(x, weight, bias)))
+    want = F.linear(x, weight, bias)
+    torch.testing.assert_close(product(x, weight, bias), want)
+    torch.testing.assert_close(product(x, weight, bias, gelu=True), F.gelu(want))
 
 
 @ONEDNN
 def test_the_same_bits_at_every_call():
     x, weight, _ = make(130, 96, 70, FP32)
-    packed = pack(weight)
-    first, packed_first = linear(x, weight), linear(x, packed)
-    for _ in range(20):
-        assert torch.equal(linear(x, weight), first) and torch.equal(linear(x, packed), packed_first)
+    first = linear(x, weight)
+    assert all(torch.equal(linear(x, weight), first) for _ in range(20))
 
 
-@ONEDNN
-def test_a_packed_weight_is_a_copy_for_inference_only():
+FORMS = {"panels": backends.load_cpu_library(), "oneDNN": missing_for_onednn()}
+WIDTHS = (1, 3, 31, 32, 33, 64, 70, 96)
+
+
+@pytest.fixture(params=[form for form, missing in FORMS.items() if not missing])
+def form(request, monkeypatch):
+    """The layout that `pack` gives float32 weights."""
+    linear(torch.zeros(1, 1), torch.zeros(1, 1))
+    if request.param == "oneDNN":
+        monkeypatch.setattr("fastgate.ops.linear.PANELS", "absent")
+    return request.param
+
+
+@pytest.mark.parametrize("gelu", [False, True], ids=["", "gelu"])
+@pytest.mark.parametrize("biased", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("rows", [0, 1, 7, 200, 400])
+def test_packed_weights_are_as_exact_as_torch(form, rows, biased, gelu, poisoned):
+    """Depths beyond a block's, widths beside a panel's, rows beyond a block's."""
+    for width in WIDTHS:
+        for depth in (1, 17, 770):
+            x, weight, _ = make(rows, depth, width, FP32, seed=width)
+            bias = torch.linspace(-1, 1, width) if biased else None
+            packed = pack(weight)
+            assert packed.data.is_mkldnn == (form == "oneDNN") and torch.equal(packed.dense(), weight)
+
+            def eager(x, weight, bias, gelu=gelu):
+                y = F.linear(x, weight, bias)
+                return F.gelu(y) if gelu else y
+
+            truth = eager(x.double(), weight.double(), None if bias is None else bias.double())
+            bound = allowed(eager(x, weight, bias), truth, FP32, max(1.0, depth**0.5 / 2)) + 4e-7
+            y = packed.product(x, bias, gelu)
+            assert y.shape == (rows, width) and error(y, truth) <= bound
+
+
+def test_packed_products_have_the_same_bits_for_any_threads(form):
+    x, weight, _ = make(130, 96, 270, FP32)
+    packed, threads = pack(weight), torch.get_num_threads()
+    try:
+        found = []
+        for count in (1, 2, 3, 7) if form == "panels" else (1, 1):
+            torch.set_num_threads(count)
+            found.append(packed.product(x, gelu=True))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(found[0], other) for other in found[1:])
+
+
+def test_packed_rows_may_be_strided_and_deep(form):
+    x, weight, _ = make(6, 40, 33, FP32)
+    packed, want = pack(weight), F.linear(x, weight)
+    torch.testing.assert_close(packed.product(x.t().contiguous().t()), want)
+    torch.testing.assert_close(packed.product(x.view(2, 3, 40)), want.view(2, 3, 33))
+
+
+def test_a_packed_weight_is_a_copy_for_inference_only(form):
     x, weight, _ = make(4, 8, 6, FP32)
     packed, before = pack(weight), linear(x, weight)
-    assert torch.equal(packed.to_dense(), weight)
+    assert isinstance(packed, Packed)
     weight.zero_()
     torch.testing.assert_close(linear(x, packed), before)
     with pytest.raises(Unsupported, match=r"linear: weight: got a frozen one.*fastgate\.thaw"):
         linear(x.requires_grad_(), packed)
     with pytest.raises(Unsupported), torch.autocast("cpu"):
         linear(x.detach(), packed)
-    refuse_packed(weight)
+    with pytest.raises(Unsupported, match=r"of torch\.float32 for rows of torch\.float64"):
+        linear(x.detach().double(), packed)
+
+
+@pytest.mark.skipif(FORMS["panels"] != "", reason=FORMS["panels"])
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"x": torch.zeros(2, 9)}, "shapes that do not fit"),
+        ({"x": torch.zeros(2, 8).double()}, "another dtype"),
+        ({"bias": torch.zeros(5)}, "shapes that do not fit"),
+        ({"columns": 33}, "shapes that do not fit"),
+        ({"columns": 0}, "shapes that do not fit"),
+    ],
+)
+def test_the_compiled_product_refuses(change, match):
+    given = {
+        "x": torch.zeros(2, 8),
+        "panels": torch.zeros(1, 8, 32),
+        "bias": None,
+        "columns": 6,
+        "gelu": False,
+    }
+    with pytest.raises(RuntimeError, match=match):
+        torch.ops.fastgate_cpu.packed_linear(*(given | change).values())
 
 
 def test_compiling_sees_torchs_own():

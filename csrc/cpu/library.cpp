@@ -28,6 +28,7 @@ STABLE_TORCH_LIBRARY(fastgate_cpu, m) {
   m.def(
       "gated_add_norm_backward(Tensor grad, " FASTGATE_GATED_ADD_NORM_SCHEMA
       ", int wanted) -> (Tensor, Tensor, Tensor)");
+  m.def("packed_linear(Tensor x, Tensor panels, Tensor? bias, int columns, bool gelu) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastgate_cpu, CPU, m) {
@@ -39,4 +40,5 @@ STABLE_TORCH_LIBRARY_IMPL(fastgate_cpu, CPU, m) {
   m.impl("embed_norm_backward", TORCH_BOX(&fastgate::cpu::embed_norm_backward));
   m.impl("gated_add_norm", TORCH_BOX(&fastgate::cpu::gated_add_norm));
   m.impl("gated_add_norm_backward", TORCH_BOX(&fastgate::cpu::gated_add_norm_backward));
+  m.impl("packed_linear", TORCH_BOX(&fastgate::cpu::packed_linear));
 }

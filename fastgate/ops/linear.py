@@ -1,13 +1,14 @@
 """linear: x W^T, the product of a Linear; its bias is left to whatever reads the product next.
 
-On the CPU oneDNN makes it in float32 and bfloat16, from the weight as it stands or from one that `pack` has
-laid out for it: in float32 torch's own F.linear goes to another library, which is slower on some processors.
-Elsewhere, under autocast and where torch traces, it is F.linear.
+On the CPU oneDNN makes it in float32 and bfloat16: in float32 torch's own F.linear goes to another library,
+which is slower on some processors. Elsewhere, under autocast and where torch traces, it is F.linear. From a
+weight that `pack` has laid out, csrc/cpu/linear.cpp makes it in float32, oneDNN in bfloat16.
 """
 
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,24 +20,73 @@ from fastgate.errors import Unsupported, say
 from fastgate.ops import slots
 
 ONEDNN_DTYPES = (torch.float32, torch.bfloat16)
-PACK_ROWS = 512  # rows of x that a packed layout is chosen for; it serves every other number
+PANELS = "packed_linear"  # the compiled product
+PANEL = 32  # rows of a weight that lie together, as csrc/cpu/linear.cpp has it
+ONEDNN_ROWS = 512  # rows of x that oneDNN chooses a layout for; it serves every other number
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class Packed:
+    """A weight (N, K) laid out for the CPU's products, for inference: `data` in panels, or in oneDNN's own
+    layout. Float32 panels: (N / 32 rounded up, K, 32), element (p, k, c) that of row 32 p + c, or 0."""
+
+    data: Tensor
+    shape: tuple[int, int]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.data.dtype
+
+    def dense(self) -> Tensor:
+        """The weight as it was, (N, K)."""
+        if self.data.is_mkldnn:
+            return self.data.to_dense()
+        return self.data.transpose(1, 2).reshape(-1, self.shape[1])[: self.shape[0]].contiguous()
+
+    def product(self, x: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
+        """x W^T + b, with the exact GELU of it if asked. x: (..., K) in the weight's dtype, on the CPU.
+
+        Raises Unsupported under autocast, where torch traces, if a gradient is wanted, or for another dtype.
+        """
+        if (
+            not slots.is_direct(x)
+            or x.dtype != self.data.dtype
+            or torch.is_autocast_enabled("cpu")
+            or slots.needs_gradient(x)
+        ):
+            got, wanted = "a frozen one in training, autocast or torch.compile", "one that is not packed"
+            if x.dtype != self.data.dtype:
+                got, wanted = f"a frozen one of {self.data.dtype} for rows of {x.dtype}", "one dtype"
+            raise Unsupported(say("linear", "weight", got, wanted, "call fastgate.thaw(model) first"))
+        if self.data.is_mkldnn:
+            return product(x, self.data, bias, gelu)
+        return torch.ops.fastgate_cpu.packed_linear.default(x, self.data, bias, self.shape[0], gelu)
+
+
+def pack(weight: Tensor) -> Packed:
+    """A copy of a weight (N, K), float32 or bfloat16 on the CPU, laid out for its products."""
+    weight = weight.detach().contiguous()
+    rows, depth = weight.shape
+    slots.implementation("linear_gelu", "cpu")  # the compiled library is loaded with the first op
+    if weight.dtype == torch.float32 and hasattr(torch.ops.fastgate_cpu, PANELS):
+        padded = F.pad(weight, (0, 0, 0, -rows % PANEL))
+        return Packed(padded.view(-1, PANEL, depth).transpose(1, 2).contiguous(), (rows, depth))
+    return Packed(torch.ops.mkldnn._reorder_linear_weight(weight, ONEDNN_ROWS), (rows, depth))
+
+
+def linear(x: Tensor, weight: Tensor | Packed) -> Tensor:
     """x W^T.
 
     x: (..., K), floating; weight: (N, K) of x's dtype, or what `pack` made of one. Returns (..., N) in x's
     dtype; under autocast both are cast as torch's F.linear casts them. Differentiable in both.
 
-    Raises Unsupported for a packed weight under autocast, where torch traces, or if a gradient is wanted.
+    Raises Unsupported for a packed weight as Packed.product does.
     """
+    if isinstance(weight, Packed):
+        return weight.product(x)
     if not takes(x, weight):
-        refuse_packed(weight)
         return F.linear(x, weight)
-    if slots.needs_gradient(x, weight):
-        refuse_packed(weight)
-        return _Linear.apply(x, weight)
-    return product(x, weight)
+    return _Linear.apply(x, weight) if slots.needs_gradient(x, weight) else product(x, weight)
 
 
 def takes(x: Tensor, weight: Tensor) -> bool:
@@ -66,18 +116,6 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = 
     """oneDNN's x W^T + b, with the exact GELU of it if asked: one call, no gradient."""
     call = torch.ops.mkldnn._linear_pointwise.default
     return call(x, weight, bias, "gelu" if gelu else "none", [], "none")
-
-
-def pack(weight: Tensor) -> Tensor:
-    """A copy of a weight (N, K), float32 or bfloat16 on the CPU, in the layout oneDNN multiplies with."""
-    return torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), PACK_ROWS)
-
-
-def refuse_packed(weight: Tensor) -> None:
-    """Raise Unsupported if `pack` made the weight."""
-    if weight.is_mkldnn:
-        got, wanted = "a frozen one in training, autocast or torch.compile", "one that is not packed"
-        raise Unsupported(say("linear", "weight", got, wanted, "call fastgate.thaw(model) first"))
 
 
 def rows_gradient(grad: Tensor, weight: Tensor) -> Tensor:

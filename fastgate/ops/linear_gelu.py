@@ -26,7 +26,7 @@ slots.schemas.define(
 )
 
 
-def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear_gelu(x: Tensor, weight: Tensor | linear.Packed, bias: Tensor | None = None) -> Tensor:
     """gelu(x W^T + b), gelu(v) = v (1 + erf(v / sqrt 2)) / 2.
 
     x: (..., K), floating; weight: (N, K) of x's dtype, or what `linear.pack` made of one; bias: (N,). Returns
@@ -36,19 +36,19 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     Raises ArgumentError for shapes, dtypes or devices that do not fit, Unsupported for a packed weight as
     `linear` does.
     """
+    if isinstance(weight, linear.Packed):
+        return weight.product(x, bias, gelu=True)
     autocast = torch.is_autocast_enabled(x.device.type)
     _check(x, weight, bias, autocast)
     dtype = _autocast_dtype(x) if autocast else x.dtype
     chosen = slots.implementation("linear_gelu", x.device.type, dtype)
     if chosen.backend == "reference" or (chosen.backend == "onednn" and not linear.takes(x, weight)):
-        linear.refuse_packed(weight)
         return F.gelu(F.linear(x, weight, bias))
     if autocast:
         x, weight = x.to(dtype), weight.to(dtype)
     direct = slots.is_direct(x)
     if not slots.needs_gradient(x, weight, bias):
         return (chosen.forward if direct else torch.ops.fastgate.linear_gelu)(x, weight, bias)
-    linear.refuse_packed(weight)
     return (_LinearGelu.apply if direct else torch.ops.fastgate.linear_gelu_saving)(x, weight, bias)[0]
 
 
