@@ -192,7 +192,7 @@ def main() -> int:
     p.add_argument("--data-dir", type=Path, required=True)
     p.add_argument("--out", type=Path, default=OUT)
     p.add_argument("--threads", type=int, default=2)
-    p.add_argument("--only", default="", help="runs whose line in --list contains this")
+    p.add_argument("--only", default="", help="runs whose line in --list has these words")
     p.add_argument("--minutes", type=float, default=1e6, help="start no run after so many")
     p.add_argument("--list", action="store_true", help="print the runs that are left, and do none")
     p.add_argument("--group", help=argparse.SUPPRESS)  # in a child: do the runs of this one
@@ -203,7 +203,7 @@ def main() -> int:
     there = done(args.out)
     left = [run for run in runs() if run.settings(args.threads) not in there]
     titles = {run: f"{run.group} {run.task} {run.order} {run.batch_size}" for run in left}
-    left = [run for run in left if args.only in titles[run]]
+    left = [run for run in left if f" {args.only} " in f" {titles[run]} " or not args.only]
     if args.list:
         for run in left:
             print(titles[run])

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from .checkpoint import load
-from .compare import Batch, check_outputs, unpruned
+from .compare import Batch, check_outputs, ours_at_best, unpruned
 from .display import Display
 from .patch import patch
 from .report import Contender, gate_picture, table, write_report
@@ -98,6 +98,10 @@ def measure(out: Path, task: Task, result: dict[str, Any]) -> tuple[list[Contend
     dense, pruned = patch(copy.deepcopy(reference)), load(out / "pruned")
     if torch.cuda.is_available():
         reference, dense, pruned = (model.cuda() for model in (reference, dense, pruned))
+    models = {"Hugging Face": reference, "fastgate dense": dense, "fastgate pruned": pruned}
+    parameters = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
+    for ours in (dense, pruned):
+        ours_at_best(ours)
     device = next(reference.parameters()).device
     rows = task.tokenize(tokenizer, result["settings"]["max_length"])["evaluation"].remove_columns("labels")
 
@@ -111,14 +115,13 @@ def measure(out: Path, task: Task, result: dict[str, Any]) -> tuple[list[Contend
     many, single = batches(result["settings"]["batch_size"], BATCHES), batches(1, LATENCY_ROWS)
     pairs = ((dense, reference), (pruned, unpruned(pruned).to(device)))
     worst = max(check_outputs(ours, theirs, many[:2]) for ours, theirs in pairs)
-    models = {"Hugging Face": reference, "fastgate dense": dense, "fastgate pruned": pruned}
     runs: dict[str, Callable[[Batch], object]] = {name: _call(model) for name, model in models.items()}
     throughput = interleave(runs, many, device=device)
     latency = interleave(runs, single, device=device)
     layers = result["pruned"]["layers"]
     folders = {"Hugging Face": "dense", "fastgate dense": "dense", "fastgate pruned": "pruned"}
     found = []
-    for name, model in models.items():
+    for name in models:
         phase = folders[name]
         weights = out / phase / "model.safetensors"
         found.append(
@@ -127,7 +130,7 @@ def measure(out: Path, task: Task, result: dict[str, Any]) -> tuple[list[Contend
                 score=result[phase]["score"],
                 kept=layers if phase == "dense" else len(result["pruned"]["kept"]),
                 layers=layers,
-                parameters=sum(p.numel() for p in model.parameters()),
+                parameters=parameters[name],
                 checkpoint_bytes=weights.stat().st_size,
                 latency_ms=1e3 * latency[name].median,
                 rows_per_s=_rows(many) / throughput[name].total,
