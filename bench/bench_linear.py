@@ -45,7 +45,7 @@ def work(rows: int, outer: int, inner: int) -> Work:
         2 * rows * inner * outer,
         sets,
         {},
-        {"copy": contest.copying(4 * inner * outer, 2)},
+        {"copy": contest.copying(4 * inner * outer, sets)},
         [eager(x.double(), weights[0].double(), bias.double())],
         1e-5,
     )
