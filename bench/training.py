@@ -21,7 +21,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
 import fastgate
 from fastgate.compare import dense as dense_and_tokenizer
@@ -70,6 +70,7 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
             trainer: Any = fastgate.SelfPruningTrainer(model, **options, pruning=config, teacher=teacher)
         else:
             trainer = Trainer(fastgate.patch(model) if name == "patched" else model, **options)
+        trainer.remove_callback(PrinterCallback)  # standard output is for the line of results
         start = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - start

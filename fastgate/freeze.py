@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 from torch import Tensor, nn
 
 from .encoder import is_plain, is_skipped
 from .errors import ArgumentError, NothingPatched, Unsupported, say
 from .families import find_encoders
-from .ops.linear import ONEDNN_DTYPES, missing_for_onednn
+from .ops.linear import ONEDNN_DTYPES, Packed, missing_for_onednn, pack_together
 from .packed import PackedLinear
 from .state import EncoderState
 
@@ -61,8 +62,12 @@ def freeze(model: nn.Module) -> nn.Module:
     if wrong:
         remedy = "run the model as it is, or convert it first"
         raise Unsupported(say("freeze", "model", ", ".join(wrong), "float32 or bfloat16 on the CPU", remedy))
+    together = {}
+    for encoder in encoders:
+        for view in EncoderState(encoder).layers:
+            together.update(_joined(view.attention.self, {module for *_, module in found}))
     for parent, name, module in found:
-        setattr(parent, name, PackedLinear(module))
+        setattr(parent, name, PackedLinear(module, together.get(module)))
     model.requires_grad_(False)
     return model
 
@@ -83,6 +88,14 @@ def thaw(model: nn.Module) -> nn.Module:
     if found:
         model.requires_grad_(True)
     return model
+
+
+def _joined(attention: Any, found: set[nn.Linear]) -> dict[nn.Linear, Packed]:
+    """Query, key and value packed together, if all three are among `found` and of one shape."""
+    parts = [attention._modules.get(name) for name in ("query", "key", "value")]
+    if not found.issuperset(parts) or len({part.weight.shape for part in parts}) > 1:
+        return {}
+    return dict(zip(parts, pack_together([part.weight for part in parts]), strict=True))
 
 
 def _absorbed(state: EncoderState) -> set[nn.Module]:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .errors import Unsupported, say
-from .ops.linear import ONEDNN_DTYPES, pack
+from .ops.linear import ONEDNN_DTYPES, Packed, pack
 
 _REMEDY = "call fastgate.thaw(model) first"
 
@@ -20,10 +20,10 @@ class PackedLinear(nn.Module):
     there is no `weight` to change in place, which would go unnoticed. `to` another dtype packs anew.
     """
 
-    def __init__(self, module: nn.Linear):
+    def __init__(self, module: nn.Linear, packed: Packed | None = None):
         super().__init__()
         self.in_features, self.out_features = module.in_features, module.out_features
-        self.packed = pack(module.weight)
+        self.packed = packed or pack(module.weight)
         self.bias = module.bias
         self.train(module.training)
 

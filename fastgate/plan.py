@@ -7,6 +7,7 @@ none: its LayerNorm runs inside the step that made its input, which leaves three
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -49,6 +50,14 @@ class Plan:
     top: int
 
     @cached_property
+    def _halves(self) -> dict[int, tuple[tuple[Step, ...], ...]]:
+        found: dict[int, tuple[tuple[Step, ...], ...]] = {}
+        for layer, steps in self._by_layer.items():
+            ends = [place + 1 for place, step in enumerate(steps) if step.op.endswith("norm")]
+            found[layer] = tuple(steps[a:b] for a, b in itertools.pairwise((0, *ends)))
+        return found
+
+    @cached_property
     def _by_layer(self) -> dict[int, tuple[Step, ...]]:
         layers = sorted({step.layer for step in self.steps})
         return {layer: tuple(step for step in self.steps if step.layer == layer) for layer in layers}
@@ -56,6 +65,10 @@ class Plan:
     def of_layer(self, layer: int) -> tuple[Step, ...]:
         """The steps of one layer (-1: the embeddings)."""
         return self._by_layer.get(layer, ())
+
+    def halves(self, layer: int) -> tuple[tuple[Step, ...], ...]:
+        """The steps of one layer up to each of its LayerNorms: attention's, if it runs, and the rest."""
+        return self._halves[layer]
 
 
 @lru_cache(maxsize=1024)

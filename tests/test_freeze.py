@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from unittest import mock
 
 import encoders
 import pytest
@@ -11,8 +12,11 @@ import torch
 from torch import nn
 
 import fastgate
+from fastgate import backends
 from fastgate.encoder import is_plain
+from fastgate.ops.linear import Packed
 from fastgate.packed import PackedLinear
+from fastgate.state import encoder_state
 
 HEADS = ("Model", "ForSequenceClassification", "ForTokenClassification", "ForMaskedLM")
 
@@ -163,8 +167,6 @@ def test_what_freeze_refuses():
         fastgate.freeze(model.train())
     with pytest.raises(fastgate.Unsupported, match=r"freeze: model: got torch\.float64 on cpu"):
         fastgate.freeze(model.eval().double())
-    from fastgate.state import encoder_state
-
     encoder_state(model.float()).set_gates([torch.tensor(0.5), 1.0, 1.0])
     with pytest.raises(fastgate.ArgumentError, match=r"soft gates in layers \[0\]"):
         fastgate.freeze(model)
@@ -182,3 +184,41 @@ def test_what_a_frozen_model_refuses():
         ours(**batch)
     with pytest.raises(fastgate.Unsupported, match=r"freeze: model: got torch\.float64"):
         ours.double()
+
+
+def attention_of(model, layer):
+    return encoder_state(model).layers[layer].attention.self
+
+
+@pytest.mark.skipif(backends.load_cpu_library() != "", reason=backends.load_cpu_library())
+def test_query_key_and_value_are_one_product():
+    """In the same memory, in place of three; and each by itself again once one of them is another."""
+    plain, ours = frozen("ForTokenClassification")
+    at = attention_of(ours, 1)
+    joint = at.query.packed.joint
+    assert joint is at.key.packed.joint is at.value.packed.joint and joint.shape == (96, 32)
+    assert at.key.packed.data.data_ptr() == joint.data[1:].data_ptr()
+    batch = encoders.batch(plain, "ForTokenClassification")
+    shapes = []
+    with mock.patch.object(Packed, "product", autospec=True, side_effect=Packed.product) as products:
+        outputs(ours, batch)
+        shapes = [call.args[0].shape for call in products.call_args_list]
+    assert shapes.count((96, 32)) == 3 and shapes.count((32, 32)) == 3
+    changed = {
+        name: t * 1.1
+        for name, t in plain.state_dict().items()
+        if name.endswith("1.attention.self.key.weight")
+    }
+    for model in (plain, ours):
+        model.load_state_dict(changed, strict=False)
+    assert at.key.packed.joint is None and at.query.packed.joint is joint
+    torch.testing.assert_close(outputs(ours, batch)[0], outputs(plain, batch)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_attention_probabilities_of_one_product():
+    plain, ours = frozen("ForTokenClassification")
+    batch = encoders.batch(plain, "ForTokenClassification") | {"output_attentions": True}
+    for model in (plain, ours):
+        model.config._attn_implementation = "eager"
+    for one, other in zip(outputs(plain, batch)[-1], outputs(ours, batch)[-1], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)

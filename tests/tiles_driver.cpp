@@ -25,7 +25,7 @@ void check(const char* name, Products level) {
           for (bool across : {false, true}) {
             const Left left = across ? Left{a.data(), 1, 97} : Left{a.data(), 97, 1};
             for (size_t i = 0; i < c.size(); ++i) c[i] = add ? at(i) : 1e9f;
-            level.multiply(add, left, b.data(), 97, c.data(), 97, m, n, k);
+            level.multiply(add, left, b.data(), 97, c.data(), 97, m, n, k, nullptr);
             for (int64_t i = 0; i < m; ++i)
               for (int64_t j = 0; j < n; ++j) {
                 double sum = add ? at(i * 97 + j) : 0.0;
@@ -35,7 +35,8 @@ void check(const char* name, Products level) {
             const int64_t last = m - 1;
             for (int64_t j = 0; j < n; ++j) again[j] = add ? at(last * 97 + j) : 0.0f;
             level.multiply(
-                add, {left.at + last * left.row, left.row, left.step}, b.data(), 97, again.data(), 97, 1, n, k);
+                add, {left.at + last * left.row, left.row, left.step}, b.data(), 97, again.data(), 97, 1, n, k,
+                b.data());
             for (int64_t j = 0; j < n; ++j) changed += again[j] != c[last * 97 + j];
           }
   for (int64_t m : {1, 2, 3, 4, 5, 12})

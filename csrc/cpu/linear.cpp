@@ -15,6 +15,7 @@ namespace {
 
 constexpr int64_t kPanel = 32;
 constexpr int64_t kRows = 192, kDepth = 768;  // of a block of x: 576 KB
+constexpr int64_t kFew = 64, kFewDepth = 384;  // 48 KB of a panel
 constexpr int64_t kWeights = 32768;           // per thread at least: less is not worth waking one
 
 struct Block {
@@ -60,24 +61,29 @@ Tensor packed_linear(Tensor x, Tensor panels, OptionalTensor bias, int64_t colum
   const float* b = bias ? static_cast<const float*>(added.data_ptr()) : nullptr;
   auto* out = static_cast<float*>(y.data_ptr());
   const int64_t row_blocks = (m + kRows - 1) / kRows;
+  // Few rows: a panel is read from its beginning to its end, and what follows is brought nearer meanwhile.
+  const bool few = m <= kFew;
+  const int64_t depth = few ? kFewDepth : kDepth, slices = std::max<int64_t>(1, (k + depth - 1) / depth);
   const int64_t grain = std::max<int64_t>(1, kWeights / std::max<int64_t>(1, k * kPanel));
   torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
     // The last panel may be wider than what is left of a row.
     std::vector<float> aside(end * kPanel > n ? std::min(m, kRows) * kPanel : 0);
     for (int64_t r = 0; r < row_blocks; ++r) {
       const int64_t first = r * m / row_blocks, rows = (r + 1) * m / row_blocks - first;
-      for (int64_t p = 0; p < k; p += kDepth)
-        for (int64_t t = begin; t < end; ++t) {
-          const int64_t depth = std::min(kDepth, k - p), width = std::min(kPanel, n - kPanel * t);
-          float* to = out + first * n + kPanel * t;
-          float* c = width < kPanel ? aside.data() : to;
-          const int64_t c_row = width < kPanel ? kPanel : n;
-          multiply(p > 0, {a + first * k + p, k, 1}, w + (t * k + p) * kPanel, kPanel, c, c_row, rows, kPanel, depth);
-          if (p + depth < k) continue;
-          if (b || gelu) finish({rows, width, c_row, b ? b + kPanel * t : nullptr, gelu}, c);
-          if (width < kPanel)
-            for (int64_t i = 0; i < rows; ++i) std::copy_n(c + i * kPanel, width, to + i * n);
-        }
+      for (int64_t s = 0; s < slices * (end - begin); ++s) {
+        const int64_t t = begin + (few ? s / slices : s % (end - begin)), p = (few ? s % slices : s / (end - begin)) * depth;
+        const int64_t deep = std::min(depth, k - p), width = std::min(kPanel, n - kPanel * t);
+        float* to = out + first * n + kPanel * t;
+        float* c = width < kPanel ? aside.data() : to;
+        const int64_t c_row = width < kPanel ? kPanel : n;
+        const float* at = w + (t * k + p) * kPanel;
+        const float* next = few && s + 1 < slices * (end - begin) ? at + deep * kPanel : nullptr;
+        multiply(p > 0, {a + first * k + p, k, 1}, at, kPanel, c, c_row, rows, kPanel, deep, next);
+        if (p + deep < k) continue;
+        if (b || gelu) finish({rows, width, c_row, b ? b + kPanel * t : nullptr, gelu}, c);
+        if (width < kPanel)
+          for (int64_t i = 0; i < rows; ++i) std::copy_n(c + i * kPanel, width, to + i * n);
+      }
     }
   });
   return y;

@@ -4,6 +4,8 @@
 // none runs nearly empty; each height is compiled apart.
 #include "tiles.h"
 
+#include <algorithm>
+
 #include "rows.h"
 
 namespace fastgate::cpu {
@@ -33,10 +35,26 @@ FASTGATE_INLINE void load_vector(V& value, const float* p) {
   std::memcpy(&value, p, sizeof value);
 }
 
+// Memory to bring nearer on the way: 32 floats at each step along k, `step` further at the next. Or none.
+struct Ahead {
+  const float* at;
+  int64_t step;
+  FASTGATE_INLINE void bring() {
+    __builtin_prefetch(at, 0, 2);
+    __builtin_prefetch(at + 16, 0, 2);
+    at += step;
+  }
+  FASTGATE_INLINE void pass(int64_t k) { at += k * step; }
+};
+struct Nothing {
+  FASTGATE_INLINE void bring() {}
+  FASTGATE_INLINE void pass(int64_t) {}
+};
+
 // One tile of `multiply`: R rows, P panels.
-template <class L, int R, int P>
+template <class L, int R, int P, class A>
 FASTGATE_INLINE void tile(
-    bool add, const Left& a, const float* b, int64_t b_row, float* c, int64_t c_row, int64_t k) {
+    bool add, const Left& a, const float* b, int64_t b_row, float* c, int64_t c_row, int64_t k, A ahead) {
   using V = typename L::Vector;
   constexpr int kLanes = sizeof(V) / sizeof(float), kVectors = 16 * P / kLanes;
   V sums[R][kVectors];
@@ -50,6 +68,7 @@ FASTGATE_INLINE void tile(
         sums[r][v] = V{};
   const float* left = a.at;
   for (int64_t p = 0; p < k; ++p, b += b_row, left += a.step) {
+    ahead.bring();
     V right[kVectors];
 #pragma GCC unroll 16
     for (int v = 0; v < kVectors; ++v) load_vector(right[v], b + v * kLanes);
@@ -67,17 +86,18 @@ FASTGATE_INLINE void tile(
 }
 
 // The tile of `rows` rows, rows <= R.
-template <class L, int R, int P>
+template <class L, int R, int P, class A>
 FASTGATE_INLINE void tile_of(
-    int64_t rows, bool add, const Left& a, const float* b, int64_t b_row, float* c, int64_t c_row, int64_t k) {
+    int64_t rows, bool add, const Left& a, const float* b, int64_t b_row, float* c, int64_t c_row, int64_t k, A ahead) {
   if constexpr (R > 1)
-    if (rows < R) return tile_of<L, R - 1, P>(rows, add, a, b, b_row, c, c_row, k);
-  tile<L, R, P>(add, a, b, b_row, c, c_row, k);
+    if (rows < R) return tile_of<L, R - 1, P>(rows, add, a, b, b_row, c, c_row, k, ahead);
+  tile<L, R, P>(add, a, b, b_row, c, c_row, k, ahead);
 }
 
-template <class L>
-FASTGATE_INLINE void multiply_level(
-    bool add, const Left& a, const float* b, int64_t b_row, float* c, int64_t c_row, int64_t m, int64_t n, int64_t k) {
+template <class L, class A>
+FASTGATE_INLINE void multiply_all(
+    bool add, const Left& a, const float* b, int64_t b_row, float* c, int64_t c_row, int64_t m, int64_t n, int64_t k,
+    A ahead) {
   const int64_t tiles = (m + L::kRows - 1) / L::kRows;
   for (int64_t j = 0; j < n;) {
     const bool wide = L::kPanels == 2 && n - j >= 32;
@@ -85,12 +105,25 @@ FASTGATE_INLINE void multiply_level(
       const int64_t i = t * m / tiles, rows = (t + 1) * m / tiles - i;
       const Left part{a.at + i * a.row, a.row, a.step};
       if (wide)
-        tile_of<L, L::kRows, L::kPanels>(rows, add, part, b + j, b_row, c + i * c_row + j, c_row, k);
+        tile_of<L, L::kRows, L::kPanels>(rows, add, part, b + j, b_row, c + i * c_row + j, c_row, k, ahead);
       else
-        tile_of<L, L::kRows, 1>(rows, add, part, b + j, b_row, c + i * c_row + j, c_row, k);
+        tile_of<L, L::kRows, 1>(rows, add, part, b + j, b_row, c + i * c_row + j, c_row, k, ahead);
+      ahead.pass(k);
     }
     j += wide ? 32 : 16;
   }
+}
+
+template <class L>
+FASTGATE_INLINE void multiply_level(
+    bool add, const Left& a, const float* b, int64_t b_row, float* c, int64_t c_row, int64_t m, int64_t n, int64_t k,
+    const float* next) {
+  const int64_t tiles = (m + L::kRows - 1) / L::kRows;
+  // A single pass over b is as slow as memory: nothing comes sooner for being asked for sooner.
+  if (next == nullptr || tiles < 2) return multiply_all<L>(add, a, b, b_row, c, c_row, m, n, k, Nothing{});
+  // Every pass brings its share: bringing all of it in the first would stall that.
+  const Ahead ahead{next, std::max<int64_t>(1, 16 * L::kPanels / tiles)};
+  multiply_all<L>(add, a, b, b_row, c, c_row, m, n, k, ahead);
 }
 
 // The sum of a vector's lanes, four to a lane of the result, the same order for every vector.
@@ -165,7 +198,8 @@ FASTGATE_INLINE void multiply_rows_level(
 }
 
 struct Products {
-  void (*multiply)(bool, const Left&, const float*, int64_t, float*, int64_t, int64_t, int64_t, int64_t);
+  void (*multiply)(
+      bool, const Left&, const float*, int64_t, float*, int64_t, int64_t, int64_t, int64_t, const float*);
   void (*multiply_rows)(
       const float*, int64_t, const float*, int64_t, float*, int64_t, int64_t, int64_t, int64_t);
 };
@@ -173,8 +207,8 @@ struct Products {
 #define FASTGATE_PRODUCTS(LEVEL, TARGET)                                                                              \
   TARGET void multiply_##LEVEL(                                                                                       \
       bool add, const Left& a, const float* b, int64_t b_row, float* c, int64_t c_row, int64_t m, int64_t n,          \
-      int64_t k) {                                                                                                    \
-    multiply_level<LEVEL>(add, a, b, b_row, c, c_row, m, n, k);                                                       \
+      int64_t k, const float* next) {                                                                                 \
+    multiply_level<LEVEL>(add, a, b, b_row, c, c_row, m, n, k, next);                                                 \
   }                                                                                                                   \
   TARGET void multiply_rows_##LEVEL(                                                                                  \
       const float* a, int64_t a_row, const float* b, int64_t b_row, float* c, int64_t c_row, int64_t m, int64_t n,    \
@@ -197,8 +231,10 @@ const Products kProducts = choose();
 
 }  // namespace
 
-void multiply(bool add, Left a, const float* b, int64_t b_row, float* c, int64_t c_row, int64_t m, int64_t n, int64_t k) {
-  kProducts.multiply(add, a, b, b_row, c, c_row, m, n, k);
+void multiply(
+    bool add, Left a, const float* b, int64_t b_row, float* c, int64_t c_row, int64_t m, int64_t n, int64_t k,
+    const float* next) {
+  kProducts.multiply(add, a, b, b_row, c, c_row, m, n, k, next);
 }
 
 void multiply_rows(

@@ -11,12 +11,15 @@ constexpr int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 constexpr int64_t stride(int64_t n) { return up(n, 16) | 16; }
 
 // c (m, n) = a (m, k) b (k, n), or += . n is a multiple of 16; a's element (i, p) is a[i*a_row + p*a_step]. An element
-// of c is one chain of additions along k, whatever m and n are.
+// of c is one chain of additions along k, whatever m and n are. next: n * k floats that the caller reads afterwards and
+// would wait for; they are brought nearer meanwhile. Null: none.
 struct Left {
   const float* at;
   int64_t row, step;
 };
-void multiply(bool add, Left a, const float* b, int64_t b_row, float* c, int64_t c_row, int64_t m, int64_t n, int64_t k);
+void multiply(
+    bool add, Left a, const float* b, int64_t b_row, float* c, int64_t c_row, int64_t m, int64_t n, int64_t k,
+    const float* next = nullptr);
 
 // c (m, n) = a (m, k) b^T, b (n, k), both with rows of adjacent elements. k is a multiple of 16. An element of c does
 // not depend on m and n.

@@ -8,6 +8,7 @@ weight that `pack` has laid out, csrc/cpu/linear.cpp makes it in float32, oneDNN
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,7 @@ class Packed:
 
     data: Tensor
     shape: tuple[int, int]
+    joint: Packed | None = None  # the weight that this one is a part of
 
     @property
     def dtype(self) -> torch.dtype:
@@ -72,6 +74,16 @@ def pack(weight: Tensor) -> Packed:
         padded = F.pad(weight, (0, 0, 0, -rows % PANEL))
         return Packed(padded.view(-1, PANEL, depth).transpose(1, 2).contiguous(), (rows, depth))
     return Packed(torch.ops.mkldnn._reorder_linear_weight(weight, ONEDNN_ROWS), (rows, depth))
+
+
+def pack_together(weights: Sequence[Tensor]) -> list[Packed]:
+    """Weights (N, K) of one shape, each packed; `joint` is all of them, for one product (rows of the first,
+    then of the next), in the same memory where the layout allows it: elsewhere None."""
+    rows, depth = weights[0].shape
+    whole = pack(torch.cat([weight.detach() for weight in weights])) if rows % PANEL == 0 else None
+    if whole is None or whole.data.is_mkldnn:
+        return [pack(weight) for weight in weights]
+    return [Packed(part, (rows, depth), whole) for part in whole.data.split(rows // PANEL)]
 
 
 def linear(x: Tensor, weight: Tensor | Packed) -> Tensor:
