@@ -30,13 +30,9 @@ def title(run: dict[str, Any]) -> str:
     return f"{TITLES[settings['task']]}, {order}, batches of {settings['batch_size']}"
 
 
-def speed(runs: list[dict[str, Any]], model: str, dtype: str) -> plt.Figure:
-    """A panel a task: times as fast as SDPA against the attention sublayers kept, a line a place."""
-    wanted = [("sst2", "data", 32), ("sst2", "length", 32), ("imdb", "data", 8), ("wnut17", "data", 32)]
-    found = [
-        pick(runs, model=model, dtype=dtype, task=t, order=o, batch_size=b) for t, o, b in wanted
-    ]  # fmt: skip
-    panels = [run for matches in found for run in matches[-1:]]
+def speed(runs: list[dict[str, Any]], dtype: str) -> plt.Figure:
+    """A panel a size and task: times as fast as SDPA against the attention sublayers kept, a line a place."""
+    panels = [run for run in pick(runs, dtype=dtype) if {v["place"] for v in run["fastgate"]} >= set(WORDS)]
     figure, axes = plt.subplots(
         1, len(panels), figsize=(3.1 * len(panels), 3.3), sharey=True, layout="constrained", squeeze=False
     )
@@ -56,20 +52,24 @@ def speed(runs: list[dict[str, Any]], model: str, dtype: str) -> plt.Figure:
                     name, (1, level), xycoords=("axes fraction", "data"), fontsize=6, ha="right", va="bottom"
                 )
         axis.axhline(1, color="#999999", lw=0.8)
-        axis.set(title=title(run), xlabel="attention sublayers kept", yscale="log")
+        axis.set(
+            title=f"{run['settings']['model']}, {title(run)}", xlabel="attention sublayers kept", yscale="log"
+        )
         axis.title.set_fontsize(8)
         ticks = [1, 2, 4, 8, 16, 32]
         axis.set_yticks(ticks, [f"{tick}x" for tick in ticks])
         axis.minorticks_off()
         axis.grid(alpha=0.2)
-    axes[0][0].set_ylabel(f"times as fast as SDPA, {model}, {dtype}", fontsize=8)
+    axes[0][0].set_ylabel(f"times as fast as SDPA, {dtype}", fontsize=8)
     axes[0][-1].legend(title="which are kept", fontsize=7, title_fontsize=7)
     return figure
 
 
 def floor(runs: list[dict[str, Any]], model: str, dtype: str) -> plt.Figure:
     """A panel a task: share of the floor against the batch size, data order, a line a choice of layers."""
-    wanted = {"all": "all", "67% spread": "spread", "83% low": "low"}
+    names = {v["name"] for run in pick(runs, model=model) for v in run["fastgate"]}
+    spread = "75% spread" if "75% spread" in names else "67% spread"
+    wanted = {"all": "all", spread: "spread", "83% low": "low"}
     tasks = [task for task in TITLES if pick(runs, model=model, dtype=dtype, task=task, order="data")]
     figure, axes = plt.subplots(
         1, len(tasks), figsize=(3.1 * len(tasks), 2.8), sharey=True, layout="constrained", squeeze=False
@@ -102,8 +102,8 @@ def main() -> None:
     runs = scenario_table.read(path)
     model, dtype = runs[0]["settings"]["model"], runs[0]["settings"]["dtype"]
     plt.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "fastgate", "font.size": 8}
-    for name, draw in (("speed", speed), ("floor", floor)):
-        draw(runs, model, dtype).savefig(folder / f"{name}.svg", metadata={"Date": None})
+    for name, figure in (("speed", speed(runs, dtype)), ("floor", floor(runs, model, dtype))):
+        figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
 
 
 if __name__ == "__main__":

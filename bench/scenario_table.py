@@ -69,12 +69,16 @@ def pruned(runs: list[dict[str, Any]], against: str) -> str:
 
     against: a peer, or `best` for the fastest of each run.
     """
-    variants = {v["name"]: v["kept"] for run in runs for v in run["fastgate"]}
+    widest = max(runs, key=lambda run: len(run["fastgate"]))
+    variants = {v["name"]: v["kept"] for v in widest["fastgate"]}
     rows = [["task, order, batch", *(f"{name}: {spans(kept)}" for name, kept in variants.items())]]
     for run in runs:
         by_name = {variant["name"]: variant for variant in run["fastgate"]}
         cells = []
         for name in variants:
+            if name not in by_name:
+                cells.append("")
+                continue
             ours = by_name[name]
             peer = best_peer(run, ours) if against == "best" else against
             cells.append(f"{ours['ratio'][peer]:.2f}x, {ours['floor_share']:.0%}")

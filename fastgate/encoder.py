@@ -292,7 +292,9 @@ def _attention_half(run: Run, i: int, parts: Parts, steps: tuple[Step, ...]) -> 
             wanted, first, key.weight, value.weight, value.bias, *shape, after, ending
         )
     joint = None if steps[0].narrow else _joint(at._modules)
-    return joint and packed_layer.attention_half(joint, _biases(at._modules), *shape, after, ending)
+    if joint is None:
+        return None
+    return packed_layer.attention_half(joint, _biases(at._modules), *shape, after, ending)
 
 
 def _feed_forward_half(run: Run, i: int, parts: Parts, steps: tuple[Step, ...]) -> Half | None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .ops.linear import Packed, linear, pack, takes
+from .ops.linear import Packed, linear, pack, pack_together, takes
 from .plan import Sizes, Step, products
 from .state import encoder_state
 
@@ -64,13 +64,21 @@ class Floor:
                     work.append((self._tensor("p", heads * count, n, m), k, True))
                 continue
             sizes = Sizes(hidden, inner_width, rows, sum(lengths), rows, 0, len(lengths))
-            for place, (m, inner, outer) in enumerate(products(Step(op, layer, False), sizes, heads)):
+            needed = products(Step(op, layer, False), sizes, heads)
+            if op == "project_qkv" and len(set(needed)) == 1 and self._joins(hidden):
+                needed = [(rows, hidden, 3 * hidden)]
+            for place, (m, inner, outer) in enumerate(needed):
                 if op == "project_down":
                     inner, outer = outer, inner
                 work.append(
                     (self._tensor("x", m, inner), self._weight((layer, op, place), outer, inner), False)
                 )
         return work
+
+    def _joins(self, hidden: int) -> bool:
+        """Whether query, key and value of a frozen model are one product."""
+        weight = torch.empty(hidden, hidden, device=self.device, dtype=self.dtype)
+        return takes(weight, weight) and pack_together([weight] * 3)[0].joint is not None
 
     def _weight(self, name: object, *shape: int) -> Tensor | Packed:
         key = (name, *shape)

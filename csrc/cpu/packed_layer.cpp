@@ -17,6 +17,7 @@ Tensor add_norm(const Tensor& x, const Tensor& residual, const OptionalTensor& b
       norm_bias2, eps2);
 }
 
+bool is_float(const Tensor& t) { return t.scalar_type() == ScalarType::Float; }
 const float* floats(const Tensor& t) { return static_cast<const float*>(t.data_ptr()); }
 float* floats(Tensor& t) { return static_cast<float*>(t.data_ptr()); }
 
@@ -53,6 +54,8 @@ void for_heads(int64_t heads, int64_t work, const F& each) {
 Tensor packed_attention(
     Tensor h, Tensor qkv, OptionalTensor q_bias, OptionalTensor k_bias, OptionalTensor v_bias, Tensor cu_seqlens,
     int64_t heads, double scale, Tensor output, OptionalTensor output_bias, Tensor weight, Tensor norm_bias, double eps) {
+  STD_TORCH_CHECK(
+      h.dim() == 2, "packed_attention: h: got ", h.dim(), " dimensions, wanted (rows, H); reshape it");
   const int64_t hidden = h.size(1);
   const Tensor rows = packed_linear(h, qkv, std::nullopt, 3 * hidden, false);
   const auto third = [&](int64_t place) {
@@ -69,13 +72,16 @@ Tensor packed_absorbed_attention(
     Tensor h, Tensor wanted, Tensor query, OptionalTensor q_bias, Tensor key, Tensor value, OptionalTensor v_bias,
     Tensor cu_seqlens, int64_t heads, double scale, Tensor output, OptionalTensor output_bias, Tensor weight,
     Tensor norm_bias, double eps) {
-  const Tensor from = dense(h), keys = dense(key), values = dense(value);
-  const int64_t hidden = from.size(1), rows = wanted.size(0), width = hidden / heads;
+  const int64_t hidden = h.size(h.dim() - 1);
+  const auto square = [&](const Tensor& t) { return is_float(t) && t.numel() == hidden * hidden; };
   STD_TORCH_CHECK(
-      hidden % 16 == 0 && width * heads == hidden && keys.numel() == hidden * hidden && values.numel() == hidden * hidden &&
-          (!v_bias || v_bias->numel() == hidden) && wanted.scalar_type() == ScalarType::Long,
+      h.dim() == 2 && is_float(h) && hidden % 16 == 0 && heads > 0 && hidden % heads == 0 && square(key) &&
+          square(value) && (!v_bias || (is_float(*v_bias) && v_bias->numel() == hidden)) && wanted.dim() == 1 &&
+          wanted.scalar_type() == ScalarType::Long,
       "packed_absorbed_attention: h, wanted, key, value, v_bias: got shapes or dtypes that do not fit, wanted (rows, H), "
-      "(sequences,) int64, (H, H), (H, H), (H,), H a multiple of 16; call absorbed_attention");
+      "(sequences,) int64, (H, H), (H, H), (H,), H a multiple of 16 and of heads, float32; call absorbed_attention");
+  const Tensor from = dense(h), keys = dense(key), values = dense(value);
+  const int64_t rows = wanted.size(0), width = hidden / heads;
   const Tensor residual = gather(from, dense(wanted));
   const Tensor q = packed_linear(residual, query, q_bias, hidden, false);
   const int64_t sizes[] = {rows, heads, hidden};
