@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from .encoder import is_linear_gelu, replacement_of, weight_of
 from .forward import demanded_rows, make_runtime_plan
+from .graphs import DEVICES
 from .packing import pack_rows
 from .plan import Sizes, flops
-from .state import encoder_state
+from .state import EncoderState, encoder_state
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What a patched model runs for sequences of `lengths` tokens; shares are of dense FLOPs, unpadded."""
+    """What a patched model runs for sequences of `lengths` tokens; shares are of dense FLOPs, unpadded.
+
+    graphs: what CUDA graphs have done so far, None on a device without them.
+    """
 
     demand: str
     lengths: tuple[int, ...]
@@ -42,6 +46,7 @@ class Explanation:
     flops: int
     flops_share: float
     layers: tuple[Row, ...]
+    graphs: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain data (JSON-ready)."""
@@ -58,7 +63,7 @@ class Explanation:
                 f"{row.layer:>5}  {row.attention:<9} {row.gate:>5.2f}  {row.live_rows:>9}  "
                 f"{len(row.steps):>5}  {row.flops_share:>6.1%}  {', '.join(row.notes)}".rstrip()
             )
-        return "\n".join(lines)
+        return "\n".join(lines if self.graphs is None else [*lines, f"CUDA graphs: {self.graphs}"])
 
 
 def explain(model: nn.Module, lengths: Sequence[int] = (32,) * 8) -> Explanation:
@@ -128,7 +133,15 @@ def explain(model: nn.Module, lengths: Sequence[int] = (32,) * 8) -> Explanation
         total,
         total / dense,
         tuple(table),
+        _graphs(state),
     )
+
+
+def _graphs(state: EncoderState) -> str | None:
+    graphs = state.runtime.graphs
+    if next(state.encoder.parameters()).device.type not in DEVICES:
+        return None
+    return "turned off" if graphs is None else graphs.said()
 
 
 def _notes(layer: Any, first: str) -> tuple[str, ...]:

@@ -308,6 +308,11 @@ class Graphs:
     def __reduce__(self) -> tuple[type[Graphs], tuple[()]]:
         return Graphs, ()
 
+    def said(self) -> str:
+        """In one line, how many there are, their replays, and why other calls ran without."""
+        why = "".join(f"; {count} calls without: {reason}" for reason, count in self.eager.most_common())
+        return f"{len(self.graphs)} captured, {self.replays} replays{why}"
+
     def clear(self) -> None:
         """Drop every graph and its memory; they are captured again when their kinds of batches come again."""
         with self.lock:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers.modeling_outputs import MaskedLMOutput
@@ -12,6 +13,7 @@ from transformers.utils import can_return_tuple
 from .errors import ArgumentError, say
 from .families import Family
 from .forward import checked_rows
+from .packing import on_device, on_host
 from .state import Runtime
 
 
@@ -55,10 +57,15 @@ def masked_lm(head: Any, family: Family, rows: Tensor | None, given: dict[str, A
     The product with the vocabulary costs, in a BERT-base, more than three layers: it runs on these rows only,
     and so does the cross entropy, which is of labelled rows alone whatever stands in the others.
     """
-    # Before the encoder: counting rows waits for a device, which has nothing to do yet.
-    index = _index(rows, given)
+    mask, tokens = given.get("attention_mask"), _tokens(given)
     labels, following = given.get("labels"), given.get("next_sentence_label")
     passed = {name: v for name, v in given.items() if name not in ("labels", "next_sentence_label")}
+    index = None
+    if tokens is not None and (mask is None or mask.shape == tokens.shape[:2]):
+        # One wait for both, before the encoder, which then has none.
+        mask, rows = on_host(None if mask is None else mask.bool(), rows)
+        passed["attention_mask"] = mask
+        index = _index(mask if rows is None else rows, tokens.device)
     outputs = getattr(head, family.attribute)(**(passed | {"rows": rows, "return_dict": True}))
     hidden = outputs.last_hidden_state
     if outputs.hidden_states is not None or outputs.attentions is not None:
@@ -85,17 +92,15 @@ def masked_lm(head: Any, family: Family, rows: Tensor | None, given: dict[str, A
     return output(loss=loss, prediction_logits=logits, seq_relationship_logits=relation, **kept)
 
 
-def _index(rows: Tensor | None, given: dict[str, Any]) -> Tensor | None:
-    """(n,) int64: row b * length + t of each row to run the head on; None: all of them."""
-    tokens, mask = _tokens(given), given.get("attention_mask")
-    if tokens is None:
-        return None  # the encoder refuses it
-    if rows is None and mask is not None and mask.shape == tokens.shape[:2]:
-        rows = mask
+def _index(rows: Tensor | None, device: torch.device) -> Tensor | None:
+    """(n,) int64 on the device: row b * length + t of each row to run the head on; None: all of them.
+
+    rows: (batch, length) bool on the host; None: all.
+    """
     if rows is None:
         return None
     index = rows.flatten().nonzero().squeeze(1)
-    return None if len(index) == rows.numel() else index.to(tokens.device, non_blocking=True)
+    return None if len(index) == rows.numel() else on_device([index], device)[0]
 
 
 def _spread(scores: Tensor, index: Tensor, rows: int) -> Tensor:
