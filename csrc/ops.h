@@ -71,6 +71,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> embed_norm_backward(
     Tensor grad, FASTGATE_EMBED_NORM_OPERANDS, int64_t wanted);
 Tensor attention(FASTGATE_ATTENTION_OPERANDS);
 std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor grad, FASTGATE_ATTENTION_OPERANDS);
+bool packs_bfloat16();
 Tensor packed_linear(Tensor x, Tensor panels, OptionalTensor bias, int64_t columns, bool gelu);
 Tensor packed_attention(
     Tensor h, Tensor qkv, OptionalTensor q_bias, OptionalTensor k_bias, OptionalTensor v_bias, Tensor cu_seqlens,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -267,6 +267,10 @@ def _ready_halves(run: Run, h: Tensor) -> list[tuple[Half | None, ...]]:
     ]
 
 
+def _in_panels(weight: Tensor | Packed | None) -> TypeGuard[Packed]:
+    return isinstance(weight, Packed) and weight.in_panels
+
+
 def _ready_half(run: Run, i: int, parts: Parts, steps: tuple[Step, ...]) -> Half | None:
     if steps[0].op == "skip_norm":
         return None
@@ -277,7 +281,7 @@ def _attention_half(run: Run, i: int, parts: Parts, steps: tuple[Step, ...]) -> 
     at, out = parts.at, parts.out._modules["dense"]
     output, (norm, p) = weight_of(out), _norm_and_drop(parts.out)
     soft, drops = isinstance(run.gates[i], Tensor), p or drop(at._modules["dropout"])
-    if not isinstance(output, Packed) or run.packing.key_rows is not None or soft or drops:
+    if not _in_panels(output) or run.packing.key_rows is not None or soft or drops:
         return None
     after = packed_layer.Product(output, out._parameters["bias"])
     shape = (run.packing.keys, at.num_attention_heads, at.scaling)
@@ -285,7 +289,7 @@ def _attention_half(run: Run, i: int, parts: Parts, steps: tuple[Step, ...]) -> 
     if steps[0].op == "project_query":
         query, key, value = (at._modules[name] for name in ("query", "key", "value"))
         weight, wanted = weight_of(query), run.packing.wanted_rows
-        if not isinstance(weight, Packed) or wanted is None:
+        if not _in_panels(weight) or wanted is None:
             return None
         first = packed_layer.Product(weight, query._parameters["bias"])
         return packed_layer.absorbed_half(
@@ -300,7 +304,7 @@ def _attention_half(run: Run, i: int, parts: Parts, steps: tuple[Step, ...]) -> 
 def _feed_forward_half(run: Run, i: int, parts: Parts, steps: tuple[Step, ...]) -> Half | None:
     up, down = parts.intermediate._modules["dense"], parts.output._modules["dense"]
     products, (norm, p) = (weight_of(up), weight_of(down)), _norm_and_drop(parts.output)
-    if p or not is_linear_gelu(parts.intermediate) or not all(isinstance(w, Packed) for w in products):
+    if p or not is_linear_gelu(parts.intermediate) or not all(map(_in_panels, products)):
         return None
     weight, norm_bias, second = _fold(run, i, norm) if steps[-1].chained else (norm.weight, norm.bias, {})
     return packed_layer.feed_forward_half(

@@ -131,6 +131,41 @@ def test_packed_weights_are_as_exact_as_torch(form, rows, biased, gelu, poisoned
             assert y.shape == (rows, width) and error(y, truth) <= bound
 
 
+@pytest.mark.skipif(FORMS["panels"] != "", reason=FORMS["panels"])
+@pytest.mark.parametrize("gelu", [False, True], ids=["", "gelu"])
+@pytest.mark.parametrize("biased", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("rows", [0, 1, 7, 8, 9, 63, 64, 65, 200, 700])
+def test_packed_pairs_are_as_exact_as_torch(rows, biased, gelu, poisoned):
+    """bfloat16: rows beside a tile's, beside those finished at once, beyond a block's; odd depths: oneDNN's."""
+    if not torch.ops.fastgate_cpu.packs_bfloat16():
+        pytest.skip("no AVX512-BF16")
+    for width in WIDTHS:
+        for depth in (2, 17, 34, 770):
+            x, weight, _ = make(rows, depth, width, BF16, seed=width)
+            bias = torch.linspace(-1, 1, width).to(BF16) if biased else None
+            packed = pack(weight)
+            assert packed.in_panels == (depth % 2 == 0) and torch.equal(packed.dense(), weight)
+            y = packed.product(x, bias, gelu)
+            truth = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+            own = F.linear(x, weight, bias)
+            truth, own = (F.gelu(truth), F.gelu(own)) if gelu else (truth, own)
+            assert y.dtype == BF16 and y.shape == (rows, width)
+            assert error(y, truth) <= allowed(own, truth, BF16)
+
+
+def test_bits_of_packed_pairs_do_not_depend_on_the_rows_beside(poisoned):
+    x, weight, _ = make(130, 96, 270, BF16)
+    packed, threads = pack(weight), torch.get_num_threads()
+    whole = packed.product(x, gelu=True)
+    if packed.in_panels:
+        assert torch.equal(packed.product(x[70:], gelu=True), whole[70:])
+    try:
+        torch.set_num_threads(1)
+        assert torch.equal(packed.product(x, gelu=True), whole)
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_packed_products_have_the_same_bits_for_any_threads(form):
     x, weight, _ = make(130, 96, 270, FP32)
     packed, threads = pack(weight), torch.get_num_threads()
@@ -171,6 +206,8 @@ def test_a_packed_weight_is_a_copy_for_inference_only(form):
     [
         ({"x": torch.zeros(2, 9)}, "shapes that do not fit"),
         ({"x": torch.zeros(2, 8).double()}, "another dtype"),
+        ({"x": torch.zeros(2, 8).bfloat16()}, "another dtype"),
+        ({"panels": torch.zeros(1, 4, 64).bfloat16()}, "another dtype"),
         ({"bias": torch.zeros(5)}, "shapes that do not fit"),
         ({"columns": 33}, "shapes that do not fit"),
         ({"columns": 0}, "shapes that do not fit"),

@@ -38,6 +38,7 @@ STABLE_TORCH_LIBRARY(fastgate_cpu, m) {
   m.def(
       "packed_feed_forward(Tensor h, Tensor up, Tensor? up_bias, int inner, Tensor down, Tensor? down_bias, "
       "Tensor weight, Tensor norm_bias, float eps, Tensor? weight2, Tensor? norm_bias2, float eps2) -> Tensor");
+  m.def("packs_bfloat16() -> bool");
   m.def("packed_linear(Tensor x, Tensor panels, Tensor? bias, int columns, bool gelu) -> Tensor");
 }
 
@@ -54,4 +55,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastgate_cpu, CPU, m) {
   m.impl("packed_absorbed_attention", TORCH_BOX(&fastgate::cpu::packed_absorbed_attention));
   m.impl("packed_feed_forward", TORCH_BOX(&fastgate::cpu::packed_feed_forward));
   m.impl("packed_linear", TORCH_BOX(&fastgate::cpu::packed_linear));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastgate_cpu, CompositeExplicitAutograd, m) {
+  m.impl("packs_bfloat16", TORCH_BOX(&fastgate::cpu::packs_bfloat16));
 }

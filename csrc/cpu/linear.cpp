@@ -1,11 +1,12 @@
-// linear on the CPU from a packed weight: x W^T + b, and the GELU of it, float32.
+// linear on the CPU from a packed weight: x W^T + b, and the GELU of it, float32, or bfloat16 where has_pairs().
 //
-// The weight lies in panels of 32 of its rows, the result's columns: element (column, k) of a panel at k * 32 + column, so
-// a tile of the result reads it once and in order. A few rows wait for the weight to come from memory, and feel what a call
+// The weight lies in panels of 32 of its rows, the result's columns: element (column, k) of a panel at k * 32 + column,
+// bfloat16 as pairs.h has it, so a tile of the result reads it once and in order. A few rows wait for the weight to come from memory, and feel what a call
 // costs: threads own panels, and nothing is looked up. Many rows pass in blocks that stay in the second-level cache.
 #include <algorithm>
 
 #include "ops.h"
+#include "pairs.h"
 #include "rows.h"
 #include "softmax.h"
 #include "tiles.h"
@@ -40,18 +41,76 @@ FASTGATE_WIDE_CLONES void finish(const Block& o, float* y) {
   }
 }
 
+// `rows` rows of 32 finished columns to their places, `width` of them.
+FASTGATE_CLONES void put(const float* from, int64_t rows, int64_t width, bf16* to, int64_t to_row) {
+  for (int64_t i = 0; i < rows; ++i) {
+    const float* row = from + i * kPanel;
+    bf16* out = to + i * to_row;
+    each(width, [&](int64_t j) { store(out, j, row[j]); });
+  }
+}
+
+struct Sizes {
+  int64_t m, n, k;
+};
+
+void linear_pairs(const Sizes& o, const bf16* a, const bf16* w, const float* bias, bool gelu, bf16* out) {
+  static_assert(kPanel == kPairPanel);
+  constexpr int64_t kElements = 196608, kAtOnce = 64;  // of a block of x: 384 KB; rows that are finished in the first-level cache
+  const int64_t count = (o.n + kPanel - 1) / kPanel, most = std::max<int64_t>(48, kElements / std::max<int64_t>(1, o.k));
+  const int64_t row_blocks = (o.m + most - 1) / most;
+  const int64_t grain = std::max<int64_t>(1, kWeights / std::max<int64_t>(1, o.k * kPanel));
+  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+    Scratch scratch(kAtOnce * kPanel);
+    float* c = scratch.take(kAtOnce * kPanel);
+    for (int64_t r = 0; r < row_blocks; ++r) {
+      const int64_t from = r * o.m / row_blocks, to = (r + 1) * o.m / row_blocks;
+      for (int64_t t = begin; t < end; ++t) {
+        const bf16* panel = w + t * o.k * kPanel;
+        const bf16* next = o.m <= kAtOnce && t + 1 < end ? panel + o.k * kPanel : nullptr;
+        const int64_t width = std::min(kPanel, o.n - kPanel * t);
+        for (int64_t first = from; first < to; first += kAtOnce) {
+          const int64_t rows = std::min(kAtOnce, to - first);
+          multiply_pairs(a + first * o.k, o.k, panel, c, rows, o.k, next);
+          if (bias || gelu) finish({rows, width, kPanel, bias ? bias + kPanel * t : nullptr, gelu}, c);
+          put(c, rows, width, out + first * o.n + kPanel * t, o.n);
+        }
+      }
+    }
+  });
+}
+
+Tensor packed_linear_pairs(const Tensor& x, const Tensor& panels, const OptionalTensor& bias, int64_t columns, bool gelu) {
+  const int64_t k = 2 * panels.size(1), m = k > 0 ? x.numel() / k : 0;
+  const Tensor from = dense(x), weight = dense(panels), added = bias ? as_float(*bias) : x;
+  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+  shape.back() = columns;
+  Tensor y = empty(shape.data(), x.dim(), ScalarType::BFloat16, x);
+  linear_pairs(
+      {m, columns, k}, static_cast<const bf16*>(from.data_ptr()), static_cast<const bf16*>(weight.data_ptr()),
+      bias ? static_cast<const float*>(added.data_ptr()) : nullptr, gelu, static_cast<bf16*>(y.data_ptr()));
+  return y;
+}
+
 }  // namespace
 
+bool packs_bfloat16() { return has_pairs(); }
+
 Tensor packed_linear(Tensor x, Tensor panels, OptionalTensor bias, int64_t columns, bool gelu) {
-  for (const Tensor* t : {&x, &panels, bias ? &*bias : &x})
-    STD_TORCH_CHECK(
-        t->scalar_type() == ScalarType::Float,
-        "packed_linear: x, panels, bias: got another dtype, wanted float32; convert them first");
+  const ScalarType dtype = panels.scalar_type();
+  const bool pairs = dtype == ScalarType::BFloat16;
   STD_TORCH_CHECK(
-      x.dim() > 0 && panels.dim() == 3 && panels.size(2) == kPanel && x.size(x.dim() - 1) == panels.size(1) &&
-          columns > kPanel * (panels.size(0) - 1) && columns <= kPanel * panels.size(0) && (!bias || bias->numel() == columns),
+      (dtype == ScalarType::Float || (pairs && has_pairs())) && x.scalar_type() == dtype &&
+          (!bias || bias->scalar_type() == ScalarType::Float || (pairs && bias->scalar_type() == dtype)),
+      "packed_linear: x, panels, bias: got another dtype, wanted float32, or bfloat16 on a processor with AVX512-BF16; "
+      "convert them first");
+  STD_TORCH_CHECK(
+      x.dim() > 0 && panels.dim() == 3 && panels.size(2) == (pairs ? 2 : 1) * kPanel &&
+          x.size(x.dim() - 1) == (pairs ? 2 : 1) * panels.size(1) && columns > kPanel * (panels.size(0) - 1) &&
+          columns <= kPanel * panels.size(0) && (!bias || bias->numel() == columns),
       "packed_linear: x, panels, bias: got shapes that do not fit, wanted (..., K), (columns / 32 rounded up, K, 32), "
-      "(columns,); reshape them");
+      "bfloat16 (columns / 32 rounded up, K / 2, 64), (columns,); reshape them");
+  if (pairs) return packed_linear_pairs(x, panels, bias, columns, gelu);
   const int64_t count = panels.size(0), k = panels.size(1), n = columns, m = k > 0 ? x.numel() / k : 0;
   const Tensor from = dense(x), weight = dense(panels), added = bias ? dense(*bias) : x;
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());

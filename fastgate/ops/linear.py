@@ -2,7 +2,7 @@
 
 On the CPU oneDNN makes it in float32 and bfloat16: in float32 torch's own F.linear goes to another library,
 which is slower on some processors. Elsewhere, under autocast and where torch traces, it is F.linear. From a
-weight that `pack` has laid out, csrc/cpu/linear.cpp makes it in float32, oneDNN in bfloat16.
+weight that `pack` has laid out, csrc/cpu/linear.cpp makes it where the processor can, oneDNN elsewhere.
 """
 
 from __future__ import annotations
@@ -29,11 +29,17 @@ ONEDNN_ROWS = 512  # rows of x that oneDNN chooses a layout for; it serves every
 @dataclass(frozen=True)
 class Packed:
     """A weight (N, K) laid out for the CPU's products, for inference: `data` in panels, or in oneDNN's own
-    layout. Float32 panels: (N / 32 rounded up, K, 32), element (p, k, c) that of row 32 p + c, or 0."""
+    layout. Panels of float32: (N / 32 rounded up, K, 32), element (p, k, c) that of row 32 p + c, or 0; of
+    bfloat16: (N / 32 rounded up, K / 2, 64), element (p, k, 2 c + i) that of row 32 p + c, column 2 k + i."""
 
     data: Tensor
     shape: tuple[int, int]
     joint: Packed | None = None  # the weight that this one is a part of
+
+    @property
+    def in_panels(self) -> bool:
+        """In panels, not in oneDNN's layout."""
+        return not self.data.is_mkldnn
 
     @property
     def dtype(self) -> torch.dtype:
@@ -41,9 +47,11 @@ class Packed:
 
     def dense(self) -> Tensor:
         """The weight as it was, (N, K)."""
-        if self.data.is_mkldnn:
+        if not self.in_panels:
             return self.data.to_dense()
-        return self.data.transpose(1, 2).reshape(-1, self.shape[1])[: self.shape[0]].contiguous()
+        together = self.data.shape[2] // PANEL  # numbers of a row that lie side by side
+        split = self.data.view(len(self.data), -1, PANEL, together).transpose(1, 2)
+        return split.reshape(-1, self.shape[1])[: self.shape[0]].contiguous()
 
     def product(self, x: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
         """x W^T + b, with the exact GELU of it if asked. x: (..., K) in the weight's dtype, on the CPU.
@@ -60,7 +68,7 @@ class Packed:
             if x.dtype != self.data.dtype:
                 got, wanted = f"a frozen one of {self.data.dtype} for rows of {x.dtype}", "one dtype"
             raise Unsupported(say("linear", "weight", got, wanted, "call fastgate.thaw(model) first"))
-        if self.data.is_mkldnn:
+        if not self.in_panels:
             return product(x, self.data, bias, gelu)
         return torch.ops.fastgate_cpu.packed_linear.default(x, self.data, bias, self.shape[0], gelu)
 
@@ -69,11 +77,22 @@ def pack(weight: Tensor) -> Packed:
     """A copy of a weight (N, K), float32 or bfloat16 on the CPU, laid out for its products."""
     weight = weight.detach().contiguous()
     rows, depth = weight.shape
-    slots.implementation("linear_gelu", "cpu")  # the compiled library is loaded with the first op
-    if weight.dtype == torch.float32 and hasattr(torch.ops.fastgate_cpu, PANELS):
-        padded = F.pad(weight, (0, 0, 0, -rows % PANEL))
-        return Packed(padded.view(-1, PANEL, depth).transpose(1, 2).contiguous(), (rows, depth))
+    together = _together(weight.dtype, depth)
+    if together:
+        padded = F.pad(weight, (0, 0, 0, -rows % PANEL)).view(-1, PANEL, depth // together, together)
+        return Packed(padded.transpose(1, 2).reshape(len(padded), -1, PANEL * together), (rows, depth))
     return Packed(torch.ops.mkldnn._reorder_linear_weight(weight, ONEDNN_ROWS), (rows, depth))
+
+
+def _together(dtype: torch.dtype, depth: int) -> int:
+    """How many numbers of a row lie side by side in a panel; 0 where panels cannot be multiplied with."""
+    slots.implementation("linear_gelu", "cpu")  # the compiled library is loaded with the first op
+    library = torch.ops.fastgate_cpu
+    if not hasattr(library, PANELS):
+        return 0
+    if dtype == torch.float32:
+        return 1
+    return 2 if depth % 2 == 0 and library.packs_bfloat16() else 0
 
 
 def pack_together(weights: Sequence[Tensor]) -> list[Packed]:
@@ -81,7 +100,7 @@ def pack_together(weights: Sequence[Tensor]) -> list[Packed]:
     then of the next), in the same memory where the layout allows it: elsewhere None."""
     rows, depth = weights[0].shape
     whole = pack(torch.cat([weight.detach() for weight in weights])) if rows % PANEL == 0 else None
-    if whole is None or whole.data.is_mkldnn:
+    if whole is None or not whole.in_panels:
         return [pack(weight) for weight in weights]
     return [Packed(part, (rows, depth), whole) for part in whole.data.split(rows // PANEL)]
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastgate.ops import slots
-from fastgate.ops.linear import Packed
+from fastgate.ops.linear import ONEDNN_DTYPES, Packed
 from fastgate.packing import Ragged
 
 CALLS = ("packed_attention", "packed_absorbed_attention", "packed_feed_forward")  # the compiled halves
@@ -43,7 +43,7 @@ def runs(h: Tensor) -> bool:
     """Whether the halves may run on rows like these, (rows, H): the compiled kernels are what runs its steps,
     and nothing traces, wants a gradient or casts."""
     return (
-        h.dtype == torch.float32
+        h.dtype in ONEDNN_DTYPES
         and h.device.type == "cpu"
         and slots.is_direct(h)
         and not slots.needs_gradient(h)
@@ -54,7 +54,7 @@ def runs(h: Tensor) -> bool:
 
 
 class Half(NamedTuple):
-    """A half of a layer that is ready to run: rows (rows, H) float32 to rows of the same shape."""
+    """A half of a layer that is ready to run: from rows (rows, H) to rows of that dtype and width."""
 
     compiled: Callable[..., Tensor]
     operands: tuple[Any, ...]
@@ -94,10 +94,10 @@ def absorbed_half(
 ) -> Half | None:
     """h -> LayerNorm(h[wanted] + output(absorbed attention of h[wanted] over h's rows in each sequence)).
 
-    wanted: (sequences,) int64, a row of each sequence; key, value: (H, H). None for an H that is not a
-    multiple of 16.
+    wanted: (sequences,) int64, a row of each sequence; key, value: (H, H). None but for float32 and an H that
+    is a multiple of 16.
     """
-    if key.shape[0] % 16:
+    if key.shape[0] % 16 or key.dtype != torch.float32:
         return None
     operands = (wanted, query.weight.data, query.bias, key, value, value_bias, sequences.cu_seqlens)
     rest = (heads, scale, output.weight.data, output.bias, *norm[:3])

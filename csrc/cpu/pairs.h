@@ -1,0 +1,18 @@
+// Products of bfloat16 rows and packed panels, on processors that multiply bfloat16 in pairs (AVX512-BF16).
+#pragma once
+
+#include "rows.h"
+
+namespace fastgate::cpu {
+
+constexpr int64_t kPairPanel = 32;  // columns of a panel
+
+// Whether this processor can.
+bool has_pairs();
+
+// c (m, 32) = a (m, k) b (k, 32). k is even; element (p, column) of b lies at p / 2 * 64 + column * 2 + p % 2. Rows of a are
+// a_row apart, those of c 32. An element of c is one chain of additions along k, whatever m is. next: the panel that the
+// caller reads afterwards, which is brought nearer meanwhile; null: none.
+void multiply_pairs(const bf16* a, int64_t a_row, const bf16* b, float* c, int64_t m, int64_t k, const bf16* next);
+
+}  // namespace fastgate::cpu
