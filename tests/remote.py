@@ -63,7 +63,7 @@ class Waits(TorchDispatchMode):
             return found
         originals = {id(leaf.held): leaf for leaf in tensors if isinstance(leaf, Remote)}
         return tree_map(
-            lambda leaf: originals.get(id(leaf)) or Remote(leaf) if isinstance(leaf, Tensor) else leaf, found
+            lambda leaf: originals.get(id(leaf), Remote(leaf)) if isinstance(leaf, Tensor) else leaf, found
         )
 
 

@@ -32,7 +32,7 @@ LOW = {
     "state": {"encoder", "families", "graphs", "replacement"},
     "forward": {"encoder", "families", "packing", "plan", "state"},
     "freeze": {"encoder", "families", "ops", "packed", "state"},
-    "heads": {"families", "forward", "state"},
+    "heads": {"families", "forward", "packing", "state"},
     "sentence": set(),
     "memory": set(),
     "patch": {"families", "forward", "freeze", "graphs", "heads", "sentence", "state"},

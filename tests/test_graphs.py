@@ -92,6 +92,23 @@ def test_a_kind_is_captured_when_it_comes_again_and_results_stay(device):
     assert hidden is not None and found.eager["gradients, or training"] == 1
 
 
+def test_explain_says_what_graphs_did(device):
+    model, plain = patched()
+    inputs = batch(model, "")
+    captured(model, plain, inputs)
+    text = str(fastgate.explain(model)).splitlines()[-1]
+    found = graphs_of(model)
+    assert text.startswith(f"CUDA graphs: {len(found.graphs)} captured, {found.replays} replays; ")
+    assert "1 calls without: a kind of batch seen too seldom yet" in text
+    off = fastgate.patch(make("Bert", "ForSequenceClassification"), graphs=False)
+    assert str(fastgate.explain(off)).endswith("CUDA graphs: turned off")
+
+
+def test_explain_says_nothing_of_graphs_where_there_are_none():
+    model = fastgate.patch(make("Bert", "ForSequenceClassification"))
+    assert fastgate.explain(model).graphs is None and "graphs" not in str(fastgate.explain(model))
+
+
 def test_an_encoder_without_padding_gives_memory_of_its_own(device):
     model, plain = patched("Model")
     inputs = batch(model, "Model", lengths=(14, 14, 14, 14))

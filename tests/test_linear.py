@@ -136,7 +136,7 @@ def test_packed_weights_are_as_exact_as_torch(form, rows, biased, gelu, poisoned
 @pytest.mark.parametrize("biased", [False, True], ids=["", "bias"])
 @pytest.mark.parametrize("rows", [0, 1, 7, 8, 9, 63, 64, 65, 200, 700])
 def test_packed_pairs_are_as_exact_as_torch(rows, biased, gelu, poisoned):
-    """bfloat16: rows beside a tile's, beside those finished at once, beyond a block's; odd depths: oneDNN's."""
+    """Rows beside a tile's, beside those finished at once, beyond a block's; odd depths go to oneDNN."""
     if not torch.ops.fastgate_cpu.packs_bfloat16():
         pytest.skip("no AVX512-BF16")
     for width in WIDTHS:
@@ -209,6 +209,7 @@ def test_a_packed_weight_is_a_copy_for_inference_only(form):
         ({"x": torch.zeros(2, 8).bfloat16()}, "another dtype"),
         ({"panels": torch.zeros(1, 4, 64).bfloat16()}, "another dtype"),
         ({"bias": torch.zeros(5)}, "shapes that do not fit"),
+        ({"panels": torch.zeros(1, 32, 8).transpose(1, 2)}, "not contiguous"),
         ({"columns": 33}, "shapes that do not fit"),
         ({"columns": 0}, "shapes that do not fit"),
     ],

@@ -17,7 +17,9 @@ import fastgate
 from fastgate import ops
 from fastgate.packing import pack_rows
 
-HEADS = ("Model", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
+HEADS = (
+    "Model", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMaskedLM",
+)  # fmt: skip
 
 
 @contextmanager

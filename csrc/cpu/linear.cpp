@@ -1,8 +1,9 @@
 // linear on the CPU from a packed weight: x W^T + b, and the GELU of it, float32, or bfloat16 where has_pairs().
 //
 // The weight lies in panels of 32 of its rows, the result's columns: element (column, k) of a panel at k * 32 + column,
-// bfloat16 as pairs.h has it, so a tile of the result reads it once and in order. A few rows wait for the weight to come from memory, and feel what a call
-// costs: threads own panels, and nothing is looked up. Many rows pass in blocks that stay in the second-level cache.
+// bfloat16 as pairs.h has it, so a tile of the result reads it once and in order. A few rows wait for the weight to come
+// from memory, and feel what a call costs: threads own panels, and nothing is looked up. Many rows pass in blocks that
+// stay in the second-level cache.
 #include <algorithm>
 
 #include "ops.h"
@@ -56,7 +57,8 @@ struct Sizes {
 
 void linear_pairs(const Sizes& o, const bf16* a, const bf16* w, const float* bias, bool gelu, bf16* out) {
   static_assert(kPanel == kPairPanel);
-  constexpr int64_t kElements = 196608, kAtOnce = 64;  // of a block of x: 384 KB; rows that are finished in the first-level cache
+  constexpr int64_t kElements = 196608;  // of a block of x: 384 KB
+  constexpr int64_t kAtOnce = 64;        // rows that are finished while they are in the first-level cache
   const int64_t count = (o.n + kPanel - 1) / kPanel, most = std::max<int64_t>(48, kElements / std::max<int64_t>(1, o.k));
   const int64_t row_blocks = (o.m + most - 1) / most;
   const int64_t grain = std::max<int64_t>(1, kWeights / std::max<int64_t>(1, o.k * kPanel));
@@ -82,12 +84,12 @@ void linear_pairs(const Sizes& o, const bf16* a, const bf16* w, const float* bia
 
 Tensor packed_linear_pairs(const Tensor& x, const Tensor& panels, const OptionalTensor& bias, int64_t columns, bool gelu) {
   const int64_t k = 2 * panels.size(1), m = k > 0 ? x.numel() / k : 0;
-  const Tensor from = dense(x), weight = dense(panels), added = bias ? as_float(*bias) : x;
+  const Tensor from = dense(x), added = bias ? as_float(*bias) : x;
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
   shape.back() = columns;
   Tensor y = empty(shape.data(), x.dim(), ScalarType::BFloat16, x);
   linear_pairs(
-      {m, columns, k}, static_cast<const bf16*>(from.data_ptr()), static_cast<const bf16*>(weight.data_ptr()),
+      {m, columns, k}, static_cast<const bf16*>(from.data_ptr()), static_cast<const bf16*>(panels.data_ptr()),
       bias ? static_cast<const float*>(added.data_ptr()) : nullptr, gelu, static_cast<bf16*>(y.data_ptr()));
   return y;
 }
@@ -110,13 +112,16 @@ Tensor packed_linear(Tensor x, Tensor panels, OptionalTensor bias, int64_t colum
           columns <= kPanel * panels.size(0) && (!bias || bias->numel() == columns),
       "packed_linear: x, panels, bias: got shapes that do not fit, wanted (..., K), (columns / 32 rounded up, K, 32), "
       "bfloat16 (columns / 32 rounded up, K / 2, 64), (columns,); reshape them");
+  STD_TORCH_CHECK(
+      panels.is_contiguous(), "packed_linear: panels: got a view that is not contiguous, wanted panels one after another; "
+      "call contiguous() once");
   if (pairs) return packed_linear_pairs(x, panels, bias, columns, gelu);
   const int64_t count = panels.size(0), k = panels.size(1), n = columns, m = k > 0 ? x.numel() / k : 0;
-  const Tensor from = dense(x), weight = dense(panels), added = bias ? dense(*bias) : x;
+  const Tensor from = dense(x), added = bias ? dense(*bias) : x;
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
   shape.back() = n;
   Tensor y = empty(shape.data(), x.dim(), ScalarType::Float, x);
-  const auto *a = static_cast<const float*>(from.data_ptr()), *w = static_cast<const float*>(weight.data_ptr());
+  const auto *a = static_cast<const float*>(from.data_ptr()), *w = static_cast<const float*>(panels.data_ptr());
   const float* b = bias ? static_cast<const float*>(added.data_ptr()) : nullptr;
   auto* out = static_cast<float*>(y.data_ptr());
   const int64_t row_blocks = (m + kRows - 1) / kRows;

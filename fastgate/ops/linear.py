@@ -80,7 +80,8 @@ def pack(weight: Tensor) -> Packed:
     together = _together(weight.dtype, depth)
     if together:
         padded = F.pad(weight, (0, 0, 0, -rows % PANEL)).view(-1, PANEL, depth // together, together)
-        return Packed(padded.transpose(1, 2).reshape(len(padded), -1, PANEL * together), (rows, depth))
+        panels = padded.transpose(1, 2).contiguous()
+        return Packed(panels.view(len(panels), -1, PANEL * together), (rows, depth))
     return Packed(torch.ops.mkldnn._reorder_linear_weight(weight, ONEDNN_ROWS), (rows, depth))
 
 
