@@ -1,4 +1,4 @@
-"""The command line: `fastgate demo | finetune | evaluate | explain | info | bench`."""
+"""The command line: `fastgate demo | finetune | evaluate | sweep | report | explain | info | bench`."""
 
 from __future__ import annotations
 
@@ -37,7 +37,9 @@ Model = Annotated[str, typer.Option(help="A BERT or RoBERTa of the hub, or a fol
 TaskName = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option(
-        "--task", help="sst2, cola, mrpc, stsb, qqp, mnli, qnli, rte, wnli, imdb, wnut17 or ud_ewt."
+        "--task",
+        help="sst2, cola, mrpc, stsb, qqp, mnli, qnli, rte, wnli, imdb, conll2003, wnut17, ptb, ud_ewt "
+        "or ud_ewt_xpos.",
     ),
 ]
 DataDir = Annotated[
@@ -63,6 +65,10 @@ MaxTrainRows = Annotated[Optional[int], typer.Option(help="Train on this many ro
 MaxEvalRows = Annotated[Optional[int], typer.Option(help="Score on this many rows, drawn by the seed.")]  # noqa: UP045
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 MaxLength = Annotated[int, typer.Option(help="Tokens a row is cut at.")]
+Stride = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option(help="Do not cut longer texts: windows of --max-length tokens that share so many."),
+]
 BatchSize = Annotated[int, typer.Option(min=1, help="Rows a batch.")]
 
 
@@ -143,11 +149,16 @@ def finetune(
         Optional[float],  # noqa: UP045
         typer.Option(help="How many times cheaper the encoder shall be."),
     ] = None,
+    max_drop: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(help="Instead: the largest cut that costs at most this share of the score."),
+    ] = None,
     epochs: Annotated[float, typer.Option(help="Passes of the dense fine-tune.")] = 3.0,
     prune_epochs: Annotated[float, typer.Option(help="Passes of the pruning, search and recovery.")] = 3.0,
     batch_size: BatchSize = 32,
     lr: Annotated[float, typer.Option(help="Peak learning rate of the weights.")] = 5e-5,
     max_length: MaxLength = 128,
+    stride: Stride = None,
     max_train_rows: MaxTrainRows = None,
     max_eval_rows: MaxEvalRows = None,
     seed: Annotated[int, typer.Option(help="Of everything drawn.")] = 0,
@@ -163,7 +174,7 @@ def finetune(
         task, data_dir, task_type, train, validation, columns, label_column, evaluate_on, [], max_train_rows,
         max_eval_rows, seed,
     )  # fmt: skip
-    if target_sparsity is None and target_speedup is None:
+    if target_sparsity is None and target_speedup is None and max_drop is None:
         target_sparsity = 0.8
     data = {
         "data_dir": data_dir, "task_type": task_type, "train": train, "validation": validation,
@@ -173,7 +184,8 @@ def finetune(
     data = {key: str(value) if isinstance(value, Path) else value for key, value in data.items()}
     recipe = Recipe(
         model, loaded.name, target_sparsity, target_speedup, epochs, prune_epochs, batch_size, lr, max_length,
-        seed, data={key: value for key, value in data.items() if value is not None},
+        seed, stride=stride, max_drop=max_drop,
+        data={key: value for key, value in data.items() if value is not None},
     )  # fmt: skip
     with Display(console) as display:
         result = run(recipe, loaded, out, resume=resume, listener=display)
@@ -199,6 +211,7 @@ def evaluate(
     evaluate_on: EvaluateOn = None,
     batch_size: BatchSize = 64,
     max_length: MaxLength = 128,
+    stride: Stride = None,
     max_eval_rows: MaxEvalRows = None,
     as_json: AsJson = False,
 ) -> None:
@@ -223,7 +236,7 @@ def evaluate(
             say("evaluate", "model", f"labels {got}", wanted, "evaluate on the task it was tuned for")
         )
     tokenizer = load_tokenizer(path, loaded)
-    rows = loaded.tokenize(tokenizer, max_length)["evaluation"]
+    rows = loaded.tokenize(tokenizer, max_length, stride)["evaluation"]
     scores = score(model, loaded, rows, loaded.collator(tokenizer), batch_size)
     if as_json:
         typer.echo(
@@ -234,6 +247,61 @@ def evaluate(
     console.print(f"{loaded.name}: {len(rows)} rows of {', '.join(loaded.evaluate_on)}")
     for name, value in scores.items():
         console.print(f"  {name} {value:.4f}" + ("  (main metric)" if name == loaded.metric else ""))
+
+
+@app.command()
+def sweep(
+    recipe: Annotated[
+        Path, typer.Argument(help="YAML: tasks, seeds, runs, settings, as in bench/tasks.yaml.")
+    ],
+    data_dir: DataDir = None,
+    model: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="In place of the recipe's."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Results, a JSON line a run.")] = Path("tasks.jsonl"),
+    work: Annotated[Path, typer.Option(help="Folder for dense models and trainings under way.")] = Path(
+        "sweep-work"
+    ),
+    workers: Annotated[int, typer.Option(min=1, help="Processes; cores and GPUs are shared.")] = 1,
+    left: Annotated[bool, typer.Option("--left", help="Print the runs that are left, and do none.")] = False,
+) -> None:
+    """Methods, sparsities and seeds on tasks. Called again, it goes on where it was cut off."""
+    from .tasks import sweep as sweeps
+
+    runs = sweeps.read_recipe(recipe, model)
+    if left:
+        for run in sweeps.left(runs, out):
+            typer.echo(json.dumps(sweeps.identity(run)))
+        return
+    if workers > 1:
+        again = [
+            "sweep",
+            recipe,
+            "--out",
+            out,
+            "--work",
+            work,
+            *(["--data-dir", data_dir] if data_dir else []),
+        ]
+        raise typer.Exit(sweeps.run_workers([str(part) for part in again], workers))
+    sweeps.sweep(runs, data_dir, out, work, tell=Console(highlight=False, soft_wrap=True).print)
+
+
+@app.command()
+def report(
+    lines: Annotated[Path, typer.Argument(help="What `fastgate sweep` wrote.")],
+    out: Annotated[Path, typer.Option(help="Folder for tables.md and the plots.")] = Path("report"),
+    data_dir: DataDir = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Time each choice of layers here first, by `fastgate bench`.")
+    ] = False,
+) -> None:
+    """Tables and plots of a sweep: scores, paired differences to dense, speed-ups, what survives."""
+    from .summary import write
+
+    write(lines, out, data_dir, measure, Console(stderr=True))
+    Console(highlight=False, soft_wrap=True).print((out / "tables.md").read_text(), markup=False)
 
 
 @app.command()

@@ -11,7 +11,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from .tasks.recipes import DENSE, Progress
+from .tasks.training import DENSE, Progress
 
 _TITLES = {DENSE: "dense fine-tune", "prune": "self-prune"}
 _PLAIN_LINES = 10  # a phase, without a terminal

@@ -1,4 +1,4 @@
-"""The hard-concrete distribution of the gates: drawing on the host, probabilities, their inverse.
+"""The distributions of the gates: drawing on the host, probabilities, their inverse.
 
 A gate is `z = clamp(s * (ZETA - GAMMA) + GAMMA, 0, 1)` with `s = sigmoid((logit(u) + log_alpha) / BETA)` and
 u uniform in (0, 1) (Louizos, Welling, Kingma, "Learning Sparse Neural Networks through L0 Regularization",
@@ -35,6 +35,27 @@ def draw(log_alpha: Tensor, generator: torch.Generator) -> Tensor:
     u = torch.rand(log_alpha.shape, generator=generator, dtype=torch.float64).clamp_(1e-12, 1 - 1e-12)
     s = torch.sigmoid((torch.logit(u).to(log_alpha.dtype) + log_alpha) / BETA)
     return (s * (ZETA - GAMMA) + GAMMA).clamp(0.0, 1.0)
+
+
+def draw_exact(log_alpha: Tensor, keep: int, generator: torch.Generator) -> Tensor:
+    """One draw with exactly `keep` gates at 1 and the others at 0; as `draw` otherwise.
+
+    The `keep` largest of log_alpha + Gumbel noise: without replacement, in proportion to exp(log_alpha)
+    (Kool, van Hoof, Welling, "Stochastic Beams and Where to Find Them", 2019). Straight-through (Bengio,
+    Leonard, Courville 2013): the gradient is that of sigmoid((log_alpha + noise - t) / BETA), with t half way
+    between the last kept and the first dropped.
+    """
+    if not 0 <= keep <= log_alpha.numel():
+        raise ArgumentError(
+            say("gates.draw_exact", "keep", keep, f"0 to {log_alpha.numel()}", "keep at most all of them")
+        )
+    u = torch.rand(log_alpha.shape, generator=generator, dtype=torch.float64).clamp_(1e-12, 1 - 1e-12)
+    scores = log_alpha - torch.log(-torch.log(u)).to(log_alpha.dtype)
+    if keep in (0, log_alpha.numel()):
+        return 0.0 * scores + float(keep > 0)
+    ordered = scores.sort(descending=True).values
+    soft = torch.sigmoid((scores - (ordered[keep - 1] + ordered[keep]) / 2) / BETA)
+    return (soft > 0.5).to(soft.dtype) + (soft - soft.detach())
 
 
 def p_open(log_alpha: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from transformers.utils import can_return_tuple
 from .errors import ArgumentError, say
 from .families import Family
 from .forward import checked_rows
-from .packing import on_device, on_host
+from .packing import on_host
 from .state import Runtime
 
 
@@ -60,12 +60,13 @@ def masked_lm(head: Any, family: Family, rows: Tensor | None, given: dict[str, A
     mask, tokens = given.get("attention_mask"), _tokens(given)
     labels, following = given.get("labels"), given.get("next_sentence_label")
     passed = {name: v for name, v in given.items() if name not in ("labels", "next_sentence_label")}
-    index = None
-    if tokens is not None and (mask is None or mask.shape == tokens.shape[:2]):
+    if tokens is not None and mask is not None and mask.shape != tokens.shape[:2]:
+        mask = tokens = None  # the encoder refuses it
+    if any(t is not None and t.device.type != "cpu" for t in (mask, rows)):
         # One wait for both, before the encoder, which then has none.
         mask, rows = on_host(None if mask is None else mask.bool(), rows)
-        passed["attention_mask"] = mask
-        index = _index(mask if rows is None else rows, tokens.device)
+        passed |= {} if mask is None else {"attention_mask": mask}
+    index = None if tokens is None else _index(mask if rows is None else rows, tokens.device)
     outputs = getattr(head, family.attribute)(**(passed | {"rows": rows, "return_dict": True}))
     hidden = outputs.last_hidden_state
     if outputs.hidden_states is not None or outputs.attentions is not None:
@@ -95,12 +96,12 @@ def masked_lm(head: Any, family: Family, rows: Tensor | None, given: dict[str, A
 def _index(rows: Tensor | None, device: torch.device) -> Tensor | None:
     """(n,) int64 on the device: row b * length + t of each row to run the head on; None: all of them.
 
-    rows: (batch, length) bool on the host; None: all.
+    rows: (batch, length), None: all. On the host it is counted without a wait.
     """
     if rows is None:
         return None
     index = rows.flatten().nonzero().squeeze(1)
-    return None if len(index) == rows.numel() else on_device([index], device)[0]
+    return None if len(index) == rows.numel() else index.to(device, non_blocking=True)
 
 
 def _spread(scores: Tensor, index: Tensor, rows: int) -> Tensor:

@@ -17,6 +17,8 @@ import pytest
 import safetensors.torch
 import torch
 
+from fastgate.tasks.sweep import read_recipe
+
 BENCH = Path(__file__).parent.parent / "bench"
 
 
@@ -237,8 +239,10 @@ def test_tasks_travel_and_run_where_no_hub_is(minilm_path, tmp_path):
         with gzip.open(data / f"{split}.jsonl.gz", "wt") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
     environment = os.environ | {"PYTHONPATH": children.PACKAGE_PARENT, "OMP_NUM_THREADS": "1"}
-    environment |= {"OUT": str(tmp_path), "PYTHON": sys.executable, "SPARSITIES": "0.67"}
-    environment |= {"OPTIONS": "--epochs 1 --prune-epochs 1 --batch-size 4"}
+    environment |= {"OUT": str(tmp_path), "PYTHON": sys.executable}
+    recipe = tmp_path / "recipe.yaml"
+    runs = "runs: [{method: learned, sparsity: 0.67}]"
+    recipe.write_text(f"{{tasks: [sst2], epochs: 1, dense_epochs: 1, batch_size: 4, {runs}}}")
 
     def run(*command):
         found = subprocess.run(
@@ -251,12 +255,19 @@ def test_tasks_travel_and_run_where_no_hub_is(minilm_path, tmp_path):
     assert json.loads(packed.splitlines()[-1])["rows"] == {"sst2": {"train": 12, "validation": 12}}
     weights = safetensors.torch.load_file(next((carried / "model").glob("*.safetensors")))
     assert {value.dtype for value in weights.values()} == {torch.bfloat16}
-    run("bash", BENCH / "gpu_tasks.sh", carried)
+    assert "## sst2, accuracy" in run("bash", BENCH / "gpu_tasks.sh", carried, recipe)
     (line,) = (tmp_path / "tasks.jsonl").read_text().splitlines()
     result = json.loads(line)
-    assert result["settings"]["task"] == "sst2" and result["pruned"]["layers"] == 6
-    assert str(tmp_path) not in line
-    assert "sst2 0.67: done before" in run("bash", BENCH / "gpu_tasks.sh", carried)
+    assert (result["task"], result["model"], result["layers"]) == ("sst2", "model", 6) and len(
+        result["kept"]
+    ) == 2
+    assert str(tmp_path) not in line and (tmp_path / "report" / "score.svg").is_file()
+    assert "sst2 seed 0" not in run("bash", BENCH / "gpu_tasks.sh", carried, recipe)
+
+
+def test_the_recipes_of_the_sweeps_are_read():
+    for name, count in (("tasks.yaml", 7 * 3 * 7), ("tasks_gpu.yaml", 7 * 3)):
+        assert len(read_recipe(BENCH / name)) == count
 
 
 def test_models_are_timed_and_traced(tmp_path):

@@ -244,7 +244,7 @@ def test_bench_gives_no_figure_for_outputs_that_differ(world, monkeypatch):
                 "--target-speedup",
                 "2",
             ],
-            "got both, wanted a sparsity or a speedup",
+            "got sparsity and speedup, wanted one of a sparsity, a speedup and a largest drop",
         ),
         (["finetune", "--task", "sst2", "--data-dir", "DATA", "--target-sparsity", "1.5"], "1.5"),
         (["finetune", "--task", "cola", "--data-dir", "DATA"], "without a folder cola"),

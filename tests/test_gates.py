@@ -104,3 +104,49 @@ def test_harden_is_exact_top_k_with_ties_to_the_lower_index():
 def test_draw_refuses_another_device():
     with pytest.raises(ArgumentError, match="both on the CPU"):
         gates.draw(torch.zeros(3, device="meta"), generator())
+
+
+def test_exact_draws_follow_the_scores():
+    """One of three: with the probabilities of a softmax (the Gumbel-max theorem)."""
+    log_alpha = torch.tensor([0.0, 1.0, -1.0])
+    generator = torch.Generator().manual_seed(0)
+    counts = sum(gates.draw_exact(log_alpha, 1, generator) for _ in range(4000)) / 4000
+    torch.testing.assert_close(counts, log_alpha.softmax(0), atol=0.03, rtol=0)
+
+
+@pytest.mark.parametrize("keep", range(5))
+def test_an_exact_draw_keeps_as_many_as_asked(keep):
+    log_alpha = torch.randn(4, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    z = gates.draw_exact(log_alpha, keep, torch.Generator().manual_seed(keep))
+    assert sorted(z.tolist()) == [0.0] * (4 - keep) + [1.0] * keep
+    (z * torch.arange(4)).sum().backward()
+    assert bool(log_alpha.grad.any()) == (0 < keep < 4)
+
+
+def test_the_gradient_of_an_exact_draw_is_the_sigmoids():
+    """By finite differences of the sigmoid, the noise held: of the scores around the threshold."""
+    log_alpha = torch.tensor([0.3, -0.2, 0.9, 0.1], dtype=torch.float64, requires_grad=True)
+
+    def noise():
+        u = torch.rand(4, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+        return -torch.log(-torch.log(u))
+
+    def soft(x):
+        scores = x + noise()
+        ordered = scores.sort(descending=True).values
+        return torch.sigmoid((scores - (ordered[1] + ordered[2]) / 2) / gates.BETA)
+
+    weights = torch.tensor([1.0, 2.0, -3.0, 0.5], dtype=torch.float64)
+    (gates.draw_exact(log_alpha, 2, torch.Generator().manual_seed(5)) * weights).sum().backward()
+    for i in range(4):
+        step = torch.zeros(4, dtype=torch.float64)
+        step[i] = 1e-6
+        x = log_alpha.detach()
+        slope = ((soft(x + step) - soft(x - step)) * weights).sum() / 2e-6
+        assert float(log_alpha.grad[i]) == pytest.approx(float(slope), abs=1e-6)
+
+
+@pytest.mark.parametrize("keep", [-1, 5])
+def test_an_exact_draw_of_more_than_there_are_is_refused(keep):
+    with pytest.raises(ArgumentError, match="keep: got"):
+        gates.draw_exact(torch.zeros(4), keep, torch.Generator())

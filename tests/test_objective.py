@@ -117,3 +117,26 @@ def test_no_gate_is_ever_certain():
         (9 * second - 9 * first + learner.term()).backward()
         learner.learn(1.0)
     assert float(learner.p_open[0]) < 0.985 and float(learner.p_open[1]) > 0.01
+
+
+def test_exact_gates_find_the_layers_that_count():
+    """The loss falls with the gates of layers 1 and 4, by little with 2, not with the others."""
+    objective = Objective(fastgate.Sparsity(0.67), 6)
+    learner = GateLearner(objective, 0.05, 0, exact=True)
+    for _ in range(300):
+        learner.draw(objective.goal, CPU)
+        z = [torch.as_tensor(gate) for gate in learner.drawn]
+        assert sum(float(gate.detach()) for gate in z) == 2.0
+        (-1.0 * z[1] - 1.0 * z[4] - 0.2 * z[2] + learner.term()).backward()
+        learner.learn(1.0)
+    assert objective.choose(learner.p_open, None) == [1, 4]
+    assert learner.multipliers.tolist() == [0.0, 0.0]
+
+
+def test_exact_gates_close_one_after_the_other():
+    learner = GateLearner(Objective(fastgate.Sparsity(0.67), 6), 0.05, 0, exact=True)
+    counts = []
+    for target in (0.0, 0.1, 0.2, 0.4, 0.67):
+        learner.draw(target, CPU)
+        counts.append(sum(float(gate) > 0 for gate in learner.drawn))
+    assert counts == [6, 5, 5, 4, 2]

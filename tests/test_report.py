@@ -17,7 +17,7 @@ from fastgate import timing
 from fastgate.display import Display
 from fastgate.floor import Floor
 from fastgate.report import Contender, gate_picture, markdown_table, standard_error, table, write_report
-from fastgate.tasks.recipes import Progress
+from fastgate.tasks.training import Progress
 from fastgate.timing import interleave
 
 CONTENDERS = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from transformers import EvalPrediction
 from fastgate.errors import ArgumentError, DataError
 from fastgate.tasks import dense_model, load_files, load_task, load_tokenizer, metrics
 from fastgate.tasks.catalog import CATALOG, hub_config
+from fastgate.tasks.score import score
 
 
 def text_rows(*labels):
@@ -252,6 +254,98 @@ def test_the_label_sits_on_the_first_sub_word_only(tmp_path, files):
     assert short["labels"] == [-100, n, -100, -100] and len(short["input_ids"]) == 4
     batch = task.collator(tokenizer)([found, short])
     assert batch["labels"][1].tolist() == [-100, n, -100] + [-100] * 5
+
+
+def rows_of(spec, count=12):
+    """Rows of the form that the task's files have."""
+    made = []
+    for i in range(count):
+        row = {column: f"good film {i} {column}" for column in spec.columns}
+        if spec.kind == "tokens":
+            words = ["she", "went", "to", "paris"][: 1 + i % 4]
+            tags = ["O", "O", "O", "B-LOC"] if spec.metric == "entity_f1" else ["PRP", "VBD", "TO", "NNP"]
+            row = {spec.columns[0]: words, spec.target: tags[: 1 + i % 4]}
+        elif spec.kind == "regression":
+            row[spec.target] = i / 2
+        else:
+            row[spec.target] = i % len(spec.labels)
+        made.append(row)
+    return made
+
+
+@pytest.mark.parametrize("name", CATALOG)
+def test_every_task_of_the_catalogue_is_read_from_files_of_its_form(name, tmp_path):
+    spec = CATALOG[name]
+    for split in ("train", *spec.evaluate_on):
+        tiny.write_rows(tmp_path / (spec.folder or name) / f"{split}.jsonl", rows_of(spec))
+    task = load_task(name, tmp_path)
+    assert (task.kind, task.metric, task.evaluate_on) == (spec.kind, spec.metric, spec.evaluate_on)
+    tokenizer = tiny.tokenizer(tmp_path / "words")
+    found = task.tokenize(tokenizer, 16)["evaluation"]
+    assert len(found) == 12 * len(spec.evaluate_on)
+    labels = np.array([label for row in found["labels"] for label in np.atleast_1d(row) if label != -100])
+    if spec.kind == "regression":
+        assert labels.max() == 5.5 and task.labels == ()
+    else:
+        assert set(labels) == set(range(len(task.labels)))
+    if spec.labels:
+        assert task.labels == spec.labels
+    batch = task.collator(tokenizer)([found[i] for i in range(4)])
+    assert batch["labels"].shape[0] == 4
+
+
+def test_data_that_only_its_owners_give_away_is_asked_for_in_a_folder():
+    with pytest.raises(DataError, match=r"data_dir: got none, wanted a folder with ptb/train\.jsonl\.gz"):
+        load_task("ptb")
+
+
+def test_long_texts_become_windows_that_are_scored_as_one(tmp_path, files):
+    """Every token of a text is in a window, neighbours share `stride` tokens, a score is of the mean."""
+    words = ["one", "two", "three", "paris", "london", "good", "bad", "film", "story", "plot"]
+    rows = [{"text": " ".join(words), "label": 1}, {"text": "good bad", "label": 0}]
+    task = load_files("text", *files(rows, rows))
+    tokenizer = tiny.tokenizer(tmp_path / "words")
+    found = task.tokenize(tokenizer, 6, stride=1)["evaluation"]
+    assert found["document"][:] == [2, 2, 2, 3] and found["labels"][:] == [1, 1, 1, 0]
+    parts = [tokenizer.convert_ids_to_tokens(ids)[1:-1] for ids in found["input_ids"][:]]
+    assert parts == [words[0:4], words[3:7], words[6:10], ["good", "bad"]]
+
+    class Model(torch.nn.Module):
+        """Logits of class 1: 7 with the word `film`, -2 without."""
+
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, input_ids, attention_mask, **rest):
+            film = tokenizer.convert_tokens_to_ids("film")
+            there = (input_ids == film).any(1) * 9.0 - 2.0
+            return SimpleNamespace(logits=torch.stack([torch.zeros_like(there), there], 1))
+
+    # The windows of the first text: -2, -2 and 7, in two batches; the mean is right, two of three are not.
+    assert score(Model(), task, found, task.collator(tokenizer), batch_size=2)["accuracy"] == 1.0
+    whole = task.tokenize(tokenizer, 64, stride=1)["evaluation"]
+    assert whole["document"][:] == [2, 3]
+
+
+@pytest.mark.parametrize("kind", ["pair", "tokens"])
+def test_windows_are_for_single_texts(kind, tmp_path, files):
+    row = (
+        {"tokens": ["she"], "tags": ["A"]}
+        if kind == "tokens"
+        else {"text": "a", "text_pair": "b", "label": 1}
+    )
+    rows = [row, {**row, "tags": ["B"]} if kind == "tokens" else {**row, "label": 0}]
+    task = load_files(kind, *files(rows, rows))
+    with pytest.raises(DataError, match=r"stride: got a .*, wanted a task of single texts"):
+        task.tokenize(tiny.tokenizer(tmp_path / "words"), 8, stride=2)
+
+
+@pytest.mark.parametrize("stride", [-1, 6])
+def test_a_stride_is_shorter_than_a_window(stride, tmp_path, files):
+    task = load_files("text", *files(text_rows("a", "b"), text_rows("a", "b")))
+    with pytest.raises(DataError, match=r"stride: got -?\d, wanted 0 to 5"):
+        task.tokenize(tiny.tokenizer(tmp_path / "words"), 8, stride=stride)
 
 
 def test_pairs_are_two_segments_and_cut_to_length(tmp_path, files):

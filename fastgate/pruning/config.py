@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from ..errors import ArgumentError, say
 from ..replacement import KINDS
 from .distill import Distill
-from .objective import Target
+from .objective import Speedup, Target
 from .schedule import make_schedule
+
+GATES = ("hard_concrete", "exact")
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,9 @@ class PruningConfig:
     distill: weights of the distillation terms; None for none.
     warm, ramp, harden: shares of all steps. Gates are open until `warm`, the target rises until `ramp`, gates
     are fixed at `harden`, and the rest recovers the score.
-    gate_lr: Adam's rate for the gates' log-alpha and the Lagrangian's multipliers. seed: of the draws.
+    gate_lr: Adam's rate for the gates' log-alpha and the Lagrangian's multipliers. gates: `hard_concrete`,
+    each drawn by itself and held to the target by a Lagrangian, or `exact`, as many at a time as the target
+    leaves (for Sparsity). seed: of the draws.
     """
 
     target: Target
@@ -30,6 +34,7 @@ class PruningConfig:
     ramp: float = 0.2
     harden: float = 0.3
     gate_lr: float = 0.05
+    gates: str = "hard_concrete"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -41,6 +46,10 @@ class PruningConfig:
             self._refuse("distill", "a Distill or None", "pass Distill(logits=1.0)")
         if not self.gate_lr > 0.0:
             self._refuse("gate_lr", "a number above 0", "0.05 suits some hundred steps of search")
+        if self.gates not in GATES:
+            self._refuse("gates", " | ".join(GATES), "pass one of these")
+        if self.gates == "exact" and isinstance(self.target, Speedup):
+            self._refuse("target", "a Sparsity with exact gates", "pass Sparsity, or gates='hard_concrete'")
         make_schedule(100, self.warm, self.ramp, self.harden)
 
     def _refuse(self, field_name: str, wanted: str, remedy: str) -> None:

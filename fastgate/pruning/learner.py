@@ -4,7 +4,7 @@ The device sees a draw as one 0-d leaf a gate, and the Lagrangian as one more le
 computed on the host. Their gradients come back in one small transfer an optimizer step; the chain rule is
 finished on the host:
 
-    d loss / d log_alpha = d loss / d z * dz / d log_alpha + d loss / d probe * d lagrangian / d log_alpha
+    d loss / d log_alpha = d loss / d z dz / d log_alpha + d loss / d probe * d lagrangian / d log_alpha
 
 The probe's gradient is the weight the Lagrangian had in what was differentiated, so accumulation and loss
 scaling act on it as on every other term.
@@ -31,36 +31,50 @@ LOG_ALPHA, LEAST = 2.5, -6.0
 
 
 class GateLearner:
-    """All of it is on the host but the leaves of the current draw. costs: set once measured (Speedup)."""
+    """All of it is on the host but the leaves of the current draw. costs: set once measured (Speedup).
 
-    def __init__(self, objective: Objective, lr: float, seed: int):
-        self.objective = objective
+    exact: as many gates as the target leaves at the moment are 1 in a draw, the others 0; there is nothing
+    for a Lagrangian to do.
+    """
+
+    def __init__(self, objective: Objective, lr: float, seed: int, exact: bool = False):
+        self.objective, self.exact = objective, exact
         layers = objective.layers
-        self.log_alpha = torch.full((layers,), LOG_ALPHA, requires_grad=True)
+        self.log_alpha = torch.full((layers,), 0.0 if exact else LOG_ALPHA, requires_grad=True)
         self.multipliers = torch.zeros(2, requires_grad=True)  # of the gap and of its square
         self.generator = torch.Generator().manual_seed(seed)
         self.costs: Costs | None = None
         self._optimizer = torch.optim.Adam([self.log_alpha], lr=lr)
         self._ascent = torch.optim.Adam([self.multipliers], lr=lr, maximize=True)
         self._target = 0.0
-        self._set(torch.ones(layers), torch.zeros(layers), 0.0, torch.device("cpu"))
+        self._set(torch.ones(layers), torch.zeros(layers, layers), 0.0, torch.device("cpu"))
 
     @property
     def p_open(self) -> Tensor:
-        """(layers,) P(open) of each gate."""
-        return gates.p_open(self.log_alpha.detach())
+        """(layers,) P(open) of each gate; with `exact` how far it is above those that the target closes."""
+        scores = self.log_alpha.detach()
+        if not self.exact:
+            return gates.p_open(scores)
+        keep = self._keep(self._target)
+        if keep in (0, scores.numel()):
+            return torch.full_like(scores, float(keep > 0))
+        ordered = scores.sort(descending=True).values
+        return torch.sigmoid(scores - (ordered[keep - 1] + ordered[keep]) / 2)
 
     @torch.enable_grad()
     def draw(self, target: float, device: torch.device) -> None:
         """Draw the next step's gates, for a model on `device` and a reduction asked for of `target`."""
-        z = gates.draw(self.log_alpha, self.generator)
-        (slope,) = torch.autograd.grad(z.sum(), self.log_alpha)
         self._target = target
-        self._set(z.detach(), slope, float(self._lagrangian().detach()), device)
+        if self.exact:
+            z = gates.draw_exact(self.log_alpha, self._keep(target), self.generator)
+        else:
+            z = gates.draw(self.log_alpha, self.generator)
+        rows = [torch.autograd.grad(one, self.log_alpha, retain_graph=True)[0] for one in z.unbind()]
+        self._set(z.detach(), torch.stack(rows), float(self._lagrangian().detach()), device)
 
     @property
     def drawn(self) -> list[float | Tensor]:
-        """The current draw as the encoder takes it: 0.0, 1.0, or a leaf between."""
+        """The current draw as the encoder takes it: 0.0, 1.0, or a leaf where there is something to learn."""
         return [
             float(z) if leaf is None else leaf for z, leaf in zip(self._z.tolist(), self._leaves, strict=True)
         ]
@@ -86,7 +100,7 @@ class GateLearner:
         found = [zero if leaf is None or leaf.grad is None else leaf.grad for leaf in self._leaves]
         grads = torch.stack([self._probe.grad, *found]).cpu()
         weight, *on_draw = (mean_over_ranks(grads) / grad_scale).unbind()
-        on_gates = torch.stack(on_draw) * self._slope
+        on_gates = self._jacobian.t() @ torch.stack(on_draw)
         if not bool(torch.isfinite(on_gates).all() & torch.isfinite(weight)):
             return  # a scaled loss overflowed: the optimizer of the weights skips this step too
         slopes = torch.autograd.grad(self._lagrangian(), (self.log_alpha, self.multipliers))
@@ -106,7 +120,7 @@ class GateLearner:
             "generator": self.generator.get_state(),
             "target": self._target,
             "z": self._z.clone(),
-            "slope": self._slope.clone(),
+            "jacobian": self._jacobian.clone(),
             "value": self._value,
         }
 
@@ -119,16 +133,27 @@ class GateLearner:
         self._ascent.load_state_dict(state["ascent"])
         self.generator.set_state(state["generator"])
         self._target = state["target"]
-        self._set(state["z"].clone(), state["slope"].clone(), state["value"], device)
+        self._set(state["z"].clone(), state["jacobian"].clone(), state["value"], device)
+
+    def _keep(self, target: float) -> int:
+        return round(self.objective.layers * (1.0 - target))
 
     def _lagrangian(self) -> Tensor:
+        if self.exact:
+            return 0.0 * (self.log_alpha.sum() + self.multipliers.sum())
         reduction = self.objective.reduction(gates.p_open(self.log_alpha), self.costs)
         return lagrangian(reduction, self._target, *self.multipliers.unbind())
 
-    def _set(self, z: Tensor, slope: Tensor, value: float, device: torch.device) -> None:
+    def _set(self, z: Tensor, jacobian: Tensor, value: float, device: torch.device) -> None:
+        """jacobian: (layers, layers), row i the gradient of z_i in log_alpha. A gate that was drawn 0 has no
+        leaf whatever its slope: its attention does not run."""
+
         def leaf(number: float) -> Tensor:
             return torch.tensor(number, dtype=torch.float32, device=device, requires_grad=True)
 
-        self._z, self._slope, self._value = z, slope, value
-        self._leaves = [leaf(v) if 0.0 < v < 1.0 else None for v in z.tolist()]
+        self._z, self._jacobian, self._value = z, jacobian, value
+        moves = jacobian.abs().sum(1).tolist()
+        self._leaves = [
+            leaf(v) if v > 0.0 and slope else None for v, slope in zip(z.tolist(), moves, strict=True)
+        ]
         self._probe = leaf(0.0)

@@ -95,7 +95,8 @@ class Pruner:
         self.objective = Objective(self.config.target, layers)
         self.state.add_replacements(self.config.replacement)
         self.state.set_gates([1.0] * layers)
-        self.learner = GateLearner(self.objective, self.config.gate_lr, self.config.seed)
+        exact = self.config.gates == "exact"
+        self.learner = GateLearner(self.objective, self.config.gate_lr, self.config.seed, exact)
         self._measured = Measured(layers, self.state.encoder.config)
         self._teacher: Teacher | SelfTeacher | None = None
         if self.config.distill is not None:
@@ -300,9 +301,8 @@ class Pruner:
         if self.steps % max(1, self.schedule.total // HISTORY) and self.steps not in marks:
             return
         open_now = self.open_probabilities
-        expected = (
-            open_now if self.kept is not None else gates.expected(self.learner.log_alpha.detach()).tolist()
-        )
+        decided = self.kept is not None or self.learner.exact
+        expected = open_now if decided else gates.expected(self.learner.log_alpha.detach()).tolist()
         self.history.append(
             {
                 "step": self.steps,

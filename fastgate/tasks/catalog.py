@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 KINDS = ("text", "pair", "regression", "tokens")
 
@@ -15,7 +15,8 @@ class Spec:
     number), `tokens` (a list of words, one tag each). columns: the input columns; target: the label column.
     evaluate_on: splits that are scored together, as far as they are there and carry labels. labels: class
     names in the order of the ids, where the data set fixes them. named: labels are matched by these names
-    alone, so no training rows are needed to know them.
+    alone, so no training rows are needed to know them. hub: None for data that only its owners may give away.
+    folder: where the files are, if not under the task's own name.
     """
 
     kind: str
@@ -24,16 +25,28 @@ class Spec:
     metric: str = "accuracy"
     labels: tuple[str, ...] = ()
     evaluate_on: tuple[str, ...] = ("validation",)
-    hub: str = "nyu-mll/glue"
+    hub: str | None = "nyu-mll/glue"
     hub_config: str | None = None
     hub_revision: str | None = None
     named: bool = False
+    folder: str | None = None
 
 
 _SENTENCES = ("sentence1", "sentence2")
 _ENTAILMENT = ("entailment", "not_entailment")
 # Converted copies: data sets that were published as scripts are read from the hub's own parquet branch.
 _PARQUET = "refs/convert/parquet"
+
+_UD_EWT = Spec(
+    "tokens",
+    ("tokens",),
+    target="upos",
+    metric="token_accuracy",
+    evaluate_on=("test",),
+    hub="universal-dependencies/universal_dependencies",
+    hub_config="en_ewt",
+    hub_revision=_PARQUET,
+)
 
 CATALOG: dict[str, Spec] = {
     "sst2": Spec("text", ("sentence",), labels=("negative", "positive"), evaluate_on=("validation", "test")),
@@ -51,6 +64,15 @@ CATALOG: dict[str, Spec] = {
     "rte": Spec("pair", _SENTENCES, labels=_ENTAILMENT),
     "wnli": Spec("pair", _SENTENCES, labels=("not_entailment", "entailment")),
     "imdb": Spec("text", ("text",), labels=("neg", "pos"), evaluate_on=("test",), hub="stanfordnlp/imdb"),
+    "conll2003": Spec(
+        "tokens",
+        ("tokens",),
+        target="ner_tags",
+        metric="entity_f1",
+        evaluate_on=("test",),
+        hub="eriktks/conll2003",
+        hub_revision=_PARQUET,
+    ),
     "wnut17": Spec(
         "tokens",
         ("tokens",),
@@ -60,16 +82,11 @@ CATALOG: dict[str, Spec] = {
         hub="leondz/wnut_17",
         hub_revision=_PARQUET,
     ),
-    "ud_ewt": Spec(
-        "tokens",
-        ("tokens",),
-        target="upos",
-        metric="token_accuracy",
-        evaluate_on=("test",),
-        hub="universal-dependencies/universal_dependencies",
-        hub_config="en_ewt",
-        hub_revision=_PARQUET,
+    "ptb": Spec(
+        "tokens", ("tokens",), target="tags", metric="token_accuracy", evaluate_on=("test",), hub=None
     ),
+    "ud_ewt": _UD_EWT,
+    "ud_ewt_xpos": replace(_UD_EWT, target="xpos", folder="ud_ewt"),
 }
 
 

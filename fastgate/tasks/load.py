@@ -55,7 +55,10 @@ def load_task(
         _fail("name", repr(name), "one of " + ", ".join(CATALOG), remedy)
     spec = CATALOG[name]
     if data_dir is not None:
-        raw = read_folder(data_dir, name, {"train", *(evaluate_on or spec.evaluate_on)})
+        raw = read_folder(data_dir, spec.folder or name, {"train", *(evaluate_on or spec.evaluate_on)})
+    elif spec.hub is None:
+        wanted = f"a folder with {name}/train.jsonl.gz and a split to score on: its owners give it away alone"
+        _fail("data_dir", "none", wanted, f"write rows of {spec.columns[0]} and {spec.target} there")
     else:
         raw = read_hub(spec.hub, hub_config(name, spec), spec.hub_revision)
     return _build(name, spec, raw, evaluate_on, max_train_rows, max_eval_rows, seed)

@@ -20,16 +20,21 @@ if TYPE_CHECKING:
 
 
 def score(model: Any, task: Task, rows: Dataset, collator: Any, batch_size: int = 64) -> dict[str, float]:
-    """All metrics of `task` for tokenised `rows` with `labels`; the model is left in eval mode."""
+    """All metrics of `task` for tokenised `rows` with `labels`; the model is left in eval mode.
+
+    Windows of one `document` (Task.tokenize) are one row to the metrics: the mean of their logits.
+    """
     from torch.utils.data import DataLoader
     from transformers import EvalPrediction
 
     model.eval()
     device = next(model.parameters()).device
     predicted, gold = [], []
+    documents: list[int] = []
     with torch.inference_mode():
         for batch in DataLoader(rows, batch_size=batch_size, collate_fn=collator):  # type: ignore[arg-type]
             labels = batch.pop("labels")
+            documents += batch.pop("document").tolist() if "document" in batch else []
             logits = model(**{key: value.to(device) for key, value in batch.items()}).logits
             predicted.append(logits.float().cpu().numpy())
             gold.append(labels.numpy())
@@ -37,7 +42,13 @@ def score(model: Any, task: Task, rows: Dataset, collator: Any, batch_size: int 
         longest = max(part.shape[1] for part in gold)
         predicted = [_widen(part, longest, 0.0) for part in predicted]
         gold = [_widen(part, longest, IGNORED) for part in gold]
-    return task.metrics(EvalPrediction(np.concatenate(predicted), np.concatenate(gold)))
+    logits, labels = np.concatenate(predicted), np.concatenate(gold)
+    if documents:
+        _, places, of = np.unique(np.asarray(documents), return_index=True, return_inverse=True)
+        sums = np.zeros((len(places), *logits.shape[1:]))
+        np.add.at(sums, of, logits)
+        logits, labels = sums / np.bincount(of)[:, None], labels[places]
+    return task.metrics(EvalPrediction(logits, labels))
 
 
 def _widen(part: np.ndarray, length: int, value: float) -> np.ndarray:

@@ -1,0 +1,276 @@
+"""Tables and plots of a sweep's lines: scores, paired differences to dense, speed, which layers survive."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from .errors import DataError, say
+from .tasks.sweep import read_lines
+
+Line = dict[str, Any]
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#444444")
+BATCH, BATCHES = 32, 4  # rows in a batch, and batches, that a speed-up is measured on
+
+
+@dataclass(frozen=True)
+class Row:
+    """Runs that differ in their seeds alone.
+
+    gap: mean of score - dense score of the same seed; interval: half the width of its 95% confidence interval
+    by Student's t, None for one seed. spread: standard deviation of the scores, None for one seed.
+    """
+
+    task: str
+    metric: str
+    method: str
+    replacement: str
+    removed: float
+    seeds: int
+    score: float
+    spread: float | None
+    dense: float
+    gap: float
+    interval: float | None
+    kept: tuple[tuple[int, ...], ...]
+    speedup: float | None
+
+    @property
+    def share(self) -> float:
+        """Of the dense score."""
+        return self.score / self.dense if self.dense else math.nan
+
+
+def speed_key(line: Line) -> str:
+    return json.dumps([line["model"], line["task"], sorted(line["kept"]), line["settings"]["max_length"]])
+
+
+def rows(lines: Sequence[Line], speeds: dict[str, float] | None = None) -> list[Row]:
+    """A row for each setting, by task, by share removed, by score."""
+    together: dict[str, list[Line]] = defaultdict(list)
+    for line in lines:
+        key = {name: value for name, value in line["settings"].items() if name != "seed"}
+        together[json.dumps(key, sort_keys=True)].append(line)
+    found = []
+    for group in together.values():
+        first = group[0]
+        scores, gaps = [r["score"] for r in group], [r["score"] - r["dense_score"] for r in group]
+        removed = statistics.mean(1 - len(r["kept"]) / r["layers"] for r in group)
+        timed = [(speeds or {}).get(speed_key(r)) for r in group]
+        found.append(
+            Row(
+                first["task"],
+                first["metric"],
+                first["method"],
+                first["replacement"],
+                removed,
+                len(group),
+                statistics.mean(scores),
+                statistics.stdev(scores) if len(group) > 1 else None,
+                statistics.mean(r["dense_score"] for r in group),
+                statistics.mean(gaps),
+                interval(gaps),
+                tuple(tuple(r["kept"]) for r in group),
+                None if None in timed else statistics.mean(timed),  # type: ignore[type-var]
+            )
+        )
+    return sorted(found, key=lambda r: (r.task, r.removed, -r.score))
+
+
+def interval(values: Sequence[float]) -> float | None:
+    """Half the width of the 95% confidence interval of the mean, by Student's t; None for one value."""
+    if len(values) < 2:
+        return None
+    from scipy.stats import t
+
+    return float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def learned_against(lines: Sequence[Line], rival: str) -> tuple[float, float | None, int]:
+    """(mean, half interval, pairs) of learned - rival over pairs of one task, seed and share removed; in
+    shares of the dense score, so that tasks of different metrics weigh alike."""
+    by_pair: dict[tuple, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for line in lines:
+        pair = (line["task"], line["seed"], len(line["kept"]))
+        by_pair[pair][line["method"]].append(line["score"] / line["dense_score"])
+    gaps = [
+        statistics.mean(m["learned"]) - statistics.mean(m[rival])
+        for m in by_pair.values()
+        if "learned" in m and rival in m
+    ]
+    return (statistics.mean(gaps) if gaps else math.nan), interval(gaps), len(gaps)
+
+
+def tables(lines: Sequence[Line], speeds: dict[str, float]) -> str:
+    """Markdown: a table a task, and learned gates against the controls."""
+    found = rows(lines, speeds)
+    parts = []
+    for task in dict.fromkeys(row.task for row in found):
+        mine = [row for row in found if row.task == task]
+        seeds = max(row.seeds for row in mine)
+        parts += [f"## {task}, {mine[0].metric}, up to {seeds} seeds", ""]
+        parts += ["| method | removed | kept | score | spread | of dense | gap to dense | speed-up |"]
+        parts += ["| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: |"]
+        for row in mine:
+            kept = "; ".join(" ".join(map(str, k)) for k in row.kept) if row.removed else "all"
+            gap = f"{row.gap:+.4f}" + ("" if row.interval is None else f" ± {row.interval:.4f}")
+            cells = [
+                f"{row.method}, {row.replacement}" if row.removed else row.method,
+                f"{row.removed:.0%}",
+                kept or "none",
+                f"{row.score:.4f}",
+                "" if row.spread is None else f"{row.spread:.4f}",
+                f"{row.share:.1%}",
+                gap,
+                "" if row.speedup is None else f"{row.speedup:.1f}x",
+            ]
+            parts.append(f"| {' | '.join(cells)} |")
+        parts.append("")
+    rivals = [m for m in dict.fromkeys(line["method"] for line in lines) if m not in ("learned", "dense")]
+    said = []
+    for rival in rivals:
+        mean, half, pairs = learned_against(lines, rival)
+        if pairs:
+            around = "" if half is None else f" ± {half:.1%}"
+            said.append(f"- learned - {rival}: {mean:+.1%}{around} of the dense score, {pairs} pairs")
+    if said:
+        parts += [
+            "## learned gates against the controls, same task, seed and number of layers",
+            "",
+            *said,
+            "",
+        ]
+    return "\n".join(parts)
+
+
+def plots(lines: Sequence[Line], speeds: dict[str, float], folder: Path) -> list[Path]:
+    """score.svg, speed.svg (where speeds are known), survivors.svg and gates.svg in `folder`."""
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    found, written = rows(lines, speeds), []
+    tasks = list(dict.fromkeys(row.task for row in found))
+    methods = list(dict.fromkeys(row.method for row in found if row.removed))
+
+    def figure(count: int) -> tuple[Any, Any]:
+        made = Figure(figsize=(2.6 * count, 2.8), layout="constrained")
+        FigureCanvasSVG(made)
+        return made, made.subplots(1, count, squeeze=False)[0]
+
+    def save(made: Any, name: str) -> None:
+        made.savefig(folder / f"{name}.svg", metadata={"Date": None})
+        written.append(folder / f"{name}.svg")
+
+    for name, across, label in (
+        ("score", lambda row: 100 * row.removed, "% of the attention removed"),
+        ("speed", lambda row: row.speedup, "times as fast as SDPA"),
+    ):
+        if name == "speed" and not any(row.speedup for row in found):
+            continue
+        made, axes = figure(len(tasks))
+        for axis, task in zip(axes, tasks, strict=True):
+            for method, colour in zip(methods, COLOURS * 3, strict=False):
+                points = [r for r in found if r.task == task and r.method == method and across(r) is not None]
+                points.sort(key=across)
+                if points:
+                    axis.errorbar(
+                        [across(r) for r in points], [r.score for r in points],
+                        [r.spread or 0.0 for r in points], fmt="o-", ms=3, lw=1, color=colour, label=method,
+                    )  # fmt: skip
+            dense = [r.dense for r in found if r.task == task]
+            axis.axhline(statistics.mean(dense), color="#999999", lw=0.8, ls=":")
+            axis.set_title(task, fontsize=8)
+            axis.set_xlabel(label, fontsize=7)
+            axis.tick_params(labelsize=7)
+        axes[0].set_ylabel("score (dotted: dense)", fontsize=7)
+        axes[-1].legend(fontsize=6)
+        save(made, name)
+    learned = [line for line in lines if line["method"] == "learned"]
+    if learned:
+        made, axes = figure(len(tasks))
+        for axis, task in zip(axes, tasks, strict=True):
+            mine = [line for line in learned if line["task"] == task]
+            counts = sorted({len(line["kept"]) for line in mine})
+            layers = mine[0]["layers"] if mine else 1
+            shares = [
+                [
+                    statistics.mean(layer in line["kept"] for line in mine if len(line["kept"]) == count)
+                    for layer in range(layers)
+                ]
+                for count in counts
+            ]
+            if shares:
+                axis.imshow(shares, vmin=0, vmax=1, cmap="Blues", aspect="auto")
+            axis.set_yticks(range(len(counts)), [f"{count} kept" for count in counts], fontsize=7)
+            axis.set_xticks(range(layers))
+            axis.tick_params(labelsize=7)
+            axis.set_title(task, fontsize=8)
+            axis.set_xlabel("layer", fontsize=7)
+        save(made, "survivors")
+        made, axes = figure(len(tasks))
+        for axis, task in zip(axes, tasks, strict=True):
+            mine = [line for line in learned if line["task"] == task and line["gates"]]
+            if mine:
+                run = max(mine, key=lambda line: line["layers"] - len(line["kept"]))
+                steps = [entry["step"] for entry in run["gates"]]
+                for layer in range(run["layers"]):
+                    style = "-" if layer in run["kept"] else "--"
+                    course = [entry["open"][layer] for entry in run["gates"]]
+                    axis.plot(steps, course, style, lw=1, label=str(layer))
+                axis.set_title(f"{task}, {len(run['kept'])} kept, seed {run['seed']}", fontsize=7)
+            axis.set_xlabel("optimizer step", fontsize=7)
+            axis.tick_params(labelsize=7)
+        axes[0].set_ylabel("P(gate open)", fontsize=7)
+        axes[-1].legend(fontsize=6, title="layer", title_fontsize=6)
+        save(made, "gates")
+    return written
+
+
+def measured(lines: Sequence[Line], path: Path, data_dir: Path | None, console: Console) -> dict[str, float]:
+    """Speed-ups over SDPA of each choice of layers, by `fastgate bench` on this machine, kept in `path`."""
+    from . import compare
+    from .tasks.load import load_task
+
+    known = read_speeds(path)
+    for line in lines:
+        key = speed_key(line)
+        if key in known or line["method"] == "dense":
+            continue
+        task = load_task(line["task"], data_dir, max_train_rows=1)
+        source = line["settings"]["model"]
+        ours, reference, tokenizer = compare.contenders(source, task, line["kept"])
+        batches = compare.real_batches(
+            task, tokenizer, max_length=line["settings"]["max_length"], batch_size=BATCH, count=BATCHES,
+            order="data",
+        )  # fmt: skip
+        known[key] = compare.compare(ours, reference, batches, against=["sdpa"]).ratio("sdpa")
+        console.print(f"{line['task']} kept {line['kept']}: {known[key]:.2f}x", highlight=False)
+        aside = path.with_name(f".{path.name}.writing")
+        aside.write_text(json.dumps(known, indent=1) + "\n")
+        aside.replace(path)
+    return known
+
+
+def read_speeds(path: Path) -> dict[str, float]:
+    return dict(json.loads(path.read_text())) if path.is_file() else {}
+
+
+def write(lines_path: Path, out: Path, data_dir: Path | None, measure: bool, console: Console) -> None:
+    """tables.md and the plots of a sweep's lines; with `measure`, speeds.json beside the lines first."""
+    lines = read_lines(lines_path)
+    if not lines:
+        got, remedy = f"{lines_path} without a line", "run `fastgate sweep` first, or mend the path"
+        raise DataError(say("report", "lines", got, "results of a sweep", remedy))
+    path = lines_path.with_name("speeds.json")
+    speeds = measured(lines, path, data_dir, console) if measure else read_speeds(path)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "tables.md").write_text(tables(lines, speeds))
+    plots(lines, speeds, out)

@@ -1,0 +1,105 @@
+"""The report of a sweep: means, spreads, paired intervals, speeds, what survives."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import tiny
+from scipy.stats import ttest_rel
+from test_cli import run
+
+from fastgate import summary
+from fastgate.errors import DataError
+
+
+def line(method="learned", seed=0, kept=(0,), score=0.8, dense=0.9, task="sst2", **more):
+    settings = {
+        "model": "minilm",
+        "task": task,
+        "seed": seed,
+        "method": method,
+        "max_length": 32,
+        "k": len(kept),
+    }
+    return {
+        "task": task, "model": "minilm", "method": method, "replacement": "mean", "target": 0.67,
+        "kept": list(kept), "layers": 3, "seed": seed, "metric": "accuracy", "score": score,
+        "dense_score": dense, "gates": [{"step": 0, "open": [1, 1, 1]}, {"step": 5, "open": [1, 0, 0]}],
+        "settings": settings | more,
+    }  # fmt: skip
+
+
+SCORES = {0: (0.80, 0.90), 1: (0.83, 0.89), 2: (0.84, 0.93)}
+LINES = [line(seed=s, kept=(s,), score=a, dense=b) for s, (a, b) in SCORES.items()]
+LINES += [line("random", s, (1,), a - 0.1 * s, b) for s, (a, b) in SCORES.items()]
+LINES += [line("dense", s, (0, 1, 2), b, b) for s, (_, b) in SCORES.items()]
+
+
+def test_means_spreads_and_paired_intervals():
+    dense, learned, random = summary.rows(LINES)
+    assert [r.method for r in (dense, learned, random)] == ["dense", "learned", "random"]
+    assert learned.score == pytest.approx(0.8233, abs=1e-4) and learned.spread == pytest.approx(
+        0.0208, abs=1e-4
+    )
+    test = ttest_rel(*zip(*SCORES.values(), strict=True)).confidence_interval(0.95)
+    assert learned.gap - learned.interval == pytest.approx(test.low)
+    assert learned.gap + learned.interval == pytest.approx(test.high)
+    assert learned.share == pytest.approx(0.8233 / 0.9067, abs=1e-3) and dense.gap == 0.0
+    assert learned.kept == ((0,), (1,), (2,)) and learned.removed == pytest.approx(2 / 3)
+
+
+def test_one_seed_has_no_interval():
+    (row,) = summary.rows(LINES[:1])
+    assert row.interval is row.spread is None and row.seeds == 1
+
+
+def test_learned_gates_against_a_control():
+    mean, half, pairs = summary.learned_against(LINES, "random")
+    gaps = [0.1 * s / b for s, (_, b) in SCORES.items()]
+    assert (
+        mean == pytest.approx(sum(gaps) / 3) and pairs == 3 and half == pytest.approx(summary.interval(gaps))
+    )
+    other = [line("random", 0, (0, 1))]  # another number of layers is no pair
+    assert summary.learned_against([*LINES[:3], *other], "random")[2] == 0
+
+
+def test_the_tables_and_plots(tmp_path):
+    path = tmp_path / "tasks.jsonl"
+    path.write_text("".join(json.dumps(one) + "\n" for one in LINES))
+    speeds = {summary.speed_key(one): 4.0 + one["seed"] for one in LINES if one["method"] == "learned"}
+    (tmp_path / "speeds.json").write_text(json.dumps(speeds))
+    shown = run("report", path, "--out", tmp_path / "report").output
+    assert "## sst2, accuracy, up to 3 seeds" in shown
+    assert (
+        "| learned, mean | 67% | 0; 1; 2 | 0.8233 | 0.0208 | 90.8% | -0.0833 ±" in shown
+        and "| 5.0x |" in shown
+    )
+    assert "| dense | 0% | all | 0.9067 |" in shown
+    assert "- learned - random: +1" in shown and "3 pairs" in shown
+    assert (tmp_path / "report" / "tables.md").read_text() in shown
+    for name in ("score", "speed", "survivors", "gates"):
+        assert "</svg>" in (tmp_path / "report" / f"{name}.svg").read_text()
+
+
+def test_speeds_are_measured_once(tmp_path, monkeypatch):
+    folder = tiny.model_folder(tmp_path / "model")
+    monkeypatch.setattr("fastgate.compare.SECONDS", 0.0)
+    monkeypatch.setattr("fastgate.compare.demo_model_path", lambda: folder)
+    monkeypatch.setitem(__import__("fastgate.compare").compare._SHAPES, "minilm", (32, 3, 4, 64))
+    for split in ("train", "validation", "test"):
+        tiny.write_rows(tmp_path / "data" / "sst2" / f"{split}.jsonl", tiny.sentiment(40))
+    path = tmp_path / "tasks.jsonl"
+    path.write_text("".join(json.dumps(one) + "\n" for one in LINES))
+    options = ["--data-dir", tmp_path / "data", "--measure", "--out", tmp_path / "report"]
+    run("report", path, *options)
+    speeds = json.loads((tmp_path / "speeds.json").read_text())
+    assert set(speeds) == {summary.speed_key(one) for one in LINES if one["method"] != "dense"}
+    assert all(value > 0 for value in speeds.values())
+    run("report", path, *options)
+    assert json.loads((tmp_path / "speeds.json").read_text()) == speeds
+
+
+def test_no_lines_no_report(tmp_path):
+    with pytest.raises(DataError, match="without a line"):
+        summary.write(tmp_path / "none.jsonl", tmp_path / "out", None, False, None)
