@@ -42,9 +42,8 @@ enum Wanted : int64_t {
 constexpr int kParameters = 8;
 constexpr int64_t parameter_bit(int place) { return int64_t{4} << place; }
 
-// Operands of the LayerNorm, or the two of them, that ends a half of an encoder layer.
-#define FASTGATE_NORM_OPERANDS                                                                              \
-  Tensor weight, Tensor norm_bias, double eps, OptionalTensor weight2, OptionalTensor norm_bias2, double eps2
+// Kinds of the halves of a layer that packed_layers runs.
+enum Half : int64_t { kAttention = 0, kAbsorbed = 1, kFeedForward = 2 };
 
 // Operands of attention, in the schema's order: rows packed sequence after sequence, which end at cu_q and cu_k.
 #define FASTGATE_ATTENTION_OPERANDS                                                                        \
@@ -73,16 +72,9 @@ Tensor attention(FASTGATE_ATTENTION_OPERANDS);
 std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor grad, FASTGATE_ATTENTION_OPERANDS);
 bool packs_bfloat16();
 Tensor packed_linear(Tensor x, Tensor panels, OptionalTensor bias, int64_t columns, bool gelu);
-Tensor packed_attention(
-    Tensor h, Tensor qkv, OptionalTensor q_bias, OptionalTensor k_bias, OptionalTensor v_bias, Tensor cu_seqlens,
-    int64_t heads, double scale, Tensor output, OptionalTensor output_bias, Tensor weight, Tensor norm_bias, double eps);
-Tensor packed_absorbed_attention(
-    Tensor h, Tensor wanted, Tensor query, OptionalTensor q_bias, Tensor key, Tensor value, OptionalTensor v_bias,
-    Tensor cu_seqlens, int64_t heads, double scale, Tensor output, OptionalTensor output_bias, Tensor weight,
-    Tensor norm_bias, double eps);
-Tensor packed_feed_forward(
-    Tensor h, Tensor up, OptionalTensor up_bias, int64_t inner, Tensor down, OptionalTensor down_bias,
-    FASTGATE_NORM_OPERANDS);
+Tensor packed_layers(
+    Tensor h, std::vector<OptionalTensor> operands, std::vector<int64_t> kinds, std::vector<double> numbers,
+    Tensor cu_seqlens, OptionalTensor wanted);
 Tensor gated_add_norm(Tensor x, Tensor residual, FASTGATE_GATED_ADD_NORM_OPERANDS);
 std::tuple<Tensor, Tensor, Tensor> gated_add_norm_backward(
     Tensor grad, Tensor x, Tensor residual, FASTGATE_GATED_ADD_NORM_OPERANDS, int64_t wanted);

@@ -19,7 +19,7 @@ from fastgate.errors import ArgumentError, say
 from fastgate.ops.embed_norm import naming_bad_ids
 from fastgate.ops.linear import PANELS, missing_for_onednn
 from fastgate.ops.linear_gelu import onednn
-from fastgate.ops.packed_layer import CALLS
+from fastgate.ops.packed_layers import CALL
 
 CPU_LIBRARY = Path(__file__).parent / "libfastgate_cpu.so"
 CUDA_LIBRARY = Path(__file__).parent / "libfastgate_cuda.so"
@@ -78,7 +78,7 @@ def _load(library: Path, reason: str, namespace: str, wanted: tuple[str, ...]) -
 @functools.cache
 def load_cpu_library() -> str:
     """Load the compiled CPU kernels; returns the reason they cannot run, empty if they can."""
-    return _load(CPU_LIBRARY, "reason", "fastgate_cpu", (*CPU_OPS, PANELS, *CALLS))
+    return _load(CPU_LIBRARY, "reason", "fastgate_cpu", (*CPU_OPS, PANELS, CALL))
 
 
 @functools.cache

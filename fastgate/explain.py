@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .encoder import is_linear_gelu, replacement_of, weight_of
 from .forward import demanded_rows, make_runtime_plan
 from .graphs import DEVICES
+from .layer import is_linear_gelu, replacement_of, weight_of
 from .packing import pack_rows
 from .plan import Sizes, flops
 from .state import EncoderState, encoder_state

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 
-from .encoder import Ids, Parts, Record, Run, check_hidden_selection, is_plain, is_skipped, plan_for, run_plan
+from .encoder import run_plan
 from .errors import ArgumentError, Unsupported, say
 from .families import LAYER_MODULES, is_untouched, reject_hooks
+from .layer import Parts, is_plain, is_skipped
 from .packing import HOST, Packing, on_host, pack_rows
 from .plan import Plan
+from .run import Ids, Record, Run, plan_for
 from .state import Runtime
 
 
@@ -51,7 +53,7 @@ def forward_encoder(
     runtime: Runtime = encoder.fastgate_runtime
     layers = encoder.encoder.layer
     selection = kwargs.get("output_hidden_states")
-    wanted_hidden = check_hidden_selection(
+    wanted_hidden = _hidden_selection(
         getattr(config, "output_hidden_states", None) if selection is None else selection, len(layers)
     )
     attentions = kwargs.get("output_attentions")
@@ -95,6 +97,26 @@ def forward_encoder(
     return_dict = kwargs.get("return_dict")
     return_dict = getattr(config, "return_dict", True) if return_dict is None else return_dict
     return output if return_dict else output.to_tuple()
+
+
+def _hidden_selection(selection: Any, layers: int) -> set[int] | None:
+    """The indices that `output_hidden_states` (True, an int or ints, negative from the end) asks for."""
+    if selection is None or selection is False:
+        return None
+    if selection is True:
+        return set(range(layers + 1))
+    wanted = [selection] if isinstance(selection, int) else list(selection)
+    if not all(isinstance(i, int) for i in wanted):
+        raise Unsupported(
+            say(
+                "forward",
+                "output_hidden_states",
+                selection,
+                "True, an int or a list of ints",
+                "pass one of these",
+            )
+        )
+    return {i % (layers + 1) for i in wanted if -(layers + 1) <= i <= layers}
 
 
 def make_runtime_plan(encoder: Any, packing: Packing, capture: bool) -> Plan:

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .encoder import is_plain, is_skipped
 from .errors import ArgumentError, NothingPatched, Unsupported, say
 from .families import find_encoders
+from .layer import is_plain, is_skipped
 from .ops.linear import ONEDNN_DTYPES, Packed, missing_for_onednn, pack_together
 from .packed import PackedLinear
 from .state import EncoderState

@@ -36,9 +36,10 @@ from typing import Any, NamedTuple, NoReturn, Protocol
 import torch
 from torch import Tensor
 
-from .encoder import Ids, Run, run_plan
+from .encoder import run_plan
 from .fingerprint import Fingerprint
 from .packing import Packing, Ragged, ends_of, place_bytes, static_packing
+from .run import Ids, Run
 
 MOST_GRAPHS = 64
 MOST_ROWS = 4096

@@ -9,11 +9,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .encoder import Gate, Record, is_skipped, replacement_of
 from .errors import ArgumentError, NothingPatched, say
 from .families import find_encoders
 from .graphs import Graphs
+from .layer import Gate, is_skipped, replacement_of
+from .program import Programs
 from .replacement import Replacement
+from .run import Record
 
 
 @dataclass
@@ -23,7 +25,7 @@ class Runtime:
     reads: the rows that what stands above it reads (families.DEMANDS), None if nothing known does. gates: one
     an encoder layer: 1.0 the attention runs, 0.0 it is skipped, a 0-d tensor it is gated. record: where to
     write what is computed, while recording. asked: the demand `patch` was called with, if any. graphs: those
-    captured for inference on a GPU; None: never.
+    captured for inference on a GPU; None: never. programs: what its layers run once they are frozen.
     """
 
     reads: str | None
@@ -31,6 +33,7 @@ class Runtime:
     record: Record | None = None
     asked: str | None = None
     graphs: Graphs | None = None
+    programs: Programs = field(default_factory=Programs)
 
     @property
     def demand(self) -> str:

@@ -13,8 +13,8 @@ from torch import nn
 
 import fastgate
 from fastgate import backends
-from fastgate.encoder import is_plain
-from fastgate.ops import packed_layer
+from fastgate.layer import is_plain
+from fastgate.ops import packed_layers
 from fastgate.ops.linear import Packed
 from fastgate.packed import PackedLinear
 from fastgate.state import encoder_state
@@ -202,7 +202,7 @@ def test_query_key_and_value_are_one_product():
     batch = encoders.batch(plain, "ForTokenClassification")
     shapes = []
     with (
-        mock.patch.object(packed_layer, "runs", return_value=False),
+        mock.patch.object(packed_layers, "runs", return_value=False),
         mock.patch.object(Packed, "product", autospec=True, side_effect=Packed.product) as products,
     ):
         outputs(ours, batch)

@@ -29,15 +29,8 @@ STABLE_TORCH_LIBRARY(fastgate_cpu, m) {
       "gated_add_norm_backward(Tensor grad, " FASTGATE_GATED_ADD_NORM_SCHEMA
       ", int wanted) -> (Tensor, Tensor, Tensor)");
   m.def(
-      "packed_attention(Tensor h, Tensor qkv, Tensor? q_bias, Tensor? k_bias, Tensor? v_bias, Tensor cu_seqlens, "
-      "int heads, float scale, Tensor output, Tensor? output_bias, Tensor weight, Tensor norm_bias, float eps) -> Tensor");
-  m.def(
-      "packed_absorbed_attention(Tensor h, Tensor wanted, Tensor query, Tensor? q_bias, Tensor key, Tensor value, "
-      "Tensor? v_bias, Tensor cu_seqlens, int heads, float scale, Tensor output, Tensor? output_bias, Tensor weight, "
-      "Tensor norm_bias, float eps) -> Tensor");
-  m.def(
-      "packed_feed_forward(Tensor h, Tensor up, Tensor? up_bias, int inner, Tensor down, Tensor? down_bias, "
-      "Tensor weight, Tensor norm_bias, float eps, Tensor? weight2, Tensor? norm_bias2, float eps2) -> Tensor");
+      "packed_layers(Tensor h, Tensor?[] operands, int[] kinds, float[] numbers, Tensor cu_seqlens, Tensor? wanted) "
+      "-> Tensor");
   m.def("packs_bfloat16() -> bool");
   m.def("packed_linear(Tensor x, Tensor panels, Tensor? bias, int columns, bool gelu) -> Tensor");
 }
@@ -51,9 +44,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastgate_cpu, CPU, m) {
   m.impl("embed_norm_backward", TORCH_BOX(&fastgate::cpu::embed_norm_backward));
   m.impl("gated_add_norm", TORCH_BOX(&fastgate::cpu::gated_add_norm));
   m.impl("gated_add_norm_backward", TORCH_BOX(&fastgate::cpu::gated_add_norm_backward));
-  m.impl("packed_attention", TORCH_BOX(&fastgate::cpu::packed_attention));
-  m.impl("packed_absorbed_attention", TORCH_BOX(&fastgate::cpu::packed_absorbed_attention));
-  m.impl("packed_feed_forward", TORCH_BOX(&fastgate::cpu::packed_feed_forward));
+  m.impl("packed_layers", TORCH_BOX(&fastgate::cpu::packed_layers));
   m.impl("packed_linear", TORCH_BOX(&fastgate::cpu::packed_linear));
 }
 

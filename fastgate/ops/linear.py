@@ -26,7 +26,7 @@ PANEL = 32  # rows of a weight that lie together, as csrc/cpu/linear.cpp has it
 ONEDNN_ROWS = 512  # rows of x that oneDNN chooses a layout for; it serves every other number
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Packed:
     """A weight (N, K) laid out for the CPU's products, for inference: `data` in panels, or in oneDNN's own
     layout. Panels of float32: (N / 32 rounded up, K, 32), element (p, k, c) that of row 32 p + c, or 0; of

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..encoder import Record
 from ..plan import Sizes
+from ..run import Record
 from .objective import Costs, costs_of
 
 

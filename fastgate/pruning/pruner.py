@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import gates
-from ..encoder import Record
 from ..errors import ArgumentError, CheckpointError, say
 from ..patch import patch
 from ..prune import prune
+from ..run import Record
 from ..state import encoder_state
 from .config import PruningConfig
 from .distill import SelfTeacher, Teacher, hidden_loss, logits_loss, logits_of, scored_rows

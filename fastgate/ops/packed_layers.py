@@ -1,0 +1,141 @@
+"""Halves of encoder layers from packed weights, for inference on the CPU: any number in one compiled call.
+
+What they compute is what their steps compute one by one. A small batch feels what the calls between cost, all
+the more as the weights that pass through the caches push out what the calls need.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastgate.ops import slots
+from fastgate.ops.linear import ONEDNN_DTYPES, Packed
+
+CALL = "packed_layers"  # the compiled op
+OPS = ("attention", "absorbed_attention", "gated_add_norm")  # what it calls, besides products
+ATTENTION, ABSORBED, FEED_FORWARD = range(3)  # kinds of halves, as csrc/ops.h has them
+NORM = 4  # place of the first LayerNorm's weight and bias in the operands of a feed-forward half
+
+
+class Norm(NamedTuple):
+    """A LayerNorm's operands, (H,) each, and those of a second one behind it, where there is one."""
+
+    weight: Tensor
+    bias: Tensor
+    eps: float
+    weight2: Tensor | None = None
+    norm_bias2: Tensor | None = None
+    eps2: float = 0.0
+
+
+class Product(NamedTuple):
+    """A Linear: its packed weight (N, K), its bias (N,) or None."""
+
+    weight: Packed
+    bias: Tensor | None
+
+
+class Half(NamedTuple):
+    """A half of a layer as the compiled op takes it. size: heads, or columns of the first product. numbers:
+    eps, and attention's scale or the second eps. norm: computes the weight and bias of the first LayerNorm,
+    which are the operands from NORM on, where they are no parameters."""
+
+    kind: int
+    size: int
+    numbers: tuple[float, float]
+    operands: tuple[Tensor | None, ...]
+    norm: Callable[[], tuple[Tensor, Tensor]] | None = None
+
+
+def runs(h: Tensor) -> bool:
+    """Whether halves may run on rows like these, (rows, H): the compiled kernels are what runs their steps,
+    and nothing traces, wants a gradient or casts."""
+    return (
+        h.dtype in ONEDNN_DTYPES
+        and h.device.type == "cpu"
+        and slots.is_direct(h)
+        and not slots.needs_gradient(h)
+        and not torch.is_autocast_enabled("cpu")
+        and all(slots.implementation(op, "cpu").backend == "cpp" for op in OPS)
+        and hasattr(torch.ops.fastgate_cpu, CALL)
+    )
+
+
+def attention_half(
+    qkv: Packed,
+    biases: tuple[Tensor | None, Tensor | None, Tensor | None],
+    heads: int,
+    scale: float,
+    output: Product,
+    norm: Norm,
+) -> Half:
+    """h -> LayerNorm(h + output(attention of h's rows in each sequence)).
+
+    qkv: (3 H, H), query, key and value below one another; biases: theirs.
+    """
+    operands = (qkv.data, *biases, output.weight.data, output.bias, norm.weight, norm.bias)
+    return Half(ATTENTION, heads, (norm.eps, scale), operands)
+
+
+def absorbed_half(
+    query: Product,
+    key: Tensor,
+    value: Tensor,
+    value_bias: Tensor | None,
+    heads: int,
+    scale: float,
+    output: Product,
+    norm: Norm,
+) -> Half | None:
+    """h -> LayerNorm(h[wanted] + output(absorbed attention of h[wanted] over h's rows in each sequence)).
+
+    key, value: (H, H). None but for an H that is a multiple of 16.
+    """
+    if key.shape[0] % 16:
+        return None
+    operands = (query.weight.data, query.bias, key, value, value_bias, output.weight.data, output.bias)
+    return Half(ABSORBED, heads, (norm.eps, scale), (*operands, norm.weight, norm.bias))
+
+
+def feed_forward_half(
+    up: Product, down: Product, norm: Norm, anew: Callable[[], tuple[Tensor, Tensor]] | None = None
+) -> Half:
+    """h -> LayerNorm(h + down(gelu(up(h)))), and a second LayerNorm where `norm` has one.
+
+    anew: computes the first one's weight and bias, where they are no parameters.
+    """
+    operands = (up.weight.data, up.bias, down.weight.data, down.bias, norm.weight, norm.bias)
+    second = (norm.weight2, norm.norm_bias2)
+    return Half(FEED_FORWARD, up.weight.shape[0], (norm.eps, norm.eps2), (*operands, *second), anew)
+
+
+class Stretch:
+    """Halves that follow one another, as one compiled call."""
+
+    def __init__(self, halves: Sequence[Half]):
+        self.operands = [t for half in halves for t in half.operands]
+        begins = itertools.accumulate((len(half.operands) for half in halves), initial=0)
+        places = zip(begins, halves, strict=False)
+        self.anew = [(at + NORM, half.norm) for at, half in places if half.norm is not None]
+        self.kinds = [number for half in halves for number in (half.kind, half.size)]
+        self.numbers = [number for half in halves for number in half.numbers]
+
+    def __call__(self, h: Tensor, cu_seqlens: Tensor, wanted: Tensor | None) -> Tensor:
+        """From rows (rows, H) to rows of that dtype and width.
+
+        cu_seqlens: (sequences + 1,) int32, their ends. wanted: (sequences,) int64, a row of each sequence,
+        for an absorbed half.
+        """
+        operands = self.operands
+        if self.anew:
+            operands = list(operands)
+            for at, norm in self.anew:
+                operands[at : at + 2] = norm()
+        call = torch.ops.fastgate_cpu.packed_layers.default
+        found: Tensor = call(h, operands, self.kinds, self.numbers, cu_seqlens, wanted)
+        return found

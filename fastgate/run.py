@@ -1,0 +1,56 @@
+"""What one forward of an encoder is given, and what it notes on its way."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from .layer import Gate, is_skipped
+from .packing import Packing
+from .plan import Plan, make_plan
+
+
+@dataclass
+class Record:
+    """What an encoder computed, while recording.
+
+    hidden: (index, rows) of the embeddings and of each layer in turn: rows (n, hidden), index (n,) int64 row
+    b * length + t of the padded batch. attention_output: (layer, rows), a kept attention's output before
+    dropout. steps: (op, layer, rows) of every step as it ran.
+    """
+
+    hidden: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    attention_output: list[tuple[int, Tensor]] = field(default_factory=list)
+    steps: list[tuple[str, int, int]] = field(default_factory=list)
+
+
+@dataclass
+class Run:
+    """One forward: what stays the same from step to step."""
+
+    encoder: Any
+    gates: list[Gate]
+    packing: Packing
+    plan: Plan
+    record: Record | None = None
+    probabilities: dict[int, Tensor] | None = None
+    layers: tuple[Any, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.layers = tuple(self.encoder.encoder.layer)
+
+
+class Ids(NamedTuple):
+    """Of packed rows, (rows,) each: what their embeddings are gathered by. types None: type 0 everywhere."""
+
+    words: Tensor
+    positions: Tensor
+    types: Tensor | None
+
+
+def plan_for(gates: list[Gate], absorbable: bool, packing: Packing, capture: bool) -> Plan:
+    """The plan for these gates; `absorbable`: the last attention's key and value weights can be read."""
+    attends = tuple(not is_skipped(g) for g in gates)
+    return make_plan(attends, packing.narrow, packing.single and absorbable, capture)
