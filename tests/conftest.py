@@ -43,3 +43,12 @@ def poisoned():
     """Fresh memory holds NaN or 3.4e38 while the test runs."""
     with poison.poisoned():
         yield
+
+
+@pytest.fixture
+def stand_in():
+    """The device on the CPU that graphs are captured on while the test runs."""
+    import tape
+
+    with tape.pretended() as found:
+        yield found
