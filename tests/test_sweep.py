@@ -197,6 +197,29 @@ def test_processes_side_by_side_double_nothing(world, tmp_path, monkeypatch):
     assert "--workers" not in call and int(env["OMP_NUM_THREADS"]) >= 1
 
 
+HOLD = """
+import signal, sys
+from filelock import FileLock
+with FileLock(sys.argv[1]):
+    print("held", flush=True)
+    signal.pause()
+"""
+
+
+def test_a_group_that_is_held_is_left_to_its_process_until_that_ends(tmp_path, monkeypatch):
+    runs = expand({"tasks": ["sst2"], "seeds": [0, 1], "runs": [{"method": "dense"}]})
+    done = []
+    monkeypatch.setattr(sweeps, "_run_group", lambda chosen, *rest: done.extend(chosen))
+    process = children.start(HOLD, tmp_path / f"{runs[0].dense}.lock")
+    assert process.stdout.readline() == "held\n"
+    sweeps.sweep(runs, None, tmp_path / "tasks.jsonl", tmp_path)
+    process.kill()
+    process.communicate()
+    assert done == runs[1:]
+    sweeps.sweep(runs, None, tmp_path / "tasks.jsonl", tmp_path)
+    assert sorted(done[1:], key=runs.index) == runs
+
+
 class Done:
     def wait(self):
         return 0

@@ -19,7 +19,6 @@ of processes may work on one sweep: each takes a dense model that no other holds
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import hashlib
 import itertools
@@ -29,13 +28,13 @@ import random
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from ..errors import ArgumentError, DataError, say
 from ..info import environment
@@ -263,22 +262,10 @@ def left(runs: list[Settings], out: Path) -> list[Settings]:
     return [run for run in runs if identity(run) not in there]
 
 
-@contextmanager
-def _held(path: Path, wait: bool) -> Iterator[bool]:
-    """Whether this process holds the lock of this file while open; a process that ends lets go."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-            return
-        yield True
-
-
 def _append(out: Path, line: Mapping[str, Any]) -> None:
     """One line, whole: after a line that a kill cut off it begins anew."""
-    with _held(out.with_name(f".{out.name}.lock"), wait=True):
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(out.with_name(f".{out.name}.lock")):
         cut = out.is_file() and not out.read_bytes().endswith(b"\n") and out.stat().st_size > 0
         with out.open("a") as file:
             file.write(("\n" if cut else "") + json.dumps(line) + "\n")
@@ -299,12 +286,15 @@ def sweep(
     work: folder for the dense models, which stay, and for trainings under way. Runs of a dense model that
     another process works on are left to it.
     """
+    work.mkdir(parents=True, exist_ok=True)
     for name, group in itertools.groupby(
         sorted(left(runs, out), key=lambda run: run.dense), lambda r: r.dense
     ):
-        with _held(work / f"{name}.lock", wait=False) as mine:
-            if not mine:
-                continue
+        try:
+            held = FileLock(work / f"{name}.lock").acquire(timeout=0)
+        except Timeout:
+            continue
+        with held:  # a process that is killed lets go too
             chosen = left(list(group), out)  # another process may have done some meanwhile
             if chosen:
                 _run_group(chosen, data_dir, out, work / name, tell)
