@@ -23,7 +23,7 @@ from .objective import Fixed, Objective
 from .schedule import RECOVER, SEARCH, WARM, Schedule, make_schedule
 
 HISTORY = 400  # entries a run, about
-STATE = ("steps", "total", "kept", "learner", "measured", "history")
+STATE = ("steps", "total", "kept", "learner", "measured", "history", "teacher_seconds")
 
 
 class Pruner:
@@ -42,7 +42,7 @@ class Pruner:
     activations see one draw. An attention whose gate was drawn 0 does not run and has no gradient in that
     step: None, so Adam leaves it alone, where zeros would move it by its momentum. `history`: what the gates
     did, a list of dicts. `kept`: the layers whose attention stays, None until hardened. `teacher_seconds`: of
-    the teacher's forwards so far, by the host's clock.
+    the teacher's forwards so far, by the host's clock, those before a resumption too.
 
     teacher: a dense model fine-tuned on the task; None: the model itself with every gate open, until
     hardening. total_steps: optimizer steps of the run; None if `plan_steps` will be called before the first.
@@ -214,6 +214,7 @@ class Pruner:
             "learner": self.learner.state_dict(),
             "measured": self._measured.state_dict(),
             "history": [dict(entry) for entry in self.history],
+            "teacher_seconds": self.teacher_seconds,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -233,6 +234,7 @@ class Pruner:
         self.plan_steps(state["total"])
         self.steps, self.kept = state["steps"], state["kept"]
         self.history = [dict(entry) for entry in state["history"]]
+        self.teacher_seconds = state["teacher_seconds"]
         self._measured.load_state_dict(state["measured"])
         self.learner.costs = self._measured.costs
         self.learner.load_state_dict(state["learner"], self._device)

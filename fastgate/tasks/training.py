@@ -71,7 +71,8 @@ class Training:
     """A dense model and what is pruned from it, in the folder `out`; what was done before is found again.
 
     rows: the task's, tokenised; with a split `held_out` models are scored on that as well. save_every: share
-    of a phase between two checkpoints, None for none.
+    of a phase between two checkpoints, None for none. The seconds in results are those of every sitting that
+    led to the model; steps that a kill lost are not among them.
     """
 
     task: Task
@@ -162,13 +163,14 @@ class Training:
         return trainer
 
     def _train(self, trainer: Any) -> float:
-        """Train to the end, from the last whole checkpoint if there is one; seconds of this sitting."""
+        """Train to the end, from the last whole checkpoint if there is one; seconds, up to that included."""
         folder = Path(trainer.args.output_dir)
         whole = any(is_complete(found) for found in checkpoints(folder))
-        start = time.perf_counter()
+        clock = _clock()()
+        trainer.add_callback(clock)
         with quiet_loading():
             trainer.train(resume_from_checkpoint=str(last_complete(folder)) if whole else None)
-        return time.perf_counter() - start
+        return float(clock.seconds)
 
     def _scored(self, model: Any, fit: Fit) -> dict[str, Any]:
         """All scores, the main one, and the main one on the rows held out, if there are any."""
@@ -207,3 +209,26 @@ def _listening() -> type:
                 seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
     return Listening
+
+
+def _clock() -> type:
+    """The Trainer callback that counts the seconds of a training and keeps them in its checkpoints."""
+    from transformers import TrainerCallback
+    from transformers.trainer_callback import ExportableState
+
+    class Clock(TrainerCallback, ExportableState):
+        def __init__(self) -> None:
+            self.before, self.start = 0.0, time.perf_counter()
+
+        @property
+        def seconds(self) -> float:
+            return self.before + time.perf_counter() - self.start
+
+        def state(self) -> dict[str, Any]:
+            return {"args": {}, "attributes": {"before": self.seconds}}
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step:
+                self.before = state.stateful_callbacks["Clock"]["attributes"]["before"]
+
+    return Clock

@@ -1,0 +1,82 @@
+"""Training on a task in several sittings: the seconds of all of them are in the results."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import tiny
+
+import fastgate
+from fastgate.patch import patch
+from fastgate.pruning import pruner
+from fastgate.tasks import dense_model, load_task, load_tokenizer, training
+
+STEPS = 12
+FIT = training.Fit(epochs=1, batch_size=4, lr=1e-3)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """(the folder of a model, its tokenizer, a task, the task's rows)."""
+    folder = tmp_path_factory.mktemp("training")
+    source = tiny.model_folder(folder / "model")
+    for split in ("train", "validation", "test"):
+        tiny.write_rows(folder / "data" / "sst2" / f"{split}.jsonl", tiny.sentiment(4 * STEPS))
+    task = load_task("sst2", folder / "data")
+    tokenizer = load_tokenizer(source, task)
+    return source, tokenizer, task, task.tokenize(tokenizer, 24)
+
+
+class Killed(Exception):
+    """Stands for the end of a process."""
+
+
+def train(world, out, monkeypatch, kills=()):
+    """Dense and pruned results by a clock that goes on by 10 s a step and 1 s whenever the Pruner reads it.
+
+    kills: {phase: step at whose end the sitting is cut off}. Checkpoints come every three steps.
+    """
+    source, tokenizer, task, rows = world
+    now = [1000.0]
+
+    def ticking(seconds):
+        now[0] += seconds
+        return now[0]
+
+    monkeypatch.setattr(training, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(pruner, "time", SimpleNamespace(perf_counter=lambda: ticking(1.0)))
+    left = dict(kills)
+
+    def listen(progress):
+        ticking(10.0)
+        if left.get(progress.phase) == progress.step:
+            del left[progress.phase]
+            raise Killed
+
+    def sitting(phase):
+        own = training.Training(task, out, tokenizer, rows, listen, save_every=0.25)
+        if phase == training.DENSE:
+            return own.dense(patch(dense_model(source, task)), FIT)
+        return own.prune(fastgate.PruningConfig(fastgate.Sparsity(0.67)), FIT)
+
+    found = {}
+    for phase in (training.DENSE, training.PRUNE):
+        if phase in left:
+            with pytest.raises(Killed):
+                sitting(phase)
+            now[0] += 5000.0  # nobody trains
+        found[phase] = sitting(phase)
+        assert sitting(phase) == found[phase]  # read again
+    return found
+
+
+def test_seconds_are_those_of_every_sitting(world, tmp_path, monkeypatch):
+    whole = train(world, tmp_path / "whole", monkeypatch)
+    cut = train(world, tmp_path / "cut", monkeypatch, {"dense": 8, "prune": 11})
+    for found in (whole, cut):
+        assert found["dense"]["seconds"] == 10.0 * STEPS
+        assert found["prune"]["teacher_seconds"] == 1.0 * STEPS
+        assert found["prune"]["seconds"] == 12.0 * STEPS
+    assert whole["prune"]["kept"] == cut["prune"]["kept"]
+    assert whole["dense"]["scores"] == cut["dense"]["scores"]
