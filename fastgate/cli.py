@@ -183,8 +183,9 @@ def finetune(
     }  # fmt: skip
     data = {key: str(value) if isinstance(value, Path) else value for key, value in data.items()}
     recipe = Recipe(
-        model, loaded.name, target_sparsity, target_speedup, epochs, prune_epochs, batch_size, lr, max_length,
-        seed, stride=stride, max_drop=max_drop,
+        model=model, task=loaded.name, sparsity=target_sparsity, speedup=target_speedup, max_drop=max_drop,
+        epochs=epochs, prune_epochs=prune_epochs, batch_size=batch_size, lr=lr, max_length=max_length,
+        stride=stride, seed=seed,
         data={key: value for key, value in data.items() if value is not None},
     )  # fmt: skip
     with Display(console) as display:
@@ -268,11 +269,12 @@ def sweep(
 ) -> None:
     """Methods, sparsities and seeds on tasks. Called again, it goes on where it was cut off."""
     from .tasks import sweep as sweeps
+    from .tasks.settings import read_recipe
 
-    runs = sweeps.read_recipe(recipe, model)
+    runs = read_recipe(recipe, model)
     if left:
         for run in sweeps.left(runs, out):
-            typer.echo(json.dumps(sweeps.identity(run)))
+            typer.echo(json.dumps(run.identity))
         return
     if workers > 1:
         again = [

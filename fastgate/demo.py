@@ -32,8 +32,8 @@ TRAIN_ROWS = 6000  # of a task of the catalogue
 def recipe(task: str, model: str, seed: int) -> Recipe:
     """The demo's settings: what a small model reaches in minutes on two CPU cores."""
     return Recipe(
-        model,
-        task,
+        model=model,
+        task=task,
         sparsity=SPARSITY,
         epochs=1,
         prune_epochs=2,

@@ -17,7 +17,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from fastgate.tasks.sweep import read_recipe
+from fastgate.tasks.settings import read_recipe
 
 BENCH = Path(__file__).parent.parent / "bench"
 

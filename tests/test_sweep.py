@@ -15,7 +15,9 @@ from test_cli import run
 from fastgate.errors import ArgumentError, DataError
 from fastgate.pruning import Distill, Sparsity
 from fastgate.tasks import sweep as sweeps
-from fastgate.tasks.sweep import Settings, config_of, expand, identity, left, read_lines, read_recipe
+from fastgate.tasks.methods import config_of
+from fastgate.tasks.settings import Settings, expand, read_recipe
+from fastgate.tasks.sweep import left, read_lines
 
 QUICK = {
     "dense_epochs": 1, "dense_lr": 1e-3, "epochs": 1, "lr": 1e-3, "max_length": 24, "batch_size": 16,
@@ -161,7 +163,7 @@ def test_a_killed_sweep_goes_on_without_a_lost_or_doubled_run(world, tmp_path):
     )
     out = tmp_path / "tasks.jsonl"
     command = ["sweep", recipe, "--data-dir", world / "data", "--out", out, "--work", tmp_path / "work"]
-    wanted = [json.dumps(identity(one), sort_keys=True) for one in read_recipe(recipe)]
+    wanted = [json.dumps(one.identity, sort_keys=True) for one in read_recipe(recipe)]
     assert len(wanted) == 12
     kills = 0
     for moment in (0, 1, 4, 8):
@@ -228,7 +230,7 @@ class Done:
 def test_another_model_or_setting_is_another_run(tmp_path):
     one = Settings(task="sst2", model=str(tmp_path / "a" / "model"))
     out = tmp_path / "tasks.jsonl"
-    out.write_text(json.dumps({"settings": identity(one)}) + "\n")
+    out.write_text(json.dumps({"settings": one.identity}) + "\n")
     assert left([one], out) == []
     other = Settings(task="sst2", model="bert-base-uncased")
     assert left([one, other, Settings(task="sst2", lr=1e-3)], out) == [other, Settings(task="sst2", lr=1e-3)]

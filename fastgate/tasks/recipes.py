@@ -13,9 +13,10 @@ from typing import Any
 from ..errors import ArgumentError, say
 from ..info import environment
 from ..patch import patch
-from ..pruning import PruningConfig, Sparsity, Speedup
+from ..pruning import PruningConfig
 from ..pruning.objective import Target
 from .budget import MaxDrop, clear_attempts, hold_out, prune_within
+from .job import Job
 from .model import dense_model, load_tokenizer
 from .task import Task
 from .training import RESULT, Fit, Listener, Training, read_json, write_json
@@ -25,49 +26,32 @@ _RUN, _HISTORY = "run.json", "history.json"
 _OWN = ("dense", "pruned", "work", _RUN, RESULT, _HISTORY, "report.md", "gates.png")
 
 
-@dataclass(frozen=True)
-class Recipe:
+@dataclass(frozen=True, kw_only=True)
+class Recipe(Job):
     """What decides the outcome of a run; a resumed run has to have the same.
 
-    target, one of three: share of the attention sublayers to remove (`sparsity`), how many times cheaper the
-    encoder shall be (`speedup`), share of the dense score that the cut may cost (`max_drop`, budget.py).
-    epochs, prune_epochs: passes over the training rows, dense and
-    pruning. batch_size: rows an optimizer step. max_length: tokens a row is cut at, or with `stride` its
-    windows' length (Task.tokenize). warmup: share of the steps of each phase.
+    epochs, prune_epochs: passes over the training rows, dense and pruning. lr: of both phases. warmup: share
+    of the steps of each phase. data: where the rows came from. Raises ArgumentError unless there is one
+    target.
     """
 
-    model: str
-    task: str
     sparsity: float | None = 0.8
-    speedup: float | None = None
     epochs: float = 3.0
     prune_epochs: float = 3.0
-    batch_size: int = 32
-    lr: float = 5e-5
-    max_length: int = 128
-    seed: int = 0
     warmup: float = 0.06
-    stride: int | None = None
-    max_drop: float | None = None
     data: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if len(self.given) != 1:
+            wanted = "one of a sparsity, a speedup and a largest drop"
+            remedy = "pass one of --target-sparsity, --target-speedup and --max-drop"
+            got = " and ".join(self.given) or "none"
+            raise ArgumentError(say("finetune", "target", got, wanted, remedy))
+        self.target  # noqa: B018 - it checks the number
 
     def fit(self, epochs: float) -> Fit:
         """How a phase of that many epochs trains."""
         return Fit(epochs, self.batch_size, self.lr, self.warmup, self.seed)
-
-    def __post_init__(self) -> None:
-        given = [n for n in ("sparsity", "speedup", "max_drop") if getattr(self, n) is not None]
-        if len(given) != 1:
-            wanted = "one of a sparsity, a speedup and a largest drop"
-            remedy = "pass one of --target-sparsity, --target-speedup and --max-drop"
-            raise ArgumentError(say("finetune", "target", " and ".join(given) or "none", wanted, remedy))
-        self.target  # noqa: B018 - it checks the number
-
-    @property
-    def target(self) -> Target | MaxDrop:
-        if self.max_drop is not None:
-            return MaxDrop(self.max_drop)
-        return Speedup(self.speedup) if self.speedup is not None else Sparsity(self.sparsity or 0.0)
 
     def pruning(self, steps: int, target: Target) -> PruningConfig:
         """How to prune in that many optimizer steps. A short search moves its gates faster."""

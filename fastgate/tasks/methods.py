@@ -1,0 +1,55 @@
+"""How a run of a sweep prunes: the target its method makes, and the PruningConfig of its settings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from ..patch import patch
+from ..pruning import Distill, Fixed, PruningConfig, criteria
+from ..pruning.objective import Target
+from .budget import MaxDrop
+from .settings import Settings
+
+
+def target_of(
+    settings: Settings, layers: int, model: nn.Module, batches: Callable[[], list[Any]]
+) -> Target | MaxDrop:
+    """What a run removes, for every method but `dense`.
+
+    layers: of `model`, the dense one, which the choice by loss patches. batches: makes labelled ones for it.
+    """
+    kept = layers - int((settings.sparsity or 0.0) * layers + 0.5)
+    match settings.method:
+        case "learned":
+            return settings.target
+        case "random":
+            return Fixed(tuple(criteria.random_choice(layers, kept, settings.seed)))
+        case "top_drop":
+            return Fixed(tuple(criteria.top_drop(layers, kept)))
+        case "every_other":
+            return Fixed(tuple(criteria.every_other(layers, kept)))
+        case "greedy":
+            return Fixed(tuple(criteria.greedy_by_loss(patch(model).eval(), batches(), kept)))
+        case "fixed":
+            return Fixed(tuple(settings.keep or ()))
+    return Fixed(tuple(range(layers)))  # dense_longer
+
+
+def config_of(settings: Settings, target: Target) -> PruningConfig:
+    """How a run prunes."""
+    names = ("replacement", "warm", "ramp", "harden", "gate_lr", "gates")
+    given = {name: getattr(settings, name) for name in names if getattr(settings, name) is not None}
+    terms = {
+        n: getattr(settings, n)
+        for n in ("logits", "hidden", "temperature")
+        if getattr(settings, n) is not None
+    }
+    distill = Distill(**terms)
+    if not (distill.logits or distill.hidden):
+        given["distill"] = None
+    elif terms:
+        given["distill"] = distill
+    return PruningConfig(target=target, seed=settings.seed, **given)

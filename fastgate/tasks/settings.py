@@ -1,0 +1,173 @@
+"""A sweep's recipe, and the settings of each run that it stands for.
+
+A recipe is YAML. Top-level keys are the fields of Settings, for every run; `tasks`, `seeds` and `runs` say
+which runs there are (a list inside a run stands for each of its values); `per_task` overrides fields by task:
+
+    model: minilm
+    tasks: [sst2, wnut17]
+    seeds: [0, 1, 2]
+    epochs: 2
+    runs:
+      - {method: learned, sparsity: [0.5, 0.67, 0.83]}
+      - {method: [random, top_drop], sparsity: 0.67}
+    per_task:
+      imdb: {max_length: 256, train_rows: 5000}
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from ..errors import ArgumentError, DataError, say
+from .catalog import CATALOG
+from .job import TARGETS, Job
+
+# Method -> what of its settings may say how much to remove: one of these, and no other.
+METHODS: dict[str, tuple[str, ...]] = {
+    "dense": (),  # the dense model as it is
+    "dense_longer": (),  # the same steps and distillation more
+    "learned": TARGETS,
+    "random": ("sparsity",),
+    "top_drop": ("sparsity",),
+    "every_other": ("sparsity",),
+    "greedy": ("sparsity",),  # by the loss on training rows
+    "fixed": (),  # `keep` says it
+}
+_LISTS = ("tasks", "seeds", "runs", "per_task")
+_DENSE = (
+    "task", "seed", "train_rows", "eval_rows", "max_length", "stride", "model", "batch_size", "dense_epochs",
+    "dense_lr",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(Job):
+    """All that decides one run's outcome.
+
+    model: `minilm` (the demo extra's) besides. method: one of METHODS. keep: the layers of `fixed`.
+    train_rows, eval_rows: at most so many, None for all. dense_epochs, dense_lr: of the dense fine-tune;
+    epochs, lr: of the pruning run. logits, hidden: weights of the distillation, both 0 for none. The rest: as
+    PruningConfig has them, None for its own.
+    """
+
+    model: str = "minilm"
+    method: str = "learned"
+    keep: tuple[int, ...] | None = None
+    train_rows: int | None = None
+    eval_rows: int | None = None
+    dense_epochs: float = 3.0
+    dense_lr: float = 5e-5
+    epochs: float = 3.0
+    replacement: str | None = None
+    logits: float | None = None
+    hidden: float | None = None
+    temperature: float | None = None
+    warm: float | None = None
+    ramp: float | None = None
+    harden: float | None = None
+    gate_lr: float | None = None
+    gates: str | None = None
+
+    @property
+    def dense(self) -> str:
+        """Name of the dense model that the run starts from: runs of one name share it."""
+        decisive = {**{name: getattr(self, name) for name in _DENSE}, "apart": self.max_drop is not None}
+        return f"{self.task}-{self.seed}-{_digest(decisive)[:8]}"
+
+    @property
+    def name(self) -> str:
+        """Of the run: the same settings, the same name."""
+        return f"{self.method}-{_digest(asdict(self))[:12]}"
+
+    @property
+    def model_name(self) -> str:
+        """Of a model in a folder the folder's."""
+        path = Path(self.model)
+        return path.name if path.is_dir() else self.model
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a line of results says of the settings: as JSON has them, the model by its name."""
+        return dict(json.loads(json.dumps({**asdict(self), "model": self.model_name})))
+
+
+def read_recipe(path: str | Path, model: str | None = None) -> list[Settings]:
+    """The runs of a recipe, in its order: by task and seed, so that runs of one dense model come together.
+
+    model: in place of the recipe's, None for that. Raises DataError for a file that is not a recipe,
+    ArgumentError for values that no run can have.
+    """
+    import yaml
+
+    path = Path(path)
+    try:
+        found = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        got = f"{path}: {' '.join(str(error).split())[:160]}"
+        raise DataError(
+            say("sweep", "recipe", got, "a YAML file", "check the path, mend the file")
+        ) from error
+    if not isinstance(found, dict):
+        raise DataError(
+            say("sweep", "recipe", f"{path}: a {type(found).__name__}", "keys and values", "see --help")
+        )
+    return expand(found if model is None else {**found, "model": model})
+
+
+def expand(recipe: Mapping[str, Any]) -> list[Settings]:
+    """The runs of a recipe that was read."""
+    known = {field.name for field in fields(Settings)}
+    base = {key: value for key, value in recipe.items() if key not in _LISTS}
+    tasks, seeds = _listed(recipe.get("tasks", [])), _listed(recipe.get("seeds", [0]))
+    runs, per_task = recipe.get("runs") or [{}], recipe.get("per_task") or {}
+    if not tasks:
+        _refuse("tasks", "none", "one or more of " + ", ".join(CATALOG), "name the tasks")
+    made: list[Settings] = []
+    for task, seed, run in itertools.product(tasks, seeds, runs):
+        given = {**base, **(per_task.get(task) or {}), **run, "task": task, "seed": seed}
+        unknown = sorted(set(given) - known)
+        if unknown:
+            _refuse("recipe", ", ".join(unknown), ", ".join(sorted(known | set(_LISTS))), "mend the key")
+        several = {key: value for key, value in given.items() if isinstance(value, list) and key != "keep"}
+        for values in itertools.product(*several.values()):
+            one = {**given, **dict(zip(several, values, strict=True))}
+            one["keep"] = None if one.get("keep") is None else tuple(one["keep"])
+            made.append(_checked(Settings(**one)))
+    return list(dict.fromkeys(made))
+
+
+def _checked(settings: Settings) -> Settings:
+    if settings.task not in CATALOG:
+        _refuse("tasks", repr(settings.task), "one of " + ", ".join(CATALOG), "mend the name")
+    if settings.method not in METHODS:
+        _refuse("method", repr(settings.method), "one of " + ", ".join(METHODS), "mend the name")
+    if settings.method == "fixed" and settings.keep is None:
+        _refuse("keep", "none", "the layers to keep", "give e.g. keep: [1, 4]")
+    if settings.method == "dense":  # nothing of a pruning decides its outcome
+        plain = {f.name: f.default for f in fields(Settings) if f.name not in (*_DENSE, "method")}
+        return replace(settings, **plain)  # type: ignore[arg-type]
+    targets, given = METHODS[settings.method], settings.given
+    share = settings.sparsity is None or 0.0 < settings.sparsity < 1.0
+    if targets and (len(given) != 1 or given[0] not in targets or not share):
+        got = ", ".join(f"{name} {getattr(settings, name)}" for name in given) or "none"
+        wanted = "one of " + ", ".join(targets) + ", a sparsity in (0, 1)"
+        _refuse("target", got, wanted, f"give it for {settings.method}")
+    return settings
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _digest(data: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+
+def _refuse(argument: str, got: object, wanted: str, remedy: str) -> None:
+    raise ArgumentError(say("sweep", argument, got, wanted, remedy))
