@@ -4,7 +4,7 @@ The device sees a draw as one 0-d leaf a gate, and the Lagrangian as one more le
 computed on the host. Their gradients come back in one small transfer an optimizer step; the chain rule is
 finished on the host:
 
-    d loss / d log_alpha = d loss / d z dz / d log_alpha + d loss / d probe * d lagrangian / d log_alpha
+    d loss / d log_alpha = d loss / d z * d z / d log_alpha + d loss / d probe * d lagrangian / d log_alpha
 
 The probe's gradient is the weight the Lagrangian had in what was differentiated, so accumulation and loss
 scaling act on it as on every other term.

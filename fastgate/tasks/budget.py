@@ -14,10 +14,8 @@ from ..pruning import Fixed, PruningConfig, Sparsity
 from ..pruning.objective import Target
 from .training import Fit, Training
 
-HELD_OUT = (
-    0.1  # of the training rows, at most MOST of them: cuts are judged on rows that no model is tuned on
-)
-MOST = 2000
+HELD_OUT = 0.1  # of the training rows: cuts are judged on rows that no model is tuned on
+MOST = 2000  # rows held out, no more
 
 
 @dataclass(frozen=True)
