@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .families import LAYER_MODULES, is_untouched, reject_hooks
 from .layer import (
     Parts,
     adds,
@@ -39,6 +40,8 @@ def run_plan(run: Run, embedded: Callable[[bool], Ids | Tensor]) -> Tensor:
     """
     h = _embed(run, run.plan.of_layer(-1)[0], embedded)
     program = run.encoder.fastgate_runtime.programs.find(run, h)
+    if program is None or not program.kept:
+        _reject_hooks(run)
     if program is not None:
         return program(run, h, _run_steps)
     for i, layer in enumerate(run.layers):
@@ -84,6 +87,13 @@ def _embed_ids(run: Run, ids: Ids, chains: bool) -> Tensor:
         position_padding_idx=positions.padding_idx,
         **second,
     )
+
+
+def _reject_hooks(run: Run) -> None:
+    for i, layer in enumerate(run.layers):
+        for path, module in zip(LAYER_MODULES, Parts.of(layer), strict=True):
+            if not is_untouched(module):
+                reject_hooks(f"layer {i} {path}", module)
 
 
 def _run_layer(run: Run, i: int, h: Tensor) -> Tensor:

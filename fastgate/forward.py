@@ -11,9 +11,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAtte
 
 from .encoder import run_plan
 from .errors import ArgumentError, Unsupported, say
-from .families import LAYER_MODULES, is_untouched, reject_hooks
 from .layer import Parts, is_plain, is_skipped
-from .packing import HOST, Packing, on_host, pack_rows
+from .ops.slots import is_direct
+from .packing import HOST, Packing, on_host, pack_rows, unpadded
 from .plan import Plan
 from .run import Ids, Record, Run, plan_for
 from .state import Runtime
@@ -61,8 +61,15 @@ def forward_encoder(
     whole = wanted_hidden is not None or bool(attentions)
     rows = None if rows is None else checked_rows(rows, (batch, length), runtime.reads)
     attended, rows = on_host(_attended(attention_mask, batch, length), rows)
-    demanded = demanded_rows(encoder, attended, rows, whole, (batch, length), HOST)
-    packing = pack_rows(batch, length, attended, demanded, device)
+    if attended is not None and bool(attended.all()):
+        attended = None
+    usual = input_ids is not None and is_direct(input_ids) and device.type == "cpu"
+    if usual and attended is None and rows is None and not whole:
+        first = runtime.demand in ("first", "start")
+        packing = unpadded(batch, length, first, torch.is_inference_mode_enabled())
+    else:
+        demanded = demanded_rows(encoder, attended, rows, whole, (batch, length), HOST)
+        packing = pack_rows(batch, length, attended, demanded, device)
 
     record = runtime.record
     if record is not None or wanted_hidden is not None:
@@ -75,10 +82,6 @@ def forward_encoder(
     if runtime.graphs is not None and not torch.compiler.is_compiling():
         hidden = runtime.graphs.replay(run, embed.padded)
     if hidden is None:
-        for i, layer in enumerate(run.layers):
-            for path, module in zip(LAYER_MODULES, Parts.of(layer), strict=True):
-                if not is_untouched(module):
-                    reject_hooks(f"layer {i} {path}", module)
         hidden = packing.pad(run_plan(run, embed.rows), narrow=True)
 
     pooler = getattr(encoder, "pooler", None)
@@ -123,9 +126,10 @@ def make_runtime_plan(encoder: Any, packing: Packing, capture: bool) -> Plan:
     """The plan of a patched encoder for one packing, with its gates as they are now."""
     gates = encoder.fastgate_runtime.gates
     top = max((i for i, gate in enumerate(gates) if not is_skipped(gate)), default=None)
-    absorbable = top is not None and all(
-        is_plain(getattr(encoder.encoder.layer[top].attention.self, n)) for n in ("key", "value")
-    )
+    absorbable = False
+    if top is not None:
+        projections = Parts.of(encoder.encoder.layer[top]).at._modules
+        absorbable = is_plain(projections["key"]) and is_plain(projections["value"])
     return plan_for(gates, absorbable, packing, capture)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TypeVar
 
 import torch
@@ -267,6 +267,19 @@ def pack_rows(
     return Packing(
         batch, length, queries, keys, wanted, HostIndices(None if whole else index, key_rows, wanted_rows)
     )
+
+
+@lru_cache(maxsize=256)
+def unpadded(batch: int, length: int, first: bool, inference: bool) -> Packing:
+    """The packing of a batch on the host without padding, of which token 0 alone or every token is demanded.
+
+    inference: whether torch.inference_mode is on, whose tensors are of no use outside.
+    """
+    demanded = None
+    if first:
+        demanded = torch.zeros(batch, length, dtype=torch.bool)
+        demanded[:, 0] = True
+    return pack_rows(batch, length, None, demanded, HOST)
 
 
 def _ragged(mask: Tensor, device: torch.device) -> Ragged:

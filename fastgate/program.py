@@ -26,9 +26,13 @@ RunSteps = Callable[[Run, int, tuple[Step, ...], Tensor], Tensor]
 
 
 class Program:
-    """The halves of all layers in order: stretches of them compiled, the others by their steps."""
+    """The halves of all layers in order: stretches of them compiled, the others by their steps.
 
-    def __init__(self, run: Run):
+    kept: it serves again, while the encoder stays as it is; so there are no hooks in it.
+    """
+
+    def __init__(self, run: Run, kept: bool):
+        self.kept = kept
         self.plan = run.plan  # kept alive: its id is a key
         halves = [(i, steps) for i in range(len(run.layers)) for steps in run.plan.halves(i)]
         ready = [_half(run, i, Parts.of(run.layers[i]), steps) for i, steps in halves]
@@ -64,14 +68,14 @@ class Programs:
             self.made, held = {}, Fingerprint(run.encoder)
             self.fingerprint = held
         if held.refusal or held.drops():
-            return Program(run)
+            return Program(run, kept=False)
         gated = tuple(isinstance(gate, Tensor) for gate in run.gates)
         key = (id(run.plan), run.packing.key_rows is None, gated)
         found = self.made.get(key)
         if found is None:
             if len(self.made) >= MOST:
                 self.made = {}
-            found = self.made[key] = Program(run)
+            found = self.made[key] = Program(run, kept=True)
         return found
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Programs:

@@ -1,10 +1,13 @@
 """Packed rows: index sets against a plain loop over the batch, and the way there and back."""
 
+import encoders
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastgate.packing import pack_rows
+import fastgate
+from fastgate.packing import pack_rows, unpadded
 
 CPU = torch.device("cpu")
 flags = st.integers(1, 4).flatmap(
@@ -59,3 +62,24 @@ def test_a_batch_without_padding_is_not_indexed():
     assert packing.index is None and packing.key_rows is None and packing.wanted_rows is None
     padded = torch.randn(2, 5, 3)
     assert packing.pack(padded).data_ptr() == padded.data_ptr()
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_batch_without_padding_is_packed_once(first):
+    demanded = torch.arange(5).expand(2, 5) == 0 if first else None
+    made, expected = unpadded(2, 5, first, False), pack_rows(2, 5, None, demanded, CPU)
+    assert unpadded(2, 5, first, False) is made
+    assert unpadded(2, 5, first, True) is not made
+    assert (made.queries, made.keys, made.wanted) == (expected.queries, expected.keys, expected.wanted)
+    assert made.narrow is first and made.index is None and made.key_rows is None
+    if first:
+        assert torch.equal(made.wanted_rows, expected.wanted_rows)
+
+
+def test_training_may_follow_inference_on_a_batch_of_the_same_shape():
+    model = fastgate.patch(encoders.make("Bert", "ForSequenceClassification"))
+    batch = encoders.batch(model, "ForSequenceClassification", lengths=(14, 14))
+    with torch.inference_mode():
+        model(**batch)
+    model.train()(**batch).logits.sum().backward()
+    assert model.bert.encoder.layer[0].attention.self.query.weight.grad is not None
