@@ -98,7 +98,7 @@ class Settings(Job):
 
 
 def read_recipe(path: str | Path, model: str | None = None) -> list[Settings]:
-    """The runs of a recipe, in its order: by task and seed, so that runs of one dense model come together.
+    """The runs of a recipe, in its order: by seed and task: a sweep cut off has been broad.
 
     model: in place of the recipe's, None for that. Raises DataError for a file that is not a recipe,
     ArgumentError for values that no run can have.
@@ -129,7 +129,7 @@ def expand(recipe: Mapping[str, Any]) -> list[Settings]:
     if not tasks:
         _refuse("tasks", "none", "one or more of " + ", ".join(CATALOG), "name the tasks")
     made: list[Settings] = []
-    for task, seed, run in itertools.product(tasks, seeds, runs):
+    for seed, task, run in itertools.product(seeds, tasks, runs):
         given = {**base, **(per_task.get(task) or {}), **run, "task": task, "seed": seed}
         unknown = sorted(set(given) - known)
         if unknown:

@@ -7,7 +7,7 @@ of processes may work on one sweep: each takes a dense model that no other holds
 from __future__ import annotations
 
 import functools
-import itertools
+import gc
 import json
 import os
 import random
@@ -78,15 +78,16 @@ def sweep(
     another process works on are left to it.
     """
     work.mkdir(parents=True, exist_ok=True)
-    for name, group in itertools.groupby(
-        sorted(left(runs, out), key=lambda run: run.dense), lambda r: r.dense
-    ):
+    groups: dict[str, list[Settings]] = {}
+    for run in left(runs, out):
+        groups.setdefault(run.dense, []).append(run)
+    for name, group in groups.items():
         try:
             held = FileLock(work / f"{name}.lock").acquire(timeout=0)
         except Timeout:
             continue
         with held:  # a process that is killed lets go too
-            chosen = left(list(group), out)  # another process may have done some meanwhile
+            chosen = left(group, out)  # another process may have done some meanwhile
             if chosen:
                 _run_group(chosen, data_dir, out, work / name, tell)
 
@@ -115,6 +116,7 @@ def _run_group(
         clear_attempts(training, settings.name)
         shutil.rmtree(folder / settings.name, ignore_errors=True)
         shutil.rmtree(folder / "work", ignore_errors=True)
+        gc.collect()  # a Trainer is a cycle that holds a model and its optimizer
         tell(
             f"{settings.task} seed {settings.seed} {settings.method} kept {found['kept']}: "
             f"{task.metric} {found['score']:.4f}, dense {dense['score']:.4f}, {found['seconds']:.0f} s"
