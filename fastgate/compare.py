@@ -22,6 +22,7 @@ from .families import base_class
 from .floor import Floor
 from .freeze import freeze
 from .info import environment
+from .packing import linked_tokens
 from .patch import patch
 from .peers import PEERS, Batch, Peer, Run, build, twin
 from .prune import prune
@@ -180,13 +181,19 @@ def _as_pruned(reference: Any, ours: nn.Module) -> Iterator[None]:
     """While open, layers of `reference` whose attention `ours` skips put its replacement in place of it."""
     state = encoder_state(ours)
     encoder = getattr(reference, reference.base_model_prefix, reference)
+    linked: Tensor
+
+    def link(module: Any, args: tuple[()], batch: Batch) -> None:
+        nonlocal linked
+        linked = linked_tokens(batch["attention_mask"].bool()).flatten()
 
     def stand_in(module: Any, args: tuple[Tensor, Tensor], output: Tensor, replacement: Any = None) -> Tensor:
-        scale, shift = (None, None) if replacement is None else replacement.scale_and_shift(1.0)
-        h = args[1] if scale is None else args[1] * scale
-        return module.LayerNorm(h if shift is None else h + shift)
+        rows = args[1].flatten(0, 1)
+        rows = rows if replacement is None else rows + replacement(rows, linked)
+        return module.LayerNorm(rows.view_as(output))
 
-    hooks = [
+    hooks = [reference.register_forward_pre_hook(link, with_kwargs=True)]
+    hooks += [
         encoder.encoder.layer[i].attention.output.register_forward_hook(
             functools.partial(stand_in, replacement=state.replacement(i))
         )

@@ -17,9 +17,12 @@ from .layer import (
     drop,
     fold,
     is_linear_gelu,
+    is_skipped,
     joint,
     linear,
+    mixes,
     norm_and_drop,
+    replacement_of,
     stand_in,
     weight_of,
 )
@@ -104,7 +107,7 @@ def _run_layer(run: Run, i: int, h: Tensor) -> Tensor:
 
 def _run_steps(run: Run, i: int, steps: tuple[Step, ...], h: Tensor) -> Tensor:
     """Steps of a layer up to a LayerNorm, from the rows of the LayerNorm before."""
-    parts = Parts.of(run.layers[i])
+    parts, below = Parts.of(run.layers[i]), h
     x: Any = h
     bias: Tensor | None = None
     for step in steps:
@@ -123,7 +126,11 @@ def _run_steps(run: Run, i: int, steps: tuple[Step, ...], h: Tensor) -> Tensor:
                     (i, x.detach() if bias is None else x.detach() + bias.detach())
                 )
         elif step.op == "attention_norm":
+            if isinstance(run.gates[i], Tensor) and mixes(parts.layer):
+                h = _shift(run, step, below)
             h = _attention_norm(run, i, parts, x, h, bias)
+        elif step.op == "shift":
+            h = x = _shift(run, step, below)
         elif step.op == "skip_norm":
             h = _skipped_norm(run, i, h)
         elif step.op == "intermediate":
@@ -223,6 +230,14 @@ def _attention_norm(run: Run, i: int, parts: Parts, x: Tensor, h: Tensor, bias: 
     return gated_add_norm(
         x, h, norm.weight, norm.bias, norm.eps, bias=bias, gate=gate, scale=scale, shift=shift, dropout_p=p
     )
+
+
+def _shift(run: Run, step: Step, h: Tensor) -> Tensor:
+    """h + (1 - gate) * r(h) of a layer's `shift`, from all packed rows to those of the step."""
+    gate, replacement = run.gates[step.layer], replacement_of(run.layers[step.layer])
+    r = replacement(h, run.packing.linked)  # type: ignore[misc]
+    h = h + (r if is_skipped(gate) else (1.0 - gate) * r)
+    return h.index_select(0, run.packing.wanted_rows) if step.narrow else h  # type: ignore[arg-type]
 
 
 def _intermediate(module: Any, h: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAtte
 
 from .encoder import run_plan
 from .errors import ArgumentError, Unsupported, say
-from .layer import Parts, is_plain, is_skipped
+from .layer import Parts, is_plain, is_skipped, shifts_of
 from .ops.slots import is_direct
 from .packing import HOST, Packing, on_host, pack_rows, unpadded
 from .plan import Plan
@@ -130,7 +130,8 @@ def make_runtime_plan(encoder: Any, packing: Packing, capture: bool) -> Plan:
     if top is not None:
         projections = Parts.of(encoder.encoder.layer[top]).at._modules
         absorbable = is_plain(projections["key"]) and is_plain(projections["value"])
-    return plan_for(gates, absorbable, packing, capture)
+    shifts = shifts_of(encoder.encoder.layer, gates)
+    return plan_for(gates, shifts, absorbable, packing, capture)
 
 
 def _refuse(states: Any, mask: Any, cache: Any, use_cache: Any, kwargs: dict[str, Any]) -> None:

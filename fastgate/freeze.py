@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .errors import ArgumentError, NothingPatched, Unsupported, say
 from .families import find_encoders
-from .layer import is_plain, is_skipped
+from .layer import is_plain, is_skipped, shifts_of
 from .ops.linear import ONEDNN_DTYPES, Packed, missing_for_onednn, pack_together
 from .packed import PackedLinear
 from .state import EncoderState
@@ -101,8 +101,9 @@ def _joined(attention: Any, found: set[nn.Linear]) -> dict[nn.Linear, Packed]:
 
 def _absorbed(state: EncoderState) -> set[nn.Module]:
     """The key and value Linears of the last attention: with one query a sequence their weights are read."""
-    top = max((i for i, gate in enumerate(state.gates) if not is_skipped(gate)), default=None)
-    if top is None:
+    gates = state.gates
+    top = max((i for i, gate in enumerate(gates) if not is_skipped(gate)), default=-1)
+    if max(shifts_of(state.encoder.encoder.layer, gates), default=-1) >= top:
         return set()
     attention = state.layers[top].attention.self
     return {attention.key, attention.value}

@@ -2,8 +2,8 @@
 
 The kernels read the lengths of sequences on the device, and the host gives them only row counts. So a graph
 captured for a bucket, (packed rows, sequences, key rows, demanded rows), serves every batch that fits: its
-rows are padded to the bucket's. Rows after the last sequence belong to none, no step reads one row for
-another, and what they hold, NaN even, stays there. Sequences are padded by empty ones.
+rows are padded to the bucket's. Rows after the last sequence belong to none, no step reads one of them for
+another row, and what they hold, NaN even, stays there. Sequences are padded by empty ones.
 
 A call copies what the host knows of a batch (ends, index sets) to the graph's memory in one copy, gathers
 the ids there, replays on the caller's current stream, and pads the result into fresh memory, so that outputs
@@ -220,6 +220,8 @@ class Graph:
         indices = {"gather": bucket.rows, "out": bucket.wanted or bucket.rows}
         indices |= {"key_rows": bucket.keys, "wanted_rows": bucket.wanted}
         sizes = {name: (n, torch.int64) for name, n in indices.items() if n}
+        if any(step.op == "shift" for step in run.plan.steps):
+            sizes["linked"] = (bucket.rows, torch.bool)
         sizes |= {name: (bucket.sequences + 1, torch.int32) for name, there in ends.items() if there}
         self.kind = kind
         self.places, self.size = place_bytes(sizes)
@@ -244,7 +246,8 @@ class Graph:
         queries = BucketRagged(at["query_ends"], bucket.rows, empty)
         keys = BucketRagged(at["key_ends"], bucket.keys, empty) if bucket.keys else queries
         wanted = BucketRagged(at["wanted_ends"], bucket.wanted, False) if bucket.wanted else queries
-        return static_packing(queries, keys, wanted, at.get("key_rows"), at.get("wanted_rows"))
+        rows = (at.get(name) for name in ("key_rows", "wanted_rows", "linked"))
+        return static_packing(queries, keys, wanted, *rows)
 
     def __call__(self, packing: Packing, ids: Ids) -> Tensor:
         """(batch, length, hidden) in memory of its own, zeros where no demanded row is."""
@@ -275,6 +278,8 @@ class Graph:
         staging = torch.zeros(self.size, dtype=torch.uint8, device="cpu", pin_memory=self.pinned)
         views = self._views(staging)  # zeros behind what is written: a row that is there
         indices = {"gather": gather, "out": out, "key_rows": host.key_rows, "wanted_rows": host.wanted_rows}
+        if "linked" in views:
+            indices["linked"] = packing.host_linked
         for name, values in indices.items():
             if values is not None and name in views:
                 views[name][: values.numel()].copy_(values)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch.nn.functional as F
@@ -129,10 +130,25 @@ def adds(layer: Any) -> bool:
     return replacement is not None and replacement.shift is not None
 
 
-def stand_in(layer: Any, share: Gate) -> tuple[Tensor | None, Tensor | None]:
-    """(a, b) of a * h + b, what a layer's residual becomes when `share` of the attention is replaced."""
+def mixes(layer: Any) -> bool:
+    """Whether a layer's replacement reads the rows beside a row (`shift`)."""
     replacement = replacement_of(layer)
-    return (None, None) if replacement is None else replacement.scale_and_shift(share)
+    return replacement is not None and replacement.mixes
+
+
+def shifts_of(layers: Iterable[Any], gates: Iterable[Gate]) -> tuple[int, ...]:
+    """The layers that mix rows without attention: skipped, and replaced by `shift`."""
+    pairs = zip(layers, gates, strict=True)
+    return tuple(i for i, (layer, gate) in enumerate(pairs) if is_skipped(gate) and mixes(layer))
+
+
+def stand_in(layer: Any, share: Gate) -> tuple[Tensor | None, Tensor | None]:
+    """(a, b) of a * h + b, what a layer's residual becomes when `share` of the attention is replaced; (None,
+    None) for `shift`, whose rows are added before."""
+    replacement = replacement_of(layer)
+    if replacement is None or replacement.mixes:
+        return None, None
+    return replacement.scale_and_shift(share)
 
 
 def fold(following: Any, norm: Any) -> tuple[Tensor, Tensor, dict[str, Any]]:

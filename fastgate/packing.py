@@ -124,13 +124,23 @@ class Ragged:
         return rows.new_zeros(shape[0] * shape[1], shape[2]).index_copy(0, flat, rows).view(shape)
 
 
+def linked_tokens(attended: Tensor) -> Tensor:
+    """(batch, length) bool: whether a token and the one before it are both attended."""
+    linked = attended.clone()
+    linked[:, :1] = False
+    linked[:, 1:] &= attended[:, :-1]
+    return linked
+
+
 @dataclass(frozen=True, eq=False)
 class HostIndices:
-    """What a packing is made of, on the host; None as in Packing. wanted: rows of the padded batch."""
+    """What a packing is made of, on the host; None as in Packing. wanted: rows of the padded batch. attended:
+    (batch, length) bool; None: every token."""
 
     index: Tensor | None
     key_rows: Tensor | None
     wanted_rows: Tensor | None
+    attended: Tensor | None = None
 
     @cached_property
     def wanted(self) -> Tensor | None:
@@ -184,6 +194,20 @@ class Packing:
     def wanted_rows(self) -> Tensor | None:
         return None if self.host.wanted_rows is None else self._there["wanted_rows"]
 
+    @cached_property
+    def host_linked(self) -> Tensor:
+        """`linked` on the host."""
+        attended, index = self.host.attended, self.host.index
+        if attended is None:
+            attended = torch.ones(self.batch, self.length, dtype=torch.bool, device=HOST)
+        linked = linked_tokens(attended).flatten()
+        return linked if index is None else linked[index]
+
+    @cached_property
+    def linked(self) -> Tensor:
+        """(packed,) bool: whether a row and the one above it are tokens side by side, both attended."""
+        return on_device([self.host_linked], self.queries.device)[0]
+
     @property
     def narrow(self) -> bool:
         return self.host.wanted_rows is not None
@@ -221,12 +245,19 @@ class Packing:
 
 
 def static_packing(
-    queries: Ragged, keys: Ragged, wanted: Ragged, key_rows: Tensor | None, wanted_rows: Tensor | None
+    queries: Ragged,
+    keys: Ragged,
+    wanted: Ragged,
+    key_rows: Tensor | None,
+    wanted_rows: Tensor | None,
+    linked: Tensor | None,
 ) -> Packing:
-    """Of index tensors that lie on the device, of no padded batch: what the steps of a plan read."""
+    """Of index tensors that lie on the device, of no padded batch: what the steps of a plan read. linked:
+    None where no step does."""
     made = Packing(0, 0, queries, keys, wanted, HostIndices(None, key_rows, wanted_rows))
     found = {"key_rows": key_rows, "wanted_rows": wanted_rows}
     made.__dict__["_there"] = {name: t for name, t in found.items() if t is not None}
+    made.__dict__["linked"] = linked
     return made
 
 
@@ -250,7 +281,7 @@ def pack_rows(
         return Packing(batch, length, full, full, wanted, HostIndices(None, None, wanted_rows))
     if demanded is None:
         rows = _ragged(attended, device)
-        return Packing(batch, length, rows, rows, rows, HostIndices(_true(attended), None, None))
+        return Packing(batch, length, rows, rows, rows, HostIndices(_true(attended), None, None, attended))
     packed = attended | demanded
     queries, keys, wanted = (_ragged(mask, device) for mask in (packed, attended, demanded))
     index = _true(packed)
@@ -264,9 +295,8 @@ def pack_rows(
     else:
         wanted_rows = _true(demanded.flatten()[index])
     whole = queries.rows == batch * length
-    return Packing(
-        batch, length, queries, keys, wanted, HostIndices(None if whole else index, key_rows, wanted_rows)
-    )
+    host = HostIndices(None if whole else index, key_rows, wanted_rows, attended)
+    return Packing(batch, length, queries, keys, wanted, host)
 
 
 @lru_cache(maxsize=256)

@@ -1,8 +1,9 @@
 """The plan: which steps an encoder runs on which rows, for given gates and row demand. No tensors.
 
-Attention is the only sublayer that mixes tokens, so liveness is decided from the top down: above the last
-attention that runs, only the demanded rows are computed. A kept layer is seven steps. A skipped attention is
-none: its LayerNorm runs inside the step that made its input, which leaves three.
+Nothing mixes tokens but attention, and a `shift` in its place. So liveness is decided from the top down:
+above the last layer that mixes, only the demanded rows are computed. A kept layer is seven steps. A skipped
+attention is none: its LayerNorm runs inside the step that made its input, which leaves three. A `shift` in
+its place is two, which makes five.
 """
 
 from __future__ import annotations
@@ -28,9 +29,10 @@ SKIPPED_STEPS = KEPT_STEPS[4:]
 class Step:
     """One thing the encoder does.
 
-    op: `embed`, `select`, `skip_norm`, or one of the steps of a layer in `KEPT_STEPS` (with a single query a
-    sequence `project_query` and `absorbed_attention` stand for `project_qkv` and `attention`). layer: index
-    of the encoder layer, -1 for the embeddings.
+    op: `embed`, `skip_norm` (the LayerNorm of a skipped attention by itself), `shift` (h + r(h) before it, of
+    a replacement that reads neighbouring rows), or one of the steps of a layer in `KEPT_STEPS` (with a single
+    query a sequence `project_query` and `absorbed_attention` stand for `project_qkv` and `attention`). layer:
+    index of the encoder layer, -1 for the embeddings.
     narrow: the step's output has demanded rows only, not every packed row.
     chained: the LayerNorm of the skipped attention of layer + 1 runs inside this step.
     """
@@ -72,39 +74,40 @@ class Plan:
 
 
 @lru_cache(maxsize=1024)
-def make_plan(attends: tuple[bool, ...], narrow: bool, single: bool, capture: bool) -> Plan:
+def make_plan(
+    attends: tuple[bool, ...], narrow: bool, single: bool, capture: bool, shifts: tuple[int, ...] = ()
+) -> Plan:
     """Plan an encoder.
 
     attends: one flag a layer, whether its self-attention runs.
     narrow: fewer rows are demanded at the end than are packed.
-    single: one row a sequence is demanded, so the last attention has one query a sequence and is absorbed.
+    single: one row a sequence is demanded, so the last attention has one query a sequence and is absorbed,
+    if no `shift` comes after it.
     capture: the output of every layer must exist by itself, so no LayerNorm is moved into the step before it.
+    shifts: the layers whose skipped attention is replaced by a `shift`.
     """
     layers = len(attends)
     kept = tuple(i for i, runs in enumerate(attends) if runs)
-    top = kept[-1] if kept else -1
+    last = max((*kept, *shifts), default=-1)
 
     def chains(layer: int) -> bool:
-        return not capture and layer + 1 < layers and not attends[layer + 1]
+        following = layer + 1
+        return not capture and following < layers and not attends[following] and following not in shifts
 
-    steps = [Step("embed", -1, narrow and top < 0, chains(-1))]
+    steps = [Step("embed", -1, narrow and last < 0, chains(-1))]
     for i in range(layers):
-        below = narrow and i > top
+        demanded = narrow and i >= last
+        ops: tuple[str, ...] = ()
         if attends[i]:
-            live = narrow and i >= top
-            absorbed = live and single
+            absorbed = demanded and single
             ops = ("project_query", "absorbed_attention", *KEPT_STEPS[2:4]) if absorbed else KEPT_STEPS[:4]
-            steps += [Step(op, i, live) for op in ops]
-        else:
-            live = below
-            if capture:
-                steps.append(Step("skip_norm", i, live))
-        steps += [
-            Step("intermediate", i, live),
-            Step("project_down", i, live),
-            Step("output_norm", i, live, chains(i)),
-        ]
-    return Plan(tuple(steps), kept, top)
+        elif i in shifts:
+            ops = ("shift", "skip_norm")
+        elif capture:
+            ops = ("skip_norm",)
+        steps += [Step(op, i, demanded) for op in (*ops, *SKIPPED_STEPS[:2])]
+        steps.append(Step("output_norm", i, demanded, chains(i)))
+    return Plan(tuple(steps), kept, kept[-1] if kept else -1)
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,7 @@ def _in_panels(weight: Tensor | Packed | None) -> TypeGuard[Packed]:
 
 
 def _half(run: Run, i: int, parts: Parts, steps: tuple[Step, ...]) -> Half | None:
-    if steps[0].op == "skip_norm":
+    if steps[-1].op == "skip_norm":
         return None
     return (_feed_forward_half if steps[0].op == "intermediate" else _attention_half)(run, i, parts, steps)
 

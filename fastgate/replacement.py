@@ -1,4 +1,4 @@
-"""What stands in for a skipped attention: nothing, a vector, or a vector and a scale a channel."""
+"""What stands in for a skipped attention: nothing, a vector, a scale a channel, or a mix of neighbours."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from torch import Tensor, nn
 
 from .errors import ArgumentError, say
 
-KINDS = ("zero", "mean", "affine")
+KINDS = ("zero", "mean", "affine", "shift")
 
 
 class Replacement(nn.Module):
-    """r(h) = shift + scale * h, per channel (DESIGN: the replacement of a gated attention).
+    """r(h)[i] = shift + scale * h[i] + before * h[i - 1] + after * h[i + 1], per channel.
 
-    kind: `zero` (no parameters), `mean` (`shift`), `affine` (`shift` and `scale`). Parameters: (hidden,),
-    zero at first.
+    kind: `zero` (no parameters), `mean` (`shift`), `affine` (`shift` and `scale`), `shift` (all four).
+    Parameters: (hidden,), zero at first. Neighbours are tokens side by side in one sequence, both attended;
+    one that is missing counts as zero. So neither padding nor the rows that are demanded change a value.
     """
 
     def __init__(
@@ -31,10 +32,31 @@ class Replacement(nn.Module):
             return nn.Parameter(torch.zeros(hidden, dtype=dtype, device=device)) if present else None
 
         self.shift = vector(kind != "zero")
-        self.scale = vector(kind == "affine")
+        self.scale = vector(kind in ("affine", "shift"))
+        self.before = vector(kind == "shift")
+        self.after = vector(kind == "shift")
+
+    @property
+    def mixes(self) -> bool:
+        """Whether r(h) of a row reads the rows beside it: then no LayerNorm can take it in."""
+        return self.before is not None
+
+    def forward(self, h: Tensor, linked: Tensor) -> Tensor:
+        """r(h) of rows (rows, hidden): as many, or for `zero` and `mean` the one, (hidden,), that all share.
+
+        linked: (rows,) bool, whether a row and the one above it are neighbours.
+        """
+        r: Tensor = h.new_zeros(h.shape[1]) if self.shift is None else self.shift
+        if self.scale is not None:
+            r = torch.addcmul(r, self.scale, h)
+        if self.before is not None and self.after is not None:
+            # Not by a product with 0: what another sequence holds, NaN even, stays there.
+            r = torch.addcmul(r, self.before, torch.where(linked[:, None], h.roll(1, 0), 0.0))
+            r = torch.addcmul(r, self.after, torch.where(linked.roll(-1)[:, None], h.roll(-1, 0), 0.0))
+        return r
 
     def scale_and_shift(self, share: float | Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """(a, b) so that a * h + b = h + share * r(h); None stands for 1 and 0."""
+        """(a, b) so that a * h + b = h + share * r(h), but for `shift`; None stands for 1 and 0."""
         scale: Tensor | None = self.scale
         shift: Tensor | None = self.shift
         if isinstance(share, Tensor) or share != 1.0:  # else each would be a kernel that changes nothing

@@ -50,7 +50,9 @@ class Ids(NamedTuple):
     types: Tensor | None
 
 
-def plan_for(gates: list[Gate], absorbable: bool, packing: Packing, capture: bool) -> Plan:
+def plan_for(
+    gates: list[Gate], shifts: tuple[int, ...], absorbable: bool, packing: Packing, capture: bool
+) -> Plan:
     """The plan for these gates; `absorbable`: the last attention's key and value weights can be read."""
     attends = tuple(not is_skipped(g) for g in gates)
-    return make_plan(attends, packing.narrow, packing.single and absorbable, capture)
+    return make_plan(attends, packing.narrow, packing.single and absorbable, capture, shifts)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,13 @@ ALL = [(f, h) for f in FAMILIES for h in HEADS if hasattr(transformers, f + h)]
 VOCABULARY, LENGTH = 90, 14
 # Fills: unpadded, middling, a single token.
 LENGTHS = (14, 9, 3, 1)
+# Kind of a replacement -> its parameters.
+VECTORS = {
+    "zero": (),
+    "mean": ("shift",),
+    "affine": ("shift", "scale"),
+    "shift": ("shift", "scale", "before", "after"),
+}
 
 
 def make(family: str, head: str, layers: int = 3, attention: str = "sdpa", **options: Any) -> nn.Module:
@@ -100,6 +107,42 @@ def demanded(name: str, value: Tensor, mask: Tensor) -> Tensor:
         and name in ("last_hidden_state", "logits", "prediction_logits")
     )
     return value[mask.bool()] if padded else value
+
+
+def draw_replacements(model: nn.Module) -> nn.Module:
+    """Every parameter of a replacement drawn anew."""
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if ".attention.replacement." in name:
+            nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def padded(
+    encoder: Any,
+    inputs: Mapping[str, Tensor],
+    gates: Sequence[float | Tensor],
+    replacements: Sequence[Mapping[str, Tensor]],
+) -> Tensor:
+    """(batch, length, hidden): the gated encoder as it is defined, every row, from Hugging Face's modules:
+    r(h)[i] = shift + scale * h[i] + before * h[i - 1] + after * h[i + 1], i and its neighbour both attended.
+
+    encoder: with eager attention. replacements: of each layer, its vectors by name.
+    """
+    attended = inputs["attention_mask"].bool()
+    bias = torch.where(attended, 0.0, torch.finfo(torch.float32).min)[:, None, None, :]
+    below_diagonal = torch.ones(attended.shape[1], attended.shape[1]).tril(-1).triu(-1)  # 1 at (i, i - 1)
+    behind = below_diagonal * attended[:, :, None] * attended[:, None, :]
+    h = encoder.embeddings(inputs["input_ids"], token_type_ids=inputs["token_type_ids"])
+    for layer, z, r in zip(encoder.encoder.layer, gates, replacements, strict=True):
+        out = layer.attention.output
+        # Where nothing is attended SDPA gives zeros, and softmax would not.
+        mixed = out.dense(layer.attention.self(h, attention_mask=bias)[0] * attended.any(1)[:, None, None])
+        rows = {"shift": torch.ones_like(h), "scale": h, "before": behind @ h, "after": behind.mT @ h}
+        stand_in = sum((vector * rows[name] for name, vector in r.items()), torch.zeros_like(h))
+        h = out.LayerNorm(h + z * mixed + (1 - z) * stand_in)
+        h = layer.output(layer.intermediate(h), h)
+    return h
 
 
 def without_attention(model: nn.Module, layers: Iterable[int]) -> nn.Module:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
-from encoders import demanded, make
+from encoders import demanded, draw_replacements, make
 from torch import nn
 
 import fastgate
@@ -17,15 +17,11 @@ HEADS = ("Model", "ForSequenceClassification", "ForTokenClassification", "ForQue
 FILLS = ((14, 9, 3, 1), (2, 5, 14, 7), (13, 14, 1, 1), (6, 6, 6, 10))
 
 
-def patched(head="ForSequenceClassification", keep=None, family="Bert", **options):
+def patched(head="ForSequenceClassification", keep=None, family="Bert", replacement="affine", **options):
     """(a model with graphs, its twin without)."""
     plain = fastgate.patch(make(family, head, **options), graphs=False)
     if keep is not None:
-        fastgate.prune(plain, keep=list(keep), replacement="affine")
-        for i in set(range(3)) - set(keep):
-            stand_in = encoder_state(plain).replacement(i)
-            nn.init.normal_(stand_in.shift, std=0.3)
-            nn.init.normal_(stand_in.scale, std=0.3)
+        draw_replacements(fastgate.prune(plain, keep=list(keep), replacement=replacement))
     model = copy.deepcopy(plain)
     return fastgate.patch(model, graphs=True), plain
 

@@ -16,7 +16,7 @@ from fastgate.checkpoint import CONFIG, META, WEIGHTS
 
 @pytest.fixture
 def saved(tmp_path):
-    model = fastgate.prune(make("Bert", "ForSequenceClassification"), keep=[1], replacement="affine")
+    model = fastgate.prune(make("Bert", "ForSequenceClassification"), keep=[1], replacement="shift")
     for name, parameter in model.named_parameters():
         if "replacement" in name:
             torch.nn.init.normal_(parameter)

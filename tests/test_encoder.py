@@ -6,7 +6,7 @@ from unittest import mock
 
 import pytest
 import torch
-from encoders import LENGTHS, batch, make
+from encoders import LENGTHS, VECTORS, batch, draw_replacements, make, padded
 from torch import nn
 
 import fastgate
@@ -64,48 +64,29 @@ def test_no_products_of_skipped_attention_are_called():
     assert called and all(".layer.0." in name for name in called)
 
 
-def by_hand(model, inputs, gates, replacements):
-    """The gated encoder as DESIGN writes it, padded, from the parts of Hugging Face: r = c + s * h."""
-    encoder = model.bert
-    mask = inputs["attention_mask"]
-    bias = torch.where(mask.bool(), 0.0, torch.finfo(torch.float32).min)[:, None, None, :]
-    h = encoder.embeddings(inputs["input_ids"], token_type_ids=inputs["token_type_ids"])
-    for layer, z, (c, s) in zip(encoder.encoder.layer, gates, replacements, strict=True):
-        out = layer.attention.output
-        mixed = out.dense(layer.attention.self(h, attention_mask=bias)[0])
-        h = out.LayerNorm(h + z * mixed + (1 - z) * (c + s * h))
-        h = layer.output(layer.intermediate(h), h)
-    return model.classifier(encoder.pooler(h))
-
-
-@pytest.mark.parametrize("kind", ["zero", "mean", "affine"])
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("kind", VECTORS)
 @pytest.mark.parametrize(
     "gates", [(1, 1, 1), (0, 0, 0), (0.3, 0, 1), (0, 0.6, 0), (0.1, 0.2, 0.9), (1, 0, 0)]
 )
-def test_gates_and_replacements_by_the_definition(kind, gates):
+def test_gates_and_replacements_by_the_definition(kind, gates, side):
     model = make("Bert", "ForSequenceClassification", attention="eager")
     patched = fastgate.patch(copy.deepcopy(model))
     state = encoder_state(patched)
     state.add_replacements(kind)
-    inputs = batch(model, "ForSequenceClassification")
-    hidden = model.config.hidden_size
-    values = []
-    for i in range(3):
-        torch.manual_seed(i)
-        c = 0.3 * torch.randn(hidden) if kind != "zero" else torch.zeros(hidden)
-        s = 0.3 * torch.randn(hidden) if kind == "affine" else torch.zeros(hidden)
-        values.append((c.requires_grad_(), s.requires_grad_()))
-        replacement = state.replacement(i)
-        with torch.no_grad():
-            for parameter, value in ((replacement.shift, c), (replacement.scale, s)):
-                if parameter is not None:
-                    parameter.copy_(value)
+    inputs = batch(model, "ForSequenceClassification", side)
+    draw_replacements(patched)
+    values = [
+        {name: p.detach().clone().requires_grad_() for name, p in state.replacement(i).named_parameters()}
+        for i in range(3)
+    ]
+    assert all(tuple(vectors) == VECTORS[kind] for vectors in values)
     soft = [torch.tensor(float(z), requires_grad=True) for z in gates]
     ours = [t if 0 < z < 1 else float(z) for t, z in zip(soft, gates, strict=True)]
     state.set_gates(ours)
     got = patched(**inputs).logits
     hand = [torch.tensor(float(z), requires_grad=True) for z in gates]
-    want = by_hand(model, inputs, hand, values)
+    want = model.classifier(model.bert.pooler(padded(model.bert, inputs, hand, values)))
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
     weights = torch.randn_like(want)
@@ -115,9 +96,9 @@ def test_gates_and_replacements_by_the_definition(kind, gates):
         replacement = state.replacement(i)
         if 0 < z < 1:
             torch.testing.assert_close(soft[i].grad, hand[i].grad, rtol=1e-4, atol=1e-4)
-        for parameter, value in ((replacement.shift, values[i][0]), (replacement.scale, values[i][1])):
-            if parameter is not None and z < 1:
-                torch.testing.assert_close(parameter.grad, value.grad, rtol=1e-4, atol=1e-5)
+        for name, parameter in replacement.named_parameters():
+            if z < 1:
+                torch.testing.assert_close(parameter.grad, values[i][name].grad, rtol=1e-4, atol=1e-5)
     for (name, ours_), theirs in zip(patched.named_parameters(), model.parameters(), strict=False):
         if "replacement" in name:
             break
@@ -241,7 +222,7 @@ def test_a_hook_on_the_blocks_backward_sees_it_run():
     assert seen == [(sum(LENGTHS), 64)]
 
 
-@pytest.mark.parametrize("kind", ["zero", "mean", "affine"])
+@pytest.mark.parametrize("kind", VECTORS)
 def test_a_skipped_first_norm_follows_the_embeddings_dropout(kind):
     """Inside embed_norm as its second norm, but for a vector added behind the dropout; recording keeps them
     apart: the same values either way, and the same mask."""

@@ -16,10 +16,13 @@ import fastgate
 from fastgate.state import encoder_state
 
 
-@pytest.mark.parametrize("keep", [None, (0,), (1,), (0, 2), ()], ids=str)
+@pytest.mark.parametrize(
+    ("keep", "replacement"),
+    [(None, "zero"), *((keep, kind) for keep in ((0,), (1,), (0, 2), ()) for kind in ("affine", "shift"))],
+)
 @pytest.mark.parametrize("head", HEADS)
-def test_equal_to_the_run_without(stand_in, head, keep):
-    model, plain = patched(head, keep)
+def test_equal_to_the_run_without(stand_in, head, keep, replacement):
+    model, plain = patched(head, keep, replacement=replacement)
     for fill in FILLS:
         for side in ("right", "left"):
             same(model, plain, batch(model, head, side, fill))
@@ -38,9 +41,10 @@ def test_every_family(stand_in, family):
     assert graphs_of(model).replays >= 2
 
 
-def test_odd_batches(stand_in):
+@pytest.mark.parametrize("keep", [None, (1,)], ids=["dense", "shift"])
+def test_odd_batches(stand_in, keep):
     """Holes in the mask, sequences with nothing attended, no mask, one row, no rows, int32 ids, no types."""
-    model, plain = patched()
+    model, plain = patched(keep=keep, replacement="shift")
     full = batch(model, "")
     holes = dict(full, attention_mask=full["attention_mask"].clone())
     holes["attention_mask"][0, 3:6] = 0

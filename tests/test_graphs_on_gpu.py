@@ -31,10 +31,13 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.2}
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 class TestOnADevice:
     @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-    @pytest.mark.parametrize("keep", [None, (0,), (0, 2), ()], ids=str)
+    @pytest.mark.parametrize(
+        ("keep", "replacement"),
+        [(None, "zero"), ((0,), "affine"), ((0, 2), "affine"), ((), "affine"), ((0,), "shift")],
+    )
     @pytest.mark.parametrize("head", HEADS)
-    def test_equal_to_the_run_without(self, head, keep, dtype):
-        model, plain = on_gpu(head, keep, dtype)
+    def test_equal_to_the_run_without(self, head, keep, replacement, dtype):
+        model, plain = on_gpu(head, keep, dtype, replacement=replacement)
         for fill in (*FILLS, *FILLS):
             for side in ("right", "left"):
                 inputs = gpu_batch(model, head, side, fill)

@@ -60,7 +60,7 @@ def test_all_layers_are_one_call(head, keep, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("replacement", ["zero", "mean", "affine"])
+@pytest.mark.parametrize("replacement", encoders.VECTORS)
 @pytest.mark.parametrize("keep", [None, [0, 1, 2, 3, 4], [0, 2], [4], []], ids=str)
 @pytest.mark.parametrize("head", ["ForSequenceClassification", "ForTokenClassification"])
 def test_it_computes_what_the_steps_compute(head, keep, replacement, dtype):
@@ -72,6 +72,18 @@ def test_it_computes_what_the_steps_compute(head, keep, replacement, dtype):
     bound = 1e-5 if dtype == torch.float32 else 0.03
     ours, steps = logits(model, head), logits(model, head, steps=True)
     torch.testing.assert_close(ours, steps, rtol=bound, atol=bound)
+
+
+@pytest.mark.parametrize("keep", [[1], [0, 4], [], [0, 2, 3]], ids=str)
+@pytest.mark.parametrize("head", ["ForSequenceClassification", "ForTokenClassification"])
+def test_around_a_shift_layers_are_compiled(head, keep):
+    """One call below the first shift, if a layer is there, and one behind each."""
+    ran, seen = calls(frozen(head, keep, replacement="shift"), head)
+    shifts = LAYERS - len(keep)
+    assert ran.count("packed_layers") == (0 in keep) + shifts
+    assert set(ran) == {"packed_layers", "packed_linear"}
+    assert sum("layer_norm" in name for name in seen) == shifts
+    assert not any("gated_add_norm" in name or "attention" in name for name in seen)
 
 
 def test_a_sequence_without_attended_tokens():

@@ -40,6 +40,8 @@ def test_index_sets(both, masked, demands):
         lengths = [sum(b == row for row, _ in members) for b in range(batch)]
         assert list(ragged.lengths) == lengths and ragged.rows == len(members)
         assert ragged.cu_seqlens.tolist() == [sum(lengths[:i]) for i in range(batch + 1)]
+    neighbours = [(b, t - 1) in keys and (b, t) in keys for b, t in rows]
+    assert packing.linked.tolist() == packing.host_linked.tolist() == neighbours
     assert packing.narrow == (len(read) < len(rows))
     assert packing.single == (packing.narrow and all(n == 1 for n in packing.wanted.lengths))
 

@@ -26,20 +26,41 @@ def test_the_last_attention_is_absorbed_where_one_row_a_sequence_is_read():
     assert not any(step.narrow for step in plan.of_layer(0)) and all(step.narrow for step in plan.of_layer(1))
 
 
-@given(st.lists(st.booleans(), min_size=1, max_size=12), st.booleans(), st.booleans(), st.booleans())
-def test_liveness(attends, narrow, single, capture):
-    plan = make_plan(tuple(attends), narrow, single and narrow, capture)
-    top = max((i for i, a in enumerate(attends) if a), default=-1)
+def test_a_shift_is_two_steps_and_keeps_the_rows_below_it_alive():
+    plan = make_plan((True, False, False, False), narrow=True, single=True, capture=False, shifts=(2,))
+    assert ops(plan, 0) == list(KEPT_STEPS) and ops(plan, 1) == ops(plan, 3) == list(SKIPPED_STEPS)
+    assert ops(plan, 2) == ["shift", "skip_norm", *SKIPPED_STEPS]
+    assert [step.narrow for step in plan.steps] == [False] * (1 + 7 + 3) + [True] * (5 + 3)
+    assert [plan.of_layer(i)[-1].chained for i in range(4)] == [True, False, True, False]
+    assert plan.kept == (0,) and plan.top == 0
+    sizes = sizes_of(8, 32, (3, 5), (1, 1))
+    assert sum(flops(step, sizes, 2) for step in plan.of_layer(2)) == 2 * (2 * 2 * 8 * 32)
+    assert sum(flops(step, sizes, 2) for step in plan.of_layer(1)) == 2 * (2 * 8 * 8 * 32)
+
+
+LAYER = st.sampled_from(["attends", "shifts", "neither"])
+
+
+@given(st.lists(LAYER, min_size=1, max_size=12), st.booleans(), st.booleans(), st.booleans())
+def test_liveness(layers, narrow, single, capture):
+    attends = tuple(what == "attends" for what in layers)
+    shifts = tuple(i for i, what in enumerate(layers) if what == "shifts")
+    plan = make_plan(attends, narrow, single and narrow, capture, shifts)
+    last = max((i for i, what in enumerate(layers) if what != "neither"), default=-1)
     for step in plan.steps:
-        assert step.narrow == (narrow and (step.layer > top or step.layer == top))
-    for i, runs in enumerate(attends):
-        assert any("attention" in op for op in ops(plan, i)) == runs
-        # A skipped attention's norm runs once: within the step before, or by itself.
-        if not runs:
-            before = plan.of_layer(i - 1)[-1]
-            assert before.chained != ("skip_norm" in ops(plan, i))
-        else:
-            assert not plan.of_layer(i - 1)[-1].chained
+        assert step.narrow == (narrow and step.layer >= last)
+    for i, what in enumerate(layers):
+        assert any("attention" in op for op in ops(plan, i)) == (what == "attends")
+        absorbs = what == "attends" and narrow and single and i == last
+        assert ("absorbed_attention" in ops(plan, i)) == absorbs
+        # A skipped attention's norm runs once: within the step before, or by itself; after a shift by itself.
+        before = plan.of_layer(i - 1)[-1]
+        assert (before.chained, "skip_norm" in ops(plan, i)) == {
+            "attends": (False, False),
+            "shifts": (False, True),
+            "neither": (not capture, capture),
+        }[what]
+        assert ("shift" in ops(plan, i)) == (what == "shifts")
     assert not (capture and any(step.chained for step in plan.steps))
 
 

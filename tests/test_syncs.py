@@ -60,26 +60,28 @@ def test_packing_waits_once_at_most(far, side, demand):
         packing = pack_rows(4, length, *moved, REMOTE)
         before = dict(device.waits)
         found = [packing.index, packing.key_rows, packing.wanted_rows, packing.wanted_index()]
-        found += [r.cu_seqlens for r in (packing.queries, packing.keys, packing.wanted)]
+        found += [r.cu_seqlens for r in (packing.queries, packing.keys, packing.wanted)] + [packing.linked]
         rows = packing.pack(Remote(torch.randn(4, length, 2)))
         packing.pad(rows, narrow=False)
         assert dict(device.waits) == before
     assert sum(before.values()) == int(any(isinstance(m, Remote) for m in moved)), before
     true = [host.index, host.key_rows, host.wanted_rows, host.wanted_index()]
-    true += [r.cu_seqlens for r in (host.queries, host.keys, host.wanted)]
+    true += [r.cu_seqlens for r in (host.queries, host.keys, host.wanted)] + [host.linked]
     for one, two in zip(found, true, strict=True):
         assert (one is None) == (two is None)
         assert one is None or (isinstance(one, Remote) and torch.equal(one.held, two))
 
 
 @pytest.mark.parametrize("kernels", [True, False], ids=["kernels", "references"])
-@pytest.mark.parametrize("keep", [None, (0,), ()], ids=str)
+@pytest.mark.parametrize(
+    ("keep", "replacement"), [(None, "zero"), ((0,), "affine"), ((), "affine"), ((0,), "shift")]
+)
 @pytest.mark.parametrize("head", HEADS)
-def test_a_forward_waits_for_the_mask_alone(head, keep, kernels, monkeypatch):
+def test_a_forward_waits_for_the_mask_alone(head, keep, replacement, kernels, monkeypatch):
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)  # which knows real devices only
     model = fastgate.patch(make("Bert", head))
     if keep is not None:
-        fastgate.prune(model, keep=list(keep), replacement="affine")
+        fastgate.prune(model, keep=list(keep), replacement=replacement)
     for side in ("right", "left"):
         inputs = batch(model, head, side)
         with torch.no_grad():
