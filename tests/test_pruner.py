@@ -6,6 +6,7 @@ import children
 import pytest
 import torch
 import torch.nn.functional as F
+from encoders import VECTORS
 from loop import CPU, batch, bert, run
 
 import fastgate
@@ -144,7 +145,7 @@ def test_step_without_the_loss_term_is_an_error():
 # -- the Pruner in a plain loop
 
 
-@pytest.mark.parametrize("kind", ["mean", "affine"])
+@pytest.mark.parametrize("kind", ["mean", "affine", "shift"])
 def test_replacements_start_at_the_measured_mean(kind):
     model, inputs = bert(), batch(0)
     seen = {}
@@ -165,10 +166,11 @@ def test_replacements_start_at_the_measured_mean(kind):
         )  # the last attention runs for the rows the head reads
         replacement = pruner.state.replacement(i)
         torch.testing.assert_close(replacement.shift.detach(), rows.mean(0), rtol=1e-4, atol=1e-5)
-        assert kind == "mean" or torch.count_nonzero(replacement.scale) == 0
+        others = [p for name, p in replacement.named_parameters() if name != "shift"]
+        assert len(others) == len(VECTORS[kind]) - 1 and not any(p.any() for p in others)
 
 
-@pytest.mark.parametrize("replacement", ["zero", "mean", "affine"])
+@pytest.mark.parametrize("replacement", VECTORS)
 def test_finalised_equals_hardened(replacement):
     model = bert()
     parameters = sum(p.numel() for p in model.parameters())
@@ -185,8 +187,23 @@ def test_finalised_equals_hardened(replacement):
     assert pruner.finalize() is model
     torch.testing.assert_close(model(**inputs).logits, hardened, rtol=1e-5, atol=1e-6)
     attention = 4 * (16 * 16 + 16)
-    extra = {"zero": 0, "mean": 16, "affine": 32}[replacement]
+    extra = 16 * len(VECTORS[replacement])
     assert sum(p.numel() for p in model.parameters()) == parameters - 3 * (attention - extra)
+
+
+def test_a_speedup_prices_the_rows_that_a_shift_keeps_alive():
+    """Every row of every layer but the last: what is kept meets the target as `explain` counts it."""
+    model = bert()
+    lengths = batch(0)["attention_mask"].sum(1).tolist()  # of all that the warm phase sees
+    dense = fastgate.explain(fastgate.patch(copy.deepcopy(model)), lengths).flops
+    config = fastgate.PruningConfig(
+        fastgate.Speedup(1.5), replacement="shift", warm=0.05, ramp=0.3, harden=0.5, gate_lr=0.2
+    )
+    pruner = fastgate.Pruner(model, config, 20, teacher=bert(seed=1)).attach()
+    run(pruner, model, 20)
+    pruned = fastgate.explain(pruner.finalize(), lengths)
+    assert pruned.flops <= dense / 1.5 and [row.live_rows for row in pruned.layers[:3]] == [sum(lengths)] * 3
+    assert pruned.flops == float(pruner.learner.costs.total(torch.tensor(pruner.open_probabilities)))
 
 
 def test_history_tells_what_the_gates_did():

@@ -16,8 +16,9 @@ from .objective import Costs, costs_of
 class Measured:
     """Sums over the rows computed while every gate is open: small, on the host, saved with the Pruner."""
 
-    def __init__(self, layers: int, config: Any):
-        self.config = config
+    def __init__(self, layers: int, config: Any, mixes: bool):
+        """config: the encoder's. mixes: what stands in for an attention mixes tokens."""
+        self.config, self.mixes = config, mixes
         self.sums = torch.zeros(layers, config.hidden_size, dtype=torch.float64)
         self.rows = torch.zeros(layers, dtype=torch.float64)
         self.sizes = torch.zeros(
@@ -60,7 +61,8 @@ class Measured:
         sizes = Sizes(
             config.hidden_size, config.intermediate_size, packed, packed, demanded, pairs, sequences
         )
-        self.costs = costs_of(sizes, config.num_attention_heads, demanded < packed, demanded == sequences)
+        narrow, single = demanded < packed, demanded == sequences
+        self.costs = costs_of(sizes, config.num_attention_heads, narrow, single, self.mixes)
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -1,8 +1,9 @@
 """What pruning aims at: a share of the attention removed or a speed-up, its expectation, and the Lagrangian.
 
-Under row demand the rows of layer l's output are all live if any attention above it runs, otherwise only the
-demanded ones are. With p_m the probability that attention m runs, P(all live) = 1 - prod over m > l of (1 -
-p_m), which makes the expected cost smooth in the gates and exact where every p is 0 or 1.
+Under row demand the rows of layer l's output are all live if any layer above it mixes tokens, otherwise only
+the demanded ones are. With p_m the probability that attention m runs, P(all live) = 1 - prod over m > l of (1
+- p_m), which makes the expected cost smooth in the gates and exact where every p is 0 or 1. Where a `shift`
+stands in for attention every layer mixes, and p_m there is 1.
 """
 
 from __future__ import annotations
@@ -63,17 +64,22 @@ Target = Sparsity | Speedup | Fixed
 
 @dataclass(frozen=True)
 class Costs:
-    """FLOPs of one layer's attention and feed-forward part, on all rows and (narrow) on the demanded ones."""
+    """FLOPs of one layer's attention and feed-forward part, on all rows and (narrow) on the demanded ones.
+
+    mixes: what stands in for an attention mixes tokens, for next to no FLOPs of its own.
+    """
 
     attention: float
     attention_narrow: float
     feed_forward: float
     feed_forward_narrow: float
+    mixes: bool = False
 
     def total(self, p: Tensor) -> Tensor:
         """Expected cost for the probabilities p (layers,) that each attention runs; 0-d, differentiable."""
-        above = torch.cat([torch.flip(torch.cumprod(torch.flip(1 - p, (0,)), 0), (0,))[1:], p.new_ones(1)])
-        live = 1 - above  # P(some attention above layer l runs)
+        still = torch.zeros_like(p) if self.mixes else 1 - p  # P(layer l mixes no tokens)
+        above = torch.cat([torch.flip(torch.cumprod(torch.flip(still, (0,)), 0), (0,))[1:], p.new_ones(1)])
+        live = 1 - above  # P(some layer above layer l mixes)
         attention = p * (live * self.attention + above * self.attention_narrow)
         return (attention + live * self.feed_forward + above * self.feed_forward_narrow).sum()
 
@@ -82,8 +88,9 @@ class Costs:
         return self.total(p) / self.total(torch.ones_like(p))
 
 
-def costs_of(sizes: Sizes, heads: int, narrow: bool, single: bool) -> Costs:
-    """Costs of a layer. narrow: fewer rows are demanded than packed; single: one row a sequence is."""
+def costs_of(sizes: Sizes, heads: int, narrow: bool, single: bool, mixes: bool = False) -> Costs:
+    """Costs of a layer. narrow: fewer rows are demanded than packed; single: one row a sequence is; mixes: as
+    in Costs."""
     layer_sizes = (make_plan((True, True), narrow, single, False).of_layer(i) for i in (0, 1))
     wide, last = ([(step.op, flops(step, sizes, heads)) for step in steps] for steps in layer_sizes)
     feed_forward = ("intermediate", "project_down", "output_norm")
@@ -91,7 +98,7 @@ def costs_of(sizes: Sizes, heads: int, narrow: bool, single: bool) -> Costs:
     def add(steps: list[tuple[str, int]], inside: bool) -> float:
         return float(sum(cost for op, cost in steps if (op in feed_forward) is inside))
 
-    return Costs(add(wide, False), add(last, False), add(wide, True), add(last, True))
+    return Costs(add(wide, False), add(last, False), add(wide, True), add(last, True), mixes)
 
 
 class Objective:

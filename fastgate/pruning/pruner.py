@@ -97,7 +97,8 @@ class Pruner:
         self.state.set_gates([1.0] * layers)
         exact = self.config.gates == "exact"
         self.learner = GateLearner(self.objective, self.config.gate_lr, self.config.seed, exact)
-        self._measured = Measured(layers, self.state.encoder.config)
+        mixes = self.config.replacement == "shift"
+        self._measured = Measured(layers, self.state.encoder.config, mixes)
         self._teacher: Teacher | SelfTeacher | None = None
         if self.config.distill is not None:
             teacher = self._teacher_model
