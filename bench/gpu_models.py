@@ -38,9 +38,9 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, BertModel
 
 import fastgate
-from fastgate.compare import check_outputs
 from fastgate.floor import Floor
 from fastgate.info import environment
+from fastgate.outputs import check_outputs
 from fastgate.state import encoder_state
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -23,7 +23,8 @@ from typing import Any
 
 import torch
 
-from fastgate import compare, peers
+from fastgate import compare, contenders, peers
+from fastgate.batches import choose_batches, evaluation_rows
 from fastgate.errors import FastgateError
 from fastgate.info import environment
 from fastgate.tasks.load import load_task
@@ -112,7 +113,7 @@ def choices(model: str) -> dict[str, tuple[str, list[int] | None]]:
 
     At the largest size only as many as fit in memory beside the peers.
     """
-    layers = compare.layers_of(model)
+    layers = contenders.layers_of(model)
     found: dict[str, tuple[str, list[int] | None]] = {"all": ("all", None)}
     for share in SHARES:
         count = round(layers * (1 - share))
@@ -171,10 +172,10 @@ def run_group(chosen: list[Run], data_dir: Path, out: Path, threads: int, deadli
     torch.set_num_threads(threads)
     first, right = chosen[0], True
     task = load_task(first.task, data_dir, max_train_rows=1)
-    reference, tokenizer = compare.dense(first.model, task, compare.DTYPES[first.dtype])
+    reference, tokenizer = contenders.dense(first.model, task, contenders.DTYPES[first.dtype])
     names = choices(first.model)
     needed = {name for run in chosen for name in run.choices}
-    models = {name: compare.pruned(reference, kept) for name, (_, kept) in names.items() if name in needed}
+    models = {name: contenders.pruned(reference, kept) for name, (_, kept) in names.items() if name in needed}
     rows: dict[str, Any] = {}
     built: dict[str, peers.Peer] = {}
     absent: dict[str, str] | None = None
@@ -183,9 +184,9 @@ def run_group(chosen: list[Run], data_dir: Path, out: Path, threads: int, deadli
             break
         if run.task not in rows:
             task = load_task(run.task, data_dir, max_train_rows=1)
-            rows[run.task] = compare.evaluation_rows(task, tokenizer, MAX_LENGTH[run.task])
+            rows[run.task] = evaluation_rows(task, tokenizer, MAX_LENGTH[run.task])
         settings = run.settings(threads)
-        batches = compare.choose_batches(
+        batches = choose_batches(
             rows[run.task], tokenizer, batch_size=run.batch_size, count=settings["batches"], order=run.order
         )
         if absent is None:

@@ -24,7 +24,7 @@ import torch
 from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
 import fastgate
-from fastgate.compare import dense as dense_and_tokenizer
+from fastgate.contenders import dense as dense_and_tokenizer
 from fastgate.info import environment
 from fastgate.memory import saved_bytes
 from fastgate.tasks import load_task

@@ -13,9 +13,11 @@ import torch
 from rich.console import Console
 
 from .checkpoint import load
-from .compare import Batch, check_outputs, ours_at_best, unpruned
+from .contenders import ours_at_best, unpruned
 from .display import Display
+from .outputs import check_outputs
 from .patch import patch
+from .peers import Batch
 from .report import Contender, gate_picture, table, write_report
 from .tasks import Task, dense_model, load_task, load_tokenizer
 from .tasks.docstrings import docstring_task

@@ -236,7 +236,9 @@ def plots(lines: Sequence[Line], speeds: dict[str, float], folder: Path) -> list
 
 def measured(lines: Sequence[Line], path: Path, data_dir: Path | None, console: Console) -> dict[str, float]:
     """Speed-ups over SDPA of each choice of layers, by `fastgate bench` on this machine, kept in `path`."""
-    from . import compare
+    from .batches import real_batches
+    from .compare import compare
+    from .contenders import contenders
     from .tasks.load import load_task
 
     known = read_speeds(path)
@@ -246,12 +248,12 @@ def measured(lines: Sequence[Line], path: Path, data_dir: Path | None, console: 
             continue
         task = load_task(line["task"], data_dir, max_train_rows=1)
         source = line["settings"]["model"]
-        ours, reference, tokenizer = compare.contenders(source, task, line["kept"])
-        batches = compare.real_batches(
+        ours, reference, tokenizer = contenders(source, task, line["kept"])
+        batches = real_batches(
             task, tokenizer, max_length=line["settings"]["max_length"], batch_size=BATCH, count=BATCHES,
             order="data",
         )  # fmt: skip
-        known[key] = compare.compare(ours, reference, batches, against=["sdpa"]).ratio("sdpa")
+        known[key] = compare(ours, reference, batches, against=["sdpa"]).ratio("sdpa")
         console.print(f"{line['task']} kept {line['kept']}: {known[key]:.2f}x", highlight=False)
         aside = path.with_name(f".{path.name}.writing")
         aside.write_text(json.dumps(known, indent=1) + "\n")

@@ -214,9 +214,9 @@ def test_bench_in_bfloat16_names_who_sat_out(world, monkeypatch):
 
 
 def test_bench_gives_no_figure_for_outputs_that_differ(world, monkeypatch):
-    from fastgate import compare
+    from fastgate import outputs
 
-    monkeypatch.setattr(compare, "TOLERANCES", {torch.float32: -1.0})
+    monkeypatch.setattr(outputs, "TOLERANCES", {torch.float32: -1.0})
     data = ["--task", "sst2", "--data-dir", world / "data", "--max-length", 24, "--batches", 1]
     result = run("bench", "--model", world / "model", *data, code=1)
     assert "no figure is given" in result.stderr and "median" not in result.stdout

@@ -15,8 +15,9 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-from fastgate import compare, peers
+from fastgate import compare, contenders, peers
 from fastgate.errors import ArgumentError
+from fastgate.outputs import hold_peers
 
 OPTIONAL = {"onnxruntime": ("onnx", "onnxruntime"), "openvino": ("openvino",)}
 SIZES = {
@@ -68,7 +69,7 @@ def test_a_peer_gives_hugging_faces_logits_for_batches_of_any_shape(name, kind):
     model = reference(kind)
     peer = built(name, model, kind)
     batches = [batch(*shape, kind) for shape in ((2, 8), (5, 13), (1, 7), (3, 62))]
-    held, wrong = compare.hold_peers({name: peer}, model, batches)
+    held, wrong = hold_peers({name: peer}, model, batches)
     assert held == {name: peer} and not wrong
     # What is compared is seen to depend on the mask and, where there are any, on the token types.
     for key in set(batches[0]) - {"input_ids"}:
@@ -92,7 +93,7 @@ def test_openvino_runs_in_the_precision_of_the_model():
         return
     assert "bf16" in found["openvino"].form
     assert sys.modules["openvino_telemetry"] is None  # nothing is reported anywhere
-    assert compare.hold_peers(found, model, [batch(4, 9)])[0]
+    assert hold_peers(found, model, [batch(4, 9)])[0]
     ours, exact = found["openvino"].run(one := batch(4, 9)), model.float()(**one).logits
     assert (ours - exact).abs().max() > 1e-5  # it rounds
 
@@ -150,7 +151,7 @@ def stand_in(change):
 @pytest.mark.parametrize("added", [1e-2, torch.nan, torch.inf])
 def test_a_peer_that_is_wrong_sits_out(added):
     model, wrong = stand_in(lambda logits: logits + torch.tensor([0.0, added, 0.0]))
-    held, why = compare.hold_peers({"wrong": wrong}, model, [batch(2, 8)])
+    held, why = hold_peers({"wrong": wrong}, model, [batch(2, 8)])
     assert not held and "from Hugging Face's" in why["wrong"]
 
 
@@ -161,7 +162,7 @@ def test_only_attended_rows_of_a_tagging_peer_are_compared():
         lambda b: model(**b).logits + (1 - b["attention_mask"][..., None]), "differs in padding"
     )
     attended = peers.Peer(lambda b: model(**b).logits + b["attention_mask"][..., None], "differs elsewhere")
-    held, wrong = compare.hold_peers({"padding": padding, "attended": attended}, model, [one])
+    held, wrong = hold_peers({"padding": padding, "attended": attended}, model, [one])
     assert list(held) == ["padding"] and list(wrong) == ["attended"]
 
 
@@ -169,7 +170,7 @@ def test_only_attended_rows_of_a_tagging_peer_are_compared():
 def test_choices_of_layers_share_the_peers_timings(dtype, monkeypatch):
     monkeypatch.setattr(compare, "SECONDS", 0.0)
     model = reference("tokens", dtype)
-    models = {"all": compare.pruned(model, None), "one": compare.pruned(model, [1])}
+    models = {"all": contenders.pruned(model, None), "one": contenders.pruned(model, [1])}
     batches = [batch(3, 8), batch(2, 5)]
     built_peers, absent = peers.build(["sdpa"], model, batches[0])
     wrong = peers.Peer(lambda one: model(**one).logits + 1, "wrong")
@@ -196,6 +197,6 @@ def test_no_peer_that_runs_is_an_error_with_the_reasons(monkeypatch):
     monkeypatch.setattr(peers.importlib.util, "find_spec", lambda package: None)
     model = reference()
     with pytest.raises(ArgumentError, match=r"openvino: no package openvino.*a peer that runs here"):
-        compare.compare(compare.pruned(model, None), model, [batch(2, 8)], against=["openvino"])
+        compare.compare(contenders.pruned(model, None), model, [batch(2, 8)], against=["openvino"])
     with pytest.raises(ArgumentError, match="got flash, wanted sdpa or eager or compile"):
         compare.compare(model, model, [], against=["flash"])

@@ -11,7 +11,7 @@ import pytest
 import tiny
 import torch
 
-from fastgate import compare
+from fastgate import compare, contenders, outputs
 
 BENCH = Path(__file__).parent.parent / "bench"
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the sweep is the CPU's")
@@ -32,8 +32,8 @@ def bench(monkeypatch, tmp_path):
         words, tags = ["she", "went", "to", "paris"], ["O", "O", "O", "B-location"]
         tagged = [{"tokens": words[: 1 + i % 4], "ner_tags": tags[: 1 + i % 4]} for i in range(40)]
         tiny.write_rows(tmp_path / "data" / "wnut17" / f"{split}.jsonl", tagged)
-    monkeypatch.setitem(compare._SHAPES, "tiny", (32, 6, 4, 64))
-    monkeypatch.setattr(compare, "demo_model_path", lambda: folder)
+    monkeypatch.setitem(contenders._SHAPES, "tiny", (32, 6, 4, 64))
+    monkeypatch.setattr(contenders, "demo_model_path", lambda: folder)
     monkeypatch.setattr(compare, "SECONDS", 0.0)
     monkeypatch.setattr(scenarios, "PEERS", ("sdpa", "onnxruntime"))
     monkeypatch.setattr(scenarios, "BATCHES", {1: 3, 8: 2, 32: 1})
@@ -123,7 +123,7 @@ def test_no_run_is_started_after_the_deadline(bench, monkeypatch):
 
 
 def test_outputs_that_differ_leave_no_line(bench, monkeypatch, capsys):
-    monkeypatch.setattr(compare, "TOLERANCES", {torch.float32: -1.0})
+    monkeypatch.setattr(outputs, "TOLERANCES", {torch.float32: -1.0})
     run = bench.scenarios.Run("tiny", "float32", "sst2", "data", 8)
     assert not bench.scenarios.run_group([run], bench.data, bench.out, 1, time.time() + 60)
     assert not bench.out.exists() and "no figure is given" in capsys.readouterr().err

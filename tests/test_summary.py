@@ -85,8 +85,8 @@ def test_the_tables_and_plots(tmp_path):
 def test_speeds_are_measured_once(tmp_path, monkeypatch):
     folder = tiny.model_folder(tmp_path / "model")
     monkeypatch.setattr("fastgate.compare.SECONDS", 0.0)
-    monkeypatch.setattr("fastgate.compare.demo_model_path", lambda: folder)
-    monkeypatch.setitem(__import__("fastgate.compare").compare._SHAPES, "minilm", (32, 3, 4, 64))
+    monkeypatch.setattr("fastgate.contenders.demo_model_path", lambda: folder)
+    monkeypatch.setitem(__import__("fastgate.contenders").contenders._SHAPES, "minilm", (32, 3, 4, 64))
     for split in ("train", "validation", "test"):
         tiny.write_rows(tmp_path / "data" / "sst2" / f"{split}.jsonl", tiny.sentiment(40))
     path = tmp_path / "tasks.jsonl"
