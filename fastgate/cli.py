@@ -54,7 +54,10 @@ TaskType = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option(help="For your own files: text, pair, regression or tokens."),
 ]
-TrainFile = Annotated[Optional[Path], typer.Option("--train", help="Your training rows (jsonl, csv, tsv).")]  # noqa: UP045
+TrainFile = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option("--train", help="Your training rows (jsonl, json, csv, tsv)."),
+]
 ValidationFile = Annotated[Optional[Path], typer.Option("--validation", help="Your rows to score on.")]  # noqa: UP045
 Columns = Annotated[
     Optional[str],  # noqa: UP045

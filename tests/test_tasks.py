@@ -66,12 +66,15 @@ def test_a_split_of_minus_ones_is_left_out_of_the_score(tmp_path):
         load_task("sst2", tmp_path, evaluate_on=["test"])
 
 
-@pytest.mark.parametrize("ending", ["jsonl", "csv", "tsv"])
+@pytest.mark.parametrize("ending", ["jsonl", "json", "list.json", "csv", "tsv"])
 def test_every_format_gives_the_same_rows(tmp_path, ending):
     texts, labels = ["None", 'a "quoted", one', "null", "plain"], ["x", "y", "x", "y"]
     path = tmp_path / f"rows.{ending}"
-    if ending == "jsonl":
-        tiny.write_rows(path, [{"body": t, "kind": k} for t, k in zip(texts, labels, strict=True)])
+    rows = [{"body": t, "kind": k} for t, k in zip(texts, labels, strict=True)]
+    if ending == "list.json":
+        path.write_text(json.dumps(rows, indent=1))
+    elif ending.startswith("json"):
+        tiny.write_rows(path, rows)
     else:
         import csv
 
@@ -159,11 +162,15 @@ def test_bad_rows_are_refused_with_the_place_and_the_remedy(files, kind, train, 
             "row 1: got a dict, wanted a class",
         ),
         ("rows.jsonl", b"[1]\n[2]\n", "a list, not an object"),
+        ("rows.json", b'{"text": "a", "label": 1}\n{"text": \n', "line 2"),
+        ("rows.json", b'[{"text": "a", "label": 1},\n{"text": "b" "label": 1}]', "line 2"),
+        ("rows.json", b'[{"text": "a", "label": 1}, 3]', "row 1: a int, not an object"),
+        ("rows.json", b"[]", "no rows"),
         ("rows.jsonl.gz", b"this is no gzip", "damaged gzip"),
         ("rows.csv", b"text,label\na,1\nb,2,3\n", "line 3 with 3 fields under a header of 2"),
         ("rows.csv", b"text,label\n", "no rows"),
         ("rows.csv", b"text,label\n\xff\xfe,1\n", "not UTF-8"),
-        ("rows.txt", b"a\n", "JSON lines (.jsonl, .jsonl.gz), .csv or .tsv"),
+        ("rows.txt", b"a\n", "JSON lines (.jsonl, .jsonl.gz), .json (lines, or one list), .csv or .tsv"),
     ],
 )
 def test_damaged_files_are_refused_by_line(tmp_path, name, content, said):

@@ -44,6 +44,30 @@ def model_folder(folder: Path, layers: int = 3) -> Path:
     return folder
 
 
+def roberta_folder(folder: Path, layers: int = 4) -> Path:
+    """A random RoBERTa of 32 hidden units, and a byte-level BPE trained on WORDS."""
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import RobertaConfig, RobertaModel
+
+    folder.mkdir(parents=True, exist_ok=True)
+    words = ByteLevelBPETokenizer()
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    words.train_from_iterator([_TEXT] * 4, vocab_size=400, special_tokens=special, show_progress=False)
+    words.save_model(str(folder))
+    torch.manual_seed(0)
+    config = RobertaConfig(
+        vocab_size=words.get_vocab_size(),
+        hidden_size=32,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=66,
+        type_vocab_size=1,
+    )
+    RobertaModel(config).save_pretrained(folder)
+    return folder
+
+
 def write_rows(path: Path, rows: list[dict]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

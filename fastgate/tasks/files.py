@@ -16,8 +16,8 @@ from ..errors import DataError, say
 if TYPE_CHECKING:
     from datasets import Dataset
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".csv", ".tsv")
-_FORMATS = "JSON lines (.jsonl, .jsonl.gz), .csv or .tsv"
+SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".csv", ".tsv")
+_FORMATS = "JSON lines (.jsonl, .jsonl.gz), .json (lines, or one list), .csv or .tsv"
 
 
 @contextmanager
@@ -44,6 +44,7 @@ def _suffix(path: Path) -> str:
 def _first_bad_line(path: Path, suffix: str) -> str:
     """Where a file that did not load is wrong, as far as it can be told."""
     opener = gzip.open if suffix == ".jsonl.gz" else open
+    number = 0
     try:
         with opener(path, "rt", encoding="utf-8") as file:  # type: ignore[operator]
             if suffix in (".csv", ".tsv"):
@@ -55,6 +56,14 @@ def _first_bad_line(path: Path, suffix: str) -> str:
                     if len(row) not in (0, width):
                         return f"line {rows.line_num} with {len(row)} fields under a header of {width}"
                 return "fields that do not fit together" if lines else "no rows"
+            if suffix == ".json" and file.read().lstrip().startswith("["):
+                file.seek(0)
+                listed = json.load(file)
+                for place, row in enumerate(listed):
+                    if not isinstance(row, dict):
+                        return f"row {place}: a {type(row).__name__}, not an object"
+                return "rows that do not fit together" if listed else "no rows"
+            file.seek(0)
             for number, line in enumerate(file, 1):
                 if not line.strip():
                     continue
@@ -62,7 +71,7 @@ def _first_bad_line(path: Path, suffix: str) -> str:
                 if not isinstance(row, dict):
                     return f"line {number}: a {type(row).__name__}, not an object"
     except json.JSONDecodeError as error:
-        return f"line {number}: {error.msg}"
+        return f"line {number or error.lineno}: {error.msg}"
     except UnicodeDecodeError as error:
         return f"bytes that are not UTF-8 ({error.reason} at {error.start})"
     except (EOFError, gzip.BadGzipFile) as error:

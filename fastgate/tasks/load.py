@@ -46,8 +46,8 @@ def load_task(
 ) -> Task:
     """A task of the catalogue. Raises DataError for anything in the data that would stop a training later.
 
-    With `data_dir` its splits are `<data_dir>/<name>/<split>.jsonl.gz` (or .jsonl, .csv, .tsv); without it
-    the hub's data set of that name. `evaluate_on` overrides the splits that are scored (together).
+    With `data_dir` its splits are `<data_dir>/<name>/<split>.jsonl.gz` (or .jsonl, .json, .csv, .tsv),
+    without it the hub's data set of that name. `evaluate_on` overrides the splits that are scored (together).
     `max_train_rows` and `max_eval_rows` keep that many rows, drawn by a shuffle with `seed`.
     """
     if name not in CATALOG:
@@ -76,7 +76,7 @@ def load_files(
     max_eval_rows: int | None = None,
     seed: int = 0,
 ) -> Task:
-    """A task from the user's own files (.jsonl, .jsonl.gz, .csv, .tsv).
+    """A task from the user's own files (.jsonl, .jsonl.gz, .json, .csv, .tsv).
 
     kind: `text`, `pair`, `regression` (one or two text columns and a number) or `tokens` (lists of words and
     tags, or strings of them separated by blanks). columns: the input columns, by default `text` (`text_pair`)
