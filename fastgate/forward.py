@@ -13,7 +13,7 @@ from .encoder import run_plan
 from .errors import ArgumentError, Unsupported, say
 from .layer import Parts, is_plain, is_skipped, shifts_of
 from .ops.slots import is_direct
-from .packing import HOST, Packing, on_host, pack_rows, unpadded
+from .packing import HOST, Packing, on_device, on_host, pack_rows, unpadded
 from .plan import Plan
 from .run import Ids, Record, Run, plan_for
 from .state import Runtime
@@ -59,7 +59,8 @@ def forward_encoder(
     attentions = kwargs.get("output_attentions")
     attentions = getattr(config, "output_attentions", False) if attentions is None else attentions
     whole = wanted_hidden is not None or bool(attentions)
-    rows = None if rows is None else checked_rows(rows, (batch, length), runtime.reads)
+    if rows is not None:
+        rows = checked_rows(rows, (batch, length), None if runtime.pooling == "mean" else runtime.reads)
     attended, rows = on_host(_attended(attention_mask, batch, length), rows)
     if attended is not None and bool(attended.all()):
         attended = None
@@ -85,9 +86,10 @@ def forward_encoder(
         hidden = packing.pad(run_plan(run, embed.rows), narrow=True)
 
     pooler = getattr(encoder, "pooler", None)
+    pooled = hidden if runtime.pooling == "first" else _mean(hidden, attended)
     output = BaseModelOutputWithPoolingAndCrossAttentions(
         last_hidden_state=hidden,
-        pooler_output=None if pooler is None else pooler(hidden),  # type: ignore[arg-type]
+        pooler_output=None if pooler is None else pooler(pooled),  # type: ignore[arg-type]
     )
     if wanted_hidden is not None and record is not None:
         padded = [
@@ -100,6 +102,18 @@ def forward_encoder(
     return_dict = kwargs.get("return_dict")
     return_dict = getattr(config, "return_dict", True) if return_dict is None else return_dict
     return output if return_dict else output.to_tuple()
+
+
+def _mean(hidden: Tensor, attended: Tensor | None) -> Tensor:
+    """(batch, length, hidden) -> (batch, 1, hidden), where a pooler looks for token 0: the mean of each
+    sequence's attended rows, summed in float32; zeros where there are none. attended: on the host, None: all.
+    """
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    if attended is None:
+        return hidden.mean(1, keepdim=True, dtype=wide).to(hidden.dtype)
+    mask, count = on_device([attended, attended.sum(1).clamp(min=1)], hidden.device)
+    total = (hidden * mask[:, :, None]).sum(1, keepdim=True, dtype=wide)
+    return (total / count[:, None, None]).to(hidden.dtype)
 
 
 def _hidden_selection(selection: Any, layers: int) -> set[int] | None:
@@ -180,6 +194,8 @@ def demanded_rows(
     runtime: Runtime = encoder.fastgate_runtime
     if whole or runtime.demand == "every":
         return torch.ones(shape, dtype=torch.bool, device=device)
+    if runtime.pooling == "mean":
+        return None if rows is None or attended is None else attended | rows.to(device)
     if rows is None and runtime.demand == "start" and attended is not None:
         # argmax is the first of equals, and 0 where nothing is attended: as sentence-transformers has it.
         return torch.zeros_like(attended).scatter_(1, attended.int().argmax(1, keepdim=True), True)

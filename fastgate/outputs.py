@@ -26,7 +26,8 @@ class OutputsDiffer(FastgateError):
 
 @contextmanager
 def _as_pruned(reference: Any, ours: nn.Module) -> Iterator[None]:
-    """While open, layers of `reference` whose attention `ours` skips put its replacement in place of it."""
+    """While open, layers of `reference` whose attention `ours` skips put its replacement in place of it, and
+    its pooler reads what that of `ours` does."""
     state = encoder_state(ours)
     encoder = getattr(reference, reference.base_model_prefix, reference)
     linked: Tensor
@@ -48,11 +49,28 @@ def _as_pruned(reference: Any, ours: nn.Module) -> Iterator[None]:
         for i, gate in enumerate(state.gates)
         if gate == 0.0
     ]
+    if state.runtime.pooling == "mean":
+        hooks += _reading_the_mean(encoder)
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _reading_the_mean(encoder: Any) -> list[Any]:
+    """Hooks by which an encoder of transformers hands its pooler the mean over the attended rows."""
+    masks: list[Tensor] = []
+
+    def note(module: Any, args: Any, given: Mapping[str, Any]) -> None:
+        masks[:] = [given["attention_mask"][:, :, None].float()]
+
+    def mean(module: Any, args: tuple[Tensor]) -> tuple[Tensor]:
+        total = (args[0] * masks[0]).sum(1, keepdim=True)
+        return ((total / masks[0].sum(1, keepdim=True)).to(args[0].dtype),)
+
+    noting = encoder.register_forward_pre_hook(note, with_kwargs=True)
+    return [noting, encoder.pooler.register_forward_pre_hook(mean)]
 
 
 def check_outputs(ours: Any, reference: Any, batches: Sequence[Batch]) -> float:

@@ -16,10 +16,16 @@ from .forward import forward_encoder
 from .freeze import thaw
 from .graphs import Graphs
 from .heads import masked_lm, rows_read
-from .state import EncoderState, Runtime
+from .state import POOLING_KEY, POOLINGS, EncoderState, Runtime
 
 
-def patch(model: nn.Module, demand: str | None = None, *, graphs: bool | None = None) -> nn.Module:
+def patch(
+    model: nn.Module,
+    demand: str | None = None,
+    *,
+    pooling: str | None = None,
+    graphs: bool | None = None,
+) -> nn.Module:
     """Make every BERT or RoBERTa encoder inside `model` run packed rows, in place, and return the model.
 
     The outputs stay Hugging Face's on the rows the head reads; rows nobody reads are not computed and come
@@ -33,11 +39,19 @@ def patch(model: nn.Module, demand: str | None = None, *, graphs: bool | None = 
     Heads for tokens and bare encoders also take the rows of one call: `model(**batch, rows=mask)`, mask
     (batch, length) bool. Labelled rows are always among them; in training they are the only ones by default.
 
+    pooling: what the encoder's pooler reads: "first" token 0, as in transformers, or "mean" the mean over the
+    attended rows, which are then all demanded; a sequence without one has zeros for a mean. None: what the
+    config says as `fastgate_pooling`, where it is kept, so that checkpoints have it; "first" if nothing.
+    transformers does not read that: unpatched, a model with "mean" would read token 0. For encoders whose
+    pooler alone is read, as BertForSequenceClassification does, and bare ones; RoBERTa's head for sequences
+    reads token 0 by itself.
+
     graphs: whether inference on a GPU captures CUDA graphs of small batches and replays them, as
     fastgate/graphs.py says; None: as the model has it, at first yes.
 
     Raises NothingPatched if no known encoder is inside, Unsupported for decoders, cross-attention, replaced
-    modules and hooks that would not run, ArgumentError for a demand that leaves out rows that are read.
+    modules and hooks that would not run, and a pooling that the model's head does not read, ArgumentError for
+    a demand that leaves out rows that are read.
     """
     found = list(find_encoders(model))
     if not found:
@@ -51,39 +65,66 @@ def patch(model: nn.Module, demand: str | None = None, *, graphs: bool | None = 
             )
         )
     pooled = sentence.rows_read(model)
-    demands = []
+    wanted = []
     for item in found:
         verify(item)
-        demands.append(_demand(item, pooled.get(id(item.encoder)), demand))
-    for item, (reads, asked) in zip(found, demands, strict=True):
-        _swap(item, reads, asked)
+        rows = pooled.get(id(item.encoder))
+        how = _pooling(item, rows, pooling)
+        wanted.append((*_demand(item, rows, demand, how), how))
+    for item, settings in zip(found, wanted, strict=True):
+        _swap(item, *settings)
         if graphs is not None:
             runtime: Runtime = item.encoder.fastgate_runtime  # type: ignore[assignment]
             runtime.graphs = (runtime.graphs or Graphs()) if graphs else None
     return model
 
 
-def _demand(found: Found, pooled: str | None, demand: str | None) -> tuple[str | None, str | None]:
+def _pooling(found: Found, pooled: str | None, pooling: str | None) -> str:
+    """What the pooler reads. pooled: the rows sentence-transformers reads, which reads no pooler; None: it is
+    not there. What a config says is of no meaning where there is no pooler, or nobody reads it."""
+    config, pooler = found.encoder.config, getattr(found.encoder, "pooler", None)
+    asked = getattr(config, POOLING_KEY, "first") if pooling is None else pooling
+    if asked not in POOLINGS:
+        remedy = "pass one of these"
+        raise ArgumentError(say("patch", "pooling", repr(asked), '"first" or "mean"', remedy))
+    read = pooler is not None and pooled is None
+    if asked == "first" or (pooling is None and not read):
+        return "first"
+    if not read or found.reads not in (None, "first") or type(pooler) is not found.family.hf_class("Pooler"):
+        head = base_class(found.head or found.encoder).__name__
+        got = f'"mean" for a {head}' if pooled is None else '"mean" under sentence-transformers'
+        wanted = "an encoder whose pooler, and no other row, is read, as in BertForSequenceClassification"
+        remedy = 'leave it out, or pass "first"' if pooled is None else "choose it in the Pooling module"
+        raise Unsupported(say("patch", "pooling", got, wanted, remedy))
+    return "mean"
+
+
+def _demand(
+    found: Found, pooled: str | None, demand: str | None, pooling: str
+) -> tuple[str | None, str | None]:
     """The rows that are read and those asked for (see Runtime); what is not known anew stays as it was."""
     before = getattr(found.encoder, "fastgate_runtime", None) or Runtime(None)
     reads, asked = found.reads or pooled or before.reads, before.asked if demand is None else demand
     if asked not in (None, "first", "all"):
         raise ArgumentError(say("patch", "demand", repr(asked), '"first" or "all"', "pass one of these"))
-    if asked == "first" and reads not in (None, "first", "start"):
+    rows = "attended" if pooling == "mean" else reads
+    if asked == "first" and rows not in (None, "first", "start"):
         head = type(found.head).__name__ if found.head is not None else "what stands above the encoder"
         remedy = 'leave demand out, or pass demand="all"'
-        raise ArgumentError(
-            say("patch", "demand", '"first"', f"the rows that {head} reads ({reads})", remedy)
-        )
+        raise ArgumentError(say("patch", "demand", '"first"', f"the rows that {head} reads ({rows})", remedy))
     return reads, asked
 
 
-def _swap(found: Found, reads: str | None, asked: str | None) -> None:
+def _swap(found: Found, reads: str | None, asked: str | None, pooling: str) -> None:
     if not hasattr(found.encoder, "fastgate_runtime"):
         layers = len(found.encoder.encoder.layer)  # type: ignore[union-attr, arg-type]
         found.encoder.fastgate_runtime = Runtime(reads, [1.0] * layers, graphs=Graphs())  # type: ignore[assignment]
     runtime = EncoderState(found.encoder).runtime
-    runtime.reads, runtime.asked = reads, asked
+    runtime.reads, runtime.asked, runtime.pooling = reads, asked, pooling
+    if pooling == "first":
+        found.encoder.config.__dict__.pop(POOLING_KEY, None)
+    else:
+        setattr(found.encoder.config, POOLING_KEY, pooling)
     for module in (found.encoder, found.head):
         if module is not None and type(module) in SWAPPED:
             module.__class__ = SWAPPED[type(module)]
@@ -92,7 +133,8 @@ def _swap(found: Found, reads: str | None, asked: str | None) -> None:
 def unpatch(model: nn.Module) -> nn.Module:
     """Give every module its Hugging Face class back, in place, and return the model.
 
-    Raises Unsupported if attention was pruned or is gated: transformers' classes cannot run such a model.
+    Raises Unsupported if attention was pruned or is gated, or a pooler reads the mean: transformers' classes
+    cannot run such a model.
     """
     found = [item for item in find_encoders(model) if hasattr(item.encoder, "fastgate_runtime")]
     for item in found:
@@ -108,6 +150,9 @@ def unpatch(model: nn.Module) -> nn.Module:
                     "load the unpruned model, or open the gates if the weights are still there",
                 )
             )
+        if state.runtime.pooling == "mean":
+            got, remedy = "a pooler that reads the mean", 'call fastgate.patch(model, pooling="first") before'
+            raise Unsupported(say("unpatch", "model", got, "one that reads token 0, as theirs do", remedy))
     thaw(model)
     for item in found:
         EncoderState(item.encoder).remove_replacements()

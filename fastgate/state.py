@@ -17,6 +17,9 @@ from .program import Programs
 from .replacement import Replacement
 from .run import Record
 
+POOLINGS = ("first", "mean")  # what a pooler reads: token 0, or the mean over the attended rows
+POOLING_KEY = "fastgate_pooling"  # where a config says it; without it: first
+
 
 @dataclass
 class Runtime:
@@ -26,6 +29,7 @@ class Runtime:
     an encoder layer: 1.0 the attention runs, 0.0 it is skipped, a 0-d tensor it is gated. record: where to
     write what is computed, while recording. asked: the demand `patch` was called with, if any. graphs: those
     captured for inference on a GPU; None: never. programs: what its layers run once they are frozen.
+    pooling: one of POOLINGS.
     """
 
     reads: str | None
@@ -34,10 +38,13 @@ class Runtime:
     asked: str | None = None
     graphs: Graphs | None = None
     programs: Programs = field(default_factory=Programs)
+    pooling: str = "first"
 
     @property
     def demand(self) -> str:
         """Rows to compute where a call does not say: `first`, `start`, `labelled`, `attended` or `every`."""
+        if self.pooling == "mean":
+            return "attended"
         if self.asked == "all" and self.reads != "every":
             return "attended"
         return self.reads or ("first" if self.asked == "first" else "attended")

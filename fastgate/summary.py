@@ -42,6 +42,7 @@ class Row:
     interval: float | None
     kept: tuple[tuple[int, ...], ...]
     speedup: float | None
+    pooling: str
 
     @property
     def share(self) -> float:
@@ -49,8 +50,13 @@ class Row:
         return self.score / self.dense if self.dense else math.nan
 
 
+def pooling_of(line: Line) -> str:
+    return str(line["settings"].get("pooling", "first"))
+
+
 def speed_key(line: Line) -> str:
-    return json.dumps([line["model"], line["task"], sorted(line["kept"]), line["settings"]["max_length"]])
+    key = [line["model"], line["task"], sorted(line["kept"]), line["settings"]["max_length"]]
+    return json.dumps(key if pooling_of(line) == "first" else [*key, pooling_of(line)])
 
 
 def rows(lines: Sequence[Line], speeds: dict[str, float] | None = None) -> list[Row]:
@@ -80,6 +86,7 @@ def rows(lines: Sequence[Line], speeds: dict[str, float] | None = None) -> list[
                 interval(gaps),
                 tuple(tuple(r["kept"]) for r in group),
                 None if None in timed else statistics.mean(timed),  # type: ignore[type-var]
+                pooling_of(first),
             )
         )
     return sorted(found, key=lambda r: (r.task, r.removed, -r.score))
@@ -99,7 +106,7 @@ def learned_against(lines: Sequence[Line], rival: str) -> tuple[float, float | N
     shares of the dense score, so that tasks of different metrics weigh alike."""
     by_pair: dict[tuple, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for line in lines:
-        pair = (line["task"], line["seed"], len(line["kept"]))
+        pair = (line["task"], line["seed"], len(line["kept"]), pooling_of(line))
         by_pair[pair][line["method"]].append(line["score"] / line["dense_score"])
     gaps = [
         statistics.mean(m["learned"]) - statistics.mean(m[rival])
@@ -122,8 +129,9 @@ def tables(lines: Sequence[Line], speeds: dict[str, float]) -> str:
         for row in mine:
             kept = "; ".join(" ".join(map(str, k)) for k in row.kept) if row.removed else "all"
             gap = f"{row.gap:+.4f}" + ("" if row.interval is None else f" ± {row.interval:.4f}")
+            method = f"{row.method}, {row.replacement}" if row.removed else row.method
             cells = [
-                f"{row.method}, {row.replacement}" if row.removed else row.method,
+                method if row.pooling == "first" else f"{method}, pooling {row.pooling}",
                 f"{row.removed:.0%}",
                 kept or "none",
                 f"{row.score:.4f}",
@@ -248,7 +256,7 @@ def measured(lines: Sequence[Line], path: Path, data_dir: Path | None, console: 
             continue
         task = load_task(line["task"], data_dir, max_train_rows=1)
         source = line["settings"]["model"]
-        ours, reference, tokenizer = contenders(source, task, line["kept"])
+        ours, reference, tokenizer = contenders(source, task, line["kept"], pooling=pooling_of(line))
         batches = real_batches(
             task, tokenizer, max_length=line["settings"]["max_length"], batch_size=BATCH, count=BATCHES,
             order="data",

@@ -110,6 +110,31 @@ def test_finetune_takes_own_files_of_every_kind(world, tmp_path):
         assert result["settings"]["sparsity"] is None and len(result["pruned"]["kept"]) < 3
 
 
+def test_finetune_with_a_mean_for_a_pooler(world, tmp_path):
+    """Both models read it wherever they are read again, and a run goes on as it began."""
+    out = tmp_path / "out"
+    run("finetune", *options(world), "--pooling", "mean", "--out", out)
+    result = json.loads((out / "result.json").read_text())
+    assert result["settings"]["pooling"] == "mean" and result["dense"]["score"] > 0.9
+    data = ["--task", "sst2", "--data-dir", world / "data", "--max-length", 24]
+    for phase in ("dense", "pruned"):
+        assert json.loads((out / phase / "config.json").read_text())["fastgate_pooling"] == "mean"
+        assert json.loads(run("explain", out / phase, "--json").stdout)["demand"] == "attended"
+        found = json.loads(run("evaluate", out / phase, *data, "--json").stdout)
+        assert found["scores"] == pytest.approx(result[phase]["scores"])
+        timed = run("bench", "--model", out / phase, *data, "--batches", 1, "--against", "sdpa", "--json")
+        assert json.loads(timed.stdout)["max_difference"] < 1e-5
+    message = run("finetune", *options(world), "--out", out, "--resume", code=1).stderr
+    assert "got pooling 'first', wanted pooling 'mean'" in message
+
+
+def test_a_run_from_before_there_was_a_pooling_is_gone_on_with(world):
+    settings = json.loads((world / "out" / "run.json").read_text())
+    assert settings.pop("pooling") == "first"
+    (world / "out" / "run.json").write_text(json.dumps(settings))
+    run("finetune", *options(world), "--out", world / "out", "--resume")
+
+
 KILLED = """
 import os, signal, sys
 from fastgate.cli import app
@@ -247,6 +272,10 @@ def test_bench_gives_no_figure_for_outputs_that_differ(world, monkeypatch):
             "got sparsity and speedup, wanted one of a sparsity, a speedup and a largest drop",
         ),
         (["finetune", "--task", "sst2", "--data-dir", "DATA", "--target-sparsity", "1.5"], "1.5"),
+        (
+            ["finetune", "--task", "sst2", "--data-dir", "DATA", "--max-length", "24", "--pooling", "max"],
+            "got 'max'",
+        ),
         (["finetune", "--task", "cola", "--data-dir", "DATA"], "without a folder cola"),
         (["bench", "--task", "sst2", "--data-dir", "DATA", "--keep", "a"], "wanted layer indices"),
         (["bench", "--task", "sst2", "--data-dir", "DATA", "--keep", "7"], "layer indices from 0 to 2"),

@@ -12,7 +12,9 @@ import torch
 from test_cli import run
 
 import fastgate
-from fastgate.compare import check_outputs, choose_batches, evaluation_rows, unpruned
+from fastgate.batches import choose_batches, evaluation_rows
+from fastgate.contenders import unpruned
+from fastgate.outputs import check_outputs
 from fastgate.tasks import load_files, load_task, load_tokenizer, training
 from fastgate.tasks.budget import MaxDrop
 
@@ -105,6 +107,13 @@ def test_a_bert_of_twelve_layers_within_a_budget(world, tmp_path, trained):
     assert "6" in attempts
     cut = max([int(removed) for removed, score in attempts.items() if score >= floor], default=0)
     check_pruned(out, load_task("sst2", world / "data"), data, trained, layers=12, kept=12 - cut)
+
+
+def test_the_head_of_a_roberta_has_no_pooler(world, tmp_path):
+    data = ["--task", "sst2", "--data-dir", world / "data", "--pooling", "mean", *QUICK]
+    message = run("finetune", "--model", world / "roberta", *data, "--out", tmp_path / "out", code=1).stderr
+    assert '"mean" for a RobertaForSequenceClassification' in message and message.count("\n") == 1
+    assert not (tmp_path / "out").exists()
 
 
 def as_csv(path, rows):

@@ -9,8 +9,9 @@ from encoders import LENGTH, LENGTHS, VECTORS, batch, draw_replacements, make, p
 from test_encoder import steps_as_they_run
 
 import fastgate
-from fastgate.compare import check_outputs, unpruned
+from fastgate.contenders import unpruned
 from fastgate.errors import FastgateError
+from fastgate.outputs import check_outputs
 from fastgate.packing import Packing
 from fastgate.plan import KEPT_STEPS, SKIPPED_STEPS
 from fastgate.replacement import Replacement

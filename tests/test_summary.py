@@ -82,6 +82,16 @@ def test_the_tables_and_plots(tmp_path):
         assert "</svg>" in (tmp_path / "report" / f"{name}.svg").read_text()
 
 
+def test_another_pooling_is_another_row_and_another_speed():
+    lines = [*LINES[:3], *(line(seed=s, kept=(s,), score=0.5, pooling="mean") for s in range(3))]
+    first, mean = summary.rows(lines)
+    assert (first.pooling, mean.pooling) == ("first", "mean") and (first.seeds, mean.seeds) == (3, 3)
+    assert "| learned, mean, pooling mean | 67% |" in summary.tables(lines, {})
+    keys = {summary.speed_key(one) for one in lines}
+    assert len(keys) == 6 and summary.speed_key(LINES[0]) == '["minilm", "sst2", [0], 32]'
+    assert summary.learned_against([*LINES[:3], line("random", pooling="mean")], "random")[2] == 0
+
+
 def test_speeds_are_measured_once(tmp_path, monkeypatch):
     folder = tiny.model_folder(tmp_path / "model")
     monkeypatch.setattr("fastgate.compare.SECONDS", 0.0)
@@ -90,11 +100,12 @@ def test_speeds_are_measured_once(tmp_path, monkeypatch):
     for split in ("train", "validation", "test"):
         tiny.write_rows(tmp_path / "data" / "sst2" / f"{split}.jsonl", tiny.sentiment(40))
     path = tmp_path / "tasks.jsonl"
-    path.write_text("".join(json.dumps(one) + "\n" for one in LINES))
+    lines = [*LINES, line(kept=(0,), pooling="mean")]
+    path.write_text("".join(json.dumps(one) + "\n" for one in lines))
     options = ["--data-dir", tmp_path / "data", "--measure", "--out", tmp_path / "report"]
     run("report", path, *options)
     speeds = json.loads((tmp_path / "speeds.json").read_text())
-    assert set(speeds) == {summary.speed_key(one) for one in LINES if one["method"] != "dense"}
+    assert set(speeds) == {summary.speed_key(one) for one in lines if one["method"] != "dense"}
     assert all(value > 0 for value in speeds.values())
     run("report", path, *options)
     assert json.loads((tmp_path / "speeds.json").read_text()) == speeds

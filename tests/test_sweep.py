@@ -89,6 +89,11 @@ def test_a_recipe_stands_for_its_runs():
         ({"tasks": ["sst2"], "runs": [{"method": "random", "sparsity": 2}]}, "target: got sparsity 2"),
         ({"tasks": ["sst2"], "runs": [{"method": "random", "speedup": 2}]}, "target: got speedup 2"),
         ({"tasks": ["sst2"], "runs": [{"method": "fixed"}]}, "keep: got none"),
+        ({"tasks": ["sst2"], "runs": [{"method": "dense", "pooling": "max"}]}, "pooling: got 'max', wanted"),
+        (
+            {"tasks": ["wnut17"], "runs": [{"method": "dense", "pooling": "mean"}]},
+            "pooling: got mean for wnut17",
+        ),
     ],
 )
 def test_recipes_that_no_run_can_have_are_refused(recipe, message):
@@ -148,6 +153,32 @@ def test_every_method_leaves_a_line(world, tmp_path):
     folders = {path.name for path in (tmp_path / "work").iterdir() if path.is_dir()}
     assert folders == {one.dense for one in read_recipe(recipe)} and len(folders) == 2
     assert {path.name for folder in folders for path in (tmp_path / "work" / folder).iterdir()} == {"dense"}
+
+
+def test_runs_that_pool_otherwise_start_from_another_dense_model(world, tmp_path):
+    recipe = recipe_file(
+        world, tmp_path / "recipe.yaml", runs=[{"method": "dense", "pooling": ["first", "mean"]}, EVERY[4]],
+        per_task={"sst2": {"pooling": "mean"}},
+    )  # fmt: skip
+    out, work = tmp_path / "tasks.jsonl", tmp_path / "work"
+    run("sweep", recipe, "--data-dir", world / "data", "--out", out, "--work", work)
+    lines = read_lines(out)
+    found = {(line["method"], line["settings"].get("pooling")): line for line in lines}
+    assert set(found) == {("dense", None), ("dense", "mean"), ("fixed", "mean")}
+    assert found["fixed", "mean"]["dense_score"] == found["dense", "mean"]["score"]
+    configs = [json.loads(path.read_text()) for path in work.glob("*/dense/config.json")]
+    assert sorted(config.get("fastgate_pooling", "first") for config in configs) == ["first", "mean"]
+    assert left(read_recipe(recipe), out) == []
+
+
+def test_names_and_lines_are_those_from_before_there_was_a_pooling():
+    first = Settings(task="sst2", sparsity=0.5)
+    other = Settings(task="mrpc", method="fixed", keep=(1, 4), seed=2, hidden=10)
+    assert (first.name, first.dense) == ("learned-c47e4d776fb9", "sst2-0-62c2d660")
+    assert (other.name, other.dense) == ("fixed-c50afeb3a7ed", "mrpc-2-6d944986")
+    assert "pooling" not in first.identity
+    mean = Settings(task="sst2", sparsity=0.5, pooling="mean")
+    assert mean.name != first.name and mean.dense != first.dense and mean.identity["pooling"] == "mean"
 
 
 SWEEP = """

@@ -104,6 +104,23 @@ def test_a_forward_waits_for_the_mask_alone(head, keep, replacement, kernels, mo
             torch.testing.assert_close(found, true, rtol=1e-4, atol=1e-4)
 
 
+def test_a_mean_waits_for_nothing_more(monkeypatch):
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
+    model = fastgate.patch(make("Bert", "ForSequenceClassification"), pooling="mean")
+    inputs = batch(model, "ForSequenceClassification")
+    with torch.no_grad():
+        want = model(**inputs).logits
+    far = on_remote(copy.deepcopy(model))
+    for mask_there in (True, False):
+        given = {name: Remote(t) for name, t in inputs.items()}
+        if not mask_there:
+            given["attention_mask"] = inputs["attention_mask"]
+        with torch.no_grad(), Waits() as device, kernels_there():
+            got = far(**given).logits
+        assert sum(device.waits.values()) == int(mask_there), device.waits
+        torch.testing.assert_close(got.held, want, rtol=1e-4, atol=1e-4)
+
+
 def test_a_wait_is_seen():
     """The count itself: each of these would stop the host."""
     for wait in (

@@ -17,8 +17,8 @@ class Job:
     model: a name of the hub, or a folder. task: its name. How much to remove, one of three: `sparsity`, the
     share of the attention sublayers; `speedup`, how many times cheaper the encoder shall be; `max_drop`, the
     share of the dense score that the cut may cost (budget.py). max_length: tokens a row is cut at, or with
-    `stride` its windows' length (Task.tokenize). batch_size: rows an optimizer step. lr: the peak. seed: of
-    everything drawn.
+    `stride` its windows' length (Task.tokenize). pooling: what the pooler of a classifier reads, `first` or
+    `mean` (fastgate.patch). batch_size: rows an optimizer step. lr: the peak. seed: of everything drawn.
     """
 
     model: str
@@ -28,6 +28,7 @@ class Job:
     max_drop: float | None = None
     max_length: int = 128
     stride: int | None = None
+    pooling: str = "first"
     batch_size: int = 32
     lr: float = 5e-5
     seed: int = 0

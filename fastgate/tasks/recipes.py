@@ -87,7 +87,7 @@ def _prepare(out: Path, recipe: Recipe, resume: bool) -> None:
     if not resume:
         remedy = "pass --resume to go on with it, or choose another folder"
         raise ArgumentError(say("finetune", "out", f"{out}, which holds a run", "a new folder", remedy))
-    found = read_json(out / _RUN)
+    found = {"pooling": "first", **read_json(out / _RUN)}  # there was no choice once
     other = [f"{key} {found.get(key)!r}" for key in wanted if found.get(key) != wanted[key]]
     if other:
         remedy = "resume with the settings the run began with"
@@ -118,7 +118,8 @@ def finetune(
     set_seed(recipe.seed)  # the head is new
     model = dense_model(recipe.model, task)
     _check_length(recipe, model.config)
-    patch(model)  # refuses models that fastgate does not know before anything is written
+    # Before anything is written: it refuses models that fastgate does not know.
+    patch(model, pooling=recipe.pooling)
     _prepare(out, recipe, resume)
     if (out / RESULT).is_file():
         return read_result(out)

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ArgumentError, DataError, say
+from ..state import POOLINGS
 from .catalog import CATALOG
 from .job import TARGETS, Job
 
@@ -41,8 +42,8 @@ METHODS: dict[str, tuple[str, ...]] = {
 }
 _LISTS = ("tasks", "seeds", "runs", "per_task")
 _DENSE = (
-    "task", "seed", "train_rows", "eval_rows", "max_length", "stride", "model", "batch_size", "dense_epochs",
-    "dense_lr",
+    "task", "seed", "train_rows", "eval_rows", "max_length", "stride", "pooling", "model", "batch_size",
+    "dense_epochs", "dense_lr",
 )  # fmt: skip
 
 
@@ -77,13 +78,14 @@ class Settings(Job):
     @property
     def dense(self) -> str:
         """Name of the dense model that the run starts from: runs of one name share it."""
-        decisive = {**{name: getattr(self, name) for name in _DENSE}, "apart": self.max_drop is not None}
+        decisive = {name: value for name, value in self._told.items() if name in _DENSE}
+        decisive["apart"] = self.max_drop is not None
         return f"{self.task}-{self.seed}-{_digest(decisive)[:8]}"
 
     @property
     def name(self) -> str:
         """Of the run: the same settings, the same name."""
-        return f"{self.method}-{_digest(asdict(self))[:12]}"
+        return f"{self.method}-{_digest(self._told)[:12]}"
 
     @property
     def model_name(self) -> str:
@@ -94,7 +96,13 @@ class Settings(Job):
     @property
     def identity(self) -> dict[str, Any]:
         """What a line of results says of the settings: as JSON has them, the model by its name."""
-        return dict(json.loads(json.dumps({**asdict(self), "model": self.model_name})))
+        return dict(json.loads(json.dumps({**self._told, "model": self.model_name})))
+
+    @property
+    def _told(self) -> dict[str, Any]:
+        """All of it; the pooling only if it is not the one from before there was a choice, so that names and
+        lines of results from then still hold."""
+        return {k: v for k, v in asdict(self).items() if (k, v) != ("pooling", "first")}
 
 
 def read_recipe(path: str | Path, model: str | None = None) -> list[Settings]:
@@ -145,6 +153,10 @@ def expand(recipe: Mapping[str, Any]) -> list[Settings]:
 def _checked(settings: Settings) -> Settings:
     if settings.task not in CATALOG:
         _refuse("tasks", repr(settings.task), "one of " + ", ".join(CATALOG), "mend the name")
+    if settings.pooling not in POOLINGS:
+        _refuse("pooling", repr(settings.pooling), "one of " + ", ".join(POOLINGS), "mend the name")
+    if settings.pooling == "mean" and CATALOG[settings.task].kind == "tokens":
+        _refuse("pooling", f"mean for {settings.task}", "first for a token task", "set it by per_task")
     if settings.method not in METHODS:
         _refuse("method", repr(settings.method), "one of " + ", ".join(METHODS), "mend the name")
     if settings.method == "fixed" and settings.keep is None:

@@ -109,7 +109,8 @@ def _run_group(
         task, folder, tokenizer, rows if first.max_drop is None else hold_out(rows, first.seed)
     )
     set_seed(first.seed)  # the head is new
-    dense = training.dense(patch(dense_model(source, task)), _fit(first, first.dense_epochs, first.dense_lr))
+    model = patch(dense_model(source, task), pooling=first.pooling)
+    dense = training.dense(model, _fit(first, first.dense_epochs, first.dense_lr))
     for settings in chosen:
         found = _run(settings, training, dense)
         _append(out, _line(settings, training, dense, found))

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from ..checkpoint import load, save
-from ..patch import unpatch
 from ..pruning import PruningConfig
 from ..pruning.checkpoints import checkpoints, is_complete, last_complete, seal
 from .model import dense_model, quiet_loading
@@ -96,8 +95,7 @@ class Training:
         aside = self.out / "work" / "dense-model"
         shutil.rmtree(aside, ignore_errors=True)
         with quiet_loading():
-            plain: Any = unpatch(trainer.model)
-            plain.save_pretrained(aside)
+            trainer.model.save_pretrained(aside)
         self.tokenizer.save_pretrained(aside)
         write_json(aside / RESULT, result)
         os.replace(aside, folder)
