@@ -124,7 +124,7 @@ def choices(model: str) -> dict[str, tuple[str, list[int] | None]]:
     if layers == 12:
         found["75% spread"] = ("spread", placed(12, 3, "spread"))
     if layers == 24:
-        return {name: found[name] for name in ("all", "50% spread", "67% spread", "83% low", "83% high")}
+        return {name: found[name] for name in ("all", "67% spread", "83% low")}
     return found
 
 

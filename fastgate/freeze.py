@@ -18,12 +18,12 @@ from .state import EncoderState
 def freeze(model: nn.Module) -> nn.Module:
     """Lay the weights of plain Linears out as they are multiplied, in place; returns the model.
 
-    For inference on the CPU in float32 or bfloat16: the same outputs but for rounding, and each half of a
-    layer runs in one call. The packed weights replace the parameters, so they can neither go stale nor be
-    trained; the parameters that are left no longer ask for gradients. Weights that several modules share, and
-    those that are read otherwise than by a product, stay as they are. State dict, `fastgate.save`, copies and
-    pickles hold ordinary weights. `fastgate.thaw(model)` gives the Linears back. Freezing twice changes
-    nothing.
+    For inference on the CPU in float32 or bfloat16: the same outputs but for rounding, and the layers of an
+    encoder of nothing but plain modules run in one call. The packed weights replace the parameters, so they
+    can neither go stale nor be trained; the parameters that are left no longer ask for gradients. Weights
+    that several modules share, and those that are read otherwise than by a product, stay as they are. State
+    dict, `fastgate.save`, copies and pickles hold ordinary weights. `fastgate.thaw(model)` gives the Linears
+    back. Freezing twice changes nothing.
 
     Raises NothingPatched for a model that is not patched, ArgumentError for one in training mode or with soft
     gates, Unsupported for other devices and dtypes or a torch without oneDNN.

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import threading
-
 import pytest
 import torch
 from encoders import batch
-from graph_models import CHANGES, FILLS, HEADS, captured, graphs_of, patched, same
+from graph_models import CHANGES, FILLS, HEADS, captured, graphs_of, patched, run_in_threads, same
 
 from fastgate import graphs
 
@@ -96,24 +94,17 @@ class TestOnADevice:
         with torch.inference_mode():
             wanted = [plain(**inputs).logits for inputs in all_inputs]
         torch.cuda.synchronize()
-        wrong = []
 
+        @torch.inference_mode()
         def work(start):
-            try:
-                with torch.inference_mode(), torch.cuda.stream(torch.cuda.Stream()):
-                    for turn in range(30):
-                        at = (start + turn) % len(all_inputs)
-                        got = model(**all_inputs[at]).logits
-                        torch.testing.assert_close(got, wanted[at], rtol=1e-3, atol=1e-3)
-            except BaseException as error:
-                wrong.append(error)
+            with torch.cuda.stream(torch.cuda.Stream()):
+                for turn in range(30):
+                    at = (start + turn) % len(all_inputs)
+                    got = model(**all_inputs[at]).logits
+                    torch.testing.assert_close(got, wanted[at], rtol=1e-3, atol=1e-3)
 
-        threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert not wrong and graphs_of(model).replays > 60 and not graphs_of(model).refused
+        run_in_threads(work)
+        assert graphs_of(model).replays > 60 and not graphs_of(model).refused
 
     def test_memory_is_bounded(self, monkeypatch):
         monkeypatch.setattr(graphs, "MOST_GRAPHS", 2)

@@ -14,6 +14,7 @@ from fastgate import gates
 from fastgate.errors import ArgumentError, CheckpointError
 from fastgate.pruning import Distill, Fixed
 from fastgate.pruning.learner import GateLearner
+from fastgate.pruning.measure import RIDGE
 from fastgate.pruning.objective import Objective
 from fastgate.state import encoder_state
 
@@ -146,13 +147,15 @@ def test_step_without_the_loss_term_is_an_error():
 
 
 @pytest.mark.parametrize("kind", ["mean", "affine", "shift"])
-def test_replacements_start_at_the_measured_mean(kind):
+def test_replacements_start_at_the_least_squares_fit(kind):
+    """Each channel of an attention's output on 1, h, and the h of the tokens beside."""
     model, inputs = bert(), batch(0)
     seen = {}
     plain = copy.deepcopy(model)
     for i, layer in enumerate(plain.bert.encoder.layer):
+        layer.register_forward_pre_hook(lambda m, args, i=i: seen.update({("in", i): args[0].detach()}))
         layer.attention.output.dense.register_forward_hook(
-            lambda m, a, out, i=i: seen.update({i: out.detach()})
+            lambda m, a, out, i=i: seen.update({("out", i): out.detach()})
         )
     plain(**inputs)
     config = fastgate.PruningConfig(fastgate.Sparsity(0.5), replacement=kind, warm=0.01, ramp=0.5, harden=0.5)
@@ -161,13 +164,19 @@ def test_replacements_start_at_the_measured_mean(kind):
     assert pruner.phase == "search"
     mask = inputs["attention_mask"].bool()
     for i in range(4):
-        rows = (
-            seen[i][mask] if i < 3 else seen[i][:, 0]
-        )  # the last attention runs for the rows the head reads
-        replacement = pruner.state.replacement(i)
-        torch.testing.assert_close(replacement.shift.detach(), rows.mean(0), rtol=1e-4, atol=1e-5)
-        others = [p for name, p in replacement.named_parameters() if name != "shift"]
-        assert len(others) == len(VECTORS[kind]) - 1 and not any(p.any() for p in others)
+        h, out = (seen[name, i].double() for name in ("in", "out"))
+        known = h * mask[:, :, None]
+        before, after = F.pad(known, (0, 0, 1, 0))[:, :-1], F.pad(known, (0, 0, 0, 1))[:, 1:]
+        basis = torch.stack([torch.ones_like(h), h, before, after])[: len(VECTORS[kind])]
+        rows = mask if i < 3 else mask & (torch.arange(9) == 0)  # the last one runs for the rows that are read
+        basis, out = basis[:, rows], out[rows]
+        found = torch.stack([getattr(pruner.state.replacement(i), name) for name in VECTORS[kind]]).detach()
+        residual = out - torch.einsum("irc,ic->rc", basis, found.double())
+        slope = torch.einsum("irc,rc->ic", basis, residual) / len(out)
+        # At the least sum of squares no basis is left in the residual, but for the ridge.
+        bound = 2 * RIDGE * basis[1:].square().mean() * found[1:].abs().max() if kind != "mean" else 0.0
+        assert float(slope.abs().max()) <= 1e-5 + float(bound)
+        assert residual.square().mean() <= (out - out.mean(0)).square().mean() + 1e-9
 
 
 @pytest.mark.parametrize("replacement", VECTORS)

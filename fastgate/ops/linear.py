@@ -157,7 +157,8 @@ def rows_gradient(grad: Tensor, weight: Tensor) -> Tensor:
 
 def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
     """grad^T x over all rows: (N, K) from grad (..., N) and x (..., K)."""
-    return torch.mm(grad.reshape(-1, grad.shape[-1]).t(), x.reshape(-1, x.shape[-1]))
+    grad, x = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+    return product(grad.t(), x.t()) if len(x) and takes(grad, x) else torch.mm(grad.t(), x)
 
 
 class _Linear(torch.autograd.Function):

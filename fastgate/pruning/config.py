@@ -25,7 +25,8 @@ class PruningConfig:
     are fixed at `harden`, and the rest recovers the score.
     gate_lr: Adam's rate for the gates' log-alpha and the Lagrangian's multipliers. gates: `hard_concrete`,
     each drawn by itself and held to the target by a Lagrangian, or `exact`, as many at a time as the target
-    leaves (for Sparsity). seed: of the draws.
+    leaves (for Sparsity). replacement_lr: the rate of the replacements' parameters, in times that of the
+    weights they are trained beside; they start at nearly nothing, and the weights do not. seed: of the draws.
     """
 
     target: Target
@@ -36,6 +37,7 @@ class PruningConfig:
     harden: float = 0.3
     gate_lr: float = 0.05
     gates: str = "hard_concrete"
+    replacement_lr: float = 1.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -47,6 +49,8 @@ class PruningConfig:
             self._refuse("distill", "a Distill or None", "pass Distill(logits=1.0)")
         if not self.gate_lr > 0.0:
             self._refuse("gate_lr", "a number above 0", "0.05 suits some hundred steps of search")
+        if not self.replacement_lr > 0.0:
+            self._refuse("replacement_lr", "a number above 0", "1.0 is the weights' own rate")
         if self.gates not in GATES:
             self._refuse("gates", " | ".join(GATES), "pass one of these")
         if self.gates == "exact" and isinstance(self.target, Speedup):

@@ -1,4 +1,4 @@
-"""What the warm phase measures: the mean of each attention's output, and the batch sizes costs depend on."""
+"""What the warm phase measures: what each replacement starts as, and the batch sizes costs depend on."""
 
 from __future__ import annotations
 
@@ -13,14 +13,18 @@ from ..run import Record
 from .objective import Costs, costs_of
 
 
+RIDGE = 1e-3  # of the mean square of a channel
+
+
 class Measured:
     """Sums over the rows computed while every gate is open: small, on the host, saved with the Pruner."""
 
     def __init__(self, layers: int, config: Any, mixes: bool):
         """config: the encoder's. mixes: what stands in for an attention mixes tokens."""
         self.config, self.mixes = config, mixes
-        self.sums = torch.zeros(layers, config.hidden_size, dtype=torch.float64)
-        self.rows = torch.zeros(layers, dtype=torch.float64)
+        # Normal equations of each channel: attention output on 1, h[i], h[i - 1], h[i + 1].
+        self.gram = torch.zeros(layers, 4, 4, config.hidden_size, dtype=torch.float64)
+        self.right = torch.zeros(layers, 4, config.hidden_size, dtype=torch.float64)
         self.sizes = torch.zeros(
             4, dtype=torch.float64
         )  # rows packed, rows demanded, query-key pairs, sequences
@@ -28,14 +32,16 @@ class Measured:
 
     def add(self, record: Record, inputs: Mapping[str, Any]) -> None:
         """Add a forward that `record` holds."""
-        for layer, rows in record.attention_output:
-            self.sums[layer] += rows.detach().sum(0, dtype=torch.float32).cpu()
-            self.rows[layer] += rows.shape[0]
         length = (
             inputs["input_ids"].shape[-1]
             if inputs.get("input_ids") is not None
             else inputs["inputs_embeds"].shape[-2]
         )
+        with torch.no_grad():
+            for layer, rows in dict(record.attention_output).items():  # recomputed ones come first
+                basis = _basis(*record.hidden[layer], record.hidden[layer + 1][0], length)
+                self.gram[layer] += torch.einsum("irc,jrc->ijc", basis, basis).cpu()
+                self.right[layer] += torch.einsum("irc,rc->ic", basis, rows.float()).cpu()
         packed, demanded = record.hidden[0][0], record.hidden[-1][0]
         lengths = torch.bincount(packed // length).double().cpu()
         self.sizes += torch.tensor(
@@ -45,14 +51,30 @@ class Measured:
 
     @torch.no_grad()
     def start(self, state: Any) -> None:
-        """Start each replacement at the mean attention output and price the layers, on every rank alike."""
-        total = sum_over_ranks(torch.cat([self.sums.flatten(), self.rows, self.sizes]))
-        sums, rows, sizes = total.split([self.sums.numel(), self.rows.numel(), self.sizes.numel()])
-        self.sums, self.rows, self.sizes = sums.view_as(self.sums), rows, sizes
+        """Start each replacement at the least-squares fit to its attention's output, as far as its kind can
+        express that, and price the layers; on every rank alike."""
+        parts = (self.gram, self.right, self.sizes)
+        total = sum_over_ranks(torch.cat([part.flatten() for part in parts]))
+        found = total.split([part.numel() for part in parts])
+        self.gram, self.right, self.sizes = (a.view_as(b) for a, b in zip(found, parts, strict=True))
         for layer in range(state.num_layers):
             replacement = state.replacement(layer)
-            if replacement is not None and replacement.shift is not None and self.rows[layer] > 0:
-                replacement.shift.copy_(self.sums[layer] / self.rows[layer])
+            rows = float(self.gram[layer, 0, 0, 0])
+            if replacement is None or not rows:
+                continue
+            wanted = [
+                p
+                for p in (replacement.shift, replacement.scale, replacement.before, replacement.after)
+                if p is not None
+            ]
+            n = len(wanted)
+            gram, right = self.gram[layer, :n, :n].permute(2, 0, 1) / rows, self.right[layer, :n].t() / rows
+            ridge = torch.diag(torch.tensor([0.0, 1.0, 1.0, 1.0], dtype=torch.float64)[:n]) * RIDGE
+            scale = gram.diagonal(dim1=1, dim2=2)[:, 1:].mean() if n > 1 else 1.0
+            for parameter, value in zip(
+                wanted, torch.linalg.solve(gram + ridge * scale, right).unbind(1), strict=True
+            ):
+                parameter.copy_(value)
         self._price()
 
     def _price(self) -> None:
@@ -66,16 +88,30 @@ class Measured:
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "sums": self.sums.clone(),
-            "rows": self.rows.clone(),
+            "gram": self.gram.clone(),
+            "right": self.right.clone(),
             "sizes": self.sizes.clone(),
             "priced": self.costs is not None,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.sums, self.rows, self.sizes = (state[name].clone() for name in ("sums", "rows", "sizes"))
+        self.gram, self.right, self.sizes = (state[name].clone() for name in ("gram", "right", "sizes"))
         if state["priced"]:
             self._price()
+
+
+def _basis(index: Tensor, h: Tensor, wanted: Tensor, length: int) -> Tensor:
+    """(4, rows, hidden): 1, h[i], h[i - 1], h[i + 1] of the `wanted` rows; 0 where there is no neighbour.
+
+    index: (packed,) places of h's rows in the padded batch of sequences of `length`.
+    """
+    h = h.detach().float()
+    beside = ((index[1:] - index[:-1] == 1) & (index[1:] // length == index[:-1] // length))[:, None]
+    before, after = torch.zeros_like(h), torch.zeros_like(h)
+    before[1:] = torch.where(beside, h[:-1], 0.0)
+    after[:-1] = torch.where(beside, h[1:], 0.0)
+    found = torch.stack([torch.ones_like(h), h, before, after])
+    return found if wanted.shape == index.shape else found[:, torch.searchsorted(index, wanted)]
 
 
 def sum_over_ranks(numbers: Tensor) -> Tensor:

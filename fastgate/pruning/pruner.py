@@ -107,6 +107,19 @@ class Pruner:
         self._watch()
         return self
 
+    def set_rates(self, optimizer: torch.optim.Optimizer) -> None:
+        """Give the replacements' parameters groups of their own in `optimizer`, at `config.replacement_lr`
+        times the rate of the group they were in; before its first step, and before a scheduler is made."""
+        self._check_attached("set_rates")
+        own = {id(p) for layer in self._replacements for p in layer.parameters()}
+        for group in list(optimizer.param_groups):
+            moved = [p for p in group["params"] if id(p) in own]
+            if moved and self.config.replacement_lr != 1.0:
+                group["params"] = [p for p in group["params"] if id(p) not in own]
+                settings = {key: value for key, value in group.items() if key != "params"}
+                rate = group["lr"] * self.config.replacement_lr
+                optimizer.add_param_group({**settings, "params": moved, "lr": rate})
+
     @property
     def schedule(self) -> Schedule:
         if self._schedule is None:
@@ -243,6 +256,11 @@ class Pruner:
         self._watch()
 
     # -- what is used above
+
+    @property
+    def _replacements(self) -> list[nn.Module]:
+        found = (self.state.replacement(layer) for layer in range(self.state.num_layers))
+        return [one for one in found if one is not None]
 
     @property
     def _device(self) -> torch.device:

@@ -124,6 +124,12 @@ class SelfPruningMixin:
             logs.update(self.pruner.metrics())
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer.create_optimizer; the replacements' parameters are then a group with its own rate."""
+        optimizer = super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
+        self.pruner.set_rates(optimizer)
+        return optimizer
+
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         names = super().get_decay_parameter_names(model)  # type: ignore[misc]
         return [name for name in names if ".attention.replacement." not in name]

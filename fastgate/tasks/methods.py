@@ -40,7 +40,7 @@ def target_of(
 
 def config_of(settings: Settings, target: Target) -> PruningConfig:
     """How a run prunes."""
-    names = ("replacement", "warm", "ramp", "harden", "gate_lr", "gates")
+    names = ("replacement", "warm", "ramp", "harden", "gate_lr", "gates", "replacement_lr")
     given = {name: getattr(settings, name) for name in names if getattr(settings, name) is not None}
     terms = {
         n: getattr(settings, n)

@@ -74,6 +74,7 @@ class Settings(Job):
     harden: float | None = None
     gate_lr: float | None = None
     gates: str | None = None
+    replacement_lr: float | None = None
 
     @property
     def dense(self) -> str:
@@ -100,13 +101,14 @@ class Settings(Job):
 
     @property
     def _told(self) -> dict[str, Any]:
-        """All of it; the pooling only if it is not the one from before there was a choice, so that names and
-        lines of results from then still hold."""
-        return {k: v for k, v in asdict(self).items() if (k, v) != ("pooling", "first")}
+        """All of it; what was no choice once only if it is not as it was then, so that names and lines of
+        results from then still hold."""
+        before = {"pooling": "first", "replacement_lr": None}
+        return {k: v for k, v in asdict(self).items() if k not in before or v != before[k]}
 
 
 def read_recipe(path: str | Path, model: str | None = None) -> list[Settings]:
-    """The runs of a recipe, in its order: by seed and task: a sweep cut off has been broad.
+    """The runs of a recipe, seed by seed and there task by task: a sweep cut off early has seen every task.
 
     model: in place of the recipe's, None for that. Raises DataError for a file that is not a recipe,
     ArgumentError for values that no run can have.
