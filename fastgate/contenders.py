@@ -33,13 +33,14 @@ def contenders(
     keep: Sequence[int] | None,
     dtype: torch.dtype = torch.float32,
     pooling: str | None = None,
+    replacement: str = "zero",
 ) -> tuple[Any, Any, Any]:
     """(fastgate's model, Hugging Face's unpruned one, the tokenizer) for `bench`.
 
     source: a size (`minilm`, `bert-base`, `bert-large`: random weights, the demo model's tokenizer), a
     fastgate checkpoint, or a model of the hub or in a folder. keep: layers whose attention stays, None for
     all. dtype: of both models' parameters; they are on the GPU if there is one. pooling: of fastgate's, None
-    for what the source says.
+    for what the source says. replacement: what stands where `keep` leaves attention out (fastgate.prune).
     """
     name, device = str(source), _device()
     if (Path(name) / "fastgate.json").is_file():
@@ -50,7 +51,7 @@ def contenders(
         reference = unpruned(ours).to(device, dtype)
         return ours_at_best(ours), reference, load_tokenizer(name, task)
     reference, tokenizer = dense(source, task, dtype)
-    return pruned(reference, keep, pooling), reference, tokenizer
+    return pruned(reference, keep, pooling, replacement), reference, tokenizer
 
 
 def dense(source: str | Path, task: Task, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
@@ -69,11 +70,13 @@ def _device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def pruned(reference: Any, keep: Sequence[int] | None, pooling: str | None = None) -> Any:
+def pruned(
+    reference: Any, keep: Sequence[int] | None, pooling: str | None = None, replacement: str = "zero"
+) -> Any:
     """fastgate's model with the weights of a Hugging Face model, attention kept in the layers of `keep`."""
     ours = patch(twin(reference), pooling=pooling)
     if keep is not None:
-        prune(ours, keep=list(keep), replacement="zero")
+        prune(ours, keep=list(keep), replacement=replacement)
     return ours_at_best(ours)
 
 

@@ -73,11 +73,15 @@ def _version(name: str) -> str | None:
 
 
 def _processor() -> str:
-    """The processor's name and the instruction set that torch uses on it."""
+    """The processor's name, its family and model where several go by that name, and the instruction set that
+    torch uses on it."""
     cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return ", ".join([*names[:1], platform.machine(), torch.backends.cpu.get_cpu_capability()])
+    first = cpuinfo.read_text().split("\n\n")[0].splitlines() if cpuinfo.is_file() else []
+    known = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first)}
+    names = [known["model name"]] if "model name" in known else []
+    if {"cpu family", "model"} <= set(known):
+        names.append(f"family {known['cpu family']} model {known['model']}")
+    return ", ".join([*names, platform.machine(), torch.backends.cpu.get_cpu_capability()])
 
 
 def _devices() -> list[dict[str, str]]:

@@ -55,7 +55,9 @@ def pooling_of(line: Line) -> str:
 
 
 def speed_key(line: Line) -> str:
+    """What a model's speed depends on. Vectors on single rows (`mean`, `affine`) cost next to nothing."""
     key = [line["model"], line["task"], sorted(line["kept"]), line["settings"]["max_length"]]
+    key += ["shift"] if line["replacement"] == "shift" else []
     return json.dumps(key if pooling_of(line) == "first" else [*key, pooling_of(line)])
 
 
@@ -256,7 +258,9 @@ def measured(lines: Sequence[Line], path: Path, data_dir: Path | None, console: 
             continue
         task = load_task(line["task"], data_dir, max_train_rows=1)
         source = line["settings"]["model"]
-        ours, reference, tokenizer = contenders(source, task, line["kept"], pooling=pooling_of(line))
+        ours, reference, tokenizer = contenders(
+            source, task, line["kept"], pooling=pooling_of(line), replacement=line["replacement"]
+        )
         batches = real_batches(
             task, tokenizer, max_length=line["settings"]["max_length"], batch_size=BATCH, count=BATCHES,
             order="data",

@@ -128,9 +128,23 @@ def test_finetune_with_a_mean_for_a_pooler(world, tmp_path):
     assert "got pooling 'first', wanted pooling 'mean'" in message
 
 
-def test_a_run_from_before_there_was_a_pooling_is_gone_on_with(world):
+def test_finetune_in_bfloat16(world, tmp_path):
+    """Both phases are rounded on the way; weights and scores are not."""
+    out = tmp_path / "out"
+    run("finetune", *options(world), "--bf16", "--out", out)
+    result = json.loads((out / "result.json").read_text())
+    assert result["settings"]["bf16"] and min(result[p]["score"] for p in ("dense", "pruned")) > 0.9
+    for phase in ("dense", "pruned"):
+        rounded, plain = (load_file(f / phase / "model.safetensors") for f in (out, world / "out"))
+        assert all(weight.dtype == torch.float32 for weight in rounded.values())
+        shared = [name for name in rounded if name in plain and "query.weight" not in name]
+        gaps = [float((rounded[name] - plain[name]).abs().max()) for name in shared]
+        assert 0.0 < max(gaps) < 0.1
+
+
+def test_a_run_from_before_there_was_a_choice_is_gone_on_with(world):
     settings = json.loads((world / "out" / "run.json").read_text())
-    assert settings.pop("pooling") == "first"
+    assert settings.pop("pooling") == "first" and settings.pop("bf16") is False
     (world / "out" / "run.json").write_text(json.dumps(settings))
     run("finetune", *options(world), "--out", world / "out", "--resume")
 

@@ -13,7 +13,7 @@ import tiny
 from test_cli import run
 
 from fastgate.errors import ArgumentError, DataError
-from fastgate.pruning import Distill, Sparsity
+from fastgate.pruning import Distill, Sparsity, trainer
 from fastgate.tasks import sweep as sweeps
 from fastgate.tasks.methods import config_of
 from fastgate.tasks.settings import Settings, expand, read_recipe
@@ -94,6 +94,7 @@ def test_a_recipe_stands_for_its_runs():
             {"tasks": ["wnut17"], "runs": [{"method": "dense", "pooling": "mean"}]},
             "pooling: got mean for wnut17",
         ),
+        ({"tasks": ["sst2"], "runs": [{"method": "dense", "teacher": "me"}]}, "teacher: got 'me', wanted one of"),
     ],
 )
 def test_recipes_that_no_run_can_have_are_refused(recipe, message):
@@ -155,6 +156,26 @@ def test_every_method_leaves_a_line(world, tmp_path):
     assert {path.name for folder in folders for path in (tmp_path / "work" / folder).iterdir()} == {"dense"}
 
 
+def test_whom_a_distillation_listens_to(world, tmp_path, monkeypatch):
+    heard = []
+
+    class Watched(trainer.Pruner):
+        def __init__(self, model, config, total_steps, teacher=None):
+            heard.append(teacher is not None)
+            super().__init__(model, config, total_steps, teacher)
+
+    monkeypatch.setattr(trainer, "Pruner", Watched)
+    runs = [{"method": "learned", "sparsity": 0.67, "teacher": ["dense", "self"]}]
+    out = tmp_path / "tasks.jsonl"
+    run(
+        "sweep", recipe_file(world, tmp_path / "recipe.yaml", runs=runs), "--data-dir", world / "data",
+        "--out", out, "--work", tmp_path / "work",
+    )  # fmt: skip
+    lines = read_lines(out)
+    assert heard == [True, False] and [line["settings"].get("teacher") for line in lines] == [None, "self"]
+    assert all(line["teacher_seconds"] > 0.0 for line in lines)
+
+
 def test_runs_that_pool_otherwise_start_from_another_dense_model(world, tmp_path):
     recipe = recipe_file(
         world, tmp_path / "recipe.yaml", runs=[{"method": "dense", "pooling": ["first", "mean"]}, EVERY[4]],
@@ -171,14 +192,16 @@ def test_runs_that_pool_otherwise_start_from_another_dense_model(world, tmp_path
     assert left(read_recipe(recipe), out) == []
 
 
-def test_names_and_lines_are_those_from_before_there_was_a_pooling():
+def test_names_and_lines_are_those_from_before_there_was_a_choice():
     first = Settings(task="sst2", sparsity=0.5)
     other = Settings(task="mrpc", method="fixed", keep=(1, 4), seed=2, hidden=10)
     assert (first.name, first.dense) == ("learned-c47e4d776fb9", "sst2-0-62c2d660")
     assert (other.name, other.dense) == ("fixed-c50afeb3a7ed", "mrpc-2-6d944986")
-    assert "pooling" not in first.identity
+    assert not {"pooling", "bf16", "replacement_lr"} & set(first.identity)
     mean = Settings(task="sst2", sparsity=0.5, pooling="mean")
     assert mean.name != first.name and mean.dense != first.dense and mean.identity["pooling"] == "mean"
+    rounded = Settings(task="sst2", sparsity=0.5, bf16=True)
+    assert rounded.name != first.name and rounded.dense != first.dense and rounded.identity["bf16"]
 
 
 SWEEP = """

@@ -12,7 +12,7 @@ from typing import Any
 from ..errors import ArgumentError, DataError, say
 from ..pruning import Fixed, PruningConfig, Sparsity
 from ..pruning.objective import Target
-from .training import Fit, Training
+from .training import TEACHERS, Fit, Training
 
 HELD_OUT = 0.1  # of the training rows: cuts are judged on rows that no model is tuned on
 MOST = 2000  # rows held out, no more
@@ -76,6 +76,7 @@ def prune_within(
     config_of: Callable[[Target], PruningConfig],
     fit: Fit,
     name: str = "pruned",
+    teacher: str = TEACHERS[0],
 ) -> dict[str, Any]:
     """Training.prune with the largest cut within the budget, judged on the rows held out.
 
@@ -86,7 +87,7 @@ def prune_within(
 
     def attempt(removed: int) -> float:
         target = Sparsity(removed / layers) if removed else Fixed(tuple(range(layers)))
-        tried[removed] = training.prune(config_of(target), fit, f"{name}-{removed}")
+        tried[removed] = training.prune(config_of(target), fit, f"{name}-{removed}", teacher)
         return float(tried[removed]["held_out"])
 
     best = largest_cut(layers, budget.floor(dense["held_out"]), attempt)

@@ -18,7 +18,8 @@ class Job:
     share of the attention sublayers; `speedup`, how many times cheaper the encoder shall be; `max_drop`, the
     share of the dense score that the cut may cost (budget.py). max_length: tokens a row is cut at, or with
     `stride` its windows' length (Task.tokenize). pooling: what the pooler of a classifier reads, `first` or
-    `mean` (fastgate.patch). batch_size: rows an optimizer step. lr: the peak. seed: of everything drawn.
+    `mean` (fastgate.patch). batch_size: rows an optimizer step. lr: the peak. bf16: train under autocast in
+    bfloat16; weights, and scores, stay in float32. seed: of everything drawn.
     """
 
     model: str
@@ -31,6 +32,7 @@ class Job:
     pooling: str = "first"
     batch_size: int = 32
     lr: float = 5e-5
+    bf16: bool = False
     seed: int = 0
 
     @property

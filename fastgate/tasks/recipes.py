@@ -51,7 +51,7 @@ class Recipe(Job):
 
     def fit(self, epochs: float) -> Fit:
         """How a phase of that many epochs trains."""
-        return Fit(epochs, self.batch_size, self.lr, self.warmup, self.seed)
+        return Fit(epochs, self.batch_size, self.lr, self.warmup, self.seed, self.bf16)
 
     def pruning(self, steps: int, target: Target) -> PruningConfig:
         """How to prune in that many optimizer steps. A short search moves its gates faster."""
@@ -87,7 +87,7 @@ def _prepare(out: Path, recipe: Recipe, resume: bool) -> None:
     if not resume:
         remedy = "pass --resume to go on with it, or choose another folder"
         raise ArgumentError(say("finetune", "out", f"{out}, which holds a run", "a new folder", remedy))
-    found = {"pooling": "first", **read_json(out / _RUN)}  # there was no choice once
+    found = {"pooling": "first", "bf16": False, **read_json(out / _RUN)}  # there was no choice once
     other = [f"{key} {found.get(key)!r}" for key in wanted if found.get(key) != wanted[key]]
     if other:
         remedy = "resume with the settings the run began with"

@@ -28,6 +28,7 @@ from ..errors import ArgumentError, DataError, say
 from ..state import POOLINGS
 from .catalog import CATALOG
 from .job import TARGETS, Job
+from .training import TEACHERS
 
 # Method -> what of its settings may say how much to remove: one of these, and no other.
 METHODS: dict[str, tuple[str, ...]] = {
@@ -43,7 +44,7 @@ METHODS: dict[str, tuple[str, ...]] = {
 _LISTS = ("tasks", "seeds", "runs", "per_task")
 _DENSE = (
     "task", "seed", "train_rows", "eval_rows", "max_length", "stride", "pooling", "model", "batch_size",
-    "dense_epochs", "dense_lr",
+    "dense_epochs", "dense_lr", "bf16",
 )  # fmt: skip
 
 
@@ -53,8 +54,8 @@ class Settings(Job):
 
     model: `minilm` (the demo extra's) besides. method: one of METHODS. keep: the layers of `fixed`.
     train_rows, eval_rows: at most so many, None for all. dense_epochs, dense_lr: of the dense fine-tune;
-    epochs, lr: of the pruning run. logits, hidden: weights of the distillation, both 0 for none. The rest: as
-    PruningConfig has them, None for its own.
+    epochs, lr: of the pruning run. logits, hidden: weights of the distillation, both 0 for none; teacher: one
+    of TEACHERS, whom it listens to. The rest: as PruningConfig has them, None for its own.
     """
 
     model: str = "minilm"
@@ -69,6 +70,7 @@ class Settings(Job):
     logits: float | None = None
     hidden: float | None = None
     temperature: float | None = None
+    teacher: str = TEACHERS[0]
     warm: float | None = None
     ramp: float | None = None
     harden: float | None = None
@@ -103,7 +105,7 @@ class Settings(Job):
     def _told(self) -> dict[str, Any]:
         """All of it; what was no choice once only if it is not as it was then, so that names and lines of
         results from then still hold."""
-        before = {"pooling": "first", "replacement_lr": None}
+        before = {"pooling": "first", "bf16": False, "replacement_lr": None, "teacher": "dense"}
         return {k: v for k, v in asdict(self).items() if k not in before or v != before[k]}
 
 
@@ -159,6 +161,8 @@ def _checked(settings: Settings) -> Settings:
         _refuse("pooling", repr(settings.pooling), "one of " + ", ".join(POOLINGS), "mend the name")
     if settings.pooling == "mean" and CATALOG[settings.task].kind == "tokens":
         _refuse("pooling", f"mean for {settings.task}", "first for a token task", "set it by per_task")
+    if settings.teacher not in TEACHERS:
+        _refuse("teacher", repr(settings.teacher), "one of " + ", ".join(TEACHERS), "mend the name")
     if settings.method not in METHODS:
         _refuse("method", repr(settings.method), "one of " + ", ".join(METHODS), "mend the name")
     if settings.method == "fixed" and settings.keep is None:

@@ -125,7 +125,7 @@ def _run_group(
 
 
 def _fit(settings: Settings, epochs: float, lr: float) -> Fit:
-    return Fit(epochs, settings.batch_size, lr, seed=settings.seed)
+    return Fit(epochs, settings.batch_size, lr, seed=settings.seed, bf16=settings.bf16)
 
 
 def _run(settings: Settings, training: Training, dense: dict[str, Any]) -> dict[str, Any]:
@@ -146,8 +146,8 @@ def _run(settings: Settings, training: Training, dense: dict[str, Any]) -> dict[
     fit = _fit(settings, settings.epochs, settings.lr)
     if isinstance(target, MaxDrop):
         make = functools.partial(config_of, settings)
-        return prune_within(training, target, dense, layers, make, fit, settings.name)
-    return training.prune(config_of(settings, target), fit, settings.name)
+        return prune_within(training, target, dense, layers, make, fit, settings.name, settings.teacher)
+    return training.prune(config_of(settings, target), fit, settings.name, settings.teacher)
 
 
 def _line(

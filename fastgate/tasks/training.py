@@ -21,6 +21,7 @@ from .score import score
 from .task import Task
 
 DENSE, PRUNE = "dense", "prune"
+TEACHERS = ("dense", "self")  # the dense model, or the student itself with every gate open
 RESULT = "result.json"
 
 
@@ -29,7 +30,7 @@ class Fit:
     """How one phase trains.
 
     epochs: passes over the training rows; batch_size: rows an optimizer step; lr: the peak; warmup: share of
-    the steps in which it is reached.
+    the steps in which it is reached; bf16: under autocast in bfloat16.
     """
 
     epochs: float
@@ -37,6 +38,7 @@ class Fit:
     lr: float = 5e-5
     warmup: float = 0.06
     seed: int = 0
+    bf16: bool = False
 
 
 @dataclass(frozen=True)
@@ -101,18 +103,24 @@ class Training:
         os.replace(aside, folder)
         return result
 
-    def prune(self, pruning: PruningConfig, fit: Fit, name: str = "pruned") -> dict[str, Any]:
-        """Self-prune the dense model into `out`/`name`; returns scores, what was kept, the gates' course."""
+    def prune(
+        self, pruning: PruningConfig, fit: Fit, name: str = "pruned", teacher: str = TEACHERS[0]
+    ) -> dict[str, Any]:
+        """Self-prune the dense model into `out`/`name`; returns scores, what was kept, the gates' course.
+
+        teacher: whom a distillation listens to, the `dense` model or the student `self`.
+        """
         from transformers import set_seed
 
         from ..pruning import SelfPruningTrainer
 
         folder, notes = self.out / name, self.out / "work" / f"{name}.json"
         if not (folder / "fastgate.json").is_file():
-            student, teacher = (dense_model(self.out / DENSE, self.task) for _ in range(2))
+            student = dense_model(self.out / DENSE, self.task)
+            dense = dense_model(self.out / DENSE, self.task) if teacher == "dense" else None
             set_seed(fit.seed)
             trainer = self._trainer(
-                SelfPruningTrainer, PRUNE, name, fit, student, pruning=pruning, teacher=teacher
+                SelfPruningTrainer, PRUNE, name, fit, student, pruning=pruning, teacher=dense
             )
             seconds = self._train(trainer)
             pruner = trainer.pruner
@@ -137,6 +145,8 @@ class Training:
             warmup_steps=fit.warmup,
             weight_decay=0.01,
             seed=fit.seed,
+            bf16=fit.bf16,
+            use_cpu=not torch.cuda.is_available(),
             save_strategy="no" if self.save_every is None else "steps",
             save_steps=self.save_every or 500,
             save_total_limit=1,
