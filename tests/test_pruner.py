@@ -168,7 +168,7 @@ def test_replacements_start_at_the_least_squares_fit(kind):
         known = h * mask[:, :, None]
         before, after = F.pad(known, (0, 0, 1, 0))[:, :-1], F.pad(known, (0, 0, 0, 1))[:, 1:]
         basis = torch.stack([torch.ones_like(h), h, before, after])[: len(VECTORS[kind])]
-        rows = mask if i < 3 else mask & (torch.arange(9) == 0)  # the last one runs for the rows that are read
+        rows = mask if i < 3 else mask & (torch.arange(9) == 0)  # the last runs for rows that are read
         basis, out = basis[:, rows], out[rows]
         found = torch.stack([getattr(pruner.state.replacement(i), name) for name in VECTORS[kind]]).detach()
         residual = out - torch.einsum("irc,ic->rc", basis, found.double())

@@ -12,7 +12,6 @@ from ..plan import Sizes
 from ..run import Record
 from .objective import Costs, costs_of
 
-
 RIDGE = 1e-3  # of the mean square of a channel
 
 
