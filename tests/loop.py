@@ -43,7 +43,7 @@ def run(pruner, model, steps, first=0, lr=1e-3):
     for i in range(first, first + steps):
         inputs = batch(i)
         outputs = model(**inputs)
-        (outputs.loss + pruner.loss(outputs, inputs)).backward()
+        (pruner.task_weight * outputs.loss + pruner.loss(outputs, inputs)).backward()
         optimizer.step()
         pruner.step()
         optimizer.zero_grad()

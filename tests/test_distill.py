@@ -1,11 +1,16 @@
 """Distillation: which rows are compared, with what loss, from which teacher."""
 
+import copy
+
+import pytest
 import torch
 import torch.nn.functional as F
 from loop import batch, bert, run
 from transformers import BertForTokenClassification
 
 import fastgate
+from fastgate.errors import ArgumentError
+from fastgate.pruning import Distill
 from fastgate.pruning.distill import SelfTeacher, Teacher, hidden_loss, logits_loss, scored_rows
 from fastgate.state import encoder_state
 
@@ -89,3 +94,46 @@ def test_self_distillation_prunes_and_ends_at_hardening():
     inputs = batch(3)
     outputs = model(**inputs)
     assert float(pruner.loss(outputs, inputs)) == 0.0 and len(pruner.kept) == 2
+
+
+@pytest.mark.parametrize(
+    "distill, taught, weight, dropout",
+    [
+        (Distill(), True, 0.0, 0.0),
+        (Distill(labels=0.5, dropout=0.2), True, 0.5, 0.2),
+        (Distill(), False, 1.0, 0.4),  # it teaches itself
+        (Distill(logits=0.0, hidden=0.0), True, 1.0, 0.4),  # nobody teaches
+        (None, True, 1.0, 0.4),
+    ],
+)
+def test_labels_and_dropout_where_a_dense_teacher_teaches(distill, taught, weight, dropout):
+    model, teacher = bert(dropout=0.4), bert(dropout=0.4, seed=1)
+    config = fastgate.PruningConfig(
+        fastgate.Sparsity(0.5), warm=0.1, ramp=0.3, harden=0.5, distill=distill
+    )
+    pruner = fastgate.Pruner(model, config, 10, teacher if taught else None).attach()
+    drops = [m for m in model.modules() if isinstance(m, torch.nn.Dropout)]
+    assert pruner.task_weight == weight and {m.p for m in drops} == {dropout}
+    run(pruner, model, 10)
+    assert {m.p for m in drops} == {dropout}
+    pruner.finalize()
+    assert {m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)} == {0.4}
+
+
+def test_a_student_equal_to_its_teacher_has_nothing_to_learn():
+    """Without a word of the labels: while every gate is open no weight has a gradient."""
+    model = bert(dropout=0.4)
+    config = fastgate.PruningConfig(fastgate.Sparsity(0.5), warm=0.3, ramp=0.4, harden=0.5)
+    pruner = fastgate.Pruner(model, config, 10, copy.deepcopy(model)).attach()
+    inputs = batch()
+    outputs = model.train()(**inputs)
+    assert float(outputs.loss.detach()) > 0.1
+    (pruner.task_weight * outputs.loss + pruner.loss(outputs, inputs)).backward()
+    found = [p.grad.abs().max() for p in model.parameters() if p.grad is not None]
+    assert found and float(torch.stack(found).max()) < 1e-5
+
+
+@pytest.mark.parametrize("wrong", [{"labels": -1.0}, {"dropout": 1.0}, {"dropout": -0.1}])
+def test_weights_that_mean_nothing_are_refused(wrong):
+    with pytest.raises(ArgumentError, match=f"Distill: {next(iter(wrong))}: got"):
+        Distill(**wrong)

@@ -1,6 +1,7 @@
 """Self-pruning in the Trainer: one train(), logs, checkpoints that survive a kill, resuming bit for bit."""
 
 import json
+import shutil
 import signal
 from pathlib import Path
 
@@ -221,8 +222,6 @@ def test_resuming_from_any_checkpoint_ends_the_same(uninterrupted, left, tmp_pat
 
 
 def test_incomplete_checkpoints_are_skipped_or_refused(uninterrupted, tmp_path):
-    import shutil
-
     for step in (4, 6, 8):
         shutil.copytree(
             Path(uninterrupted.args.output_dir) / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}"
@@ -297,3 +296,25 @@ def test_replacements_have_no_weight_decay(tmp_path):
     decayed = found.get_decay_parameter_names(found.model)
     assert decayed and not any("replacement" in name for name in decayed)
     assert found.args.ddp_find_unused_parameters is True
+
+
+def test_replacements_have_a_rate_of_their_own(tmp_path):
+    found = trainer(tmp_path, pruning=config(replacement="shift", replacement_lr=20.0))
+    names = {id(p): name for name, p in found.model.named_parameters()}
+    groups = found.create_optimizer().param_groups
+    rates = {names[id(p)]: group["lr"] for group in groups for p in group["params"]}
+    assert len(rates) == len(names) == sum(len(group["params"]) for group in groups)
+    assert {rate for name, rate in rates.items() if ".replacement." in name} == {2e-2}
+    assert {rate for name, rate in rates.items() if ".replacement." not in name} == {1e-3}
+
+
+def test_a_hardened_shift_is_gone_on_with(tmp_path):
+    """Its weights on neighbours that nothing reads any more are still the optimizer's."""
+    options = {"pruning": config(replacement="shift", target=fastgate.pruning.Fixed((0,)))}
+    whole = trainer(tmp_path / "whole", **options)
+    whole.train()
+    shutil.copytree(tmp_path / "whole" / "checkpoint-10", tmp_path / "again" / "checkpoint-10")
+    found = trainer(tmp_path / "again", **options)
+    found.train(resume_from_checkpoint=True)
+    assert_same_end(end_state(whole), end_state(found))
+    assert [found.pruner.state.replacement(i).kind for i in (1, 2)] == ["affine", "affine"]

@@ -19,14 +19,14 @@ class PruningConfig:
 
     target: `Sparsity(0.8)`, `Speedup(4.0)`, or `Fixed(keep)` for a choice made by hand.
     replacement: what stands in for a pruned attention: `zero`, `mean`, `affine`, or `shift`, which mixes
-    neighbouring tokens and so keeps every row live below the last layer.
+    neighbouring tokens: where the head reads a part of the rows, up to the last kept attention (`settled`).
     distill: weights of the distillation terms; None for none.
     warm, ramp, harden: shares of all steps. Gates are open until `warm`, the target rises until `ramp`, gates
     are fixed at `harden`, and the rest recovers the score.
     gate_lr: Adam's rate for the gates' log-alpha and the Lagrangian's multipliers. gates: `hard_concrete`,
     each drawn by itself and held to the target by a Lagrangian, or `exact`, as many at a time as the target
     leaves (for Sparsity). replacement_lr: the rate of the replacements' parameters, in times that of the
-    weights they are trained beside; they start at nearly nothing, and the weights do not. seed: of the draws.
+    weights they are trained beside: they have further to go. seed: of the draws.
     """
 
     target: Target
@@ -37,7 +37,7 @@ class PruningConfig:
     harden: float = 0.3
     gate_lr: float = 0.05
     gates: str = "hard_concrete"
-    replacement_lr: float = 1.0
+    replacement_lr: float = 10.0
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -20,20 +20,36 @@ LABELS = ("labels", "start_positions", "end_positions", "next_sentence_label")
 
 @dataclass(frozen=True)
 class Distill:
-    """Weights of the two terms beside the task loss, and the temperature of the logits."""
+    """How a teacher is listened to.
+
+    logits, hidden: weights of the two terms; temperature: of the logits. labels: weight of the task's own
+    loss beside them, and dropout: the student's, where a dense teacher teaches. It has learned from the
+    labels what there is to learn; seen again they are learned by heart. Dropout blurs what is matched. A
+    model that teaches itself has nothing else to learn from: its loss and its dropout stay.
+    """
 
     logits: float = 1.0
-    hidden: float = 2.0
+    hidden: float = 10.0
     temperature: float = 2.0
+    labels: float = 0.0
+    dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("logits", "hidden"):
+        for name in ("logits", "hidden", "labels"):
             if not getattr(self, name) >= 0.0:
                 raise ArgumentError(
                     say("Distill", name, getattr(self, name), "0 or more", "0 turns the term off")
                 )
+        if not 0.0 <= self.dropout < 1.0:
+            wanted = "a probability below 1"
+            raise ArgumentError(say("Distill", "dropout", self.dropout, wanted, "0.1 is BERT's own"))
         if not self.temperature > 0.0:
             raise ArgumentError(say("Distill", "temperature", self.temperature, "above 0", "2.0 is usual"))
+
+    @property
+    def teaches(self) -> bool:
+        """Whether there is a term of it at all."""
+        return bool(self.logits or self.hidden)
 
 
 @dataclass

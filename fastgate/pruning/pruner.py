@@ -13,6 +13,7 @@ from .. import gates
 from ..errors import ArgumentError, CheckpointError, say
 from ..patch import patch
 from ..prune import prune
+from ..replacement import settled
 from ..run import Record
 from ..state import encoder_state
 from .config import PruningConfig
@@ -32,7 +33,7 @@ class Pruner:
         pruner = Pruner(model, config, total_steps, teacher).attach()  # before the optimizer is made
         for batch in batches:
             outputs = model(**batch)
-            (outputs.loss + pruner.loss(outputs, batch)).backward()
+            (pruner.task_weight * outputs.loss + pruner.loss(outputs, batch)).backward()
             optimizer.step()
             pruner.step()  # once an optimizer step
             optimizer.zero_grad()
@@ -66,6 +67,7 @@ class Pruner:
         self._teacher_model = teacher
         self._schedule: Schedule | None = None
         self._attached = False
+        self._dropouts: dict[nn.Dropout, float] = {}
         if total_steps is not None:
             self.plan_steps(total_steps)
 
@@ -97,12 +99,16 @@ class Pruner:
         self.state.set_gates([1.0] * layers)
         exact = self.config.gates == "exact"
         self.learner = GateLearner(self.objective, self.config.gate_lr, self.config.seed, exact)
-        mixes = self.config.replacement == "shift"
-        self._measured = Measured(layers, self.state.encoder.config, mixes)
+        self._measured = Measured(layers, self.state.encoder.config)
         self._teacher: Teacher | SelfTeacher | None = None
         if self.config.distill is not None:
             teacher = self._teacher_model
             self._teacher = SelfTeacher(self.model) if teacher is None else Teacher(teacher, layers)
+        if self._leads:
+            assert self.config.distill is not None
+            self._dropouts = {m: m.p for m in self.model.modules() if isinstance(m, nn.Dropout)}
+            for module in self._dropouts:
+                module.p = self.config.distill.dropout
         self._attached = True
         self._watch()
         return self
@@ -147,8 +153,15 @@ class Pruner:
         probabilities: list[float] = self.learner.p_open.tolist()
         return probabilities
 
+    @property
+    def task_weight(self) -> float:
+        """Of the task's own loss: 1, or `labels` of Distill where a dense teacher teaches."""
+        self._check_attached("task_weight")
+        return self.config.distill.labels if self._leads and self.config.distill is not None else 1.0
+
     def loss(self, outputs: Any, inputs: Mapping[str, Any]) -> Tensor:
-        """What to add to the task loss: distillation and the Lagrangian; 0-d float32 on the model's device.
+        """What to add to the weighted task loss: distillation and the Lagrangian; 0-d float32 on the model's
+        device.
 
         outputs: what the model gave for `inputs` in the forward just run, in training. inputs: the batch with
         its labels.
@@ -194,6 +207,7 @@ class Pruner:
         if self.kept is None:
             self.kept = self.objective.choose(self.learner.p_open, self._measured.costs)
             self.state.set_gates(self.open_probabilities)
+            self._settle()
             self._watch()
         return self.kept
 
@@ -204,7 +218,9 @@ class Pruner:
             remedy = "train to the end, or call harden()"
             raise ArgumentError(say("Pruner.finalize", "gates", "not hardened", "hardened gates", remedy))
         self.state.runtime.record = None
-        return prune(self.model, keep=self.kept, replacement=self.config.replacement)
+        for module, p in self._dropouts.items():
+            module.p = p
+        return prune(self.model, keep=self.kept, replacement=self._settled_kinds)
 
     def metrics(self) -> dict[str, float]:
         """Numbers for a logger: target and expected reduction now, the multipliers, P(open) of each gate."""
@@ -250,6 +266,8 @@ class Pruner:
         self.history = [dict(entry) for entry in state["history"]]
         self.teacher_seconds = state["teacher_seconds"]
         self._measured.load_state_dict(state["measured"])
+        if self.kept is not None:
+            self._settle()
         self.learner.costs = self._measured.costs
         self.learner.load_state_dict(state["learner"], self._device)
         self.state.set_gates(self.learner.drawn if self.phase == SEARCH else self._settled_gates)
@@ -265,6 +283,18 @@ class Pruner:
     @property
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+    @property
+    def _settled_kinds(self) -> dict[int, str]:
+        assert self.kept is not None
+        return settled(self.config.replacement, self.kept, self.state.num_layers, self._measured.narrow)
+
+    def _settle(self) -> None:
+        """Give each replacement the kind it keeps. The optimizer's parameters stay the same ones."""
+        for layer, kind in self._settled_kinds.items():
+            replacement = self.state.replacement(layer)
+            assert replacement is not None
+            replacement.become(kind, drop=False)
 
     @property
     def _settled_gates(self) -> list[float]:
@@ -283,6 +313,12 @@ class Pruner:
         if self.phase == WARM:
             return 0.0
         return float(self.objective.reduction(torch.tensor(self.open_probabilities), self._measured.costs))
+
+    @property
+    def _leads(self) -> bool:
+        """Whether a dense teacher teaches, by logits or hidden states."""
+        distill = self.config.distill
+        return isinstance(self._teacher, Teacher) and distill is not None and distill.teaches
 
     @property
     def _teaches(self) -> bool:

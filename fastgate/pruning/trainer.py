@@ -100,13 +100,14 @@ class SelfPruningMixin:
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, *args: Any, **kwargs: Any
     ) -> Any:
-        """The loss of the class below, and in training the Pruner's terms."""
+        """The loss of the class below, in training weighted and with the Pruner's terms."""
         below = super().compute_loss  # type: ignore[misc]
         if not model.training:
             return below(model, inputs, return_outputs, *args, **kwargs)
         batch = dict(inputs)  # some Trainers take the labels out
         loss, outputs = below(model, inputs, True, *args, **kwargs)
-        loss = loss + self.pruner.loss(outputs, batch) / self._loss_divisor(*args, **kwargs)
+        added = self.pruner.loss(outputs, batch) / self._loss_divisor(*args, **kwargs)
+        loss = self.pruner.task_weight * loss + added
         return (loss, outputs) if return_outputs else loss
 
     def _loss_divisor(self, num_items_in_batch: Any = None) -> int:

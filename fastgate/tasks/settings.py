@@ -44,7 +44,7 @@ METHODS: dict[str, tuple[str, ...]] = {
 _LISTS = ("tasks", "seeds", "runs", "per_task")
 _DENSE = (
     "task", "seed", "train_rows", "eval_rows", "max_length", "stride", "pooling", "model", "batch_size",
-    "dense_epochs", "dense_lr", "bf16",
+    "dense_epochs", "dense_lr", "bf16", "evaluate_on",
 )  # fmt: skip
 
 
@@ -53,9 +53,11 @@ class Settings(Job):
     """All that decides one run's outcome.
 
     model: `minilm` (the demo extra's) besides. method: one of METHODS. keep: the layers of `fixed`.
-    train_rows, eval_rows: at most so many, None for all. dense_epochs, dense_lr: of the dense fine-tune;
-    epochs, lr: of the pruning run. logits, hidden: weights of the distillation, both 0 for none; teacher: one
-    of TEACHERS, whom it listens to. The rest: as PruningConfig has them, None for its own.
+    train_rows, eval_rows: at most so many, None for all. evaluate_on: splits that are scored together, by
+    commas, None for the task's own. dense_epochs, dense_lr: of the dense fine-tune;
+    epochs, lr: of the pruning run. logits, hidden, temperature, labels, dropout: as Distill has them, logits
+    and hidden 0 for none; teacher: one of TEACHERS, whom it listens to. The rest: as PruningConfig has them,
+    None for its own.
     """
 
     model: str = "minilm"
@@ -63,6 +65,7 @@ class Settings(Job):
     keep: tuple[int, ...] | None = None
     train_rows: int | None = None
     eval_rows: int | None = None
+    evaluate_on: str | None = None
     dense_epochs: float = 3.0
     dense_lr: float = 5e-5
     epochs: float = 3.0
@@ -70,6 +73,8 @@ class Settings(Job):
     logits: float | None = None
     hidden: float | None = None
     temperature: float | None = None
+    labels: float | None = None
+    dropout: float | None = None
     teacher: str = TEACHERS[0]
     warm: float | None = None
     ramp: float | None = None
@@ -105,7 +110,8 @@ class Settings(Job):
     def _told(self) -> dict[str, Any]:
         """All of it; what was no choice once only if it is not as it was then, so that names and lines of
         results from then still hold."""
-        before = {"pooling": "first", "bf16": False, "replacement_lr": None, "teacher": "dense"}
+        before = {"pooling": "first", "bf16": False, "teacher": "dense"}
+        before |= dict.fromkeys(("evaluate_on", "replacement_lr", "labels", "dropout"))
         return {k: v for k, v in asdict(self).items() if k not in before or v != before[k]}
 
 

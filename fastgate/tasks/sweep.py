@@ -101,8 +101,9 @@ def _run_group(
     first = chosen[0]
     source = str(demo_model_path()) if first.model == "minilm" else first.model
     task = load_task(
-        first.task, data_dir, max_train_rows=first.train_rows, max_eval_rows=first.eval_rows, seed=first.seed
-    )
+        first.task, data_dir, evaluate_on=first.evaluate_on.split(",") if first.evaluate_on else (),
+        max_train_rows=first.train_rows, max_eval_rows=first.eval_rows, seed=first.seed,
+    )  # fmt: skip
     tokenizer = load_tokenizer(source, task)
     rows = task.tokenize(tokenizer, first.max_length, first.stride)
     training = Training(
