@@ -18,7 +18,6 @@ from transformers import AutoConfig
 
 from .errors import ArgumentError, CheckpointError, say
 from .families import FAMILIES, base_class
-from .layer import mixes
 from .patch import patch
 from .prune import prune
 from .replacement import KINDS
@@ -74,8 +73,13 @@ def save(model: nn.Module, path: str | os.PathLike[str], tokenizer: Any = None) 
         )
 
     closed = [i for i, gate in enumerate(state.gates) if gate == 0.0]
-    present = {i: state.replacement(i) for i in closed}
-    kinds = {i: "zero" if one is None else one.kind for i, one in present.items()}
+    kinds = {replacement.kind for i in closed if (replacement := state.replacement(i)) is not None} or {
+        "zero"
+    }
+    if len(kinds) > 1:
+        raise ArgumentError(
+            say("save", "model", f"replacements {sorted(kinds)}", "one kind", "prune with one replacement")
+        )
     tensors = _left(model, state.encoder, closed)
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
@@ -86,7 +90,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], tokenizer: Any = None) 
             "format": FORMAT,
             "class": hf.__name__,
             "kept": [i for i in range(state.num_layers) if i not in closed],
-            "replacement": _one_or_each(kinds),
+            "replacement": kinds.pop(),
             "demand": state.runtime.asked,
             "sha256": _digest(aside / WEIGHTS),
         }
@@ -146,7 +150,7 @@ def load(path: str | os.PathLike[str]) -> nn.Module:
         ) from error
     try:
         patch(model, demand=meta.get("demand"))
-        prune(model, meta["kept"], _of_json(meta["replacement"]))
+        prune(model, meta["kept"], meta["replacement"])
     except ArgumentError as error:
         wanted = "layers and a demand that the model has"
         raise CheckpointError(
@@ -154,18 +158,6 @@ def load(path: str | os.PathLike[str]) -> nn.Module:
         ) from error
     _fill(model, tensors, weights)
     return model.eval()
-
-
-def _one_or_each(kinds: dict[int, str]) -> str | dict[int, str]:
-    """The kind of all layers if they have one, `zero` for no layer."""
-    different = set(kinds.values()) or {"zero"}
-    return different.pop() if len(different) == 1 else kinds
-
-
-def _of_json(replacement: str | dict[str, str]) -> str | dict[int, str]:
-    if isinstance(replacement, str):
-        return replacement
-    return {int(layer): kind for layer, kind in replacement.items()}
 
 
 def _left(model: nn.Module, encoder: nn.Module, closed: list[int]) -> dict[str, torch.Tensor]:
@@ -178,12 +170,6 @@ def _left(model: nn.Module, encoder: nn.Module, closed: list[int]) -> dict[str, 
     )
     layers = range(len(encoder.encoder.layer))  # type: ignore[union-attr, arg-type]
     unused = tuple(f"{prefix}encoder.layer.{i}.attention.replacement." for i in layers if i not in closed)
-    unused += tuple(
-        f"{prefix}encoder.layer.{i}.attention.replacement.{name}"
-        for i, layer in enumerate(encoder.encoder.layer)  # type: ignore[union-attr, arg-type]
-        for name in ("before", "after")
-        if not mixes(layer)
-    )
     left, seen = {}, set()
     for name, tensor in model.state_dict().items():
         place = (tensor.data_ptr(), tensor.shape)
@@ -280,7 +266,7 @@ def _check(source: Path, meta: dict[str, Any]) -> None:
         and isinstance(meta.get("class"), str)
         and isinstance(kept, list)
         and all(type(i) is int for i in kept)
-        and _is_replacement(meta.get("replacement"))
+        and meta.get("replacement") in KINDS
         and meta.get("demand") in (None, "first", "all")
         and isinstance(meta.get("sha256"), str)
     )
@@ -294,12 +280,6 @@ def _check(source: Path, meta: dict[str, Any]) -> None:
                 "save the model anew",
             )
         )
-
-
-def _is_replacement(found: Any) -> bool:
-    if isinstance(found, dict):
-        return all(layer.isdecimal() and kind in KINDS for layer, kind in found.items())
-    return found in KINDS
 
 
 def _known_class(source: Path, name: str) -> type[nn.Module]:

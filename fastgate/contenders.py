@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from .freeze import freeze
 from .patch import patch
 from .peers import twin
 from .prune import prune
-from .replacement import settled
 from .tasks.model import demo_model_path, dense_model, load_tokenizer
 from .tasks.task import Task
 
@@ -41,8 +40,8 @@ def contenders(
     source: a size (`minilm`, `bert-base`, `bert-large`: random weights, the demo model's tokenizer), a
     fastgate checkpoint, or a model of the hub or in a folder. keep: layers whose attention stays, None for
     all. dtype: of both models' parameters; they are on the GPU if there is one. pooling: of fastgate's, None
-    for what the source says. replacement: what stands where `keep` leaves attention out,
-    as a Pruner settles it.
+    for what the source says. replacement: what stands where `keep` leaves attention out
+    (fastgate.prune).
     """
     name, device = str(source), _device()
     if (Path(name) / "fastgate.json").is_file():
@@ -53,11 +52,7 @@ def contenders(
         reference = unpruned(ours).to(device, dtype)
         return ours_at_best(ours), reference, load_tokenizer(name, task)
     reference, tokenizer = dense(source, task, dtype)
-    kinds: str | dict[int, str] = replacement
-    if keep is not None:
-        narrow = task.kind != "tokens" and pooling != "mean"
-        kinds = settled(replacement, keep, reference.config.num_hidden_layers, narrow)
-    return pruned(reference, keep, pooling, kinds), reference, tokenizer
+    return pruned(reference, keep, pooling, replacement), reference, tokenizer
 
 
 def dense(source: str | Path, task: Task, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
@@ -77,15 +72,12 @@ def _device() -> torch.device:
 
 
 def pruned(
-    reference: Any,
-    keep: Sequence[int] | None,
-    pooling: str | None = None,
-    replacement: str | Mapping[int, str] = "zero",
+    reference: Any, keep: Sequence[int] | None, pooling: str | None = None, replacement: str = "zero"
 ) -> Any:
     """fastgate's model with the weights of a Hugging Face model, attention kept in the layers of `keep`."""
     ours = patch(twin(reference), pooling=pooling)
     if keep is not None:
-        prune(ours, list(keep), replacement)
+        prune(ours, keep=list(keep), replacement=replacement)
     return ours_at_best(ours)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 from torch import nn
 
@@ -12,17 +12,14 @@ from .replacement import KINDS, Removed
 from .state import encoder_state
 
 
-def prune(
-    model: nn.Module, keep: Iterable[int], replacement: str | Mapping[int, str] = "zero"
-) -> nn.Module:
+def prune(model: nn.Module, keep: Iterable[int], replacement: str = "zero") -> nn.Module:
     """Keep self-attention in the layers `keep` (indices from 0) and drop it everywhere else, in place.
 
     Patches the model if it is not patched, drops the query, key, value and output weights of the other
     layers, and leaves their LayerNorm. `replacement` stands in for what is dropped: `zero` nothing, `mean` a
     vector, `affine` a vector and a scale a channel, `shift` these and weights a channel on the two tokens
     beside; values already learned are kept, others start at zero. A `shift` is the one that costs steps of
-    its own, and every row below the last one is computed. Or layer -> kind, for each dropped. Returns the
-    model.
+    its own, and every row below the last one is computed. Returns the model.
 
     Raises ArgumentError for indices outside the encoder, an unknown replacement, or a layer pruned before.
     """
@@ -42,20 +39,18 @@ def prune(
                 "drop or correct them",
             )
         )
-    dropped = [i for i in range(state.num_layers) if i not in kept]
-    kinds = dict.fromkeys(dropped, replacement) if isinstance(replacement, str) else dict(replacement)
-    named = {replacement} if isinstance(replacement, str) else set(kinds.values())
-    if sorted(kinds) != dropped or not named <= set(KINDS):
-        wanted = " | ".join(KINDS) + f", or one of these for each of the layers {dropped}"
-        raise ArgumentError(say("prune", "replacement", repr(replacement), wanted, "pass one of these"))
+    if replacement not in KINDS:
+        raise ArgumentError(
+            say("prune", "replacement", repr(replacement), " | ".join(KINDS), "pass one of these")
+        )
     gone = [i for i in kept if state.is_removed(i)]
     if gone:
         raise ArgumentError(
             say("prune", "keep", gone, "layers whose attention is still there", "load the unpruned model")
         )
 
-    for layer, kind in kinds.items():
-        state.add_replacements(kind, layers=[layer])
+    dropped = [i for i in range(state.num_layers) if i not in kept]
+    state.add_replacements(replacement, layers=dropped)
     for view in state.layers:
         if view.index in kept:
             view.attention._modules.pop("replacement", None)

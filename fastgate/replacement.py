@@ -2,25 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
 from .errors import ArgumentError, say
 
 KINDS = ("zero", "mean", "affine", "shift")
-
-
-def settled(kind: str, kept: Sequence[int], layers: int, narrow: bool) -> dict[int, str]:
-    """Layer -> the kind that a pruned model of `layers` layers has in place of each attention not in `kept`.
-
-    narrow: the head reads a part of the rows. Above the last kept attention only those rows are computed,
-    and a `shift` there would keep all rows alive to mix in a neighbour or two: an `affine` takes its place.
-    """
-    top = max(kept, default=-1)
-    above = "affine" if kind == "shift" and narrow else kind
-    return {i: kind if i < top else above for i in range(layers) if i not in kept}
 
 
 class Replacement(nn.Module):
@@ -52,15 +39,7 @@ class Replacement(nn.Module):
     @property
     def mixes(self) -> bool:
         """Whether r(h) of a row reads the rows beside it: then no LayerNorm can take it in."""
-        return self.kind == "shift"
-
-    def become(self, kind: str, drop: bool = True) -> None:
-        """Turn a `shift` into the `affine` inside it. drop: its weights on neighbours go; else they stay as
-        parameters that nothing reads, for an optimizer that counts them."""
-        if (self.kind, kind) == ("shift", "affine"):
-            self.kind = kind
-        if drop and self.kind != "shift":
-            self.before = self.after = None
+        return self.before is not None
 
     def forward(self, h: Tensor, linked: Tensor) -> Tensor:
         """r(h) of rows (rows, hidden): as many, or for `zero` and `mean` the one, (hidden,), that all share.
@@ -70,8 +49,7 @@ class Replacement(nn.Module):
         r: Tensor = h.new_zeros(h.shape[1]) if self.shift is None else self.shift
         if self.scale is not None:
             r = torch.addcmul(r, self.scale, h)
-        if self.mixes:
-            assert self.before is not None and self.after is not None
+        if self.before is not None and self.after is not None:
             # Not by a product with 0: what another sequence holds, NaN even, stays there.
             r = torch.addcmul(r, self.before, torch.where(linked[:, None], h.roll(1, 0), 0.0))
             r = torch.addcmul(r, self.after, torch.where(linked.roll(-1)[:, None], h.roll(-1, 0), 0.0))

@@ -126,13 +126,10 @@ class EncoderState:
         return replacement_of(self.encoder.encoder.layer[layer])
 
     def add_replacements(self, kind: str, layers: Sequence[int] | None = None) -> None:
-        """Give each layer (or those named) a replacement; one of the same kind keeps its values, and an
-        `affine` takes those that a `shift` had."""
+        """Give each layer (or those named) a replacement; one of the same kind keeps its values."""
         for i, layer in enumerate(self.encoder.encoder.layer):
             if layers is None or i in layers:
                 present, norm = replacement_of(layer), layer.attention.output.LayerNorm
-                if present is not None:
-                    present.become(kind)
                 if present is None or present.kind != kind:
                     layer.attention.replacement = Replacement(
                         kind, norm.weight.shape[0], norm.weight.dtype, norm.weight.device

@@ -52,25 +52,6 @@ def test_only_what_is_left_is_written(saved):
     assert sorted(os.listdir(path.parent)) == ["checkpoint"]
 
 
-@torch.no_grad()
-def test_a_kind_for_each_layer_comes_back(tmp_path):
-    model = make("Bert", "ForSequenceClassification")
-    fastgate.prune(model, keep=[1], replacement={0: "shift", 2: "affine"})
-    for name, parameter in model.named_parameters():
-        if "replacement" in name:
-            torch.nn.init.normal_(parameter)
-    path = fastgate.save(model, tmp_path / "x")
-    assert json.loads((path / META).read_text())["replacement"] == {"0": "shift", "2": "affine"}
-    again, inputs = fastgate.load(path), batch(model, "ForSequenceClassification")
-    assert torch.equal(again(**inputs).logits, model(**inputs).logits)
-    for wrong in ({"0": "shift"}, {"0": "shift", "2": "median"}, {"a": "shift", "2": "mean"}, ["shift"]):
-        meta = json.loads((path / META).read_text())
-        (path / META).write_text(json.dumps(meta | {"replacement": wrong}))
-        with pytest.raises(fastgate.CheckpointError, match="save the model anew"):
-            fastgate.load(path)
-        (path / META).write_text(json.dumps(meta))
-
-
 def test_closed_but_unpruned_gates_and_dtype(tmp_path):
     from fastgate.state import encoder_state
 

@@ -12,7 +12,6 @@ from fastgate.plan import flops, make_plan, sizes_of
 from fastgate.pruning.learner import GateLearner
 from fastgate.pruning.objective import Objective, costs_of, lagrangian
 from fastgate.pruning.schedule import make_schedule
-from fastgate.replacement import settled
 
 
 def test_the_phase_is_a_function_of_the_step():
@@ -44,22 +43,22 @@ def test_sparsity_means_whole_sublayers(layers, share, kept):
     assert objective.goal == pytest.approx(1 - kept / layers)
 
 
-@pytest.mark.parametrize("kind", ["mean", "shift"])
+@pytest.mark.parametrize("mixes", [False, True])
 @pytest.mark.parametrize(("demanded", "narrow"), [([1, 1, 1], True), ([2, 3, 4], True), (None, False)])
-def test_expected_cost_is_the_plans_flops_where_gates_are_hard(demanded, narrow, kind):
+def test_expected_cost_is_the_plans_flops_where_gates_are_hard(demanded, narrow, mixes):
     sizes = sizes_of(16, 32, [5, 7, 9], demanded)
     single = demanded == [1, 1, 1]
-    costs = costs_of(sizes, 2, narrow, single)
+    costs = costs_of(sizes, 2, narrow, single, mixes)
     for flags in itertools.product((False, True), repeat=4):
-        kinds = settled(kind, [i for i, runs in enumerate(flags) if runs], 4, narrow)
-        shifts = tuple(i for i, found in kinds.items() if found == "shift")
+        shifts = tuple(i for i, runs in enumerate(flags) if mixes and not runs)
         plan = make_plan(flags, narrow, single, False, shifts)
         exact = sum(flops(step, sizes, 2) for step in plan.steps)
         assert float(costs.total(torch.tensor(flags, dtype=torch.float64))) == pytest.approx(exact)
 
 
-def test_expected_cost_is_the_mean_over_draws_and_smooth():
-    costs = costs_of(sizes_of(16, 32, [8, 8], [1, 1]), 2, True, True)
+@pytest.mark.parametrize("mixes", [False, True])
+def test_expected_cost_is_the_mean_over_draws_and_smooth(mixes):
+    costs = costs_of(sizes_of(16, 32, [8, 8], [1, 1]), 2, True, True, mixes)
     p = torch.tensor([0.9, 0.2, 0.6], dtype=torch.float64, requires_grad=True)
     mean = 0.0
     for flags in itertools.product((0.0, 1.0), repeat=3):
@@ -69,9 +68,11 @@ def test_expected_cost_is_the_mean_over_draws_and_smooth():
     assert torch.autograd.gradcheck(costs.share, (p,))
 
 
-@pytest.mark.parametrize("factor", [1.3, 2.0, 5.0])
-def test_speedup_picks_the_best_set_within_its_cost(factor):
-    costs = costs_of(sizes_of(16, 32, [12] * 4, [1] * 4), 2, True, True)
+@pytest.mark.parametrize(
+    ("factor", "mixes"), [(1.3, False), (2.0, False), (5.0, False), (1.3, True), (1.6, True), (1.9, True)]
+)
+def test_speedup_picks_the_best_set_within_its_cost(factor, mixes):
+    costs = costs_of(sizes_of(16, 32, [12] * 4, [1] * 4), 2, True, True, mixes)
     objective = Objective(fastgate.Speedup(factor), 5)
     for seed in range(5):
         p = torch.rand(5, generator=torch.Generator().manual_seed(seed))

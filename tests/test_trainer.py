@@ -306,15 +306,3 @@ def test_replacements_have_a_rate_of_their_own(tmp_path):
     assert len(rates) == len(names) == sum(len(group["params"]) for group in groups)
     assert {rate for name, rate in rates.items() if ".replacement." in name} == {2e-2}
     assert {rate for name, rate in rates.items() if ".replacement." not in name} == {1e-3}
-
-
-def test_a_hardened_shift_is_gone_on_with(tmp_path):
-    """Its weights on neighbours that nothing reads any more are still the optimizer's."""
-    options = {"pruning": config(replacement="shift", target=fastgate.pruning.Fixed((0,)))}
-    whole = trainer(tmp_path / "whole", **options)
-    whole.train()
-    shutil.copytree(tmp_path / "whole" / "checkpoint-10", tmp_path / "again" / "checkpoint-10")
-    found = trainer(tmp_path / "again", **options)
-    found.train(resume_from_checkpoint=True)
-    assert_same_end(end_state(whole), end_state(found))
-    assert [found.pruner.state.replacement(i).kind for i in (1, 2)] == ["affine", "affine"]

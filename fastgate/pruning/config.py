@@ -19,7 +19,7 @@ class PruningConfig:
 
     target: `Sparsity(0.8)`, `Speedup(4.0)`, or `Fixed(keep)` for a choice made by hand.
     replacement: what stands in for a pruned attention: `zero`, `mean`, `affine`, or `shift`, which mixes
-    neighbouring tokens: where the head reads a part of the rows, up to the last kept attention (`settled`).
+    neighbouring tokens and so keeps every row live below the last layer.
     distill: weights of the distillation terms; None for none.
     warm, ramp, harden: shares of all steps. Gates are open until `warm`, the target rises until `ramp`, gates
     are fixed at `harden`, and the rest recovers the score.

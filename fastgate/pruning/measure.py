@@ -18,9 +18,9 @@ RIDGE = 1e-3  # of the mean square of a channel
 class Measured:
     """Sums over the rows computed while every gate is open: small, on the host, saved with the Pruner."""
 
-    def __init__(self, layers: int, config: Any):
-        """config: the encoder's."""
-        self.config = config
+    def __init__(self, layers: int, config: Any, mixes: bool):
+        """config: the encoder's. mixes: what stands in for an attention mixes tokens."""
+        self.config, self.mixes = config, mixes
         # Normal equations of each channel: attention output on 1, h[i], h[i - 1], h[i + 1].
         self.gram = torch.zeros(layers, 4, 4, config.hidden_size, dtype=torch.float64)
         self.right = torch.zeros(layers, 4, config.hidden_size, dtype=torch.float64)
@@ -82,13 +82,8 @@ class Measured:
         sizes = Sizes(
             config.hidden_size, config.intermediate_size, packed, packed, demanded, pairs, sequences
         )
-        self.costs = costs_of(sizes, config.num_attention_heads, self.narrow, demanded == sequences)
-
-    @property
-    def narrow(self) -> bool:
-        """Whether the head read a part of the rows only."""
-        packed, demanded, *_ = self.sizes.tolist()
-        return demanded < packed
+        narrow, single = demanded < packed, demanded == sequences
+        self.costs = costs_of(sizes, config.num_attention_heads, narrow, single, self.mixes)
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -64,18 +64,22 @@ Target = Sparsity | Speedup | Fixed
 
 @dataclass(frozen=True)
 class Costs:
-    """FLOPs of one layer's attention and feed-forward part, on all rows and (narrow) on the demanded ones."""
+    """FLOPs of one layer's attention and feed-forward part, on all rows and (narrow) on the demanded ones.
+
+    mixes: what stands in for an attention mixes tokens, for next to no FLOPs of its own.
+    """
 
     attention: float
     attention_narrow: float
     feed_forward: float
     feed_forward_narrow: float
+    mixes: bool = False
 
     def total(self, p: Tensor) -> Tensor:
         """Expected cost for the probabilities p (layers,) that each attention runs; 0-d, differentiable."""
-        still = torch.flip(1 - p, (0,))
-        above = torch.cat([torch.flip(torch.cumprod(still, 0), (0,))[1:], p.new_ones(1)])
-        live = 1 - above  # P(some attention above layer l runs)
+        still = torch.zeros_like(p) if self.mixes else 1 - p  # P(layer l mixes no tokens)
+        above = torch.cat([torch.flip(torch.cumprod(torch.flip(still, (0,)), 0), (0,))[1:], p.new_ones(1)])
+        live = 1 - above  # P(some layer above layer l mixes)
         attention = p * (live * self.attention + above * self.attention_narrow)
         return (attention + live * self.feed_forward + above * self.feed_forward_narrow).sum()
 
@@ -84,7 +88,7 @@ class Costs:
         return self.total(p) / self.total(torch.ones_like(p))
 
 
-def costs_of(sizes: Sizes, heads: int, narrow: bool, single: bool) -> Costs:
+def costs_of(sizes: Sizes, heads: int, narrow: bool, single: bool, mixes: bool = False) -> Costs:
     """Costs of a layer. narrow: fewer rows are demanded than packed; single: one row a sequence is; mixes: as
     in Costs."""
     layer_sizes = (make_plan((True, True), narrow, single, False).of_layer(i) for i in (0, 1))
@@ -94,7 +98,7 @@ def costs_of(sizes: Sizes, heads: int, narrow: bool, single: bool) -> Costs:
     def add(steps: list[tuple[str, int]], inside: bool) -> float:
         return float(sum(cost for op, cost in steps if (op in feed_forward) is inside))
 
-    return Costs(add(wide, False), add(last, False), add(wide, True), add(last, True))
+    return Costs(add(wide, False), add(last, False), add(wide, True), add(last, True), mixes)
 
 
 class Objective:

@@ -13,7 +13,6 @@ from .. import gates
 from ..errors import ArgumentError, CheckpointError, say
 from ..patch import patch
 from ..prune import prune
-from ..replacement import settled
 from ..run import Record
 from ..state import encoder_state
 from .config import PruningConfig
@@ -99,7 +98,8 @@ class Pruner:
         self.state.set_gates([1.0] * layers)
         exact = self.config.gates == "exact"
         self.learner = GateLearner(self.objective, self.config.gate_lr, self.config.seed, exact)
-        self._measured = Measured(layers, self.state.encoder.config)
+        mixes = self.config.replacement == "shift"
+        self._measured = Measured(layers, self.state.encoder.config, mixes)
         self._teacher: Teacher | SelfTeacher | None = None
         if self.config.distill is not None:
             teacher = self._teacher_model
@@ -207,7 +207,6 @@ class Pruner:
         if self.kept is None:
             self.kept = self.objective.choose(self.learner.p_open, self._measured.costs)
             self.state.set_gates(self.open_probabilities)
-            self._settle()
             self._watch()
         return self.kept
 
@@ -220,7 +219,7 @@ class Pruner:
         self.state.runtime.record = None
         for module, p in self._dropouts.items():
             module.p = p
-        return prune(self.model, keep=self.kept, replacement=self._settled_kinds)
+        return prune(self.model, keep=self.kept, replacement=self.config.replacement)
 
     def metrics(self) -> dict[str, float]:
         """Numbers for a logger: target and expected reduction now, the multipliers, P(open) of each gate."""
@@ -266,8 +265,6 @@ class Pruner:
         self.history = [dict(entry) for entry in state["history"]]
         self.teacher_seconds = state["teacher_seconds"]
         self._measured.load_state_dict(state["measured"])
-        if self.kept is not None:
-            self._settle()
         self.learner.costs = self._measured.costs
         self.learner.load_state_dict(state["learner"], self._device)
         self.state.set_gates(self.learner.drawn if self.phase == SEARCH else self._settled_gates)
@@ -283,18 +280,6 @@ class Pruner:
     @property
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device
-
-    @property
-    def _settled_kinds(self) -> dict[int, str]:
-        assert self.kept is not None
-        return settled(self.config.replacement, self.kept, self.state.num_layers, self._measured.narrow)
-
-    def _settle(self) -> None:
-        """Give each replacement the kind it keeps. The optimizer's parameters stay the same ones."""
-        for layer, kind in self._settled_kinds.items():
-            replacement = self.state.replacement(layer)
-            assert replacement is not None
-            replacement.become(kind, drop=False)
 
     @property
     def _settled_gates(self) -> list[float]:
