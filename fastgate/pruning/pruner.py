@@ -30,6 +30,7 @@ class Pruner:
     """Learns which attention sublayers `model` can do without, in any training loop.
 
         pruner = Pruner(model, config, total_steps, teacher).attach()  # before the optimizer is made
+        pruner.set_rates(optimizer)  # once it is made: replacements learn faster than weights
         for batch in batches:
             outputs = model(**batch)
             (pruner.task_weight * outputs.loss + pruner.loss(outputs, batch)).backward()
