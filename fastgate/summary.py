@@ -18,6 +18,7 @@ from .tasks.sweep import read_lines
 
 Line = dict[str, Any]
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#444444")
+ALIKE = ("method", "replacement", "removed", "pooling")  # what a table's row says of its settings anyway
 BATCH, BATCHES = 32, 4  # rows in a batch, and batches, that a speed-up is measured on
 
 
@@ -43,6 +44,7 @@ class Row:
     kept: tuple[tuple[int, ...], ...]
     speedup: float | None
     pooling: str
+    settings: Line
 
     @property
     def share(self) -> float:
@@ -89,6 +91,7 @@ def rows(lines: Sequence[Line], speeds: dict[str, float] | None = None) -> list[
                 tuple(tuple(r["kept"]) for r in group),
                 None if None in timed else statistics.mean(timed),  # type: ignore[type-var]
                 pooling_of(first),
+                first["settings"],
             )
         )
     return sorted(found, key=lambda r: (r.task, r.removed, -r.score))
@@ -118,6 +121,15 @@ def learned_against(lines: Sequence[Line], rival: str) -> tuple[float, float | N
     return (statistics.mean(gaps) if gaps else math.nan), interval(gaps), len(gaps)
 
 
+def told_apart(row: Row, found: Sequence[Row]) -> str:
+    """The settings that tell a row from those of its task, method, replacement and share: `, labels 1`."""
+    like = [r for r in found if all(getattr(r, name) == getattr(row, name) for name in ALIKE)]
+    names = dict.fromkeys(name for r in like for name in r.settings if name not in ("seed", "pooling"))
+    differ = [name for name in names if len({json.dumps(r.settings.get(name)) for r in like}) > 1]
+    given = [(name, row.settings.get(name)) for name in differ]
+    return "".join(f", {name} {value}" for name, value in given if value is not None)
+
+
 def tables(lines: Sequence[Line], speeds: dict[str, float]) -> str:
     """Markdown: a table a task, and learned gates against the controls."""
     found = rows(lines, speeds)
@@ -132,6 +144,7 @@ def tables(lines: Sequence[Line], speeds: dict[str, float]) -> str:
             kept = "; ".join(" ".join(map(str, k)) for k in row.kept) if row.removed else "all"
             gap = f"{row.gap:+.4f}" + ("" if row.interval is None else f" ± {row.interval:.4f}")
             method = f"{row.method}, {row.replacement}" if row.removed else row.method
+            method += told_apart(row, mine)
             cells = [
                 method if row.pooling == "first" else f"{method}, pooling {row.pooling}",
                 f"{row.removed:.0%}",

@@ -64,6 +64,14 @@ def test_learned_gates_against_a_control():
     assert summary.learned_against([*LINES[:3], *other], "random")[2] == 0
 
 
+def test_rows_that_a_setting_tells_apart_say_which():
+    plain, labelled = line(seed=0, dropout=None), line(seed=0, labels=1.0, dropout=0.1)
+    found = summary.rows([plain, labelled, line("dense", 0, (0, 1, 2))])
+    told = [summary.told_apart(row, found) for row in found]
+    assert sorted(told) == ["", "", ", dropout 0.1, labels 1.0"]
+    assert "| learned, mean, dropout 0.1, labels 1.0 |" in summary.tables([plain, labelled], {})
+
+
 def test_the_tables_and_plots(tmp_path):
     path = tmp_path / "tasks.jsonl"
     path.write_text("".join(json.dumps(one) + "\n" for one in LINES))
