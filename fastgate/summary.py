@@ -14,6 +14,7 @@ from typing import Any
 from rich.console import Console
 
 from .errors import DataError, say
+from .tasks.job import TARGETS
 from .tasks.sweep import read_lines
 
 Line = dict[str, Any]
@@ -107,11 +108,12 @@ def interval(values: Sequence[float]) -> float | None:
 
 
 def learned_against(lines: Sequence[Line], rival: str) -> tuple[float, float | None, int]:
-    """(mean, half interval, pairs) of learned - rival over pairs of one task, seed and share removed; in
-    shares of the dense score, so that tasks of different metrics weigh alike."""
+    """(mean, half interval, pairs) of learned - rival over pairs of one task, seed, number of layers kept and
+    all settings else; in shares of the dense score, so that tasks of different metrics weigh alike."""
     by_pair: dict[tuple, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for line in lines:
-        pair = (line["task"], line["seed"], len(line["kept"]), pooling_of(line))
+        alike = {k: v for k, v in line["settings"].items() if k not in ("method", "keep", *TARGETS)}
+        pair = (len(line["kept"]), json.dumps(alike, sort_keys=True))
         by_pair[pair][line["method"]].append(line["score"] / line["dense_score"])
     gaps = [
         statistics.mean(m["learned"]) - statistics.mean(m[rival])
