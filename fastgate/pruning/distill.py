@@ -24,8 +24,9 @@ class Distill:
 
     logits, hidden: weights of the two terms; temperature: of the logits. labels: weight of the task's own
     loss beside them, and dropout: the student's, where a dense teacher teaches. It has learned from the
-    labels what there is to learn; seen again they are learned by heart. Dropout blurs what is matched. A
-    model that teaches itself has nothing else to learn from: its loss and its dropout stay.
+    labels already, and dropout blurs what is matched; both help all the same on some tasks
+    (docs/FINDINGS.md). A model that teaches itself has nothing else to learn from: its loss and its dropout
+    stay.
     """
 
     logits: float = 1.0

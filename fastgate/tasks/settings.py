@@ -54,10 +54,9 @@ class Settings(Job):
 
     model: `minilm` (the demo extra's) besides. method: one of METHODS. keep: the layers of `fixed`.
     train_rows, eval_rows: at most so many, None for all. evaluate_on: splits that are scored together, by
-    commas, None for the task's own. dense_epochs, dense_lr: of the dense fine-tune;
-    epochs, lr: of the pruning run. logits, hidden, temperature, labels, dropout: as Distill has them, logits
-    and hidden 0 for none; teacher: one of TEACHERS, whom it listens to. The rest: as PruningConfig has them,
-    None for its own.
+    commas, None for the task's own. dense_epochs, dense_lr: of the dense fine-tune; epochs, lr: of the
+    pruning run. logits, hidden, temperature, labels, dropout: as Distill has them, logits and hidden 0 for
+    none; teacher: one of TEACHERS, whom it listens to. The rest: as PruningConfig has them, None for its own.
     """
 
     model: str = "minilm"
