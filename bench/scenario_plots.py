@@ -30,6 +30,11 @@ def title(run: dict[str, Any]) -> str:
     return f"{TITLES[settings['task']]}, {order}, batches of {settings['batch_size']}"
 
 
+def scenario_of(run: dict[str, Any]) -> tuple[Any, ...]:
+    """What tells runs apart but for the machine; of several the last is plotted."""
+    return tuple(run["settings"][key] for key in ("model", "dtype", "task", "order", "batch_size"))
+
+
 def speed(runs: list[dict[str, Any]], dtype: str) -> plt.Figure:
     """A panel a size and task: times as fast as SDPA against the attention sublayers kept, a line a place."""
     panels = [run for run in pick(runs, dtype=dtype) if {v["place"] for v in run["fastgate"]} >= set(WORDS)]
@@ -99,7 +104,7 @@ def floor(runs: list[dict[str, Any]], model: str, dtype: str) -> plt.Figure:
 def main() -> None:
     path = Path(sys.argv[1]) if len(sys.argv) > 1 else scenario_table.RESULTS
     folder = Path(sys.argv[2]) if len(sys.argv) > 2 else path.parent
-    runs = scenario_table.read(path)
+    runs = list({scenario_of(run): run for run in scenario_table.read(path)}.values())
     model, dtype = runs[0]["settings"]["model"], runs[0]["settings"]["dtype"]
     plt.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "fastgate", "font.size": 8}
     for name, figure in (("speed", speed(runs, dtype)), ("floor", floor(runs, model, dtype))):

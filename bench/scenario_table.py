@@ -87,10 +87,14 @@ def pruned(runs: list[dict[str, Any]], against: str) -> str:
 
 
 def tables(runs: list[dict[str, Any]]) -> str:
-    """For each size and precision: who ran, unpruned against each peer, and the choices of layers."""
+    """For each size, precision and processor: who ran, unpruned against each peer, the choices of layers."""
     found = []
-    for model, dtype in dict.fromkeys((r["settings"]["model"], r["settings"]["dtype"]) for r in runs):
-        chosen = [r for r in runs if (r["settings"]["model"], r["settings"]["dtype"]) == (model, dtype)]
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for run in runs:
+        settings = run["settings"]
+        key = (settings["model"], settings["dtype"], settings["environment"]["processor"])
+        groups.setdefault(key, []).append(run)
+    for (model, dtype, _), chosen in groups.items():
         settings = chosen[0]["settings"]
         where = settings["environment"]
         found.append(f"## {model}, {dtype}\n")

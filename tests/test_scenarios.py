@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 import time
 from pathlib import Path
@@ -99,7 +100,12 @@ def test_a_sweep_goes_on_where_it_was_and_is_shown(bench, monkeypatch, capsys):
     shown = bench.table.tables(lines)
     assert "## tiny, float32" in shown and "## tiny, bfloat16" in shown
     assert "onnxruntime was not timed: no package" in shown and "| sst2, sorted, 32 |" in shown
-    assert "50% spread: 0, 2, 4" in shown
+    assert "50% spread: 0, 2, 4" in shown and shown.count("## tiny, float32") == 1
+    elsewhere = copy.deepcopy(first)
+    elsewhere["settings"]["environment"]["processor"] = "another"
+    apart = bench.table.tables([*lines, elsewhere])
+    assert apart.count("## tiny, float32") == 2 and "threads, another, torch" in apart
+    assert len({bench.plots.scenario_of(run) for run in [*lines, elsewhere]}) == 5
     monkeypatch.setattr(sys, "argv", ["plots", str(bench.out), str(bench.out.parent)])
     bench.plots.main()
     for name in ("speed", "floor"):
