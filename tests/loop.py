@@ -41,7 +41,7 @@ def run(pruner, model, steps, first=0, lr=1e-3):
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=lr)
     model.train()
     for i in range(first, first + steps):
-        inputs = batch(i)
+        inputs = pruner.prepare(batch(i))
         outputs = model(**inputs)
         (pruner.task_weight * outputs.loss + pruner.loss(outputs, inputs)).backward()
         optimizer.step()

@@ -108,9 +108,7 @@ def test_self_distillation_prunes_and_ends_at_hardening():
 )
 def test_labels_and_dropout_where_a_dense_teacher_teaches(distill, taught, weight, dropout):
     model, teacher = bert(dropout=0.4), bert(dropout=0.4, seed=1)
-    config = fastgate.PruningConfig(
-        fastgate.Sparsity(0.5), warm=0.1, ramp=0.3, harden=0.5, distill=distill
-    )
+    config = fastgate.PruningConfig(fastgate.Sparsity(0.5), warm=0.1, ramp=0.3, harden=0.5, distill=distill)
     pruner = fastgate.Pruner(model, config, 10, teacher if taught else None).attach()
     drops = [m for m in model.modules() if isinstance(m, torch.nn.Dropout)]
     assert pruner.task_weight == weight and {m.p for m in drops} == {dropout}
@@ -133,7 +131,9 @@ def test_a_student_equal_to_its_teacher_has_nothing_to_learn():
     assert found and float(torch.stack(found).max()) < 1e-5
 
 
-@pytest.mark.parametrize("wrong", [{"labels": -1.0}, {"dropout": 1.0}, {"dropout": -0.1}])
+@pytest.mark.parametrize(
+    "wrong", [{"labels": -1.0}, {"dropout": 1.0}, {"dropout": -0.1}, {"swap": 1.1}, {"swap": -0.1}]
+)
 def test_weights_that_mean_nothing_are_refused(wrong):
     with pytest.raises(ArgumentError, match=f"Distill: {next(iter(wrong))}: got"):
         Distill(**wrong)

@@ -117,11 +117,11 @@ def test_the_settings_reach_the_pruner():
     plain = config_of(Settings(task="sst2", sparsity=0.5, seed=3), Sparsity(0.5))
     assert plain.seed == 3 and plain.distill == Distill()
     given = Settings(
-        task="sst2", hidden=10, temperature=4, labels=1, dropout=0.1, harden=0.4, gate_lr=0.1,
+        task="sst2", hidden=10, temperature=4, labels=1, dropout=0.1, swap=0.3, harden=0.4, gate_lr=0.1,
         replacement="affine", replacement_lr=3,
     )  # fmt: skip
     found = config_of(given, Sparsity(0.5))
-    assert found.distill == Distill(hidden=10, temperature=4, labels=1, dropout=0.1)
+    assert found.distill == Distill(hidden=10, temperature=4, labels=1, dropout=0.1, swap=0.3)
     assert found.replacement_lr == 3
     assert (found.harden, found.gate_lr, found.replacement) == (0.4, 0.1, "affine")
     assert config_of(Settings(task="sst2", hidden=0, logits=0), Sparsity(0.5)).distill is None

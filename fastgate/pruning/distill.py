@@ -25,8 +25,9 @@ class Distill:
     logits, hidden: weights of the two terms; temperature: of the logits. labels: weight of the task's own
     loss beside them, and dropout: the student's, where a dense teacher teaches. It has learned from the
     labels already, and dropout blurs what is matched; both help all the same on some tasks
-    (docs/FINDINGS.md). A model that teaches itself has nothing else to learn from: its loss and its dropout
-    stay.
+    (docs/FINDINGS.md). swap: share of the tokens that are swapped for others of the batch in every other
+    step, where a dense teacher teaches: rows beyond those of the task, which it alone labels. A model that
+    teaches itself has nothing else to learn from: its loss and its dropout stay.
     """
 
     logits: float = 1.0
@@ -34,6 +35,7 @@ class Distill:
     temperature: float = 2.0
     labels: float = 0.0
     dropout: float = 0.0
+    swap: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("logits", "hidden", "labels"):
@@ -44,6 +46,8 @@ class Distill:
         if not 0.0 <= self.dropout < 1.0:
             wanted = "a probability below 1"
             raise ArgumentError(say("Distill", "dropout", self.dropout, wanted, "0.1 is BERT's own"))
+        if not 0.0 <= self.swap <= 1.0:
+            raise ArgumentError(say("Distill", "swap", self.swap, "a share from 0 to 1", "0 swaps nothing"))
         if not self.temperature > 0.0:
             raise ArgumentError(say("Distill", "temperature", self.temperature, "above 0", "2.0 is usual"))
 

@@ -21,6 +21,7 @@ from .learner import GateLearner
 from .measure import Measured
 from .objective import Fixed, Objective
 from .schedule import RECOVER, SEARCH, WARM, Schedule, make_schedule
+from .swap import swap_tokens
 
 HISTORY = 400  # entries a run, about
 STATE = ("steps", "total", "kept", "learner", "measured", "history", "teacher_seconds")
@@ -32,6 +33,7 @@ class Pruner:
         pruner = Pruner(model, config, total_steps, teacher).attach()  # before the optimizer is made
         pruner.set_rates(optimizer)  # once it is made: replacements learn faster than weights
         for batch in batches:
+            batch = pruner.prepare(batch)
             outputs = model(**batch)
             (pruner.task_weight * outputs.loss + pruner.loss(outputs, batch)).backward()
             optimizer.step()
@@ -111,7 +113,7 @@ class Pruner:
             for module in self._dropouts:
                 module.p = self.config.distill.dropout
         self._attached = True
-        self._watch()
+        self._begin_step()
         return self
 
     def set_rates(self, optimizer: torch.optim.Optimizer) -> None:
@@ -156,16 +158,29 @@ class Pruner:
 
     @property
     def task_weight(self) -> float:
-        """Of the task's own loss: 1, or `labels` of Distill where a dense teacher teaches."""
+        """Of the task's own loss in this step: 1; where a dense teacher teaches `labels` of Distill, and 0 on
+        rows that `prepare` swaps tokens in."""
         self._check_attached("task_weight")
-        return self.config.distill.labels if self._leads and self.config.distill is not None else 1.0
+        if not self._leads:
+            return 1.0
+        assert self.config.distill is not None
+        return 0.0 if self._swaps else self.config.distill.labels
+
+    def prepare(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The batch to run the model on in this step, and to give to `loss`: `inputs`, with tokens swapped in
+        every other step where a dense teacher teaches and `Distill.swap` is not 0."""
+        self._check_attached("prepare")
+        if not self._swaps:
+            return inputs
+        assert self.config.distill is not None
+        return swap_tokens(inputs, self.config.distill.swap, self._swapping)
 
     def loss(self, outputs: Any, inputs: Mapping[str, Any]) -> Tensor:
         """What to add to the weighted task loss: distillation and the Lagrangian; 0-d float32 on the model's
         device.
 
-        outputs: what the model gave for `inputs` in the forward just run, in training. inputs: the batch with
-        its labels.
+        outputs: what the model gave for `inputs` in the forward just run, in training. inputs: the batch that
+        `prepare` gave, with its labels.
         """
         self._check_attached("loss")
         record = self.state.runtime.record
@@ -199,7 +214,7 @@ class Pruner:
             elif self.phase == SEARCH:
                 self.learner.draw(self._target_now, self._device)
                 self.state.set_gates(self.learner.drawn)
-        self._watch()
+        self._begin_step()
         self._note()
 
     def harden(self) -> list[int]:
@@ -269,7 +284,7 @@ class Pruner:
         self.learner.costs = self._measured.costs
         self.learner.load_state_dict(state["learner"], self._device)
         self.state.set_gates(self.learner.drawn if self.phase == SEARCH else self._settled_gates)
-        self._watch()
+        self._begin_step()
 
     # -- what is used above
 
@@ -329,6 +344,19 @@ class Pruner:
         if distill.hidden:
             total = total + distill.hidden * hidden_loss(hidden, lesson.hidden, range(self.state.num_layers))
         return total
+
+    @property
+    def _swaps(self) -> bool:
+        """Whether this step is one in which tokens are swapped; while attention is measured none are."""
+        distill = self.config.distill
+        if not self._leads or distill is None or distill.swap == 0.0 or self.steps % 2 == 0:
+            return False
+        return self.phase != WARM
+
+    def _begin_step(self) -> None:
+        # Of the step alone, so that a resumed run swaps as the whole one did.
+        self._swapping = torch.Generator().manual_seed(self.config.seed * 2**32 + self.steps)
+        self._watch()
 
     def _watch(self) -> None:
         """Have the encoder record what it computes, while that is needed."""

@@ -104,6 +104,7 @@ class SelfPruningMixin:
         below = super().compute_loss  # type: ignore[misc]
         if not model.training:
             return below(model, inputs, return_outputs, *args, **kwargs)
+        inputs = self.pruner.prepare(inputs)
         batch = dict(inputs)  # some Trainers take the labels out
         loss, outputs = below(model, inputs, True, *args, **kwargs)
         added = self.pruner.loss(outputs, batch) / self._loss_divisor(*args, **kwargs)

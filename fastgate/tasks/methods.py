@@ -44,7 +44,7 @@ def config_of(settings: Settings, target: Target) -> PruningConfig:
     given = {name: getattr(settings, name) for name in names if getattr(settings, name) is not None}
     terms = {
         n: getattr(settings, n)
-        for n in ("logits", "hidden", "temperature", "labels", "dropout")
+        for n in ("logits", "hidden", "temperature", "labels", "dropout", "swap")
         if getattr(settings, n) is not None
     }
     distill = Distill(**terms)

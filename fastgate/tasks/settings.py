@@ -55,8 +55,9 @@ class Settings(Job):
     model: `minilm` (the demo extra's) besides. method: one of METHODS. keep: the layers of `fixed`.
     train_rows, eval_rows: at most so many, None for all. evaluate_on: splits that are scored together, by
     commas, None for the task's own. dense_epochs, dense_lr: of the dense fine-tune; epochs, lr: of the
-    pruning run. logits, hidden, temperature, labels, dropout: as Distill has them, logits and hidden 0 for
-    none; teacher: one of TEACHERS, whom it listens to. The rest: as PruningConfig has them, None for its own.
+    pruning run. logits, hidden, temperature, labels, dropout, swap: as Distill has them, logits and hidden 0
+    for none; teacher: one of TEACHERS, whom it listens to. The rest: as PruningConfig has them, None for its
+    own.
     """
 
     model: str = "minilm"
@@ -74,6 +75,7 @@ class Settings(Job):
     temperature: float | None = None
     labels: float | None = None
     dropout: float | None = None
+    swap: float | None = None
     teacher: str = TEACHERS[0]
     warm: float | None = None
     ramp: float | None = None
@@ -110,7 +112,7 @@ class Settings(Job):
         """All of it; what was no choice once only if it is not as it was then, so that names and lines of
         results from then still hold."""
         before = {"pooling": "first", "bf16": False, "teacher": "dense"}
-        before |= dict.fromkeys(("evaluate_on", "replacement_lr", "labels", "dropout"))
+        before |= dict.fromkeys(("evaluate_on", "replacement_lr", "labels", "dropout", "swap"))
         return {k: v for k, v in asdict(self).items() if k not in before or v != before[k]}
 
 
