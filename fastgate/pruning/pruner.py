@@ -355,7 +355,7 @@ class Pruner:
 
     def _begin_step(self) -> None:
         # Of the step alone, so that a resumed run swaps as the whole one did.
-        self._swapping = torch.Generator().manual_seed(self.config.seed * 2**32 + self.steps)
+        self._swapping = torch.Generator().manual_seed((self.config.seed * 1_000_003 + self.steps) % 2**63)
         self._watch()
 
     def _watch(self) -> None:
