@@ -203,6 +203,7 @@ def run_group(chosen: list[Run], data_dir: Path, out: Path, threads: int, deadli
                 batches,
                 {name: peer for name, peer in built.items() if name in run.against},
                 absent,
+                progress=give_back,
             )
         except FastgateError as error:
             print(f"{run}: {error}", file=sys.stderr, flush=True)
