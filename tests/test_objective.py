@@ -85,9 +85,10 @@ def test_speedup_picks_the_best_set_within_its_cost(factor, mixes):
         assert float(p[kept].sum()) == pytest.approx(max(within))
 
 
-def test_speedup_out_of_reach_is_an_error():
-    costs = costs_of(sizes_of(16, 32, [3, 3]), 2, False, False)
-    with pytest.raises(ArgumentError, match=r"Speedup: factor: got 50.0, wanted at most \d"):
+@pytest.mark.parametrize(("mixes", "remedy"), [(False, "feed-forward"), (True, "replacement='mean'")])
+def test_speedup_out_of_reach_is_an_error(mixes, remedy):
+    costs = costs_of(sizes_of(16, 32, [3, 3]), 2, False, False, mixes)
+    with pytest.raises(ArgumentError, match=rf"Speedup: factor: got 50.0, wanted at most \d.*{remedy}"):
         Objective(fastgate.Speedup(50.0), 3).choose(torch.ones(3), costs)
 
 

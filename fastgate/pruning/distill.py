@@ -24,18 +24,18 @@ class Distill:
 
     logits, hidden: weights of the two terms; temperature: of the logits. labels: weight of the task's own
     loss beside them, and dropout: the student's, where a dense teacher teaches. It has learned from the
-    labels already, and dropout blurs what is matched; both help all the same on some tasks
-    (docs/FINDINGS.md). swap: share of the tokens that are swapped for others of the batch in every other
-    step, where a dense teacher teaches: rows beyond those of the task, which it alone labels. A model that
-    teaches itself has nothing else to learn from: its loss and its dropout stay.
+    labels already, and dropout blurs what is matched. swap: share of the tokens that are swapped for others
+    of the batch in every other step, where a dense teacher teaches: rows beyond those of the task, which it
+    alone labels. A model that teaches itself has nothing else to learn from: its loss and its dropout stay.
+    The defaults are what was found best: docs/FINDINGS.md.
     """
 
     logits: float = 1.0
-    hidden: float = 10.0
+    hidden: float = 2.0
     temperature: float = 2.0
-    labels: float = 0.0
+    labels: float = 0.3
     dropout: float = 0.0
-    swap: float = 0.0
+    swap: float = 0.1
 
     def __post_init__(self) -> None:
         for name in ("logits", "hidden", "labels"):

@@ -163,6 +163,8 @@ class Objective:
             floor = float(1.0 / costs.share(_indicator([], self.layers)))
             wanted = f"at most {floor:.2f}, the factor with no attention left"
             remedy = "ask for less: the rest is feed-forward layers"
+            if costs.mixes:
+                remedy = "ask for less, or for replacement='mean', which lets rows be given up"
             raise ArgumentError(say("Speedup", "factor", round(1.0 / budget, 4), wanted, remedy))
         return max(candidates)[2]
 

@@ -112,7 +112,7 @@ class Settings(Job):
         """All of it; what was no choice once only if it is not as it was then, so that names and lines of
         results from then still hold."""
         before = {"pooling": "first", "bf16": False, "teacher": "dense"}
-        before |= dict.fromkeys(("evaluate_on", "replacement_lr", "labels", "dropout", "swap"))
+        before |= dict.fromkeys(("evaluate_on", "replacement_lr", "dropout"))
         return {k: v for k, v in asdict(self).items() if k not in before or v != before[k]}
 
 

@@ -23,7 +23,6 @@ from filelock import FileLock, Timeout
 
 from ..info import environment
 from ..patch import patch
-from ..pruning import PruningConfig, Sparsity
 from .budget import MaxDrop, clear_attempts, hold_out, prune_within
 from .load import load_task
 from .methods import config_of, target_of
@@ -133,7 +132,7 @@ def _run(settings: Settings, training: Training, dense: dict[str, Any]) -> dict[
     model = dense_model(training.out / "dense", training.task)
     layers = int(model.config.num_hidden_layers)
     if settings.method == "dense":
-        nothing = {"teacher_seconds": 0.0, "steps": []}
+        nothing: dict[str, Any] = {"replacement": None, "teacher_seconds": 0.0, "steps": []}
         return {**dense, "kept": list(range(layers)), "layers": layers, "seconds": 0.0, **nothing}
 
     def batches() -> list[Any]:
@@ -160,7 +159,7 @@ def _line(
         "task": settings.task,
         "model": settings.model_name,
         "method": settings.method,
-        "replacement": settings.replacement or PruningConfig(target=Sparsity(0.5)).replacement,
+        "replacement": found["replacement"],
         "target": settings.sparsity or settings.speedup or settings.max_drop,
         **({"attempts": found["attempts"]} if "attempts" in found else {}),
         "kept": found["kept"],

@@ -124,9 +124,9 @@ class Training:
             )
             seconds = self._train(trainer)
             pruner = trainer.pruner
-            noted = {"kept": pruner.kept, "seconds": seconds, "teacher_seconds": pruner.teacher_seconds}
+            noted = {"kept": pruner.kept, "replacement": pruning.replacement, "steps": pruner.history}
             notes.parent.mkdir(exist_ok=True)
-            write_json(notes, {**noted, "steps": pruner.history})
+            write_json(notes, {**noted, "seconds": seconds, "teacher_seconds": pruner.teacher_seconds})
             save(trainer.model, folder, self.tokenizer)
         model: Any = load(folder)
         if torch.cuda.is_available():
