@@ -13,17 +13,34 @@ from .patch import patch, unpatch
 from .prune import prune
 
 if TYPE_CHECKING:
-    from .pruning import Pruner, PruningConfig, SelfPruningMixin, SelfPruningTrainer, Sparsity, Speedup
+    from .pruning import (
+        Distill,
+        Pruner,
+        PruningConfig,
+        SelfPruningMixin,
+        SelfPruningTrainer,
+        Sparsity,
+        Speedup,
+    )
 
 __version__ = "0.1.0"
 
 # Looked up on first use: they bring the Trainer along, which a model that only runs does not need.
-_PRUNING = ("Pruner", "PruningConfig", "SelfPruningMixin", "SelfPruningTrainer", "Sparsity", "Speedup")
+_PRUNING = (
+    "Distill",
+    "Pruner",
+    "PruningConfig",
+    "SelfPruningMixin",
+    "SelfPruningTrainer",
+    "Sparsity",
+    "Speedup",
+)
 
 __all__ = [
     "ArgumentError",
     "CheckpointError",
     "DataError",
+    "Distill",
     "FastgateError",
     "NothingPatched",
     "Pruner",

@@ -268,7 +268,7 @@ def test_tasks_travel_and_run_where_no_hub_is(minilm_path, tmp_path):
 def test_the_recipes_of_the_sweeps_are_read():
     for name, count in (
         ("tasks.yaml", 7 * 3 * 4),
-        ("tasks_controls.yaml", 7 * 3 * 14),
+        ("tasks_controls.yaml", 7 * 3 * 15),
         ("tasks_gpu.yaml", 7 * 3),
     ):
         assert len(read_recipe(BENCH / name)) == count

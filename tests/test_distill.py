@@ -99,7 +99,8 @@ def test_self_distillation_prunes_and_ends_at_hardening():
 @pytest.mark.parametrize(
     "distill, taught, weight, dropout",
     [
-        (Distill(), True, 0.0, 0.0),
+        (Distill(), True, 0.3, 0.0),
+        (Distill.for_tokens(), True, 1.0, 0.1),
         (Distill(labels=0.5, dropout=0.2), True, 0.5, 0.2),
         (Distill(), False, 1.0, 0.4),  # it teaches itself
         (Distill(logits=0.0, hidden=0.0), True, 1.0, 0.4),  # nobody teaches
@@ -121,7 +122,9 @@ def test_labels_and_dropout_where_a_dense_teacher_teaches(distill, taught, weigh
 def test_a_student_equal_to_its_teacher_has_nothing_to_learn():
     """Without a word of the labels: while every gate is open no weight has a gradient."""
     model = bert(dropout=0.4)
-    config = fastgate.PruningConfig(fastgate.Sparsity(0.5), warm=0.3, ramp=0.4, harden=0.5)
+    config = fastgate.PruningConfig(
+        fastgate.Sparsity(0.5), distill=Distill(labels=0.0), warm=0.3, ramp=0.4, harden=0.5
+    )
     pruner = fastgate.Pruner(model, config, 10, copy.deepcopy(model)).attach()
     inputs = batch()
     outputs = model.train()(**inputs)

@@ -6,6 +6,7 @@ import json
 import re
 import sys
 import time
+from dataclasses import replace
 
 import children
 import pytest
@@ -116,6 +117,10 @@ def test_files_that_are_no_recipe_are_refused(tmp_path, text, message):
 def test_the_settings_reach_the_pruner():
     plain = config_of(Settings(task="sst2", sparsity=0.5, seed=3), Sparsity(0.5))
     assert plain.seed == 3 and plain.distill == Distill()
+    tagging = Settings(task="wnut17", sparsity=0.5)
+    assert config_of(tagging, Sparsity(0.5)).distill == Distill.for_tokens() != Distill()
+    bolder = config_of(replace(tagging, swap=0.2), Sparsity(0.5)).distill
+    assert bolder == replace(Distill.for_tokens(), swap=0.2)
     given = Settings(
         task="sst2", hidden=10, temperature=4, labels=1, dropout=0.1, swap=0.3, harden=0.4, gate_lr=0.1,
         replacement="affine", replacement_lr=3,

@@ -27,7 +27,7 @@ class Distill:
     labels already, and dropout blurs what is matched. swap: share of the tokens that are swapped for others
     of the batch in every other step, where a dense teacher teaches: rows beyond those of the task, which it
     alone labels. A model that teaches itself has nothing else to learn from: its loss and its dropout stay.
-    The defaults are what was found best: docs/FINDINGS.md.
+    The defaults are what was found best for texts, `for_tokens` for tagging: docs/FINDINGS.md.
     """
 
     logits: float = 1.0
@@ -50,6 +50,11 @@ class Distill:
             raise ArgumentError(say("Distill", "swap", self.swap, "a share from 0 to 1", "0 swaps nothing"))
         if not self.temperature > 0.0:
             raise ArgumentError(say("Distill", "temperature", self.temperature, "above 0", "2.0 is usual"))
+
+    @classmethod
+    def for_tokens(cls) -> Distill:
+        """For tagging: a label a token is much to learn from, so the student trains as its teacher did."""
+        return cls(hidden=10.0, labels=1.0, dropout=0.1, swap=0.0)
 
     @property
     def teaches(self) -> bool:

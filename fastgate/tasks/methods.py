@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -11,6 +12,7 @@ from ..patch import patch
 from ..pruning import Distill, Fixed, PruningConfig, criteria
 from ..pruning.objective import Target
 from .budget import MaxDrop
+from .catalog import CATALOG
 from .settings import Settings
 
 
@@ -47,9 +49,12 @@ def config_of(settings: Settings, target: Target) -> PruningConfig:
         for n in ("logits", "hidden", "temperature", "labels", "dropout", "swap")
         if getattr(settings, n) is not None
     }
-    distill = Distill(**terms)
-    if not (distill.logits or distill.hidden):
-        given["distill"] = None
-    elif terms:
-        given["distill"] = distill
-    return PruningConfig(target=target, seed=settings.seed, **given)
+    distill = replace(usual_distill(CATALOG[settings.task].kind), **terms)
+    return PruningConfig(
+        target=target, seed=settings.seed, distill=distill if distill.teaches else None, **given
+    )
+
+
+def usual_distill(kind: str) -> Distill:
+    """How a teacher is listened to on a task of that kind, if nothing else is said."""
+    return Distill.for_tokens() if kind == "tokens" else Distill()

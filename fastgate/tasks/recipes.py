@@ -17,6 +17,7 @@ from ..pruning import PruningConfig
 from ..pruning.objective import Target
 from .budget import MaxDrop, clear_attempts, hold_out, prune_within
 from .job import Job
+from .methods import usual_distill
 from .model import dense_model, load_tokenizer
 from .task import Task
 from .training import RESULT, Fit, Listener, Training, read_json, write_json
@@ -53,9 +54,10 @@ class Recipe(Job):
         """How a phase of that many epochs trains."""
         return Fit(epochs, self.batch_size, self.lr, self.warmup, self.seed, self.bf16)
 
-    def pruning(self, steps: int, target: Target) -> PruningConfig:
-        """How to prune in that many optimizer steps. A short search moves its gates faster."""
-        usual = PruningConfig(target=target, seed=self.seed)
+    def pruning(self, kind: str, steps: int, target: Target) -> PruningConfig:
+        """How to prune on a task of that kind, in that many optimizer steps. A short search moves its gates
+        faster."""
+        usual = PruningConfig(target=target, seed=self.seed, distill=usual_distill(kind))
         search = max(1.0, (usual.harden - usual.warm) * steps)
         return replace(usual, gate_lr=usual.gate_lr * min(8.0, max(1.0, USUAL_SEARCH / search)))
 
@@ -133,10 +135,10 @@ def finetune(
     fit = recipe.fit(recipe.prune_epochs)
     if isinstance(target, MaxDrop):
         layers = int(model.config.num_hidden_layers)
-        config_of = functools.partial(recipe.pruning, steps)
+        config_of = functools.partial(recipe.pruning, task.kind, steps)
         pruned = prune_within(training, target, dense, layers, config_of, fit)
     else:
-        pruned = training.prune(recipe.pruning(steps, target), fit)
+        pruned = training.prune(recipe.pruning(task.kind, steps, target), fit)
     write_json(out / _HISTORY, {"kept": pruned["kept"], "steps": pruned.pop("steps")})
     result = {
         "environment": environment(),
