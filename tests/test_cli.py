@@ -137,7 +137,9 @@ def test_finetune_in_bfloat16(world, tmp_path):
     for phase in ("dense", "pruned"):
         rounded, plain = (load_file(f / phase / "model.safetensors") for f in (out, world / "out"))
         assert all(weight.dtype == torch.float32 for weight in rounded.values())
-        shared = [name for name in rounded if name in plain and "query.weight" not in name]
+        # A stand-in is a least-squares fit: on rows this alike its parameters are settled together, not each.
+        apart = ("query.weight", ".replacement.")
+        shared = [name for name in rounded if name in plain and not any(part in name for part in apart)]
         gaps = [float((rounded[name] - plain[name]).abs().max()) for name in shared]
         assert 0.0 < max(gaps) < 0.1
 
