@@ -25,17 +25,6 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Looked up on first use: they bring the Trainer along, which a model that only runs does not need.
-_PRUNING = (
-    "Distill",
-    "Pruner",
-    "PruningConfig",
-    "SelfPruningMixin",
-    "SelfPruningTrainer",
-    "Sparsity",
-    "Speedup",
-)
-
 __all__ = [
     "ArgumentError",
     "CheckpointError",
@@ -62,7 +51,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _PRUNING:
+    """Pruning, on first use: it brings the Trainer along, which a model that only runs does not need."""
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from . import pruning
 
