@@ -12,6 +12,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 import fastgate
@@ -142,6 +143,16 @@ def test_finetune_in_bfloat16(world, tmp_path):
         shared = [name for name in rounded if name in plain and not any(part in name for part in apart)]
         gaps = [float((rounded[name] - plain[name]).abs().max()) for name in shared]
         assert 0.0 < max(gaps) < 0.1
+    rounded, plain = (logits_of(f / "pruned") for f in (out, world / "out"))
+    assert 0.0 < float((rounded - plain).abs().max()) < 0.1
+
+
+def logits_of(folder):
+    """What a pruned model says about the rows that the world is scored on: stand-ins by what they do."""
+    texts = [row["sentence"] for row in tiny.sentiment(64)]
+    batch = AutoTokenizer.from_pretrained(folder)(texts, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        return fastgate.load(folder)(**batch).logits
 
 
 def test_a_run_from_before_there_was_a_choice_is_gone_on_with(world):
