@@ -48,7 +48,7 @@ step build 200 env FASTGATE_BUILD=cuda "$python" setup.py build_ext --inplace
 kernels() {
   # An op's kernels are timed only if its tests pass.
   timings=()
-  for op in gated_add_norm attention linear_gelu embed_norm absorbed_attention; do
+  for op in gated_add_norm attention linear_gelu embed_norm absorbed_attention shift_norm; do
     files=("tests/test_triton_$op.py")
     [[ $op == gated_add_norm ]] && files+=(tests/test_cuda_build.py)
     step "test_$op" 150 "$python" -m pytest -q -m gpu -n 8 -p no:cacheprovider "${files[@]}" &&

@@ -43,7 +43,7 @@ constexpr int kParameters = 8;
 constexpr int64_t parameter_bit(int place) { return int64_t{4} << place; }
 
 // Kinds of the halves of a layer that packed_layers runs.
-enum Half : int64_t { kAttention = 0, kAbsorbed = 1, kFeedForward = 2 };
+enum Half : int64_t { kAttention = 0, kAbsorbed = 1, kFeedForward = 2, kShiftNorm = 3 };
 
 // Operands of attention, in the schema's order: rows packed sequence after sequence, which end at cu_q and cu_k.
 #define FASTGATE_ATTENTION_OPERANDS                                                                        \
@@ -53,6 +53,11 @@ enum Half : int64_t { kAttention = 0, kAbsorbed = 1, kFeedForward = 2 };
 // Operands of absorbed_attention, in the schema's order.
 #define FASTGATE_ABSORBED_ATTENTION_OPERANDS \
   Tensor probe, Tensor x, Tensor cu_seqlens, double scale, double dropout_p, OptionalTensor seed
+
+// Operands of shift_norm, in the schema's order.
+#define FASTGATE_SHIFT_NORM_OPERANDS                                                                          \
+  Tensor x, Tensor linked, Tensor shift, Tensor scale, Tensor before, Tensor after, Tensor weight, Tensor norm_bias, \
+      double eps
 
 // Operands of embed_norm, in the schema's order.
 #define FASTGATE_EMBED_NORM_OPERANDS                                                                        \
@@ -74,7 +79,9 @@ bool packs_bfloat16();
 Tensor packed_linear(Tensor x, Tensor panels, OptionalTensor bias, int64_t columns, bool gelu);
 Tensor packed_layers(
     Tensor h, std::vector<OptionalTensor> operands, std::vector<int64_t> kinds, std::vector<double> numbers,
-    Tensor cu_seqlens, OptionalTensor wanted);
+    Tensor cu_seqlens, OptionalTensor wanted, OptionalTensor linked);
+Tensor shift_norm(FASTGATE_SHIFT_NORM_OPERANDS);
+std::tuple<Tensor, Tensor> shift_norm_backward(Tensor grad, FASTGATE_SHIFT_NORM_OPERANDS, int64_t wanted);
 Tensor gated_add_norm(Tensor x, Tensor residual, FASTGATE_GATED_ADD_NORM_OPERANDS);
 std::tuple<Tensor, Tensor, Tensor> gated_add_norm_backward(
     Tensor grad, Tensor x, Tensor residual, FASTGATE_GATED_ADD_NORM_OPERANDS, int64_t wanted);

@@ -26,7 +26,7 @@ CUDA_LIBRARY = Path(__file__).parent / "libfastgate_cuda.so"
 BUILD_RECORD = Path(__file__).parent / "build.json"
 CPP_DTYPES = (torch.float32, torch.bfloat16)
 GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-CPU_OPS = ("gated_add_norm", "attention", "embed_norm", "absorbed_attention")
+CPU_OPS = ("gated_add_norm", "attention", "embed_norm", "absorbed_attention", "shift_norm")
 # Ops with a GPU kernel -> its languages, best first. FASTGATE_CUDA forces one where there are two.
 CUDA_BACKENDS = {
     "gated_add_norm": ("cuda", "triton"),
@@ -34,6 +34,7 @@ CUDA_BACKENDS = {
     "linear_gelu": ("triton",),
     "embed_norm": ("triton",),
     "absorbed_attention": ("triton",),
+    "shift_norm": ("triton",),
 }
 
 

@@ -17,12 +17,12 @@ from .layer import (
     drop,
     fold,
     is_linear_gelu,
-    is_skipped,
     joint,
     linear,
     mixes,
     norm_and_drop,
     replacement_of,
+    shift_vectors,
     stand_in,
     weight_of,
 )
@@ -32,6 +32,7 @@ from .ops.embed_norm import embed_norm
 from .ops.gated_add_norm import gated_add_norm
 from .ops.linear import linear as product
 from .ops.linear_gelu import linear_gelu
+from .ops.shift_norm import shift_norm
 from .plan import Step
 from .run import Ids, Run
 
@@ -129,8 +130,8 @@ def _run_steps(run: Run, i: int, steps: tuple[Step, ...], h: Tensor) -> Tensor:
             if isinstance(run.gates[i], Tensor) and mixes(parts.layer):
                 h = _shift(run, step, below)
             h = _attention_norm(run, i, parts, x, h, bias)
-        elif step.op == "shift":
-            h = x = _shift(run, step, below)
+        elif step.op == "shift_norm":
+            h = _shift_norm(run, parts, step, h)
         elif step.op == "skip_norm":
             h = _skipped_norm(run, i, h)
         elif step.op == "intermediate":
@@ -233,10 +234,22 @@ def _attention_norm(run: Run, i: int, parts: Parts, x: Tensor, h: Tensor, bias: 
 
 
 def _shift(run: Run, step: Step, h: Tensor) -> Tensor:
-    """h + (1 - gate) * r(h) of a layer's `shift`, from all packed rows to those of the step."""
-    gate, replacement = run.gates[step.layer], replacement_of(run.layers[step.layer])
-    r = replacement(h, run.packing.linked)  # type: ignore[misc]
-    h = h + (r if is_skipped(gate) else (1.0 - gate) * r)
+    """h + (1 - gate) * r(h) of a gated layer's `shift`, from all packed rows to those of the step."""
+    replacement = replacement_of(run.layers[step.layer])
+    h = h + (1.0 - run.gates[step.layer]) * replacement(h, run.packing.linked)  # type: ignore[misc]
+    return _narrowed(run, step, h)
+
+
+def _shift_norm(run: Run, parts: Parts, step: Step, h: Tensor) -> Tensor:
+    """The LayerNorm of a skipped attention that a `shift` replaces."""
+    norm, vectors = parts.out._modules["LayerNorm"], shift_vectors(parts.layer)
+    among_wanted = step.narrow and run.packing.widened
+    linked = run.packing.wanted_linked if among_wanted else run.packing.linked
+    h = shift_norm(h, linked, *vectors, norm.weight, norm.bias, norm.eps)
+    return h if among_wanted else _narrowed(run, step, h)
+
+
+def _narrowed(run: Run, step: Step, h: Tensor) -> Tensor:
     return h.index_select(0, run.packing.wanted_rows) if step.narrow else h  # type: ignore[arg-type]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .forward import demanded_rows, make_runtime_plan
+from .forward import demanded_rows, make_runtime_plan, reach_of
 from .graphs import DEVICES
 from .layer import is_linear_gelu, replacement_of, weight_of
 from .packing import pack_rows
@@ -76,7 +76,7 @@ def explain(model: nn.Module, lengths: Sequence[int] = (32,) * 8) -> Explanation
     batch, longest = len(lengths), max(lengths)
     attended = torch.arange(longest) < torch.tensor(lengths)[:, None]
     demanded = demanded_rows(encoder, attended, None, False, (batch, longest), attended.device)
-    packing = pack_rows(batch, longest, attended, demanded, attended.device)
+    packing = pack_rows(batch, longest, attended, demanded, attended.device, reach_of(encoder))
     plan = make_runtime_plan(encoder, packing, capture=False)
     config = encoder.config
     pairs = sum(q * k for q, k in zip(packing.queries.lengths, packing.keys.lengths, strict=True))
@@ -128,7 +128,7 @@ def explain(model: nn.Module, lengths: Sequence[int] = (32,) * 8) -> Explanation
         state.runtime.demand,
         tuple(lengths),
         sizes.packed,
-        sizes.demanded,
+        sizes.demanded if packing.host.read_rows is None else packing.host.read_rows.numel(),
         plan.kept,
         total,
         total / dense,

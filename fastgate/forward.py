@@ -65,12 +65,14 @@ def forward_encoder(
     if attended is not None and bool(attended.all()):
         attended = None
     usual = input_ids is not None and is_direct(input_ids) and device.type == "cpu"
+    alone = rows is None and not whole and runtime.record is None
+    reach = reach_of(encoder) if alone and not runtime.captures(device) else 0
     if usual and attended is None and rows is None and not whole:
         first = runtime.demand in ("first", "start")
-        packing = unpadded(batch, length, first, torch.is_inference_mode_enabled())
+        packing = unpadded(batch, length, first, torch.is_inference_mode_enabled(), reach)
     else:
         demanded = demanded_rows(encoder, attended, rows, whole, (batch, length), HOST)
-        packing = pack_rows(batch, length, attended, demanded, device)
+        packing = pack_rows(batch, length, attended, demanded, device, reach)
 
     record = runtime.record
     if record is not None or wanted_hidden is not None:
@@ -134,6 +136,16 @@ def _hidden_selection(selection: Any, layers: int) -> set[int] | None:
             )
         )
     return {i % (layers + 1) for i in wanted if -(layers + 1) <= i <= layers}
+
+
+def reach_of(encoder: Any) -> int:
+    """How far the row that a head reads of each sequence looks beside itself above the last attention: one
+    token for each `shift` there. 0 where more rows are read: those beside them are nearly all there is."""
+    runtime: Runtime = encoder.fastgate_runtime
+    if runtime.demand not in ("first", "start"):
+        return 0
+    top = max((i for i, gate in enumerate(runtime.gates) if not is_skipped(gate)), default=-1)
+    return sum(i > top for i in shifts_of(encoder.encoder.layer, runtime.gates))
 
 
 def make_runtime_plan(encoder: Any, packing: Packing, capture: bool) -> Plan:

@@ -220,7 +220,7 @@ class Graph:
         indices = {"gather": bucket.rows, "out": bucket.wanted or bucket.rows}
         indices |= {"key_rows": bucket.keys, "wanted_rows": bucket.wanted}
         sizes = {name: (n, torch.int64) for name, n in indices.items() if n}
-        if any(step.op == "shift" for step in run.plan.steps):
+        if any(step.op == "shift_norm" for step in run.plan.steps):
             sizes["linked"] = (bucket.rows, torch.bool)
         sizes |= {name: (bucket.sequences + 1, torch.int32) for name, there in ends.items() if there}
         self.kind = kind

@@ -136,6 +136,12 @@ def mixes(layer: Any) -> bool:
     return replacement is not None and replacement.mixes
 
 
+def shift_vectors(layer: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Shift, scale, before and after of a layer's replacement that mixes."""
+    parameters = layer._modules["attention"]._modules["replacement"]._parameters
+    return tuple(parameters[name] for name in ("shift", "scale", "before", "after"))  # type: ignore[return-value]
+
+
 def shifts_of(layers: Iterable[Any], gates: Iterable[Gate]) -> tuple[int, ...]:
     """The layers that mix rows without attention: skipped, and replaced by `shift`."""
     pairs = zip(layers, gates, strict=True)

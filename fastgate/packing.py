@@ -135,12 +135,14 @@ def linked_tokens(attended: Tensor) -> Tensor:
 @dataclass(frozen=True, eq=False)
 class HostIndices:
     """What a packing is made of, on the host; None as in Packing. wanted: rows of the padded batch. attended:
-    (batch, length) bool; None: every token."""
+    (batch, length) bool; None: every token. read_rows: (read,) int64 into the demanded rows, where
+    `pack_rows` was told to widen them; None: all of them are read."""
 
     index: Tensor | None
     key_rows: Tensor | None
     wanted_rows: Tensor | None
     attended: Tensor | None = None
+    read_rows: Tensor | None = None
 
     @cached_property
     def wanted(self) -> Tensor | None:
@@ -174,6 +176,8 @@ class Packing:
         found = {"index": host.index, "key_rows": host.key_rows, "wanted_rows": host.wanted_rows}
         if host.index is not None and host.wanted_rows is not None:
             found["wanted_index"] = host.wanted
+        if host.read_rows is not None and host.wanted is not None:
+            found |= {"read_rows": host.read_rows, "read_index": host.wanted[host.read_rows]}
         named = {name: t for name, t in found.items() if t is not None}
         ragged = list({id(r): r for r in (self.queries, self.keys, self.wanted)}.values())
         ends = [ends_of(r.lengths) for r in ragged]
@@ -208,9 +212,24 @@ class Packing:
         """(packed,) bool: whether a row and the one above it are tokens side by side, both attended."""
         return on_device([self.host_linked], self.queries.device)[0]
 
+    @cached_property
+    def wanted_linked(self) -> Tensor:
+        """`linked` of the demanded rows among themselves, (demanded,) bool."""
+        rows = self.host.wanted_rows
+        if rows is None:
+            return self.linked
+        beside = torch.zeros(rows.numel(), dtype=torch.bool, device=HOST)
+        beside[1:] = rows[1:] == rows[:-1] + 1
+        return on_device([self.host_linked[rows] & beside], self.queries.device)[0]
+
     @property
     def narrow(self) -> bool:
         return self.host.wanted_rows is not None
+
+    @property
+    def widened(self) -> bool:
+        """Whether the demanded rows are more than those read: all that those are computed from."""
+        return self.host.read_rows is not None
 
     @property
     def single(self) -> bool:
@@ -236,10 +255,12 @@ class Packing:
         return flat if self.host.index is None else flat.index_select(0, self._there["index"])
 
     def pad(self, rows: Tensor, narrow: bool) -> Tensor:
-        """(packed or demanded, hidden) -> (batch, length, hidden), zeros where no row is."""
+        """(packed or demanded, hidden) -> (batch, length, hidden), zeros where no row is that is read."""
         if self.host.index is None and not (narrow and self.narrow):
             return rows.view(self.batch, self.length, rows.shape[-1])
         index = self.wanted_index() if narrow else self.packed_index()
+        if narrow and self.widened:
+            rows, index = rows.index_select(0, self._there["read_rows"]), self._there["read_index"]
         full = rows.new_zeros(self.batch * self.length, rows.shape[-1]).index_copy(0, index, rows)
         return full.view(self.batch, self.length, rows.shape[-1])
 
@@ -261,24 +282,45 @@ def static_packing(
     return made
 
 
+def widen(demanded: Tensor, attended: Tensor | None, reach: int) -> Tensor:
+    """(batch, length) bool: the demanded tokens and those up to `reach` links away (linked_tokens)."""
+    linked = linked_tokens(torch.ones_like(demanded) if attended is None else attended)[:, 1:]
+    for _ in range(reach):
+        wider = demanded.clone()
+        wider[:, :-1] |= demanded[:, 1:] & linked
+        wider[:, 1:] |= demanded[:, :-1] & linked
+        demanded = wider
+    return demanded
+
+
 def pack_rows(
-    batch: int, length: int, attended: Tensor | None, demanded: Tensor | None, device: torch.device
+    batch: int,
+    length: int,
+    attended: Tensor | None,
+    demanded: Tensor | None,
+    device: torch.device,
+    reach: int = 0,
 ) -> Packing:
     """Packed rows are the attended and the demanded ones; `device` is where they lie.
 
     attended: (batch, length) bool, None: all. demanded: (batch, length) bool, None: the attended ones. Masks
-    on the host cost no wait for the device, others one.
+    on the host cost no wait for the device, others one. reach: how many links away the rows lie that the
+    demanded ones are computed from; they are demanded with them, and not read.
     """
     attended, demanded = on_host(attended, demanded)
     if attended is not None and bool(attended.all()):
         attended = None
+    read = demanded
+    if demanded is not None and reach:
+        demanded = widen(demanded, attended, reach)
     if demanded is not None and attended is None and bool(demanded.all()):
         demanded = None
     if attended is None:
         full = Ragged((length,) * batch, device)
         wanted = full if demanded is None else _ragged(demanded, device)
         wanted_rows = None if demanded is None else _true(demanded)
-        return Packing(batch, length, full, full, wanted, HostIndices(None, None, wanted_rows))
+        host = HostIndices(None, None, wanted_rows, None, _read_rows(read, demanded))
+        return Packing(batch, length, full, full, wanted, host)
     if demanded is None:
         rows = _ragged(attended, device)
         return Packing(batch, length, rows, rows, rows, HostIndices(_true(attended), None, None, attended))
@@ -295,21 +337,30 @@ def pack_rows(
     else:
         wanted_rows = _true(demanded.flatten()[index])
     whole = queries.rows == batch * length
-    host = HostIndices(None if whole else index, key_rows, wanted_rows, attended)
+    read_rows = None if wanted_rows is None else _read_rows(read, demanded)
+    host = HostIndices(None if whole else index, key_rows, wanted_rows, attended, read_rows)
     return Packing(batch, length, queries, keys, wanted, host)
 
 
+def _read_rows(read: Tensor | None, demanded: Tensor | None) -> Tensor | None:
+    """Where the rows that are read stand among the demanded ones; None if they are the same."""
+    if read is demanded or read is None or demanded is None:
+        return None
+    return _true(read.flatten()[_true(demanded)])
+
+
 @lru_cache(maxsize=256)
-def unpadded(batch: int, length: int, first: bool, inference: bool) -> Packing:
+def unpadded(batch: int, length: int, first: bool, inference: bool, reach: int = 0) -> Packing:
     """The packing of a batch on the host without padding, of which token 0 alone or every token is demanded.
 
-    inference: whether torch.inference_mode is on, whose tensors are of no use outside.
+    inference: whether torch.inference_mode is on, whose tensors are of no use outside. reach: as in
+    pack_rows.
     """
     demanded = None
     if first:
         demanded = torch.zeros(batch, length, dtype=torch.bool)
         demanded[:, 0] = True
-    return pack_rows(batch, length, None, demanded, HOST)
+    return pack_rows(batch, length, None, demanded, HOST, reach)
 
 
 def _ragged(mask: Tensor, device: torch.device) -> Ragged:

@@ -1,9 +1,10 @@
 """The plan: which steps an encoder runs on which rows, for given gates and row demand. No tensors.
 
 Nothing mixes tokens but attention, and a `shift` in its place. So liveness is decided from the top down:
-above the last layer that mixes, only the demanded rows are computed. A kept layer is seven steps. A skipped
+above the last layer that mixes, only the demanded rows are computed (and, for one row a sequence, as many
+beside it as the shifts above the last attention reach). A kept layer is seven steps. A skipped
 attention is none: its LayerNorm runs inside the step that made its input, which leaves three. A `shift` in
-its place is two, which makes five.
+its place is one, which makes four.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ SKIPPED_STEPS = KEPT_STEPS[4:]
 class Step:
     """One thing the encoder does.
 
-    op: `embed`, `skip_norm` (the LayerNorm of a skipped attention by itself), `shift` (h + r(h) before it, of
-    a replacement that reads neighbouring rows), or one of the steps of a layer in `KEPT_STEPS` (with a single
+    op: `embed`, `skip_norm` (the LayerNorm of a skipped attention by itself), `shift_norm` (the same, of a
+    replacement that reads neighbouring rows), or one of the steps of a layer in `KEPT_STEPS` (with a single
     query a sequence `project_query` and `absorbed_attention` stand for `project_qkv` and `attention`). layer:
     index of the encoder layer, -1 for the embeddings.
     narrow: the step's output has demanded rows only, not every packed row.
@@ -75,7 +76,12 @@ class Plan:
 
 @lru_cache(maxsize=1024)
 def make_plan(
-    attends: tuple[bool, ...], narrow: bool, single: bool, capture: bool, shifts: tuple[int, ...] = ()
+    attends: tuple[bool, ...],
+    narrow: bool,
+    single: bool,
+    capture: bool,
+    shifts: tuple[int, ...] = (),
+    widened: bool = False,
 ) -> Plan:
     """Plan an encoder.
 
@@ -85,10 +91,11 @@ def make_plan(
     if no `shift` comes after it.
     capture: the output of every layer must exist by itself, so no LayerNorm is moved into the step before it.
     shifts: the layers whose skipped attention is replaced by a `shift`.
+    widened: the demanded rows are all that the shifts above the last attention need to compute those read.
     """
     layers = len(attends)
     kept = tuple(i for i, runs in enumerate(attends) if runs)
-    last = max((*kept, *shifts), default=-1)
+    last = max(kept if widened else (*kept, *shifts), default=-1)
 
     def chains(layer: int) -> bool:
         following = layer + 1
@@ -102,7 +109,7 @@ def make_plan(
             absorbed = demanded and single
             ops = ("project_query", "absorbed_attention", *KEPT_STEPS[2:4]) if absorbed else KEPT_STEPS[:4]
         elif i in shifts:
-            ops = ("shift", "skip_norm")
+            ops = ("shift_norm",)
         elif capture:
             ops = ("skip_norm",)
         steps += [Step(op, i, demanded) for op in (*ops, *SKIPPED_STEPS[:2])]

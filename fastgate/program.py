@@ -13,7 +13,7 @@ from typing import Any, TypeGuard
 from torch import Tensor
 
 from .fingerprint import Fingerprint
-from .layer import Parts, biases, drop, fold, is_linear_gelu, joint, norm_and_drop, weight_of
+from .layer import Parts, biases, drop, fold, is_linear_gelu, joint, norm_and_drop, shift_vectors, weight_of
 from .ops import packed_layers
 from .ops.linear import Packed
 from .ops.packed_layers import Half, Norm, Product, Stretch
@@ -46,7 +46,10 @@ class Program:
     def __call__(self, run: Run, h: Tensor, run_steps: RunSteps) -> Tensor:
         for piece in self.pieces:
             if isinstance(piece, Stretch):
-                h = piece(h, run.packing.keys.cu_seqlens, run.packing.wanted_rows)
+                packing, linked = run.packing, None
+                if piece.shifts:  # rows are all packed ones or all demanded ones
+                    linked = packing.linked if h.shape[0] == packing.queries.rows else packing.wanted_linked
+                h = piece(h, packing.keys.cu_seqlens, packing.wanted_rows, linked)
             else:
                 h = run_steps(run, *piece, h)
         return h
@@ -90,6 +93,8 @@ def _in_panels(weight: Tensor | Packed | None) -> TypeGuard[Packed]:
 
 
 def _half(run: Run, i: int, parts: Parts, steps: tuple[Step, ...]) -> Half | None:
+    if steps[0].op == "shift_norm":
+        return None if steps[0].narrow and not run.packing.widened else _shift_half(parts)
     if steps[-1].op == "skip_norm":
         return None
     return (_feed_forward_half if steps[0].op == "intermediate" else _attention_half)(run, i, parts, steps)
@@ -114,6 +119,14 @@ def _attention_half(run: Run, i: int, parts: Parts, steps: tuple[Step, ...]) -> 
     if together is None:
         return None
     return packed_layers.attention_half(together, biases(at._modules), *shape, after, ending)
+
+
+def _shift_half(parts: Parts) -> Half | None:
+    """By itself it gains nothing: only before a half that is compiled."""
+    if not _in_panels(weight_of(parts.intermediate._modules["dense"])):
+        return None
+    norm = parts.out._modules["LayerNorm"]
+    return packed_layers.shift_half(shift_vectors(parts.layer), Norm(norm.weight, norm.bias, norm.eps))
 
 
 def _feed_forward_half(run: Run, i: int, parts: Parts, steps: tuple[Step, ...]) -> Half | None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ArgumentError, say
+from .reference import neighbours
 
 KINDS = ("zero", "mean", "affine", "shift")
 
@@ -50,9 +51,8 @@ class Replacement(nn.Module):
         if self.scale is not None:
             r = torch.addcmul(r, self.scale, h)
         if self.before is not None and self.after is not None:
-            # Not by a product with 0: what another sequence holds, NaN even, stays there.
-            r = torch.addcmul(r, self.before, torch.where(linked[:, None], h.roll(1, 0), 0.0))
-            r = torch.addcmul(r, self.after, torch.where(linked.roll(-1)[:, None], h.roll(-1, 0), 0.0))
+            above, below = neighbours(h, linked)
+            r = torch.addcmul(torch.addcmul(r, self.before, above), self.after, below)
         return r
 
     def scale_and_shift(self, share: float | Tensor) -> tuple[Tensor | None, Tensor | None]:

@@ -55,4 +55,5 @@ def plan_for(
 ) -> Plan:
     """The plan for these gates; `absorbable`: the last attention's key and value weights can be read."""
     attends = tuple(not is_skipped(g) for g in gates)
-    return make_plan(attends, packing.narrow, packing.single and absorbable, capture, shifts)
+    single = packing.single and absorbable and not packing.widened
+    return make_plan(attends, packing.narrow, single, capture, shifts, packing.widened)

@@ -7,11 +7,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .errors import ArgumentError, NothingPatched, say
 from .families import find_encoders
-from .graphs import Graphs
+from .graphs import DEVICES, Graphs
 from .layer import Gate, is_skipped, replacement_of
 from .program import Programs
 from .replacement import Replacement
@@ -48,6 +49,10 @@ class Runtime:
         if self.asked == "all" and self.reads != "every":
             return "attended"
         return self.reads or ("first" if self.asked == "first" else "attended")
+
+    def captures(self, device: torch.device) -> bool:
+        """Whether forwards on `device` may be replayed from graphs."""
+        return self.graphs is not None and device.type in DEVICES
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ LOW = {
     "gates": set(),
     "plan": set(),
     "packing": set(),
-    "replacement": set(),
+    "replacement": {"reference"},
     "kernels": set(),
     "ops": {"reference", "packing"},
     "backends": {"ops", "kernels"},

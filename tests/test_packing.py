@@ -46,6 +46,33 @@ def test_index_sets(both, masked, demands):
     assert packing.single == (packing.narrow and all(n == 1 for n in packing.wanted.lengths))
 
 
+@given(flags, st.booleans(), st.integers(1, 3))
+def test_rows_that_demanded_ones_are_computed_from(both, masked, reach):
+    """Those up to `reach` tokens away over attended ones, linked among themselves as the packed rows are."""
+    attended, demanded = (torch.tensor(f) for f in both)
+    batch, length = attended.shape
+    packing = pack_rows(batch, length, attended if masked else None, demanded, CPU, reach)
+    attended = attended if masked else torch.ones_like(attended)
+
+    def beside(row, other):
+        (b, t), (c, u) = row, other
+        between = attended[b, min(t, u) : max(t, u) + 1]
+        return b == c and (t == u or (abs(t - u) <= reach and bool(between.all())))
+
+    read = [(b, t) for b in range(batch) for t in range(length) if demanded[b, t]]
+    rows = [(b, t) for b in range(batch) for t in range(length) if attended[b, t] or demanded[b, t]]
+    near = [row for row in rows if any(beside(row, one) for one in read)]
+    assert packing.wanted_index().tolist() == [b * length + t for b, t in near]
+    assert packing.widened == packing.narrow == (len(near) < len(rows))
+    links = [(b, t - 1) in near and bool(attended[b, t] & attended[b, t - 1]) for b, t in near]
+    assert packing.wanted_linked.tolist() == links
+    padded = torch.randn(batch, length, 3)
+    back = packing.pad(packing.pack(padded, narrow=True), narrow=True)
+    assert torch.equal(back[demanded], padded[demanded])
+    if packing.narrow:
+        assert not back[~demanded].any()
+
+
 @given(flags)
 def test_there_and_back(both):
     attended, demanded = (torch.tensor(f) for f in both)

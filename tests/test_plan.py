@@ -26,11 +26,11 @@ def test_the_last_attention_is_absorbed_where_one_row_a_sequence_is_read():
     assert not any(step.narrow for step in plan.of_layer(0)) and all(step.narrow for step in plan.of_layer(1))
 
 
-def test_a_shift_is_two_steps_and_keeps_the_rows_below_it_alive():
+def test_a_shift_is_a_step_and_keeps_the_rows_below_it_alive():
     plan = make_plan((True, False, False, False), narrow=True, single=True, capture=False, shifts=(2,))
     assert ops(plan, 0) == list(KEPT_STEPS) and ops(plan, 1) == ops(plan, 3) == list(SKIPPED_STEPS)
-    assert ops(plan, 2) == ["shift", "skip_norm", *SKIPPED_STEPS]
-    assert [step.narrow for step in plan.steps] == [False] * (1 + 7 + 3) + [True] * (5 + 3)
+    assert ops(plan, 2) == ["shift_norm", *SKIPPED_STEPS]
+    assert [step.narrow for step in plan.steps] == [False] * (1 + 7 + 3) + [True] * (4 + 3)
     assert [plan.of_layer(i)[-1].chained for i in range(4)] == [True, False, True, False]
     assert plan.kept == (0,) and plan.top == 0
     sizes = sizes_of(8, 32, (3, 5), (1, 1))
@@ -57,10 +57,10 @@ def test_liveness(layers, narrow, single, capture):
         before = plan.of_layer(i - 1)[-1]
         assert (before.chained, "skip_norm" in ops(plan, i)) == {
             "attends": (False, False),
-            "shifts": (False, True),
+            "shifts": (False, False),
             "neither": (not capture, capture),
         }[what]
-        assert ("shift" in ops(plan, i)) == (what == "shifts")
+        assert ("shift_norm" in ops(plan, i)) == (what == "shifts")
     assert not (capture and any(step.chained for step in plan.steps))
 
 

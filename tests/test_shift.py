@@ -18,7 +18,7 @@ from fastgate.replacement import Replacement
 from fastgate.state import encoder_state
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
-SHIFTED = ("shift", "skip_norm", *SKIPPED_STEPS)
+SHIFTED = ("shift_norm", *SKIPPED_STEPS)
 
 
 def pruned(head, keep, kind="shift", family="Bert", layers=5):
@@ -46,27 +46,32 @@ def test_r_by_hand():
 @pytest.mark.parametrize("keep", [[0], [1, 3], [4], [], [0, 1, 2, 3, 4]], ids=str)
 @pytest.mark.parametrize("head", ["ForSequenceClassification", "ForTokenClassification"])
 def test_steps_and_rows_as_they_run(keep, head):
-    """Every packed row up to the last layer that mixes, which is the last layer here."""
+    """A tagger reads all rows. A classifier reads one a sequence: above its last attention that row and those
+    that the shifts there look at; with none there the attention is absorbed."""
     model = pruned(head, keep)
     seen = steps_as_they_run(model, batch(model, head))
-    packed = sum(LENGTHS)
-    read = len(LENGTHS) if head == "ForSequenceClassification" else packed
-    assert seen[0] == (-1, "embed", packed)
+    packed, one = sum(LENGTHS), head == "ForSequenceClassification"
+    top = max(keep, default=-1) if one else 5
+    near = sum(min(n, 5 - top) for n in LENGTHS)
+    live = [packed if i < top else near for i in range(-1, 5)]
+    assert seen[0] == (-1, "embed", live[0])
+    steps = []
     for i in range(5):
         ops = tuple(op for layer, op, _ in seen if layer == i)
         rows = {n for layer, _, n in seen if layer == i}
-        absorbed = i == 4 and read < packed
-        kept = ("project_query", "absorbed_attention", *KEPT_STEPS[2:]) if absorbed else KEPT_STEPS
-        assert ops == (kept if i in keep else SHIFTED) and rows == {read if i == 4 else packed}
+        kept = ("project_query", "absorbed_attention", *KEPT_STEPS[2:]) if i == top == 4 else KEPT_STEPS
+        steps.append(kept if i in keep else SHIFTED)
+        assert ops == steps[i] and rows == {live[i + 1]}
     told = fastgate.explain(model, LENGTHS)
-    assert [row.live_rows for row in told.layers] == [packed] * 4 + [read]
-    assert [row.steps == SHIFTED for row in told.layers] == [i not in keep for i in range(5)]
+    assert [row.live_rows for row in told.layers] == live[1:]
+    assert [row.steps for row in told.layers] == steps
+    assert told.demanded_rows == (len(LENGTHS) if one else packed)
     assert str(told).count("replaced by shift") == 5 - len(keep)
 
 
 @torch.no_grad()
-def test_above_the_last_shift_only_read_rows_are_computed():
-    """Layers 3 and 4 have nothing in place of their attention."""
+def test_shifts_in_some_layers():
+    """Layers 3 and 4 have nothing in place of their attention: three tokens are enough from layer 0 on."""
     head = "ForSequenceClassification"
     model = fastgate.patch(make("Bert", head, layers=5))
     state = encoder_state(model)
@@ -76,7 +81,7 @@ def test_above_the_last_shift_only_read_rows_are_computed():
     inputs = batch(model, head)
     seen = steps_as_they_run(model, inputs)
     rows = [{n for layer, _, n in seen if layer == i} for i in range(5)]
-    assert rows == [{27}, {27}, {4}, {4}, {4}]
+    assert rows == [{3 + 3 + 3 + 1}] * 5
     assert [op for layer, op, _ in seen if layer == 3] == list(SKIPPED_STEPS)
     whole = model(**inputs, output_hidden_states=True).logits
     torch.testing.assert_close(model(**inputs).logits, whole, rtol=0, atol=1e-5)
@@ -211,3 +216,24 @@ def test_frozen_below_a_shift_every_product_is_packed():
     last = fastgate.freeze(pruned("ForSequenceClassification", [2], layers=3))
     assert type(last.bert.encoder.layer[2].attention.self.key) is torch.nn.Linear
     assert "absorbed_attention" in fastgate.explain(last).layers[2].steps
+
+
+@pytest.mark.parametrize("freezes", [False, True])
+@pytest.mark.parametrize("keep", [[], [0], [1, 2], [3]], ids=str)
+@torch.no_grad()
+def test_rows_beside_those_read_are_enough(keep, freezes):
+    """Logits are those of every row computed, which a recording one does, for every mask; rows that are not
+    read come back as zeros."""
+    head = "ForSequenceClassification"
+    model = pruned(head, keep)
+    inputs = batch(model, head)
+    wants = []
+    with encoder_state(model).record() as record:
+        for mask in masks(inputs):
+            wants.append(model(**inputs | {"attention_mask": mask}).logits)
+            assert record.hidden[-2][1].shape[0] >= int(mask.sum())
+    model = fastgate.freeze(model) if freezes else model
+    for mask, want in zip(masks(inputs), wants, strict=True):
+        given = inputs | {"attention_mask": mask}
+        torch.testing.assert_close(model(**given).logits, want, rtol=1e-5, atol=1e-5)
+        assert not model.bert(**given).last_hidden_state[:, 1:].any()

@@ -10,13 +10,22 @@ from collections.abc import Callable, Iterator
 from unittest import mock
 
 import embed_cases
+import shift_cases
 import torch
 from cases import DTYPES
 from norm_cases import make, wanted_bits
 
-from fastgate.kernels import absorbed_attention, attention, embed_norm, gated_add_norm, linear_gelu
+from fastgate.kernels import (
+    absorbed_attention,
+    attention,
+    embed_norm,
+    gated_add_norm,
+    linear_gelu,
+    shift_norm,
+)
 from fastgate.ops.embed_norm import OPERANDS as EMBED_OPERANDS
 from fastgate.ops.gated_add_norm import OPERANDS
+from fastgate.ops.shift_norm import OPERANDS as SHIFT_OPERANDS
 
 Calls = Iterator[tuple[str, Callable[[], object]]]
 FP32, BF16, AUTOCAST = DTYPES[:3]
@@ -122,6 +131,31 @@ def _embed_norm(rows: int, hidden: int, dtypes: object, call: str) -> Callable[[
     return both
 
 
+def shift_norm_calls() -> Calls:
+    """As above."""
+    fp32, bf16, autocast = shift_cases.DTYPES[:3]
+    for hidden in (128, 312, 384, 768, 771, 1024, 2048):
+        yield f"{hidden}", _shift_norm(MANY, hidden, bf16)
+    for hidden in (384, 768, 1024):
+        yield f"{hidden} fp32", _shift_norm(MANY, hidden, fp32)
+    yield "768 autocast", _shift_norm(MANY, 768, autocast)
+    yield "768 few rows", _shift_norm(FEW, 768, bf16)
+
+
+def _shift_norm(rows: int, hidden: int, dtypes: object) -> Callable[[], object]:
+    given = {
+        name: value.to("meta") if isinstance(value, torch.Tensor) else value
+        for name, value in shift_cases.make(1, hidden, dtypes).items()
+    }
+    given["x"], given["linked"] = given["x"].new_empty((rows, hidden)), given["linked"].new_empty(rows)
+    positional = [given[name] for name in SHIFT_OPERANDS]
+
+    def both() -> None:
+        shift_norm.backward(shift_norm.forward(*positional), *positional, shift_cases.ALL)
+
+    return both
+
+
 def absorbed_attention_calls() -> Calls:
     """The widths and heads of BERTs; many short sequences, and few long ones, which are split."""
     for hidden, heads in ((384, 12), (768, 12), (1024, 16)):
@@ -198,4 +232,5 @@ OPS: dict[str, Callable[[], Calls]] = {
     "embed_norm": embed_norm_calls,
     "gated_add_norm": gated_add_norm_calls,
     "linear_gelu": linear_gelu_calls,
+    "shift_norm": shift_norm_calls,
 }

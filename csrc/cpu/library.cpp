@@ -13,6 +13,10 @@
   "Tensor type_table, Tensor weight, Tensor norm_bias, float eps, float dropout_p, Tensor? seed, "      \
   "Tensor? weight2, Tensor? norm_bias2, float eps2, int padding_idx, int position_padding_idx"
 
+#define SHIFT_NORM_OPERANDS                                                                             \
+  "Tensor x, Tensor linked, Tensor shift, Tensor scale, Tensor before, Tensor after, Tensor weight, "   \
+  "Tensor norm_bias, float eps"
+
 STABLE_TORCH_LIBRARY(fastgate_cpu, m) {
   m.def("absorbed_attention(" ABSORBED_ATTENTION_OPERANDS ") -> (Tensor, Tensor)");
   m.def(
@@ -29,10 +33,12 @@ STABLE_TORCH_LIBRARY(fastgate_cpu, m) {
       "gated_add_norm_backward(Tensor grad, " FASTGATE_GATED_ADD_NORM_SCHEMA
       ", int wanted) -> (Tensor, Tensor, Tensor)");
   m.def(
-      "packed_layers(Tensor h, Tensor?[] operands, int[] kinds, float[] numbers, Tensor cu_seqlens, Tensor? wanted) "
-      "-> Tensor");
+      "packed_layers(Tensor h, Tensor?[] operands, int[] kinds, float[] numbers, Tensor cu_seqlens, Tensor? wanted, "
+      "Tensor? linked) -> Tensor");
   m.def("packs_bfloat16() -> bool");
   m.def("packed_linear(Tensor x, Tensor panels, Tensor? bias, int columns, bool gelu) -> Tensor");
+  m.def("shift_norm(" SHIFT_NORM_OPERANDS ") -> Tensor");
+  m.def("shift_norm_backward(Tensor grad, " SHIFT_NORM_OPERANDS ", int wanted) -> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastgate_cpu, CPU, m) {
@@ -46,6 +52,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastgate_cpu, CPU, m) {
   m.impl("gated_add_norm_backward", TORCH_BOX(&fastgate::cpu::gated_add_norm_backward));
   m.impl("packed_layers", TORCH_BOX(&fastgate::cpu::packed_layers));
   m.impl("packed_linear", TORCH_BOX(&fastgate::cpu::packed_linear));
+  m.impl("shift_norm", TORCH_BOX(&fastgate::cpu::shift_norm));
+  m.impl("shift_norm_backward", TORCH_BOX(&fastgate::cpu::shift_norm_backward));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastgate_cpu, CompositeExplicitAutograd, m) {

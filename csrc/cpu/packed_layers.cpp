@@ -179,11 +179,18 @@ Tensor feed_forward_half(const Tensor& h, Operands& operands, int64_t inner, dou
   return add_norm(x, h, bias, weight, norm_bias, eps, weight2, norm_bias2, eps2);
 }
 
+Tensor shift_half(const Tensor& h, Operands& operands, const OptionalTensor& linked, double eps) {
+  STD_TORCH_CHECK(linked, "packed_layers: linked: got none, wanted (rows,) bool; pass it for a shift");
+  const Tensor &shift = operands.next(), &scale = operands.next(), &before = operands.next(), &after = operands.next();
+  const Tensor &weight = operands.next(), &norm_bias = operands.next();
+  return shift_norm(h, *linked, shift, scale, before, after, weight, norm_bias, eps);
+}
+
 }  // namespace
 
 Tensor packed_layers(
     Tensor h, std::vector<OptionalTensor> operands, std::vector<int64_t> kinds, std::vector<double> numbers,
-    Tensor cu_seqlens, OptionalTensor wanted) {
+    Tensor cu_seqlens, OptionalTensor wanted, OptionalTensor linked) {
   STD_TORCH_CHECK(
       h.dim() == 2 && kinds.size() % 2 == 0 && numbers.size() == kinds.size(),
       "packed_layers: h, kinds, numbers: got ", h.dim(), " dimensions, ", kinds.size(), " and ", numbers.size(),
@@ -196,8 +203,9 @@ Tensor packed_layers(
       case kAttention: h = attention_half(h, left, cu_seqlens, size, other, eps); break;
       case kAbsorbed: h = absorbed_half(h, left, cu_seqlens, wanted, size, other, eps); break;
       case kFeedForward: h = feed_forward_half(h, left, size, eps, other); break;
+      case kShiftNorm: h = shift_half(h, left, linked, eps); break;
       default:
-        STD_TORCH_CHECK(false, "packed_layers: kinds: got ", kinds[half], ", wanted 0, 1 or 2; see packed_layers.py");
+        STD_TORCH_CHECK(false, "packed_layers: kinds: got ", kinds[half], ", wanted 0 to 3; see packed_layers.py");
     }
   }
   STD_TORCH_CHECK(

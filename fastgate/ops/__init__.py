@@ -4,7 +4,7 @@ slots.py holds what runs them.
 """
 
 # Each leaves its reference and its schema.
-from . import absorbed_attention, attention, embed_norm, gated_add_norm, linear_gelu  # noqa: F401
+from . import absorbed_attention, attention, embed_norm, gated_add_norm, linear_gelu, shift_norm  # noqa: F401
 from .slots import REFERENCE, SLOTS, Implementation, fill_with, implementation
 
 OPS = tuple(REFERENCE)

@@ -17,8 +17,8 @@ from fastgate.ops import slots
 from fastgate.ops.linear import ONEDNN_DTYPES, Packed
 
 CALL = "packed_layers"  # the compiled op
-OPS = ("attention", "absorbed_attention", "gated_add_norm")  # what it calls, besides products
-ATTENTION, ABSORBED, FEED_FORWARD = range(3)  # kinds of halves, as csrc/ops.h has them
+OPS = ("attention", "absorbed_attention", "gated_add_norm", "shift_norm")  # what it calls, besides products
+ATTENTION, ABSORBED, FEED_FORWARD, SHIFT_NORM = range(4)  # kinds of halves, as csrc/ops.h has them
 NORM = 4  # place of the first LayerNorm's weight and bias in the operands of a feed-forward half
 
 
@@ -114,6 +114,11 @@ def feed_forward_half(
     return Half(FEED_FORWARD, up.weight.shape[0], (norm.eps, norm.eps2), (*operands, *second), anew)
 
 
+def shift_half(vectors: tuple[Tensor, Tensor, Tensor, Tensor], norm: Norm) -> Half:
+    """h -> LayerNorm(h + r(h)), as shift_norm. vectors: shift, scale, before, after, (H,) each."""
+    return Half(SHIFT_NORM, 0, (norm.eps, 0.0), (*vectors, norm.weight, norm.bias))
+
+
 class Stretch:
     """Halves that follow one another, as one compiled call."""
 
@@ -124,12 +129,13 @@ class Stretch:
         self.anew = [(at + NORM, half.norm) for at, half in places if half.norm is not None]
         self.kinds = [number for half in halves for number in (half.kind, half.size)]
         self.numbers = [number for half in halves for number in half.numbers]
+        self.shifts = any(half.kind == SHIFT_NORM for half in halves)
 
-    def __call__(self, h: Tensor, cu_seqlens: Tensor, wanted: Tensor | None) -> Tensor:
+    def __call__(self, h: Tensor, cu_seqlens: Tensor, wanted: Tensor | None, linked: Tensor | None) -> Tensor:
         """From rows (rows, H) to rows of that dtype and width.
 
         cu_seqlens: (sequences + 1,) int32, their ends. wanted: (sequences,) int64, a row of each sequence,
-        for an absorbed half.
+        for an absorbed half. linked: (rows,) bool, as shift_norm takes it, if `shifts`.
         """
         operands = self.operands
         if self.anew:
@@ -137,5 +143,5 @@ class Stretch:
             for at, norm in self.anew:
                 operands[at : at + 2] = norm()
         call = torch.ops.fastgate_cpu.packed_layers.default
-        found: Tensor = call(h, operands, self.kinds, self.numbers, cu_seqlens, wanted)
+        found: Tensor = call(h, operands, self.kinds, self.numbers, cu_seqlens, wanted, linked)
         return found

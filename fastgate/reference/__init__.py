@@ -8,6 +8,7 @@ from .dropout import dropout_threshold, keep_mask, philox
 from .embed_norm import embed_norm, embed_norm_backward
 from .gated_add_norm import gated_add_norm, gated_add_norm_backward
 from .linear_gelu import linear_gelu, linear_gelu_backward
+from .shift_norm import neighbours, shift_norm, shift_norm_backward
 
 __all__ = [
     "absorbed_attention",
@@ -20,5 +21,8 @@ __all__ = [
     "keep_mask",
     "linear_gelu",
     "linear_gelu_backward",
+    "neighbours",
     "philox",
+    "shift_norm",
+    "shift_norm_backward",
 ]

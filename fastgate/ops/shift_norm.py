@@ -1,0 +1,152 @@
+"""shift_norm: LayerNorm(x + r(x)), where r(x) reads a row and the two beside it: a `shift`, normalised."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastgate import reference
+from fastgate.errors import ArgumentError, say
+from fastgate.ops import slots
+
+_SCHEMA = (
+    "Tensor x, Tensor linked, Tensor shift, Tensor scale, Tensor before, Tensor after, Tensor weight, "
+    "Tensor norm_bias, float eps"
+)
+OPERANDS = tuple(operand.split()[1] for operand in _SCHEMA.split(", "))
+# Bits of the backward's `wanted`, and the order in which it stacks the gradients of the parameters.
+DX = 1
+PARAMETERS = ("shift", "scale", "before", "after", "weight", "norm_bias")
+PARAMETER_BIT = {name: 2 << place for place, name in enumerate(PARAMETERS)}
+
+slots.schemas.define(f"shift_norm({_SCHEMA}) -> Tensor")
+slots.schemas.define(f"shift_norm_backward(Tensor grad, {_SCHEMA}, int wanted) -> (Tensor, Tensor)")
+
+
+def _asked(wanted: int) -> list[str]:
+    return [name for name in PARAMETERS if wanted & PARAMETER_BIT[name]]
+
+
+def _empty_gradients(x: Tensor, wanted: int) -> tuple[Tensor, Tensor]:
+    """(dx, parameters): unwanted ones have no elements; parameters is (number wanted, H)."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dx = x.new_empty(x.shape if wanted & DX else (0,))
+    return dx, x.new_empty((len(_asked(wanted)), x.shape[1]), dtype=dtype)
+
+
+def _reference_backward(grad: Tensor, *operands: Any) -> tuple[Tensor, Tensor]:
+    wanted = operands[-1]
+    found = reference.shift_norm_backward(grad, *operands[:-1])
+    dx, parameters = _empty_gradients(operands[0], wanted)
+    if wanted & DX:
+        dx.copy_(found.x)
+    for row, name in zip(parameters, _asked(wanted), strict=True):
+        row.copy_(getattr(found, name))
+    return dx, parameters
+
+
+slots.REFERENCE["shift_norm"] = slots.Implementation(
+    "reference", reference.shift_norm, _reference_backward, frozenset(slots.DTYPES)
+)
+
+
+def _forward(x: Tensor, *operands: Any) -> Tensor:
+    chosen = slots.implementation("shift_norm", x.device.type, x.dtype)
+    return chosen.forward(x, *operands)  # type: ignore[no-any-return]
+
+
+def _backward(grad: Tensor, x: Tensor, *operands: Any) -> tuple[Tensor, Tensor]:
+    chosen = slots.implementation("shift_norm", x.device.type, x.dtype)
+    return chosen.backward(grad, x, *operands)  # type: ignore[no-any-return]
+
+
+slots.schemas.impl("shift_norm", _forward, "CompositeExplicitAutograd")
+slots.schemas.impl("shift_norm_backward", _backward, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("fastgate::shift_norm", lib=slots.schemas)
+def _fake(x: Tensor, *operands: Any) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("fastgate::shift_norm_backward", lib=slots.schemas)
+def _fake_backward(grad: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return _empty_gradients(x, rest[-1])
+
+
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    operands = slots.kept_operands(ctx)
+    given = dict(zip(OPERANDS, operands, strict=True))
+    needs = dict(zip(OPERANDS, ctx.needs_input_grad, strict=True))
+    wanted = sum(bit for name, bit in PARAMETER_BIT.items() if needs[name]) | (DX if needs["x"] else 0)
+    call = _backward if slots.is_direct(grad) else torch.ops.fastgate.shift_norm_backward
+    dx, stacked = call(grad, *operands, wanted)
+    found = {"x": dx} if needs["x"] else {}
+    for name, row in zip(_asked(wanted), stacked.unbind(0), strict=True):
+        found[name] = row.to(given[name].dtype)
+    return tuple(found.get(name) for name in OPERANDS)
+
+
+torch.library.register_autograd(
+    "fastgate::shift_norm", _differentiate, setup_context=slots.keep_operands, lib=slots.schemas
+)
+
+
+class _ShiftNorm(torch.autograd.Function):
+    """The same formula for eager training, without the registration's cost."""
+
+    @staticmethod
+    def forward(ctx: Any, *operands: Any) -> Tensor:
+        y = _forward(*operands)
+        slots.keep_operands(ctx, operands, y)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return _differentiate(ctx, *grads)
+
+
+def shift_norm(
+    x: Tensor,
+    linked: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    before: Tensor,
+    after: Tensor,
+    weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+) -> Tensor:
+    """LayerNorm(x + shift + scale * x + before * (the row above) + after * (the row below)).
+
+    x: (rows, H), floating. linked: (rows,) bool, whether a row and the one above it are neighbours; one that
+    is not linked counts as zero, and linked[0] is False. Vectors: (H,). Returns (rows, H) in the dtype of x;
+    statistics are float32 (float64 for float64). Differentiable in x and in every vector.
+
+    Raises ArgumentError for shapes, dtypes or devices that do not fit.
+    """
+    vectors = (shift, scale, before, after, weight, norm_bias)
+    if x.dim() != 2 or linked.shape != x.shape[:1]:
+        got = f"shapes {tuple(x.shape)}, {tuple(linked.shape)}"
+        _refuse("x, linked", got, "(rows, H), (rows,)", "pack the rows")
+    for name, vector in zip(PARAMETERS, vectors, strict=True):
+        if vector.shape != x.shape[1:]:
+            _refuse(name, f"shape {tuple(vector.shape)}", f"({x.shape[1]},)", "match x's last dimension")
+    if x.dtype not in slots.DTYPES or linked.dtype != torch.bool:
+        _refuse("x, linked", f"{x.dtype}, {linked.dtype}", "a floating dtype, bool", "convert them")
+    if x.device != linked.device or x.device != weight.device:
+        got = f"{x.device}, {linked.device}, {weight.device}"
+        _refuse("x, linked, weight", got, "one device", "move them to x's device")
+    call: Callable[..., Tensor] = torch.ops.fastgate.shift_norm
+    if slots.is_direct(x):
+        call = _ShiftNorm.apply if slots.needs_gradient(x, *vectors) else _forward
+    return call(x, linked, *vectors, eps)
+
+
+def _refuse(argument: str, got: object, wanted: str, remedy: str) -> NoReturn:
+    raise ArgumentError(say("shift_norm", argument, got, wanted, remedy))
