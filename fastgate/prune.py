@@ -18,8 +18,8 @@ def prune(model: nn.Module, keep: Iterable[int], replacement: str = "zero") -> n
     Patches the model if it is not patched, drops the query, key, value and output weights of the other
     layers, and leaves their LayerNorm. `replacement` stands in for what is dropped: `zero` nothing, `mean` a
     vector, `affine` a vector and a scale a channel, `shift` these and weights a channel on the two tokens
-    beside; values already learned are kept, others start at zero. A `shift` is the one that costs steps of
-    its own, and every row below the last one is computed. Returns the model.
+    beside; values already learned are kept, others start at zero. A `shift` is the one that costs a step of
+    its own, and the rows it looks at are computed with those it is computed for. Returns the model.
 
     Raises ArgumentError for indices outside the encoder, an unknown replacement, or a layer pruned before.
     """

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from cases import allowed, error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -83,6 +84,7 @@ def test_backend_is_as_near_to_fp64_as_torch(
     leaves = [t.double().requires_grad_() for t in (q, k, v)]
     truth = exact(*leaves, queries, keys, heads, scale, dropout_p, seed, biases)
     sums = [(t + b).to(dtype) for t, b in zip((q, k, v), biases, strict=True)] if biases else (q, k, v)
+    sums = [t.detach().requires_grad_() for t in sums]
     ours = torch_attention(*sums, queries, keys, heads, scale, dropout_p, seed)
     unit = torch.finfo(dtype).eps
     bound = 2 * (ours.double() - truth).abs().max().item() + 4 * unit if q.numel() else 0.0
@@ -91,15 +93,14 @@ def test_backend_is_as_near_to_fp64_as_torch(
 
     grad = torch.randn(q.shape, generator=torch.Generator().manual_seed(9)).to(dtype)
     found = implementation.backward(grad, q, k, v, *args)
-    for got, want in zip(
-        found, torch.autograd.grad(truth, leaves, grad.double(), materialize_grads=True), strict=True
-    ):
+    wants = torch.autograd.grad(truth, leaves, grad.double(), materialize_grads=True)
+    torchs = torch.autograd.grad(ours, sums, grad, materialize_grads=True)
+    for got, want, torchs_own in zip(found, wants, torchs, strict=True):
         assert got.shape == want.shape and got.dtype == dtype
         if want.numel():
-            largest = max(want.abs().max().item(), 1.0)
-            assert (got.double() - want).abs().max().item() <= (
-                12 if dtype == torch.float32 else 4
-            ) * unit * largest
+            # Torch's own products are less exact on some processors.
+            units = (12 if dtype == torch.float32 else 4) * unit * max(want.abs().max().item(), 1.0)
+            assert error(got, want) <= max(units, allowed(torchs_own, want, dtype))
 
 
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=6), st.integers(1, 4), st.integers(1, 40))

@@ -144,8 +144,9 @@ def test_padding_changes_nothing(head):
             torch.testing.assert_close(outputs[name][i, :n], value[0], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("soft", [False, True])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_gradients_of_training_are_those_of_every_row(checkpointing):
+def test_gradients_of_training_are_those_of_every_row(checkpointing, soft):
     """Rows nobody reads have none: the same gradients as with all of them computed; recomputed ones too."""
     options = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     head = "ForSequenceClassification"
@@ -156,7 +157,7 @@ def test_gradients_of_training_are_those_of_every_row(checkpointing):
     inputs, found = batch(model, head, "left", labels=True), []
     for whole in (False, True):
         gate = torch.tensor(0.4, requires_grad=True)
-        state.set_gates([1.0, 0.0, gate])
+        state.set_gates([1.0, 0.0, gate if soft else 0.0])
         if checkpointing and not whole:
             model.gradient_checkpointing_enable()
         model.zero_grad()

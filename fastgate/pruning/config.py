@@ -19,9 +19,9 @@ class PruningConfig:
 
     target: `Sparsity(0.8)`, `Speedup(4.0)`, or `Fixed(keep)` for a choice made by hand.
     replacement: what stands in for a pruned attention: `zero`, `mean`, `affine`, or `shift`, which mixes
-    neighbouring tokens and so keeps every row live below the last layer: the best score. `mean` costs no op,
-    and lets the layers above the last attention compute only the rows the head reads. Not given it is
-    `shift`, but for a Speedup `mean`: rows given up are what it counts on.
+    neighbouring tokens, in an op of its own: the best score. `mean` costs no op, and lets the layers above
+    the last attention compute only the rows the head reads. Not given it is `shift`, but for a Speedup
+    `mean`: rows given up are what it counts on, and below a `shift` it counts on none.
     distill: weights of the distillation terms; None for none.
     warm, ramp, harden: shares of all steps. Gates are open until `warm`, the target rises until `ramp`, gates
     are fixed at `harden`, and the rest recovers the score.

@@ -3,7 +3,8 @@
 Under row demand the rows of layer l's output are all live if any layer above it mixes tokens, otherwise only
 the demanded ones are. With p_m the probability that attention m runs, P(all live) = 1 - prod over m > l of (1
 - p_m), which makes the expected cost smooth in the gates and exact where every p is 0 or 1. Where a `shift`
-stands in for attention every layer mixes, and p_m there is 1.
+stands in for attention every layer mixes, and p_m there is 1: more than a classifier computes, which needs
+few rows above its last attention.
 """
 
 from __future__ import annotations
