@@ -7,7 +7,6 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastgate import reference
 from fastgate.errors import ArgumentError, say
@@ -93,7 +92,7 @@ def _mix(
         return _chosen(probe).forward(*operands)
     call: Callable[..., tuple[Tensor, ...]] = torch.ops.fastgate.absorbed_attention
     if direct:
-        call = _AbsorbedAttention.apply
+        call = _trained
     mixed, total, *_ = call(*operands)
     return mixed, total
 
@@ -243,21 +242,4 @@ def _differentiate(ctx: Any, grad: Tensor | None, grad_total: Tensor | None, *_:
     return dprobe, dx, None, None, None, None
 
 
-class _AbsorbedAttention(torch.autograd.Function):
-    """The same for eager training, without the registration's cost."""
-
-    @staticmethod
-    def forward(ctx: Any, *operands: Any) -> tuple[Tensor, ...]:
-        output = _forward(*operands)
-        _keep_for_backward(ctx, operands, output)
-        return output
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        return _differentiate(ctx, *grads)
-
-
-torch.library.register_autograd(
-    "fastgate::absorbed_attention", _differentiate, setup_context=_keep_for_backward, lib=slots.schemas
-)
+_trained = slots.with_gradient("absorbed_attention", _forward, _differentiate, _keep_for_backward)

@@ -7,7 +7,6 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastgate import reference
 from fastgate.errors import ArgumentError, say
@@ -154,24 +153,7 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return tuple(found.get(name) for name in OPERANDS)
 
 
-torch.library.register_autograd(
-    "fastgate::embed_norm", _differentiate, setup_context=slots.keep_operands, lib=slots.schemas
-)
-
-
-class _EmbedNorm(torch.autograd.Function):
-    """The same formula for eager training, without the registration's cost."""
-
-    @staticmethod
-    def forward(ctx: Any, *operands: Any) -> Tensor:
-        y = _forward(*operands)
-        slots.keep_operands(ctx, operands, y)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Any) -> Any:
-        return _differentiate(ctx, *grads)
+_trained = slots.with_gradient("embed_norm", _forward, _differentiate)
 
 
 def embed_norm(
@@ -232,7 +214,7 @@ def embed_norm(
     call: Callable[..., Tensor] = torch.ops.fastgate.embed_norm
     if slots.is_direct(words) and slots.is_direct(word_table.data):
         trained = slots.needs_gradient(*tables, weight, norm_bias, weight2, norm_bias2)
-        call = _EmbedNorm.apply if trained else _forward
+        call = _trained if trained else _forward
     return call(
         words, positions, types, *tables, weight, norm_bias, eps,
         dropout_p, seed, weight2, norm_bias2, eps2, padding, position_padding,

@@ -7,7 +7,6 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastgate import reference
 from fastgate.errors import ArgumentError, say
@@ -127,24 +126,7 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return tuple(found.get(name) for name in OPERANDS)
 
 
-torch.library.register_autograd(
-    "fastgate::gated_add_norm", _differentiate, setup_context=slots.keep_operands, lib=slots.schemas
-)
-
-
-class _GatedAddNorm(torch.autograd.Function):
-    """The same formula for eager training, without the registration's cost."""
-
-    @staticmethod
-    def forward(ctx: Any, *operands: Any) -> Tensor:
-        y = _forward(*operands)
-        slots.keep_operands(ctx, operands, y)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Any) -> Any:
-        return _differentiate(ctx, *grads)
+_trained = slots.with_gradient("gated_add_norm", _forward, _differentiate)
 
 
 def gated_add_norm(
@@ -213,7 +195,7 @@ def gated_add_norm(
     call: Callable[..., Tensor] = torch.ops.fastgate.gated_add_norm
     if slots.is_direct(x):
         tensors = (x, residual, weight, norm_bias, bias, gate, scale, shift, weight2, norm_bias2)
-        call = _GatedAddNorm.apply if slots.needs_gradient(*tensors) else _forward
+        call = _trained if slots.needs_gradient(*tensors) else _forward
     return call(
         x, residual, weight, norm_bias, eps,
         bias, gate, scale, shift, dropout_p, seed, weight2, norm_bias2, eps2,

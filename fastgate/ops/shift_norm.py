@@ -7,7 +7,6 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastgate import reference
 from fastgate.errors import ArgumentError, say
@@ -91,24 +90,7 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return tuple(found.get(name) for name in OPERANDS)
 
 
-torch.library.register_autograd(
-    "fastgate::shift_norm", _differentiate, setup_context=slots.keep_operands, lib=slots.schemas
-)
-
-
-class _ShiftNorm(torch.autograd.Function):
-    """The same formula for eager training, without the registration's cost."""
-
-    @staticmethod
-    def forward(ctx: Any, *operands: Any) -> Tensor:
-        y = _forward(*operands)
-        slots.keep_operands(ctx, operands, y)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Any) -> Any:
-        return _differentiate(ctx, *grads)
+_trained = slots.with_gradient("shift_norm", _forward, _differentiate)
 
 
 def shift_norm(
@@ -144,7 +126,7 @@ def shift_norm(
         _refuse("x, linked, weight", got, "one device", "move them to x's device")
     call: Callable[..., Tensor] = torch.ops.fastgate.shift_norm
     if slots.is_direct(x):
-        call = _ShiftNorm.apply if slots.needs_gradient(x, *vectors) else _forward
+        call = _trained if slots.needs_gradient(x, *vectors) else _forward
     return call(x, linked, *vectors, eps)
 
 
