@@ -54,10 +54,12 @@ def calls(model, head):
 @pytest.mark.parametrize("keep", [[0, 1, 2, 3, 4], [0, 2], [4], []], ids=str)
 @pytest.mark.parametrize("head", ["ForSequenceClassification", "ForTokenClassification"])
 def test_all_layers_are_one_call(head, keep, replacement, dtype):
-    if replacement == "shift" and head == "ForSequenceClassification" and keep == [0, 2]:
-        pytest.skip("the last attention is neither absorbed nor of all rows: it runs by its steps")
     ran, seen = calls(frozen(head, keep, dtype, replacement=replacement), head)
     assert ran[0] == "packed_layers"
+    if replacement == "shift" and head == "ForSequenceClassification" and keep == [0, 2]:
+        # With shifts above it the last attention is neither absorbed nor of all rows: it runs by its steps.
+        assert ran.count("packed_layers") == 2
+        return
     assert set(ran[1:]) == {"packed_linear"}  # the head's
     assert not any("norm" in name.removesuffix("embed_norm.default") or "attention" in name for name in seen)
 

@@ -83,7 +83,7 @@ FASTGATE_INLINE void backward_rows(
   const float *scale = o.scale, *before = o.before, *after = o.after;
   std::fill(zeros, zeros + n, 0.0f);
   const auto held = [&](int64_t row) { return ring + row % 3 * padded(n); };
-  const auto of_another_block = [&](int64_t row) {
+  const auto of_another_block = [&](int64_t row) __attribute__((always_inline)) {  // as all that a clone calls
     du_of<T>(o, grad, rows_at<T>(o, row), row, u, held(row), unused, unused + padded(n));
   };
   if (o.above(begin)) of_another_block(begin - 1);

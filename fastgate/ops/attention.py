@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastgate import reference
 from fastgate.errors import ArgumentError, say
@@ -58,7 +57,7 @@ def attention(
     direct = slots.is_direct(q)
     if direct and not slots.needs_gradient(*operands[:6]):
         return chosen.forward(*operands)
-    call: Callable[..., tuple[Tensor, Tensor]] = _Attention.apply if direct else torch.ops.fastgate.attention
+    call: Callable[..., tuple[Tensor, Tensor]] = _trained if direct else torch.ops.fastgate.attention
     return call(*operands)[0]
 
 
@@ -236,24 +235,7 @@ def _over_rows(gradient: Tensor, bias: Tensor | None) -> Tensor | None:
     return gradient.sum(0, dtype=torch.promote_types(gradient.dtype, bias.dtype)).to(bias.dtype)
 
 
-class _Attention(torch.autograd.Function):
-    """The same for eager training, without the registration's cost."""
-
-    @staticmethod
-    def forward(ctx: Any, *operands: Any) -> tuple[Tensor, Tensor]:
-        output = _forward(*operands)
-        _keep_for_backward(ctx, operands, output)
-        return output
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
-        return _differentiate(ctx, grad, None)
-
-
-torch.library.register_autograd(
-    "fastgate::attention", _differentiate, setup_context=_keep_for_backward, lib=slots.schemas
-)
+_trained = slots.with_gradient("attention", _forward, _differentiate, _keep_for_backward)
 
 
 def attention_probabilities(
