@@ -41,9 +41,8 @@ def mixed(given):
 
 def eager(given):
     u = mixed(given)
-    weight, bias = (
-        given[name].to(u.dtype) for name in ("weight", "norm_bias")
-    )  # torch's own wants one dtype
+    # Torch's own wants one dtype.
+    weight, bias = (given[name].to(u.dtype) for name in ("weight", "norm_bias"))
     return layer_norm(u, u.shape[-1:], weight, bias, given["eps"]).to(given["x"].dtype)
 
 
