@@ -200,18 +200,19 @@ def test_finalised_equals_hardened(replacement):
     assert sum(p.numel() for p in model.parameters()) == parameters - 3 * (attention - extra)
 
 
-def test_a_speedup_prices_the_rows_that_a_shift_keeps_alive():
-    """Every row of every layer but the last: what is kept meets the target as `explain` counts it."""
+def test_a_speedup_prices_the_rows_that_shifts_need_above_the_last_attention():
+    """What is kept meets the target as `explain` counts it, which is not out of reach for a classifier."""
     model = bert()
     lengths = batch(0)["attention_mask"].sum(1).tolist()  # of all that the warm phase sees
     dense = fastgate.explain(fastgate.patch(copy.deepcopy(model)), lengths).flops
-    config = fastgate.PruningConfig(
-        fastgate.Speedup(1.5), replacement="shift", warm=0.05, ramp=0.3, harden=0.5, gate_lr=0.2
-    )
+    config = fastgate.PruningConfig(fastgate.Speedup(1.4), warm=0.05, ramp=0.3, harden=0.5, gate_lr=0.2)
     pruner = fastgate.Pruner(model, config, 20, teacher=bert(seed=1)).attach()
     run(pruner, model, 20)
     pruned = fastgate.explain(pruner.finalize(), lengths)
-    assert pruned.flops <= dense / 1.5 and [row.live_rows for row in pruned.layers[:3]] == [sum(lengths)] * 3
+    top = max(pruner.kept)
+    rows = [row.live_rows for row in pruned.layers]
+    assert pruned.flops <= dense / 1.4 and top < 3
+    assert rows == [sum(lengths)] * top + [len(lengths) * (4 - top)] * (4 - top)
     assert pruned.flops == float(pruner.learner.costs.total(torch.tensor(pruner.open_probabilities)))
 
 
@@ -272,12 +273,6 @@ def test_state_of_another_run_is_refused():
         fastgate.Pruner(bert(), config, 50).attach().load_state_dict(
             {k: v for k, v in state.items() if k != "learner"}
         )
-
-
-def test_the_stand_in_not_named_is_the_best_score_or_what_a_speedup_counts_on():
-    targets = (fastgate.Sparsity(0.5), Fixed((0,)), fastgate.Speedup(2.0))
-    assert [fastgate.PruningConfig(t).replacement for t in targets] == ["shift", "shift", "mean"]
-    assert fastgate.PruningConfig(fastgate.Speedup(2.0), replacement="zero").replacement == "zero"
 
 
 def test_a_fixed_choice_is_kept_from_the_first_closing():
@@ -355,6 +350,8 @@ for _ in range(30):
     (own + learner.term()).backward()
     learner.learn(1.0)
 print(learner.log_alpha.tolist(), learner.multipliers.tolist())
+dist.barrier()
+dist.destroy_process_group()  # else gloo's thread may outlive the interpreter, which aborts the process
 """
 
 

@@ -306,3 +306,16 @@ def test_replacements_have_a_rate_of_their_own(tmp_path):
     assert len(rates) == len(names) == sum(len(group["params"]) for group in groups)
     assert {rate for name, rate in rates.items() if ".replacement." in name} == {2e-2}
     assert {rate for name, rate in rates.items() if ".replacement." not in name} == {1e-3}
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_teacher_computes_in_the_precision_its_student_trains_in(bf16, tmp_path):
+    one = trainer(tmp_path, bf16=bf16, max_steps=4)
+    seen = set()
+    teacher = one._teacher
+    teacher.bert.encoder.layer[0].intermediate.dense.register_forward_hook(
+        lambda module, given, made: seen.add(made.dtype)
+    )
+    one.train()
+    assert seen == {torch.bfloat16 if bf16 else torch.float32}
+    assert {p.dtype for p in one.model.parameters()} == {torch.float32}

@@ -19,9 +19,7 @@ class PruningConfig:
 
     target: `Sparsity(0.8)`, `Speedup(4.0)`, or `Fixed(keep)` for a choice made by hand.
     replacement: what stands in for a pruned attention: `zero`, `mean`, `affine`, or `shift`, which mixes
-    neighbouring tokens, in an op of its own: the best score. `mean` costs no op, and lets the layers above
-    the last attention compute only the rows the head reads. Not given it is `shift`, but for a Speedup
-    `mean`: rows given up are what it counts on, and below a `shift` it counts on none.
+    neighbouring tokens, in an op of its own: the best score. The others cost no op.
     distill: weights of the distillation terms; None for none.
     warm, ramp, harden: shares of all steps. Gates are open until `warm`, the target rises until `ramp`, gates
     are fixed at `harden`, and the rest recovers the score.
@@ -32,7 +30,7 @@ class PruningConfig:
     """
 
     target: Target
-    replacement: str = ""
+    replacement: str = "shift"
     distill: Distill | None = field(default_factory=Distill)
     warm: float = 0.02
     ramp: float = 0.2
@@ -45,9 +43,6 @@ class PruningConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.target, Target):
             self._refuse("target", "Sparsity, Speedup or Fixed", "pass e.g. fastgate.Sparsity(0.8)")
-        if not self.replacement:
-            chosen = "mean" if isinstance(self.target, Speedup) else "shift"
-            object.__setattr__(self, "replacement", chosen)
         if self.replacement not in KINDS:
             self._refuse("replacement", " | ".join(KINDS), "pass one of these")
         if self.distill is not None and not isinstance(self.distill, Distill):

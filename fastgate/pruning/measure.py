@@ -83,7 +83,8 @@ class Measured:
             config.hidden_size, config.intermediate_size, packed, packed, demanded, pairs, sequences
         )
         narrow, single = demanded < packed, demanded == sequences
-        self.costs = costs_of(sizes, config.num_attention_heads, narrow, single, self.mixes)
+        heads, layers = config.num_attention_heads, self.gram.shape[0]
+        self.costs = costs_of(sizes, heads, layers, narrow, single, self.mixes)
 
     def state_dict(self) -> dict[str, Any]:
         return {

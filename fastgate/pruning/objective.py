@@ -1,17 +1,16 @@
 """What pruning aims at: a share of the attention removed or a speed-up, its expectation, and the Lagrangian.
 
-Under row demand the rows of layer l's output are all live if any layer above it mixes tokens, otherwise only
-the demanded ones are. With p_m the probability that attention m runs, P(all live) = 1 - prod over m > l of (1
-- p_m), which makes the expected cost smooth in the gates and exact where every p is 0 or 1. Where a `shift`
-stands in for attention every layer mixes, and p_m there is 1: more than a classifier computes, which needs
-few rows above its last attention.
+What a layer costs hangs on the topmost attention: below it every row is computed, from it upwards those that
+the head reads, and what shifts need to compute them. With p_m the probability that attention m runs, layer t
+has the topmost one with probability p_t * prod over m > t of (1 - p_m), which makes the expected cost smooth
+in the gates and exact where every p is 0 or 1.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -65,41 +64,53 @@ Target = Sparsity | Speedup | Fixed
 
 @dataclass(frozen=True)
 class Costs:
-    """FLOPs of one layer's attention and feed-forward part, on all rows and (narrow) on the demanded ones.
+    """FLOPs of an encoder, by its topmost attention.
 
-    mixes: what stands in for an attention mixes tokens, for next to no FLOPs of its own.
+    attention, feed_forward: of each layer's two parts below that one. tail: of all from that attention
+    upwards, by the number of layers above it; the last is of an encoder without attention.
     """
 
     attention: float
-    attention_narrow: float
     feed_forward: float
-    feed_forward_narrow: float
-    mixes: bool = False
+    tail: tuple[float, ...]
 
     def total(self, p: Tensor) -> Tensor:
         """Expected cost for the probabilities p (layers,) that each attention runs; 0-d, differentiable."""
-        still = torch.zeros_like(p) if self.mixes else 1 - p  # P(layer l mixes no tokens)
-        above = torch.cat([torch.flip(torch.cumprod(torch.flip(still, (0,)), 0), (0,))[1:], p.new_ones(1)])
-        live = 1 - above  # P(some layer above layer l mixes)
-        attention = p * (live * self.attention + above * self.attention_narrow)
-        return (attention + live * self.feed_forward + above * self.feed_forward_narrow).sum()
+        none_from = torch.flip(torch.cumprod(torch.flip(1 - p, (0,)), 0), (0,))  # P(none from layer l up)
+        topmost = torch.cat([none_from[:1], p * torch.cat([none_from[1:], p.new_ones(1)])])
+        tail = p.new_tensor(self.tail[::-1])
+        layers = torch.arange(p.numel(), dtype=p.dtype, device=p.device)
+        below = self.feed_forward * layers + self.attention * (p.cumsum(0) - p)
+        return topmost @ tail + topmost[1:] @ below
 
     def share(self, p: Tensor) -> Tensor:
         """`total` relative to every attention running; 0-d."""
         return self.total(p) / self.total(torch.ones_like(p))
 
 
-def costs_of(sizes: Sizes, heads: int, narrow: bool, single: bool, mixes: bool = False) -> Costs:
-    """Costs of a layer. narrow: fewer rows are demanded than packed; single: one row a sequence is; mixes: as
-    in Costs."""
-    layer_sizes = (make_plan((True, True), narrow, single, False).of_layer(i) for i in (0, 1))
-    wide, last = ([(step.op, flops(step, sizes, heads)) for step in steps] for steps in layer_sizes)
-    feed_forward = ("intermediate", "project_down", "output_norm")
+def costs_of(sizes: Sizes, heads: int, layers: int, narrow: bool, single: bool, mixes: bool) -> Costs:
+    """Costs of an encoder whose removed attention is replaced by `shift`s (mixes) or by what mixes nothing.
 
-    def add(steps: list[tuple[str, int]], inside: bool) -> float:
-        return float(sum(cost for op, cost in steps if (op in feed_forward) is inside))
+    narrow: fewer rows are demanded than packed; single: they are one a sequence, of a head that never reads
+    another. Above the topmost attention that head's rows are then computed, and one for each shift there: as
+    though no sequence were shorter, and but where CUDA graphs replay, which compute every row there.
+    """
 
-    return Costs(add(wide, False), add(last, False), add(wide, True), add(last, True), mixes)
+    def cost(attends: tuple[bool, ...], top: int) -> float:
+        """FLOPs of the layers from `top` up."""
+        shifts = tuple(i for i, runs in enumerate(attends) if mixes and not runs)
+        reach = sum(i > top for i in shifts) if single else 0
+        rows = min(sizes.packed, sizes.demanded + reach * sizes.sequences)
+        there, fewer = replace(sizes, demanded=rows), narrow and rows < sizes.packed
+        plan = make_plan(attends, fewer, single and not reach, False, shifts, reach > 0)
+        return float(
+            sum(flops(s, there, heads) for i in range(max(top, 0), layers) for s in plan.of_layer(i))
+        )
+
+    tail = [cost(tuple(i == top for i in range(layers)), top) for top in reversed(range(-1, layers))]
+    wide = make_plan((True,), False, False, False).of_layer(0)
+    attention, rest = (sum(flops(step, sizes, heads) for step in steps) for steps in (wide[:4], wide[4:]))
+    return Costs(float(attention), float(rest), tuple(tail))
 
 
 class Objective:
@@ -164,8 +175,6 @@ class Objective:
             floor = float(1.0 / costs.share(_indicator([], self.layers)))
             wanted = f"at most {floor:.2f}, the factor with no attention left"
             remedy = "ask for less: the rest is feed-forward layers"
-            if costs.mixes:
-                remedy = "ask for less, or for replacement='mean', which lets rows be given up"
             raise ArgumentError(say("Speedup", "factor", round(1.0 / budget, 4), wanted, remedy))
         return max(candidates)[2]
 

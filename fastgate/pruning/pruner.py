@@ -180,7 +180,7 @@ class Pruner:
         device.
 
         outputs: what the model gave for `inputs` in the forward just run, in training. inputs: the batch that
-        `prepare` gave, with its labels.
+        `prepare` gave, with its labels. A teacher computes in the dtype of the autocast around this call.
         """
         self._check_attached("loss")
         record = self.state.runtime.record

@@ -101,13 +101,15 @@ class SelfPruningMixin:
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, *args: Any, **kwargs: Any
     ) -> Any:
         """The loss of the class below, in training weighted and with the Pruner's terms."""
+        trainer: Any = self
         below = super().compute_loss  # type: ignore[misc]
         if not model.training:
             return below(model, inputs, return_outputs, *args, **kwargs)
         inputs = self.pruner.prepare(inputs)
         batch = dict(inputs)  # some Trainers take the labels out
         loss, outputs = below(model, inputs, True, *args, **kwargs)
-        added = self.pruner.loss(outputs, batch) / self._loss_divisor(*args, **kwargs)
+        with trainer.accelerator.autocast():  # which it puts around the model's forward alone
+            added = self.pruner.loss(outputs, batch) / self._loss_divisor(*args, **kwargs)
         loss = self.pruner.task_weight * loss + added
         return (loss, outputs) if return_outputs else loss
 
