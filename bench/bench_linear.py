@@ -23,10 +23,11 @@ WEIGHTS = 64 << 20  # bytes of all weights: more than a core's share of a third-
 CONTENDERS = ("fastgate", "frozen", "onednn", "eager")
 
 
-def work(rows: int, outer: int, inner: int) -> Work:
-    sets = max(2, WEIGHTS // (4 * outer * inner))
-    x, bias = torch.randn(rows, inner), torch.randn(outer)
-    weights = [torch.randn(outer, inner) / inner**0.5 for _ in range(sets)]
+def work(rows: int, outer: int, inner: int, dtype: torch.dtype) -> Work:
+    size = dtype.itemsize
+    sets = max(2, WEIGHTS // (size * outer * inner))
+    x, bias = torch.randn(rows, inner, dtype=dtype), torch.randn(outer, dtype=dtype)
+    weights = [(torch.randn(outer, inner) / inner**0.5).to(dtype) for _ in range(sets)]
     packed = [products.pack(weight) for weight in weights]
     library = [torch.ops.mkldnn._reorder_linear_weight(weight, products.ONEDNN_ROWS) for weight in weights]
 
@@ -34,25 +35,26 @@ def work(rows: int, outer: int, inner: int) -> Work:
         return products.product(x, weight, bias)
 
     return Work(
-        f"linear forward {rows}x{inner} to {outer} float32",
+        f"linear forward {rows}x{inner} to {outer} {str(dtype)[6:]}",
         {
             "fastgate": contest.inference(fastgate, [[weight] for weight in weights]),
             "frozen": contest.inference(lambda weight: weight.product(x, bias), [[w] for w in packed]),
             "onednn": contest.inference(fastgate, [[weight] for weight in library]),
             "eager": contest.inference(lambda weight: eager(x, weight, bias), [[w] for w in weights]),
         },
-        4 * (rows * inner + inner * outer + rows * outer),
+        size * (rows * inner + inner * outer + rows * outer),
         2 * rows * inner * outer,
         sets,
         {},
-        {"copy": contest.copying(4 * inner * outer, sets)},
+        {"copy": contest.copying(size * inner * outer, sets)},
         [eager(x.double(), weights[0].double(), bias.double())],
-        1e-5,
+        1e-5 if dtype == torch.float32 else 2e-2,
     )
 
 
 @pytest.mark.parametrize("contender", CONTENDERS)
 @pytest.mark.parametrize(("outer", "inner"), SHAPES)
 @pytest.mark.parametrize("rows", ROWS)
-def test_forward(report, rows, outer, inner, contender):
-    report(work, (rows, outer, inner), contender)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_forward(report, dtype, rows, outer, inner, contender):
+    report(work, (rows, outer, inner, dtype), contender)

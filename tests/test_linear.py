@@ -134,13 +134,14 @@ def test_packed_weights_are_as_exact_as_torch(form, rows, biased, gelu, poisoned
 @pytest.mark.skipif(FORMS["panels"] != "", reason=FORMS["panels"])
 @pytest.mark.parametrize("gelu", [False, True], ids=["", "gelu"])
 @pytest.mark.parametrize("biased", [False, True], ids=["", "bias"])
-@pytest.mark.parametrize("rows", [0, 1, 7, 8, 9, 63, 64, 65, 200, 700])
+@pytest.mark.parametrize("rows", [0, 1, 7, 8, 9, 16, 17, 31, 32, 33, 64, 65, 200, 700])
 def test_packed_pairs_are_as_exact_as_torch(rows, biased, gelu, poisoned):
-    """Rows beside a tile's, beside those finished at once, beyond a block's; odd depths go to oneDNN."""
+    """Rows beside a tile's, beside those finished at once, beyond a block's; odd depths go to oneDNN,
+    multiples of 32 to Intel's tiles (AMX) where there are any."""
     if not torch.ops.fastgate_cpu.packs_bfloat16():
         pytest.skip("no AVX512-BF16")
     for width in WIDTHS:
-        for depth in (2, 17, 34, 770):
+        for depth in (2, 17, 34, 96, 770, 768):
             x, weight, _ = make(rows, depth, width, BF16, seed=width)
             bias = torch.linspace(-1, 1, width).to(BF16) if biased else None
             packed = pack(weight)
@@ -153,12 +154,36 @@ def test_packed_pairs_are_as_exact_as_torch(rows, biased, gelu, poisoned):
             assert error(y, truth) <= allowed(own, truth, BF16)
 
 
-def test_bits_of_packed_pairs_do_not_depend_on_the_rows_beside(poisoned):
+@pytest.mark.parametrize("depth", [96, 98])
+def test_bits_of_packed_pairs_do_not_depend_on_the_rows_beside(depth, poisoned):
+    x, weight, _ = make(130, depth, 270, BF16)
+    packed = pack(weight)
+    whole = packed.product(x, gelu=True)
+    if packed.in_panels:
+        for first in (70, 113, 125, 129):  # 60, 17, 5 rows and one
+            assert torch.equal(packed.product(x[first:], gelu=True), whole[first:])
+
+
+@pytest.mark.skipif(FORMS["panels"] != "", reason=FORMS["panels"])
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=["float32", "bfloat16"])
+def test_the_gelu_is_exact_to_4e_7_and_lets_what_is_no_number_through(dtype):
+    """Of numbers that a product with the identity leaves as they are."""
+    ends = torch.tensor([0.0, -0.0, 1e-20, -80.0, 80.0, 3e38])
+    x = torch.cat([torch.linspace(-9, 9, 180_001), ends]).to(dtype)
+    x = F.pad(x, (0, -len(x) % 32)).view(-1, 32)
+    packed = pack(torch.eye(32, dtype=dtype))
+    y, truth = packed.product(x, gelu=True), F.gelu(x.double())
+    rounding = 0.0 if dtype == FP32 else 2**-8
+    assert bool(((y.double() - truth).abs() <= 4e-7 + (6e-8 + rounding) * truth.abs()).all())
+    assert packed.product(torch.zeros(1, 32, dtype=dtype), gelu=True).eq(0).all()
+    odd = torch.full((1, 32), float("nan"), dtype=dtype)
+    assert packed.product(odd, gelu=True).isnan().all()
+
+
+def test_bits_of_packed_pairs_are_the_same_for_any_threads():
     x, weight, _ = make(130, 96, 270, BF16)
     packed, threads = pack(weight), torch.get_num_threads()
     whole = packed.product(x, gelu=True)
-    if packed.in_panels:
-        assert torch.equal(packed.product(x[70:], gelu=True), whole[70:])
     try:
         torch.set_num_threads(1)
         assert torch.equal(packed.product(x, gelu=True), whole)

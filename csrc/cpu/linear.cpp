@@ -6,10 +6,11 @@
 // stay in the second-level cache.
 #include <algorithm>
 
+#include "amx.h"
+#include "gelu.h"
 #include "ops.h"
 #include "pairs.h"
 #include "rows.h"
-#include "softmax.h"
 #include "tiles.h"
 
 namespace fastgate::cpu {
@@ -18,6 +19,7 @@ namespace {
 constexpr int64_t kPanel = 32;
 constexpr int64_t kRows = 192, kDepth = 768;  // of a block of x: 576 KB
 constexpr int64_t kFew = 64, kFewDepth = 384;  // 48 KB of a panel
+constexpr int64_t kAtOnce = 64;               // rows of pairs that are finished while they are in the first-level cache
 constexpr int64_t kWeights = 32768;           // per thread at least: less is not worth waking one
 
 struct Block {
@@ -26,28 +28,11 @@ struct Block {
   bool gelu;
 };
 
-// 1 + erf(x / sqrt 2) to 3e-7 (Abramowitz and Stegun 1964, 7.1.26, times 2 for gelu's half).
-FASTGATE_INLINE float twice_normal(float x) {
-  const float a = 0.70710678f * std::fabs(x), t = 1.0f / (1.0f + 0.3275911f * a);
-  const float p = t * (0.254829592f + t * (-0.284496736f + t * (1.421413741f + t * (-1.453152027f + t * 1.061405429f))));
-  const float tail = p * exponential(-a * a);  // erfc of a
-  return x < 0.0f ? tail : 2.0f - tail;
-}
-
 FASTGATE_WIDE_CLONES void finish(const Block& o, float* y) {
   for (int64_t i = 0; i < o.rows; ++i) {
     float* row = y + i * o.y_row;
     if (o.bias) each(o.columns, [&](int64_t j) { row[j] += o.bias[j]; });
-    if (o.gelu) each(o.columns, [&](int64_t j) { row[j] *= 0.5f * twice_normal(row[j]); });
-  }
-}
-
-// `rows` rows of 32 finished columns to their places, `width` of them.
-FASTGATE_CLONES void put(const float* from, int64_t rows, int64_t width, bf16* to, int64_t to_row) {
-  for (int64_t i = 0; i < rows; ++i) {
-    const float* row = from + i * kPanel;
-    bf16* out = to + i * to_row;
-    each(width, [&](int64_t j) { store(out, j, row[j]); });
+    if (o.gelu) each(o.columns, [&](int64_t j) { row[j] = gelu(row[j]); });
   }
 }
 
@@ -55,27 +40,34 @@ struct Sizes {
   int64_t m, n, k;
 };
 
+
 void linear_pairs(const Sizes& o, const bf16* a, const bf16* w, const float* bias, bool gelu, bf16* out) {
   static_assert(kPanel == kPairPanel);
   constexpr int64_t kElements = 196608;  // of a block of x: 384 KB
-  constexpr int64_t kAtOnce = 64;        // rows that are finished while they are in the first-level cache
+  const bool tiles = o.k % 32 == 0 && has_amx();
+  const int64_t at_once = tiles ? kTileRows : kAtOnce;
   const int64_t count = (o.n + kPanel - 1) / kPanel, most = std::max<int64_t>(48, kElements / std::max<int64_t>(1, o.k));
   const int64_t row_blocks = (o.m + most - 1) / most;
   const int64_t grain = std::max<int64_t>(1, kWeights / std::max<int64_t>(1, o.k * kPanel));
   torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
     Scratch scratch(kAtOnce * kPanel);
     float* c = scratch.take(kAtOnce * kPanel);
+    Tiles registers;
     for (int64_t r = 0; r < row_blocks; ++r) {
       const int64_t from = r * o.m / row_blocks, to = (r + 1) * o.m / row_blocks;
       for (int64_t t = begin; t < end; ++t) {
         const bf16* panel = w + t * o.k * kPanel;
-        const bf16* next = o.m <= kAtOnce && t + 1 < end ? panel + o.k * kPanel : nullptr;
+        const bf16* next = o.m <= at_once && t + 1 < end ? panel + o.k * kPanel : nullptr;
         const int64_t width = std::min(kPanel, o.n - kPanel * t);
-        for (int64_t first = from; first < to; first += kAtOnce) {
-          const int64_t rows = std::min(kAtOnce, to - first);
-          multiply_pairs(a + first * o.k, o.k, panel, c, rows, o.k, next);
-          if (bias || gelu) finish({rows, width, kPanel, bias ? bias + kPanel * t : nullptr, gelu}, c);
-          put(c, rows, width, out + first * o.n + kPanel * t, o.n);
+        for (int64_t next_row = from; next_row < to; next_row += at_once) {
+          // Tiles of another shape cost more than rows multiplied again, pairs of rows do not.
+          const int64_t rows = std::min(at_once, tiles ? to - from : to - next_row);
+          const int64_t first = std::min(next_row, to - rows);
+          if (tiles)
+            registers.multiply(a + first * o.k, o.k, panel, c, rows, o.k, next);
+          else
+            multiply_pairs(a + first * o.k, o.k, panel, c, rows, o.k, next);
+          finish_pairs(c, rows, width, bias ? bias + kPanel * t : nullptr, gelu, out + first * o.n + kPanel * t, o.n);
         }
       }
     }

@@ -1,8 +1,10 @@
-// The one place with intrinsics: no loop that a compiler vectorises by itself becomes a product of bfloat16 pairs, and at
+// With intrinsics, as amx.cpp is: no loop that a compiler vectorises by itself becomes a product of bfloat16 pairs, and at
 // a few rows they are 2.5 times as fast as the library's products.
 #include "pairs.h"
 
 #include <algorithm>
+
+#include "gelu.h"
 
 #if defined(__x86_64__) && (defined(__clang__) || __GNUC__ >= 10)
 #define FASTGATE_PAIRS
@@ -14,7 +16,7 @@ namespace fastgate::cpu {
 #ifdef FASTGATE_PAIRS
 namespace {
 
-#define FASTGATE_PAIRS_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16")))
+#define FASTGATE_PAIRS_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16,prefer-vector-width=512")))
 constexpr int kTile = 8;  // rows: with two vectors of columns, the chains that hide an addition's latency
 
 // R rows of `multiply_pairs`. ahead: what is brought nearer, `step` numbers further at each step along k.
@@ -52,6 +54,20 @@ void tile_of(
   tile<R>(a, a_row, b, c, k, ahead, step);
 }
 
+template <bool Gelu>
+FASTGATE_PAIRS_TARGET void finish(
+    const float* c, int64_t m, __mmask16 first, __mmask16 second, const float* bias, bf16* to, int64_t to_row) {
+  alignas(64) float row[kPairPanel];
+  for (int64_t i = 0; i < m; ++i, c += kPairPanel, to += to_row) {
+    each(kPairPanel, [&](int64_t j) __attribute__((always_inline)) {
+      const float x = c[j] + bias[j];
+      row[j] = Gelu ? gelu(x) : x;
+    });
+    _mm256_mask_storeu_epi16(to, first, (__m256i)_mm512_cvtneps_pbh(_mm512_load_ps(row)));
+    _mm256_mask_storeu_epi16(to + 16, second, (__m256i)_mm512_cvtneps_pbh(_mm512_load_ps(row + 16)));
+  }
+}
+
 }  // namespace
 
 bool has_pairs() {
@@ -70,10 +86,19 @@ void multiply_pairs(const bf16* a, int64_t a_row, const bf16* b, float* c, int64
   }
 }
 
+void finish_pairs(const float* c, int64_t m, int64_t width, const float* bias, bool gelu, bf16* to, int64_t to_row) {
+  const uint32_t wanted = static_cast<uint32_t>((uint64_t{1} << width) - 1);
+  const auto first = static_cast<__mmask16>(wanted), second = static_cast<__mmask16>(wanted >> 16);
+  alignas(64) float added[kPairPanel] = {};
+  if (bias) std::copy_n(bias, width, added);
+  (gelu ? finish<true> : finish<false>)(c, m, first, second, added, to, to_row);
+}
+
 #else
 
 bool has_pairs() { return false; }
 void multiply_pairs(const bf16*, int64_t, const bf16*, float*, int64_t, int64_t, const bf16*) {}
+void finish_pairs(const float*, int64_t, int64_t, const float*, bool, bf16*, int64_t) {}
 
 #endif
 

@@ -15,4 +15,8 @@ bool has_pairs();
 // caller reads afterwards, which is brought nearer meanwhile; null: none.
 void multiply_pairs(const bf16* a, int64_t a_row, const bf16* b, float* c, int64_t m, int64_t k, const bf16* next);
 
+// Rows of 32 sums, `width` of them wanted, to bfloat16 rows `to_row` apart: bias added (null: none), then the exact GELU of
+// it if asked.
+void finish_pairs(const float* c, int64_t m, int64_t width, const float* bias, bool gelu, bf16* to, int64_t to_row);
+
 }  // namespace fastgate::cpu

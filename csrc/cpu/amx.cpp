@@ -1,0 +1,108 @@
+// Two tiles of sixteen rows by two of sixteen columns: four sums in registers, four loads a step of 32 along k. The pairs
+// of a panel (pairs.h) are what a tile of the right operand is made of.
+#include "amx.h"
+
+#include <algorithm>
+
+#if defined(__x86_64__) && defined(__linux__) && (defined(__clang__) || __GNUC__ >= 11)
+#define FASTGATE_AMX
+#include <cpuid.h>
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace fastgate::cpu {
+
+#ifdef FASTGATE_AMX
+namespace {
+
+#define FASTGATE_AMX_TARGET __attribute__((target("amx-tile,amx-bf16")))
+constexpr int64_t kRows = 16, kDepth = 32;       // of a tile: rows, and how far it goes along k
+constexpr int64_t kStep = kDepth * kPairPanel;  // numbers of a panel that a step reads
+
+struct alignas(64) Shapes {
+  uint8_t palette = 1, start = 0, unused[14] = {};
+  uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};  // of a row
+  uint8_t rows[16] = {};
+};
+
+// Tiles 0 to 3 are sums, 4 and 5 rows of a, `upper` and `lower` of them, 6 and 7 columns of b.
+FASTGATE_AMX_TARGET void shape(int64_t upper, int64_t lower) {
+  Shapes shapes;
+  const int64_t rows[] = {upper, upper, lower, lower, upper, lower, kRows, kRows};
+  std::copy_n(rows, 8, shapes.rows);
+  if (lower == 0) shapes.bytes[2] = shapes.bytes[3] = shapes.bytes[5] = 0;
+  _tile_loadconfig(&shapes);
+}
+
+// The rows of one shape. ahead: what is brought nearer, `step` numbers further at each step along k.
+template <bool Lower>
+FASTGATE_AMX_TARGET void tile(
+    const bf16* a, int64_t a_row, const bf16* b, float* c, int64_t k, const bf16* ahead, int64_t step) {
+  const int64_t stride = a_row * sizeof(bf16), b_stride = 2 * kPairPanel * sizeof(bf16);
+  _tile_zero(0);
+  _tile_zero(1);
+  if constexpr (Lower) {
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  for (int64_t p = 0; p < k; p += kDepth, b += kStep, ahead += step) {
+    for (int64_t i = 0; i < step; i += 32) __builtin_prefetch(ahead + i, 0, 2);
+    _tile_loadd(4, a + p, stride);
+    _tile_loadd(6, b, b_stride);
+    _tile_loadd(7, b + kPairPanel, b_stride);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    if constexpr (Lower) {
+      _tile_loadd(5, a + kRows * a_row + p, stride);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  constexpr int64_t c_stride = kPairPanel * sizeof(float);
+  _tile_stored(0, c, c_stride);
+  _tile_stored(1, c + 16, c_stride);
+  if constexpr (Lower) {
+    _tile_stored(2, c + kRows * kPairPanel, c_stride);
+    _tile_stored(3, c + kRows * kPairPanel + 16, c_stride);
+  }
+}
+
+FASTGATE_AMX_TARGET void release() { _tile_release(); }
+
+bool find() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  constexpr unsigned kBfloat16 = 1u << 22, kTiles = 1u << 24;
+  constexpr long kAsk = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM: the kernel saves tiles for who asks
+  return (d & kBfloat16) && (d & kTiles) && syscall(SYS_arch_prctl, kAsk, kTileData) == 0;
+}
+
+}  // namespace
+
+bool has_amx() {
+  static const bool found = find();
+  return found;
+}
+
+FASTGATE_AMX_TARGET void Tiles::multiply(
+    const bf16* a, int64_t a_row, const bf16* b, float* c, int64_t m, int64_t k, const bf16* next) {
+  if (m != rows_) shape(std::min(m, kRows), std::max<int64_t>(0, m - kRows));
+  rows_ = m;
+  (m > kRows ? tile<true> : tile<false>)(a, a_row, b, c, k, next ? next : b, next ? kStep : 0);
+}
+
+Tiles::~Tiles() {
+  if (rows_) release();
+}
+
+#else
+
+bool has_amx() { return false; }
+void Tiles::multiply(const bf16*, int64_t, const bf16*, float*, int64_t, int64_t, const bf16*) {}
+Tiles::~Tiles() {}
+
+#endif
+
+}  // namespace fastgate::cpu

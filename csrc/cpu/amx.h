@@ -1,0 +1,28 @@
+// Products of bfloat16 rows and packed panels, on processors that multiply tiles (Intel's AMX).
+#pragma once
+
+#include "pairs.h"
+
+namespace fastgate::cpu {
+
+// Whether this processor can, and the system lets it.
+bool has_amx();
+
+// The tile registers, as long as one lives: nothing else may use them meanwhile on this thread.
+class Tiles {
+ public:
+  Tiles() = default;
+  Tiles(const Tiles&) = delete;
+  Tiles& operator=(const Tiles&) = delete;
+  ~Tiles();
+
+  // As multiply_pairs, for m <= kTileRows and k that is a multiple of 32. An element of c is one sum, whatever m is.
+  void multiply(const bf16* a, int64_t a_row, const bf16* b, float* c, int64_t m, int64_t k, const bf16* next);
+
+ private:
+  int64_t rows_ = 0;  // that the registers are shaped for
+};
+
+constexpr int64_t kTileRows = 32;
+
+}  // namespace fastgate::cpu
