@@ -39,7 +39,7 @@ FASTGATE_AMX_TARGET void shape(int64_t upper, int64_t lower) {
 // The rows of one shape. ahead: what is brought nearer, `step` numbers further at each step along k.
 template <bool Lower>
 FASTGATE_AMX_TARGET void tile(
-    const bf16* a, int64_t a_row, const bf16* b, float* c, int64_t k, const bf16* ahead, int64_t step) {
+    const bf16* a, int64_t a_row, const bf16* b, float* c, int64_t c_row, int64_t k, const bf16* ahead, int64_t step) {
   const int64_t stride = a_row * sizeof(bf16), b_stride = 2 * kPairPanel * sizeof(bf16);
   _tile_zero(0);
   _tile_zero(1);
@@ -60,12 +60,12 @@ FASTGATE_AMX_TARGET void tile(
       _tile_dpbf16ps(3, 5, 7);
     }
   }
-  constexpr int64_t c_stride = kPairPanel * sizeof(float);
+  const int64_t c_stride = c_row * sizeof(float);
   _tile_stored(0, c, c_stride);
   _tile_stored(1, c + 16, c_stride);
   if constexpr (Lower) {
-    _tile_stored(2, c + kRows * kPairPanel, c_stride);
-    _tile_stored(3, c + kRows * kPairPanel + 16, c_stride);
+    _tile_stored(2, c + kRows * c_row, c_stride);
+    _tile_stored(3, c + kRows * c_row + 16, c_stride);
   }
 }
 
@@ -87,10 +87,10 @@ bool has_amx() {
 }
 
 FASTGATE_AMX_TARGET void Tiles::multiply(
-    const bf16* a, int64_t a_row, const bf16* b, float* c, int64_t m, int64_t k, const bf16* next) {
+    const bf16* a, int64_t a_row, const bf16* b, float* c, int64_t c_row, int64_t m, int64_t k, const bf16* next) {
   if (m != rows_) shape(std::min(m, kRows), std::max<int64_t>(0, m - kRows));
   rows_ = m;
-  (m > kRows ? tile<true> : tile<false>)(a, a_row, b, c, k, next ? next : b, next ? kStep : 0);
+  (m > kRows ? tile<true> : tile<false>)(a, a_row, b, c, c_row, k, next ? next : b, next ? kStep : 0);
 }
 
 Tiles::~Tiles() {
@@ -100,7 +100,7 @@ Tiles::~Tiles() {
 #else
 
 bool has_amx() { return false; }
-void Tiles::multiply(const bf16*, int64_t, const bf16*, float*, int64_t, int64_t, const bf16*) {}
+void Tiles::multiply(const bf16*, int64_t, const bf16*, float*, int64_t, int64_t, int64_t, const bf16*) {}
 Tiles::~Tiles() {}
 
 #endif

@@ -16,8 +16,9 @@ class Tiles {
   Tiles& operator=(const Tiles&) = delete;
   ~Tiles();
 
-  // As multiply_pairs, for m <= kTileRows and k that is a multiple of 32. An element of c is one sum, whatever m is.
-  void multiply(const bf16* a, int64_t a_row, const bf16* b, float* c, int64_t m, int64_t k, const bf16* next);
+  // As multiply_pairs, for m <= kTileRows and k that is a multiple of 32; rows of c are c_row apart. An element of c
+  // is one sum, whatever m is.
+  void multiply(const bf16* a, int64_t a_row, const bf16* b, float* c, int64_t c_row, int64_t m, int64_t k, const bf16* next);
 
  private:
   int64_t rows_ = 0;  // that the registers are shaped for

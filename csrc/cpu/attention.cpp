@@ -4,108 +4,15 @@
 // One task is one head of one sequence. Its slices of q, k and v are copied to float32 buffers whose rows are whole
 // vectors, so that every product is tiles.h's. Backward draws the dropout mask and the probabilities again, so forward
 // keeps nothing, and a task owns its rows of every gradient: the same bits at every call.
-#include "dropout.h"
+#include "amx_attention.h"
+#include "heads.h"
 #include "sequences.h"
 #include "softmax.h"
-#include "tiles.h"
 
 namespace fastgate::cpu {
 namespace {
 
 constexpr int64_t kQueries = 64;  // queries whose scores are held at a time
-
-// (rows, hidden) with adjacent columns: the thirds of one product's rows need not be copied.
-struct Operand {
-  const void* at;
-  int64_t step;  // from row to row
-};
-
-struct Problem {
-  int64_t sequences, hidden, heads, width;  // width: of a head
-  const int64_t *cu_q, *cu_k;
-  Operand q, k, v;
-  const float *q_bias, *v_bias;  // null where not given; the keys' adds nothing that the softmax does not take out
-  float scale;
-  Dropout dropout;
-};
-
-// One head of one sequence: where its rows begin, how many there are, and the sizes of its buffers.
-struct Task {
-  int64_t head, q_row, queries, k_row, keys;
-  int64_t blocks, width16;      // 16 keys a block; a head's width in whole vectors
-  int64_t width_row, keys_row;  // distances between rows of the buffers
-};
-
-Task task_of(const Problem& o, int64_t index) {
-  const int64_t sequence = index / o.heads, head = index % o.heads;
-  const int64_t q_row = o.cu_q[sequence], k_row = o.cu_k[sequence];
-  const int64_t queries = o.cu_q[sequence + 1] - q_row, keys = o.cu_k[sequence + 1] - k_row;
-  return {head, q_row, queries, k_row, keys, (keys + 15) / 16, up(o.width, 16), stride(o.width), stride(keys)};
-}
-
-FASTGATE_INLINE float rounded_to(const float*, float value) { return value; }
-
-FASTGATE_INLINE float rounded_to(const bf16*, float value) {
-  bf16 stored;
-  store(&stored, 0, value);
-  return load(&stored, 0);
-}
-
-// A head's slice of `rows` rows, its bias added, into `out` (`padded` rows of width16), times `factor`; the padding is
-// zero. The sum with a bias is rounded to T, as a Linear's output would be.
-template <class T>
-FASTGATE_INLINE void gather(
-    const Problem& o, const Task& t, const Operand& from, const float* bias, int64_t row, int64_t rows, int64_t padded,
-    float factor, float* out) {
-  const float* head_bias = bias ? bias + t.head * o.width : nullptr;
-  for (int64_t i = 0; i < padded; ++i) {
-    float* to = out + i * t.width_row;
-    const int64_t n = i < rows ? o.width : 0;
-    const T* source = static_cast<const T*>(from.at) + (row + i) * from.step + t.head * o.width;
-    if (bias)
-      each(n, [&](int64_t j) { to[j] = factor * rounded_to(source, load(source, j) + head_bias[j]); });
-    else
-      each(n, [&](int64_t j) { to[j] = factor * load(source, j); });
-    for (int64_t j = n; j < t.width16; ++j) to[j] = 0.0f;
-  }
-}
-
-template <class T>
-FASTGATE_INLINE void scatter(
-    const Problem& o, const Task& t, const float* from, int64_t row, int64_t rows, float factor, void* to) {
-  for (int64_t i = 0; i < rows; ++i) {
-    T* out = static_cast<T*>(to) + (row + i) * o.hidden + t.head * o.width;
-    const float* source = from + i * t.width_row;
-    each(o.width, [&](int64_t j) { store(out, j, factor * source[j]); });
-  }
-}
-
-typedef float four __attribute__((vector_size(16)));
-
-// Sixteen rows (16, width16) -> their columns of (width16, keys).
-FASTGATE_INLINE void transpose(const Task& t, const float* from, float* to) {
-  for (int64_t i = 0; i < 16; i += 4)
-    for (int64_t j = 0; j < t.width16; j += 4) {
-      four a, b, c, d;
-      std::memcpy(&a, from + i * t.width_row + j, sizeof a);
-      std::memcpy(&b, from + (i + 1) * t.width_row + j, sizeof b);
-      std::memcpy(&c, from + (i + 2) * t.width_row + j, sizeof c);
-      std::memcpy(&d, from + (i + 3) * t.width_row + j, sizeof d);
-      const four ab = __builtin_shufflevector(a, b, 0, 4, 1, 5), AB = __builtin_shufflevector(a, b, 2, 6, 3, 7);
-      const four cd = __builtin_shufflevector(c, d, 0, 4, 1, 5), CD = __builtin_shufflevector(c, d, 2, 6, 3, 7);
-      const four columns[4] = {
-          __builtin_shufflevector(ab, cd, 0, 1, 4, 5), __builtin_shufflevector(ab, cd, 2, 3, 6, 7),
-          __builtin_shufflevector(AB, CD, 0, 1, 4, 5), __builtin_shufflevector(AB, CD, 2, 3, 6, 7)};
-      for (int64_t column = 0; column < 4; ++column)
-        std::memcpy(to + (j + column) * t.keys_row + i, &columns[column], sizeof a);
-    }
-}
-
-// Dropout factors of one query's row, zeros up to whole blocks; its counter row is query * heads + head.
-FASTGATE_INLINE void draw(const Problem& o, const Task& t, int64_t query, float* factors) {
-  keep_factors(o.dropout, (t.q_row + query) * o.heads + t.head, t.keys, factors);
-  for (int64_t j = t.keys; j < 16 * t.blocks; ++j) factors[j] = 0.0f;
-}
 
 int64_t forward_scratch(int64_t longest_q, int64_t longest_k, int64_t width) {
   const int64_t k = stride(longest_k), w = stride(width);
@@ -127,7 +34,7 @@ FASTGATE_INLINE void forward_tasks(const Problem& o, void* out, Scratch& scratch
     gather<T>(o, t, o.v, o.v_bias, t.k_row, t.keys, t.keys, 1.0f, v);
     for (int64_t key = 0; key < t.keys; key += 16) {
       gather<T>(o, t, o.k, nullptr, t.k_row + key, std::min<int64_t>(16, t.keys - key), 16, 1.0f, few);
-      transpose(t, few, kt + key);
+      transpose(few, w, t.width16, kt + key, n);
     }
     for (int64_t first = 0; first < t.queries; first += kQueries) {
       const int64_t rows = std::min(kQueries, t.queries - first);
@@ -172,8 +79,8 @@ FASTGATE_INLINE void backward_tasks(
     gather<T>(o, t, o.k, nullptr, t.k_row, t.keys, keys16, 1.0f, k);
     gather<T>(o, t, o.v, o.v_bias, t.k_row, t.keys, keys16, 1.0f, v);
     for (int64_t key = 0; key < t.keys; key += 16) {
-      transpose(t, k + key * w, kt + key);
-      transpose(t, v + key * w, vt + key);
+      transpose(k + key * w, w, t.width16, kt + key, n);
+      transpose(v + key * w, w, t.width16, vt + key, n);
     }
     if (t.queries == 0) {
       std::fill(dk, dk + t.keys * w, 0.0f);
@@ -287,11 +194,12 @@ Tensor attention(FASTGATE_ATTENTION_OPERANDS) {
   Tensor out = empty_like(q, q.scalar_type());
   void* to = out.data_ptr();
   const Problem& o = p.problem;
-  const int64_t size = forward_scratch(p.longest_q, p.longest_k, o.width);
+  const bool tiles = p.half && takes_tiles(o);
+  const int64_t size = (tiles ? tiles_scratch : forward_scratch)(p.longest_q, p.longest_k, o.width);
   const auto cost = [&](int64_t sequence) { return cost_of(o, sequence); };
   share_out(o.sequences, heads, cost, [&](int64_t begin, int64_t end) {
     Scratch scratch(size);
-    (p.half ? forward_b : forward_f)(o, to, scratch, begin, end);
+    (tiles ? forward_tiles : p.half ? forward_b : forward_f)(o, to, scratch, begin, end);
   });
   return out;
 }

@@ -64,7 +64,7 @@ void linear_pairs(const Sizes& o, const bf16* a, const bf16* w, const float* bia
           const int64_t rows = std::min(at_once, tiles ? to - from : to - next_row);
           const int64_t first = std::min(next_row, to - rows);
           if (tiles)
-            registers.multiply(a + first * o.k, o.k, panel, c, rows, o.k, next);
+            registers.multiply(a + first * o.k, o.k, panel, c, kPanel, rows, o.k, next);
           else
             multiply_pairs(a + first * o.k, o.k, panel, c, rows, o.k, next);
           finish_pairs(c, rows, width, bias ? bias + kPanel * t : nullptr, gelu, out + first * o.n + kPanel * t, o.n);

@@ -8,7 +8,11 @@
 
 #if defined(__x86_64__) && (defined(__clang__) || __GNUC__ >= 10)
 #define FASTGATE_PAIRS
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"  // what GCC 12 says of its own header
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
+#pragma GCC diagnostic pop
 #endif
 
 namespace fastgate::cpu {
@@ -68,6 +72,19 @@ FASTGATE_PAIRS_TARGET void finish(
   }
 }
 
+// The first `n` of sixteen.
+inline __mmask16 first_of(int64_t n) { return n < 16 ? static_cast<__mmask16>((1u << n) - 1) : __mmask16{0xffff}; }
+
+// 2^x of x <= 0 to 3e-6 of it: 2^n times the series of what is left, at most a half.
+FASTGATE_PAIRS_TARGET FASTGATE_INLINE __m512 power_of_two(__m512 x) {
+  constexpr float kSeries[] = {9.61812911e-3f, 5.55041087e-2f, 2.40226507e-1f, 6.93147181e-1f, 1.0f};
+  const __m512 n = _mm512_roundscale_ps(x, 0), rest = _mm512_sub_ps(x, n);
+  __m512 sum = _mm512_set1_ps(1.33335581e-3f);
+#pragma GCC unroll 8
+  for (float c : kSeries) sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(c));
+  return _mm512_scalef_ps(sum, n);
+}
+
 }  // namespace
 
 bool has_pairs() {
@@ -94,11 +111,33 @@ void finish_pairs(const float* c, int64_t m, int64_t width, const float* bias, b
   (gelu ? finish<true> : finish<false>)(c, m, first, second, added, to, to_row);
 }
 
+FASTGATE_PAIRS_TARGET void softmax_pairs(
+    float* scores, int64_t n, int64_t width, float scale, const float* factors, bf16* out) {
+  const __m512 by = _mm512_set1_ps(1.44269504f * scale);
+  __m512 most = _mm512_set1_ps(-3e38f), sum = _mm512_setzero_ps();
+  for (int64_t j = 0; j < n; j += 16)
+    most = _mm512_mask_max_ps(most, first_of(n - j), most, _mm512_mul_ps(by, _mm512_loadu_ps(scores + j)));
+  const __m512 top = _mm512_set1_ps(_mm512_reduce_max_ps(most));
+  for (int64_t j = 0; j < n; j += 16) {
+    const __m512 x = _mm512_fmsub_ps(by, _mm512_loadu_ps(scores + j), top);
+    const __m512 part = _mm512_maskz_mov_ps(first_of(n - j), power_of_two(x));
+    _mm512_storeu_ps(scores + j, part);
+    sum = _mm512_add_ps(sum, part);
+  }
+  const __m512 share = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(sum));
+  for (int64_t j = 0; j < width; j += 16) {
+    __m512 part = j < n ? _mm512_mul_ps(share, _mm512_loadu_ps(scores + j)) : _mm512_setzero_ps();
+    if (factors && j < n) part = _mm512_mul_ps(part, _mm512_loadu_ps(factors + j));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + j), (__m256i)_mm512_cvtneps_pbh(part));
+  }
+}
+
 #else
 
 bool has_pairs() { return false; }
 void multiply_pairs(const bf16*, int64_t, const bf16*, float*, int64_t, int64_t, const bf16*) {}
 void finish_pairs(const float*, int64_t, int64_t, const float*, bool, bf16*, int64_t) {}
+void softmax_pairs(float*, int64_t, int64_t, float, const float*, bf16*) {}
 
 #endif
 

@@ -1,4 +1,5 @@
-// Products of bfloat16 rows and packed panels, on processors that multiply bfloat16 in pairs (AVX512-BF16).
+// Products of bfloat16 rows and packed panels, and what stands between them, on processors that multiply bfloat16 in pairs
+// (AVX512-BF16).
 #pragma once
 
 #include "rows.h"
@@ -18,5 +19,9 @@ void multiply_pairs(const bf16* a, int64_t a_row, const bf16* b, float* c, int64
 // Rows of 32 sums, `width` of them wanted, to bfloat16 rows `to_row` apart: bias added (null: none), then the exact GELU of
 // it if asked.
 void finish_pairs(const float* c, int64_t m, int64_t width, const float* bias, bool gelu, bf16* to, int64_t to_row);
+
+// out = softmax(scale * scores) of n scores, times `factors` (of a dropout, zeros up to a multiple of 16; null: none), zeros up
+// to `width`, a multiple of 16. scores are written over.
+void softmax_pairs(float* scores, int64_t n, int64_t width, float scale, const float* factors, bf16* out);
 
 }  // namespace fastgate::cpu

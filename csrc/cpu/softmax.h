@@ -45,7 +45,8 @@ FASTGATE_INLINE void softmax(float* scores, int64_t rows, int64_t row_step, int6
       row[j] = part;
       total += part;
     }
-    each(width, [&](int64_t j) { row[j] /= total; });  // a product with 1 / total would round once more
+    const float share = 1.0f / total;  // rounds once more, where sixteen divisions take as long as the exponentials
+    each(width, [&](int64_t j) { row[j] *= share; });
   }
 }
 
