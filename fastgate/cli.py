@@ -307,11 +307,15 @@ def report(
     measure: Annotated[
         bool, typer.Option("--measure", help="Time each choice of layers here first, by `fastgate bench`.")
     ] = False,
+    recipe: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="One table, of this recipe's tasks and cuts."),
+    ] = None,
 ) -> None:
     """Tables and plots of a sweep: scores, paired differences to dense, speed-ups, what survives."""
     from .summary import write
 
-    write(lines, out, data_dir, measure, Console(stderr=True))
+    write(lines, out, data_dir, measure, Console(stderr=True), recipe)
     Console(highlight=False, soft_wrap=True).print((out / "tables.md").read_text(), markup=False)
 
 

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from .errors import DataError, say
 from .tasks.job import TARGETS
+from .tasks.settings import Settings, read_recipe
 from .tasks.sweep import read_lines
 
 Line = dict[str, Any]
@@ -176,6 +177,41 @@ def tables(lines: Sequence[Line], speeds: dict[str, float]) -> str:
     return "\n".join(parts)
 
 
+def of_recipe(lines: Sequence[Line], recipe: Sequence[Settings], speeds: dict[str, float]) -> str:
+    """Markdown: a row a task of a recipe, the dense score and what each cut by learned gates leaves of it.
+
+    A cell says the mean over seeds of the share of the same seed's dense score, the least and the greatest,
+    the number of seeds if it is not the dense model's, and the mean of the speed-ups where they are known.
+    """
+    wanted = [settings.identity for settings in recipe]
+    mine = [line for line in lines if line["settings"] in wanted and line["method"] in ("dense", "learned")]
+
+    def cell(cut: Sequence[Line], seeds: int) -> str:
+        if not cut:
+            return ""
+        shares = [line["score"] / line["dense_score"] for line in cut]
+        text = f"{statistics.mean(shares):.1%}"
+        text += f" ({min(shares):.1%} to {max(shares):.1%})" if len(cut) > 1 else ""
+        text += f", {len(cut)} of {seeds} seeds" if len(cut) != seeds else ""
+        timed = [speeds[key] for line in cut if (key := speed_key(line)) in speeds]
+        return text + (f", {statistics.mean(timed):.1f}x" if len(timed) == len(cut) else "")
+
+    cuts = sorted({round(1 - len(line["kept"]) / line["layers"], 2) for line in mine} - {0.0})
+    parts = ["| task | metric | dense |" + "".join(f" {cut:.0%} removed |" for cut in cuts)]
+    parts += ["| --- | --- | ---: |" + " ---: |" * len(cuts)]
+    for task in dict.fromkeys(settings.task for settings in recipe):
+        there = [line for line in mine if line["task"] == task]
+        dense = [line["score"] for line in there if line["method"] == "dense"]
+        if not dense:
+            continue
+        score = f"{statistics.mean(dense):.4f}" + (f" ± {statistics.stdev(dense):.4f}" if dense[1:] else "")
+        learned = [line for line in there if line["method"] == "learned"]
+        by_cut = [[r for r in learned if round(1 - len(r["kept"]) / r["layers"], 2) == cut] for cut in cuts]
+        cells = [task, there[0]["metric"], score, *(cell(cut, len(dense)) for cut in by_cut)]
+        parts.append(f"| {' | '.join(cells)} |")
+    return "\n".join(parts) + "\n"
+
+
 def plots(lines: Sequence[Line], speeds: dict[str, float], folder: Path) -> list[Path]:
     """score.svg, speed.svg (where speeds are known), survivors.svg and gates.svg in `folder`."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -292,8 +328,16 @@ def read_speeds(path: Path) -> dict[str, float]:
     return dict(json.loads(path.read_text())) if path.is_file() else {}
 
 
-def write(lines_path: Path, out: Path, data_dir: Path | None, measure: bool, console: Console) -> None:
-    """tables.md and the plots of a sweep's lines; with `measure`, speeds.json beside the lines first."""
+def write(
+    lines_path: Path,
+    out: Path,
+    data_dir: Path | None,
+    measure: bool,
+    console: Console,
+    recipe: Path | None = None,
+) -> None:
+    """tables.md and the plots of a sweep's lines; with `measure`, speeds.json beside the lines first; of a
+    `recipe` one table in place of the others."""
     lines = read_lines(lines_path)
     if not lines:
         got, remedy = f"{lines_path} without a line", "run `fastgate sweep` first, or mend the path"
@@ -301,5 +345,6 @@ def write(lines_path: Path, out: Path, data_dir: Path | None, measure: bool, con
     path = lines_path.with_name("speeds.json")
     speeds = measured(lines, path, data_dir, console) if measure else read_speeds(path)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "tables.md").write_text(tables(lines, speeds))
+    shown = tables(lines, speeds) if recipe is None else of_recipe(lines, read_recipe(recipe), speeds)
+    (out / "tables.md").write_text(shown)
     plots(lines, speeds, out)

@@ -11,6 +11,7 @@ from test_cli import run
 
 from fastgate import summary
 from fastgate.errors import DataError
+from fastgate.tasks.settings import read_recipe
 
 
 def line(method="learned", seed=0, kept=(0,), score=0.8, dense=0.9, task="sst2", **more):
@@ -90,6 +91,30 @@ def test_the_tables_and_plots(tmp_path):
     assert (tmp_path / "report" / "tables.md").read_text() in shown
     for name in ("score", "speed", "survivors", "gates"):
         assert "</svg>" in (tmp_path / "report" / f"{name}.svg").read_text()
+
+
+def test_one_table_of_a_recipe(tmp_path):
+    """Its runs alone, each share of the same seed's dense score."""
+    recipe = {"tasks": ["sst2", "cola"], "seeds": [0, 1], "runs": [{"method": ["dense", "learned"]}]}
+    recipe["sparsity"] = 0.67
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    lines = []
+    for settings in read_recipe(tmp_path / "recipe.yaml")[:-1]:  # cola's seed 1 was not pruned yet
+        kept = (0, 1, 2) if settings.method == "dense" else (settings.seed,)
+        score = 0.8 if settings.method == "dense" else 0.72 + 0.04 * settings.seed
+        made = line(settings.method, settings.seed, kept, score, 0.8, settings.task)
+        lines += [made | {"settings": settings.identity}, line(score=0.1)]  # and one of other settings
+    path = tmp_path / "tasks.jsonl"
+    path.write_text("".join(json.dumps(one) + "\n" for one in lines))
+    speeds = {summary.speed_key(one): 3.0 + one["seed"] for one in lines if one["task"] == "sst2"}
+    (tmp_path / "speeds.json").write_text(json.dumps(speeds))
+    shown = run("report", path, "--recipe", tmp_path / "recipe.yaml", "--out", tmp_path / "report").output
+    assert shown.splitlines()[:4] == [
+        "| task | metric | dense | 67% removed |",
+        "| --- | --- | ---: | ---: |",
+        "| sst2 | accuracy | 0.8000 ± 0.0000 | 92.5% (90.0% to 95.0%), 3.5x |",
+        "| cola | accuracy | 0.8000 ± 0.0000 | 90.0%, 1 of 2 seeds |",
+    ]
 
 
 def test_another_pooling_is_another_row_and_another_speed():
