@@ -73,15 +73,16 @@ def _version(name: str) -> str | None:
 
 
 def _processor() -> str:
-    """The processor's name, its family and model where several go by that name, and the instruction set that
-    torch uses on it."""
+    """The processor's name, its family and model where several go by that name, the instruction set that torch
+    uses on it, and AMX if it has that."""
     cpuinfo = Path("/proc/cpuinfo")
     first = cpuinfo.read_text().split("\n\n")[0].splitlines() if cpuinfo.is_file() else []
     known = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first)}
     names = [known["model name"]] if "model name" in known else []
     if {"cpu family", "model"} <= set(known):
         names.append(f"family {known['cpu family']} model {known['model']}")
-    return ", ".join([*names, platform.machine(), torch.backends.cpu.get_cpu_capability()])
+    tiles = ["AMX"] if "amx_bf16" in known.get("flags", "").split() else []
+    return ", ".join([*names, platform.machine(), torch.backends.cpu.get_cpu_capability(), *tiles])
 
 
 def _devices() -> list[dict[str, str]]:
