@@ -311,11 +311,12 @@ def report(
         Optional[Path],  # noqa: UP045
         typer.Option(help="One table, of this recipe's tasks and cuts."),
     ] = None,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16, to measure in.")] = "float32",
 ) -> None:
     """Tables and plots of a sweep: scores, paired differences to dense, speed-ups, what survives."""
     from .summary import write
 
-    write(lines, out, data_dir, measure, Console(stderr=True), recipe)
+    write(lines, out, data_dir, measure, Console(stderr=True), recipe, dtype)
     Console(highlight=False, soft_wrap=True).print((out / "tables.md").read_text(), markup=False)
 
 

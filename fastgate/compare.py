@@ -157,6 +157,13 @@ def _call(model: Any) -> Callable[[Batch], object]:
     return lambda batch: model(**batch)
 
 
+def dtype_of(command: str, name: str) -> torch.dtype:
+    """The dtype of that name. Raises ArgumentError for one that nothing is compared in."""
+    if name not in DTYPES:
+        raise ArgumentError(say(command, "dtype", repr(name), " or ".join(DTYPES), "pass one of these"))
+    return DTYPES[name]
+
+
 def bench(
     model: str,
     task_name: str,
@@ -174,12 +181,11 @@ def bench(
 ) -> Comparison:
     """The body of `fastgate bench`: load, check, time. `console` shows a progress bar."""
     _check_peers(against)
-    if dtype not in DTYPES:
-        raise ArgumentError(say("bench", "dtype", repr(dtype), " or ".join(DTYPES), "pass one of these"))
+    precision = dtype_of("bench", dtype)
     if threads is not None:
         torch.set_num_threads(threads)
     task = load_task(task_name, data_dir, max_train_rows=1)
-    ours, reference, tokenizer = contenders(model, task, keep, DTYPES[dtype])
+    ours, reference, tokenizer = contenders(model, task, keep, precision)
     made = real_batches(
         task, tokenizer, max_length=max_length, batch_size=batch_size, count=batches, order=order
     )

@@ -73,8 +73,8 @@ def _version(name: str) -> str | None:
 
 
 def _processor() -> str:
-    """The processor's name, its family and model where several go by that name, the instruction set that torch
-    uses on it, and AMX if it has that."""
+    """The processor's name, its family and model where several go by that name, the instruction set that
+    torch uses on it, and AMX if it has that."""
     cpuinfo = Path("/proc/cpuinfo")
     first = cpuinfo.read_text().split("\n\n")[0].splitlines() if cpuinfo.is_file() else []
     known = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first)}

@@ -21,6 +21,7 @@ from .tasks.sweep import read_lines
 Line = dict[str, Any]
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#444444")
 ALIKE = ("method", "replacement", "removed", "pooling")  # what a table's row says of its settings anyway
+FLOAT32, BFLOAT16 = "float32", "bfloat16"
 BATCH, BATCHES = 32, 4  # rows in a batch, and batches, that a speed-up is measured on
 
 
@@ -58,10 +59,11 @@ def pooling_of(line: Line) -> str:
     return str(line["settings"].get("pooling", "first"))
 
 
-def speed_key(line: Line) -> str:
+def speed_key(line: Line, dtype: str = FLOAT32) -> str:
     """What a model's speed depends on. Vectors on single rows (`mean`, `affine`) cost next to nothing."""
     key = [line["model"], line["task"], sorted(line["kept"]), line["settings"]["max_length"]]
     key += ["shift"] if line["replacement"] == "shift" else []
+    key += [dtype] if dtype != FLOAT32 else []
     return json.dumps(key if pooling_of(line) == "first" else [*key, pooling_of(line)])
 
 
@@ -181,7 +183,8 @@ def of_recipe(lines: Sequence[Line], recipe: Sequence[Settings], speeds: dict[st
     """Markdown: a row a task of a recipe, the dense score and what each cut by learned gates leaves of it.
 
     A cell says the mean over seeds of the share of the same seed's dense score, the least and the greatest,
-    the number of seeds if it is not the dense model's, and the mean of the speed-ups where they are known.
+    the number of seeds if it is not the dense model's, and the mean of the speed-ups where they are known, in
+    float32 and in bfloat16.
     """
     wanted = [settings.identity for settings in recipe]
     mine = [line for line in lines if line["settings"] in wanted and line["method"] in ("dense", "learned")]
@@ -193,8 +196,10 @@ def of_recipe(lines: Sequence[Line], recipe: Sequence[Settings], speeds: dict[st
         text = f"{statistics.mean(shares):.1%}"
         text += f" ({min(shares):.1%} to {max(shares):.1%})" if len(cut) > 1 else ""
         text += f", {len(cut)} of {seeds} seeds" if len(cut) != seeds else ""
-        timed = [speeds[key] for line in cut if (key := speed_key(line)) in speeds]
-        return text + (f", {statistics.mean(timed):.1f}x" if len(timed) == len(cut) else "")
+        for dtype, words in ((FLOAT32, ""), (BFLOAT16, " in bfloat16")):
+            timed = [speeds[key] for line in cut if (key := speed_key(line, dtype)) in speeds]
+            text += f", {statistics.mean(timed):.1f}x{words}" if len(timed) == len(cut) else ""
+        return text
 
     cuts = sorted({round(1 - len(line["kept"]) / line["layers"], 2) for line in mine} - {0.0})
     parts = ["| task | metric | dense |" + "".join(f" {cut:.0%} removed |" for cut in cuts)]
@@ -295,22 +300,25 @@ def plots(lines: Sequence[Line], speeds: dict[str, float], folder: Path) -> list
     return written
 
 
-def measured(lines: Sequence[Line], path: Path, data_dir: Path | None, console: Console) -> dict[str, float]:
-    """Speed-ups over SDPA of each choice of layers, by `fastgate bench` on this machine, kept in `path`."""
+def measured(
+    lines: Sequence[Line], path: Path, data_dir: Path | None, console: Console, dtype: str = FLOAT32
+) -> dict[str, float]:
+    """Speed-ups over SDPA of each choice of layers, both in `dtype`, by `fastgate bench` on this machine,
+    kept in `path`."""
     from .batches import real_batches
-    from .compare import compare
+    from .compare import compare, dtype_of
     from .contenders import contenders
     from .tasks.load import load_task
 
-    known = read_speeds(path)
+    known, precision = read_speeds(path), dtype_of("report", dtype)
     for line in lines:
-        key = speed_key(line)
+        key = speed_key(line, dtype)
         if key in known or line["method"] == "dense":
             continue
         task = load_task(line["task"], data_dir, max_train_rows=1)
         source = line["settings"]["model"]
         ours, reference, tokenizer = contenders(
-            source, task, line["kept"], pooling=pooling_of(line), replacement=line["replacement"]
+            source, task, line["kept"], precision, pooling_of(line), line["replacement"]
         )
         batches = real_batches(
             task, tokenizer, max_length=line["settings"]["max_length"], batch_size=BATCH, count=BATCHES,
@@ -335,15 +343,16 @@ def write(
     measure: bool,
     console: Console,
     recipe: Path | None = None,
+    dtype: str = FLOAT32,
 ) -> None:
-    """tables.md and the plots of a sweep's lines; with `measure`, speeds.json beside the lines first; of a
-    `recipe` one table in place of the others."""
+    """tables.md and the plots of a sweep's lines; with `measure`, speeds.json beside the lines first, in
+    `dtype`; of a `recipe` one table in place of the others."""
     lines = read_lines(lines_path)
     if not lines:
         got, remedy = f"{lines_path} without a line", "run `fastgate sweep` first, or mend the path"
         raise DataError(say("report", "lines", got, "results of a sweep", remedy))
     path = lines_path.with_name("speeds.json")
-    speeds = measured(lines, path, data_dir, console) if measure else read_speeds(path)
+    speeds = measured(lines, path, data_dir, console, dtype) if measure else read_speeds(path)
     out.mkdir(parents=True, exist_ok=True)
     shown = tables(lines, speeds) if recipe is None else of_recipe(lines, read_recipe(recipe), speeds)
     (out / "tables.md").write_text(shown)

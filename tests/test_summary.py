@@ -107,13 +107,14 @@ def test_one_table_of_a_recipe(tmp_path):
     path = tmp_path / "tasks.jsonl"
     path.write_text("".join(json.dumps(one) + "\n" for one in lines))
     speeds = {summary.speed_key(one): 3.0 + one["seed"] for one in lines if one["task"] == "sst2"}
+    speeds |= {summary.speed_key(one, "bfloat16"): 5.0 for one in lines if one["task"] == "cola"}
     (tmp_path / "speeds.json").write_text(json.dumps(speeds))
     shown = run("report", path, "--recipe", tmp_path / "recipe.yaml", "--out", tmp_path / "report").output
     assert shown.splitlines()[:4] == [
         "| task | metric | dense | 67% removed |",
         "| --- | --- | ---: | ---: |",
         "| sst2 | accuracy | 0.8000 ± 0.0000 | 92.5% (90.0% to 95.0%), 3.5x |",
-        "| cola | accuracy | 0.8000 ± 0.0000 | 90.0%, 1 of 2 seeds |",
+        "| cola | accuracy | 0.8000 ± 0.0000 | 90.0%, 1 of 2 seeds, 5.0x in bfloat16 |",
     ]
 
 
@@ -144,6 +145,9 @@ def test_speeds_are_measured_once(tmp_path, monkeypatch):
     assert all(value > 0 for value in speeds.values())
     run("report", path, *options)
     assert json.loads((tmp_path / "speeds.json").read_text()) == speeds
+    run("report", path, *options, "--dtype", "bfloat16")
+    more = json.loads((tmp_path / "speeds.json").read_text())
+    assert speeds.items() <= more.items() and len(more) == 2 * len(speeds)
 
 
 def test_no_lines_no_report(tmp_path):
