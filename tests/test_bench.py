@@ -269,6 +269,7 @@ def test_the_recipes_of_the_sweeps_are_read():
     for name, count in (
         ("tasks.yaml", 7 * 3 * 4),
         ("tasks_controls.yaml", 7 * 3 * 15),
+        ("tasks_speed.yaml", 5 * 3 * 2),
         ("tasks_gpu.yaml", 7 * 3),
     ):
         assert len(read_recipe(BENCH / name)) == count
