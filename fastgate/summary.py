@@ -15,7 +15,7 @@ from rich.console import Console
 
 from .errors import DataError, say
 from .tasks.job import TARGETS
-from .tasks.settings import Settings, read_recipe
+from .tasks.settings import read_recipe
 from .tasks.sweep import read_lines
 
 Line = dict[str, Any]
@@ -179,15 +179,14 @@ def tables(lines: Sequence[Line], speeds: dict[str, float]) -> str:
     return "\n".join(parts)
 
 
-def of_recipe(lines: Sequence[Line], recipe: Sequence[Settings], speeds: dict[str, float]) -> str:
-    """Markdown: a row a task of a recipe, the dense score and what each cut by learned gates leaves of it.
+def by_task(lines: Sequence[Line], speeds: dict[str, float]) -> str:
+    """Markdown, of a recipe's lines: a row a task, its dense score, what each cut by learned gates leaves.
 
     A cell says the mean over seeds of the share of the same seed's dense score, the least and the greatest,
-    the number of seeds if it is not the dense model's, and the mean of the speed-ups where they are known, in
-    float32 and in bfloat16.
+    the number of seeds if it is not the dense model's, the choices of layers, and the mean of the speed-ups
+    where they are known, in float32 and in bfloat16.
     """
-    wanted = [settings.identity for settings in recipe]
-    mine = [line for line in lines if line["settings"] in wanted and line["method"] in ("dense", "learned")]
+    mine = [line for line in lines if line["method"] in ("dense", "learned")]
 
     def cell(cut: Sequence[Line], seeds: int) -> str:
         if not cut:
@@ -196,6 +195,8 @@ def of_recipe(lines: Sequence[Line], recipe: Sequence[Settings], speeds: dict[st
         text = f"{statistics.mean(shares):.1%}"
         text += f" ({min(shares):.1%} to {max(shares):.1%})" if len(cut) > 1 else ""
         text += f", {len(cut)} of {seeds} seeds" if len(cut) != seeds else ""
+        kept = ["{" + ",".join(map(str, line["kept"])) + "}" for line in cut]
+        text += f", {' '.join(dict.fromkeys(kept))}"
         for dtype, words in ((FLOAT32, ""), (BFLOAT16, " in bfloat16")):
             timed = [speeds[key] for line in cut if (key := speed_key(line, dtype)) in speeds]
             text += f", {statistics.mean(timed):.1f}x{words}" if len(timed) == len(cut) else ""
@@ -204,7 +205,7 @@ def of_recipe(lines: Sequence[Line], recipe: Sequence[Settings], speeds: dict[st
     cuts = sorted({round(1 - len(line["kept"]) / line["layers"], 2) for line in mine} - {0.0})
     parts = ["| task | metric | dense |" + "".join(f" {cut:.0%} removed |" for cut in cuts)]
     parts += ["| --- | --- | ---: |" + " ---: |" * len(cuts)]
-    for task in dict.fromkeys(settings.task for settings in recipe):
+    for task in dict.fromkeys(line["task"] for line in mine):
         there = [line for line in mine if line["task"] == task]
         dense = [line["score"] for line in there if line["method"] == "dense"]
         if not dense:
@@ -346,14 +347,16 @@ def write(
     dtype: str = FLOAT32,
 ) -> None:
     """tables.md and the plots of a sweep's lines; with `measure`, speeds.json beside the lines first, in
-    `dtype`; of a `recipe` one table in place of the others."""
+    `dtype`. recipe: only its lines, and one table of them in place of the others."""
     lines = read_lines(lines_path)
+    if recipe is not None:
+        wanted = [settings.identity for settings in read_recipe(recipe)]
+        lines = [line for line in lines if line["settings"] in wanted]
     if not lines:
         got, remedy = f"{lines_path} without a line", "run `fastgate sweep` first, or mend the path"
         raise DataError(say("report", "lines", got, "results of a sweep", remedy))
     path = lines_path.with_name("speeds.json")
     speeds = measured(lines, path, data_dir, console, dtype) if measure else read_speeds(path)
     out.mkdir(parents=True, exist_ok=True)
-    shown = tables(lines, speeds) if recipe is None else of_recipe(lines, read_recipe(recipe), speeds)
-    (out / "tables.md").write_text(shown)
+    (out / "tables.md").write_text(tables(lines, speeds) if recipe is None else by_task(lines, speeds))
     plots(lines, speeds, out)

@@ -113,8 +113,8 @@ def test_one_table_of_a_recipe(tmp_path):
     assert shown.splitlines()[:4] == [
         "| task | metric | dense | 67% removed |",
         "| --- | --- | ---: | ---: |",
-        "| sst2 | accuracy | 0.8000 ± 0.0000 | 92.5% (90.0% to 95.0%), 3.5x |",
-        "| cola | accuracy | 0.8000 ± 0.0000 | 90.0%, 1 of 2 seeds, 5.0x in bfloat16 |",
+        "| sst2 | accuracy | 0.8000 ± 0.0000 | 92.5% (90.0% to 95.0%), {0} {1}, 3.5x |",
+        "| cola | accuracy | 0.8000 ± 0.0000 | 90.0%, 1 of 2 seeds, {0}, 5.0x in bfloat16 |",
     ]
 
 
