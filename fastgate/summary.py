@@ -188,6 +188,9 @@ def by_task(lines: Sequence[Line], speeds: dict[str, float]) -> str:
     """
     mine = [line for line in lines if line["method"] in ("dense", "learned")]
 
+    def removed(line: Line) -> float:
+        return round(1 - len(line["kept"]) / line["layers"], 2)
+
     def cell(cut: Sequence[Line], seeds: int) -> str:
         if not cut:
             return ""
@@ -202,7 +205,7 @@ def by_task(lines: Sequence[Line], speeds: dict[str, float]) -> str:
             text += f", {statistics.mean(timed):.1f}x{words}" if len(timed) == len(cut) else ""
         return text
 
-    cuts = sorted({round(1 - len(line["kept"]) / line["layers"], 2) for line in mine} - {0.0})
+    cuts = sorted({removed(line) for line in mine} - {0.0})
     parts = ["| task | metric | dense |" + "".join(f" {cut:.0%} removed |" for cut in cuts)]
     parts += ["| --- | --- | ---: |" + " ---: |" * len(cuts)]
     for task in dict.fromkeys(line["task"] for line in mine):
@@ -212,7 +215,7 @@ def by_task(lines: Sequence[Line], speeds: dict[str, float]) -> str:
             continue
         score = f"{statistics.mean(dense):.4f}" + (f" ± {statistics.stdev(dense):.4f}" if dense[1:] else "")
         learned = [line for line in there if line["method"] == "learned"]
-        by_cut = [[r for r in learned if round(1 - len(r["kept"]) / r["layers"], 2) == cut] for cut in cuts]
+        by_cut = [[line for line in learned if removed(line) == cut] for cut in cuts]
         cells = [task, there[0]["metric"], score, *(cell(cut, len(dense)) for cut in by_cut)]
         parts.append(f"| {' | '.join(cells)} |")
     return "\n".join(parts) + "\n"

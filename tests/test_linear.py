@@ -134,7 +134,7 @@ def test_packed_weights_are_as_exact_as_torch(form, rows, biased, gelu, poisoned
 @pytest.mark.skipif(FORMS["panels"] != "", reason=FORMS["panels"])
 @pytest.mark.parametrize("gelu", [False, True], ids=["", "gelu"])
 @pytest.mark.parametrize("biased", [False, True], ids=["", "bias"])
-@pytest.mark.parametrize("rows", [0, 1, 7, 8, 9, 16, 17, 31, 32, 33, 64, 65, 200, 700])
+@pytest.mark.parametrize("rows", [0, 1, 7, 8, 9, 16, 17, 31, 32, 33, 63, 64, 65, 200, 700])
 def test_packed_pairs_are_as_exact_as_torch(rows, biased, gelu, poisoned):
     """Rows beside a tile's, beside those finished at once, beyond a block's; odd depths go to oneDNN,
     multiples of 32 to Intel's tiles (AMX) where there are any."""
@@ -172,6 +172,8 @@ def test_the_gelu_is_exact_to_4e_7_and_lets_what_is_no_number_through(dtype):
     x = torch.cat([torch.linspace(-9, 9, 180_001), ends]).to(dtype)
     x = F.pad(x, (0, -len(x) % 32)).view(-1, 32)
     packed = pack(torch.eye(32, dtype=dtype))
+    if not packed.in_panels:
+        pytest.skip("no AVX512-BF16")
     y, truth = packed.product(x, gelu=True), F.gelu(x.double())
     rounding = 0.0 if dtype == FP32 else 2**-8
     assert bool(((y.double() - truth).abs() <= 4e-7 + (6e-8 + rounding) * truth.abs()).all())

@@ -83,8 +83,10 @@ def test_expected_cost_is_the_mean_over_draws_and_smooth(mixes):
     assert torch.autograd.gradcheck(costs.share, (p,))
 
 
-@pytest.mark.parametrize("factor", [1.3, 2.0, 3.0])
-@pytest.mark.parametrize("mixes", [False, True])
+@pytest.mark.parametrize(
+    ("factor", "mixes"),
+    [(1.3, False), (2.0, False), (5.0, False), (1.3, True), (1.6, True), (1.9, True), (3.0, True)],
+)
 def test_speedup_picks_the_best_set_within_its_cost(factor, mixes):
     costs, objective = usual_costs(5, mixes), Objective(fastgate.Speedup(factor), 5)
     for seed in range(5):
@@ -98,8 +100,9 @@ def test_speedup_picks_the_best_set_within_its_cost(factor, mixes):
         assert float(p[kept].sum()) == pytest.approx(max(within))
 
 
-def test_speedup_out_of_reach_is_an_error():
-    costs = costs_of(sizes_of(16, 32, [3, 3]), 2, 3, False, False, True)
+@pytest.mark.parametrize("mixes", [False, True])
+def test_speedup_out_of_reach_is_an_error(mixes):
+    costs = costs_of(sizes_of(16, 32, [3, 3]), 2, 3, False, False, mixes)
     with pytest.raises(ArgumentError, match=r"Speedup: factor: got 50.0, wanted at most \d.*feed-forward"):
         Objective(fastgate.Speedup(50.0), 3).choose(torch.ones(3), costs)
 

@@ -1,4 +1,5 @@
-// linear on the CPU from a packed weight: x W^T + b, and the GELU of it, float32, or bfloat16 where has_pairs().
+// linear on the CPU from a packed weight: x W^T + b, and the GELU of it, float32, or bfloat16 where has_pairs(), by tiles
+// where has_amx().
 //
 // The weight lies in panels of 32 of its rows, the result's columns: element (column, k) of a panel at k * 32 + column,
 // bfloat16 as pairs.h has it, so a tile of the result reads it once and in order. A few rows wait for the weight to come
@@ -19,7 +20,7 @@ namespace {
 constexpr int64_t kPanel = 32;
 constexpr int64_t kRows = 192, kDepth = 768;  // of a block of x: 576 KB
 constexpr int64_t kFew = 64, kFewDepth = 384;  // 48 KB of a panel
-constexpr int64_t kAtOnce = 64;               // rows of pairs that are finished while they are in the first-level cache
+constexpr int64_t kAtOnce = 64;                // rows of pairs that are finished while they are in the first-level cache
 constexpr int64_t kWeights = 32768;           // per thread at least: less is not worth waking one
 
 struct Block {
@@ -39,7 +40,6 @@ FASTGATE_WIDE_CLONES void finish(const Block& o, float* y) {
 struct Sizes {
   int64_t m, n, k;
 };
-
 
 void linear_pairs(const Sizes& o, const bf16* a, const bf16* w, const float* bias, bool gelu, bf16* out) {
   static_assert(kPanel == kPairPanel);
