@@ -104,6 +104,7 @@ inline Tensor empty(const int64_t* sizes, int64_t dims, ScalarType dtype, const 
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
   const int32_t code = dtype == ScalarType::BFloat16 ? aoti_torch_dtype_bfloat16()
                        : dtype == ScalarType::Half   ? aoti_torch_dtype_float16()
+                       : dtype == ScalarType::Long   ? aoti_torch_dtype_int64()
                                                      : aoti_torch_dtype_float32();
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(

@@ -79,6 +79,21 @@ def test_it_computes_what_the_steps_compute(head, keep, replacement, dtype):
     torch.testing.assert_close(ours, steps, rtol=bound, atol=bound)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "keep, replacement", [([0, 2], "shift"), ([0, 2, 4], "shift"), ([0, 4], "zero"), ([], "zero")]
+)
+@pytest.mark.parametrize("head", ["ForSequenceClassification", "ForTokenClassification"])
+@pytest.mark.parametrize("lengths", [(32, 20, 31, 18, 1, 20, 39, 38), (3,) * 70], ids=["some", "many"])
+def test_threads_share_a_batch_without_a_trace(head, keep, replacement, dtype, lengths):
+    model = encoders.draw_replacements(frozen(head, keep, dtype, replacement=replacement))
+    batch, found = encoders.batch(model, head, lengths=lengths), []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        found.append(logits(model, head, **batch))
+    assert torch.equal(*found)
+
+
 def test_a_shift_to_fewer_rows_runs_by_itself():
     head = "ForTokenClassification"
     model = frozen(head, [0, 1], replacement="shift")

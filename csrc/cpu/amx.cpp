@@ -4,10 +4,11 @@
 
 #include <algorithm>
 
-#if defined(__x86_64__) && defined(__linux__) && (defined(__clang__) || __GNUC__ >= 11)
+#include "finish_row.h"
+
+#if defined(FASTGATE_PAIRS) && defined(__linux__) && (defined(__clang__) || __GNUC__ >= 11)
 #define FASTGATE_AMX
 #include <cpuid.h>
-#include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -17,7 +18,7 @@ namespace fastgate::cpu {
 #ifdef FASTGATE_AMX
 namespace {
 
-#define FASTGATE_AMX_TARGET __attribute__((target("amx-tile,amx-bf16")))
+#define FASTGATE_AMX_TARGET __attribute__((target("amx-tile,amx-bf16," FASTGATE_PAIRS_FEATURES)))
 constexpr int64_t kRows = 16, kDepth = 32;       // of a tile: rows, and how far it goes along k
 constexpr int64_t kStep = kDepth * kPairPanel;  // numbers of a panel that a step reads
 
@@ -36,10 +37,15 @@ FASTGATE_AMX_TARGET void shape(int64_t upper, int64_t lower) {
   _tile_loadconfig(&shapes);
 }
 
-// The rows of one shape. ahead: what is brought nearer, `step` numbers further at each step along k.
-template <bool Lower>
+constexpr Sums kNone = {};
+
+// The rows of one shape. sums: what is finished meanwhile, its rows spread over the steps along k.
+template <bool Lower, bool Gelu>
 FASTGATE_AMX_TARGET void tile(
-    const bf16* a, int64_t a_row, const bf16* b, float* c, int64_t c_row, int64_t k, const bf16* ahead, int64_t step) {
+    const bf16* a, int64_t a_row, const bf16* b, float* c, int64_t c_row, int64_t k, Ahead ahead,
+    const Sums& sums) {
+  const int64_t steps = std::max<int64_t>(1, k / kDepth), share = (sums.rows + steps - 1) / steps;
+  int64_t finished = 0;
   const int64_t stride = a_row * sizeof(bf16), b_stride = 2 * kPairPanel * sizeof(bf16);
   _tile_zero(0);
   _tile_zero(1);
@@ -47,8 +53,8 @@ FASTGATE_AMX_TARGET void tile(
     _tile_zero(2);
     _tile_zero(3);
   }
-  for (int64_t p = 0; p < k; p += kDepth, b += kStep, ahead += step) {
-    for (int64_t i = 0; i < step; i += 32) __builtin_prefetch(ahead + i, 0, 2);
+  for (int64_t p = 0; p < k; p += kDepth, b += kStep, ahead.at += ahead.step) {
+    for (int64_t i = 0; i < ahead.step; i += 32) __builtin_prefetch(ahead.at + i, 0, 2);
     _tile_loadd(4, a + p, stride);
     _tile_loadd(6, b, b_stride);
     _tile_loadd(7, b + kPairPanel, b_stride);
@@ -59,7 +65,10 @@ FASTGATE_AMX_TARGET void tile(
       _tile_dpbf16ps(2, 5, 6);
       _tile_dpbf16ps(3, 5, 7);
     }
+    for (const int64_t until = std::min(sums.rows, finished + share); finished < until; ++finished)
+      finish_row<Gelu>(sums, finished);
   }
+  for (; finished < sums.rows; ++finished) finish_row<Gelu>(sums, finished);  // of a product without steps
   const int64_t c_stride = c_row * sizeof(float);
   _tile_stored(0, c, c_stride);
   _tile_stored(1, c + 16, c_stride);
@@ -72,6 +81,7 @@ FASTGATE_AMX_TARGET void tile(
 FASTGATE_AMX_TARGET void release() { _tile_release(); }
 
 bool find() {
+  if (!has_pairs()) return false;
   unsigned a = 0, b = 0, c = 0, d = 0;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
   constexpr unsigned kBfloat16 = 1u << 22, kTiles = 1u << 24;
@@ -87,10 +97,15 @@ bool has_amx() {
 }
 
 FASTGATE_AMX_TARGET void Tiles::multiply(
-    const bf16* a, int64_t a_row, const bf16* b, float* c, int64_t c_row, int64_t m, int64_t k, const bf16* next) {
+    const bf16* a, int64_t a_row, const bf16* b, float* c, int64_t c_row, int64_t m, int64_t k, Ahead ahead,
+    const Sums* meanwhile) {
   if (m != rows_) shape(std::min(m, kRows), std::max<int64_t>(0, m - kRows));
   rows_ = m;
-  (m > kRows ? tile<true> : tile<false>)(a, a_row, b, c, c_row, k, next ? next : b, next ? kStep : 0);
+  // Where they are: a copy would wait until all that was stored before them is in the cache.
+  const Sums& sums = meanwhile ? *meanwhile : kNone;
+  const auto both = sums.gelu ? tile<true, true> : tile<true, false>;
+  const auto one = sums.gelu ? tile<false, true> : tile<false, false>;
+  (m > kRows ? both : one)(a, a_row, b, c, c_row, k, ahead, sums);
 }
 
 Tiles::~Tiles() {
@@ -100,7 +115,7 @@ Tiles::~Tiles() {
 #else
 
 bool has_amx() { return false; }
-void Tiles::multiply(const bf16*, int64_t, const bf16*, float*, int64_t, int64_t, int64_t, const bf16*) {}
+void Tiles::multiply(const bf16*, int64_t, const bf16*, float*, int64_t, int64_t, int64_t, Ahead, const Sums*) {}
 Tiles::~Tiles() {}
 
 #endif

@@ -70,6 +70,7 @@ int64_t tiles_scratch(int64_t longest_q, int64_t longest_k, int64_t width) {
 }
 
 void forward_tiles(const Problem& o, void* out, Scratch& scratch, int64_t begin, int64_t end) {
+  constexpr float kNoBias[kPanel] = {};
   const Scratch::Mark mark = scratch.mark();
   const auto halves = [&](int64_t count) { return reinterpret_cast<bf16*>(scratch.take(count / 2)); };
   Tiles tiles;
@@ -85,15 +86,15 @@ void forward_tiles(const Problem& o, void* out, Scratch& scratch, int64_t begin,
     for (int64_t first = 0; first < t.queries; first += kAtOnce) {
       const int64_t rows = std::min(kAtOnce, t.queries - first);
       for (int64_t key = 0; key < keys; key += kPanel)
-        tiles.multiply(q + first * o.width, o.width, k + key * o.width, scores + key, keys, rows, o.width, nullptr);
+        tiles.multiply(q + first * o.width, o.width, k + key * o.width, scores + key, keys, rows, o.width);
       for (int64_t i = 0; i < rows; ++i) {
         if (o.dropout.on) draw_row(o, t, first + i, factors);
         softmax_pairs(scores + i * keys, t.keys, keys, o.scale, o.dropout.on ? factors : nullptr, p + i * keys);
       }
       bf16* to = static_cast<bf16*>(out) + (t.q_row + first) * o.hidden + t.head * o.width;
       for (int64_t column = 0; column < o.width; column += kPanel) {
-        tiles.multiply(p, keys, v + column * keys, mixed, kPanel, rows, keys, nullptr);
-        finish_pairs(mixed, rows, kPanel, nullptr, false, to + column, o.hidden);
+        tiles.multiply(p, keys, v + column * keys, mixed, kPanel, rows, keys);
+        finish_pairs({mixed, rows, kPanel, kNoBias, false, to + column, o.hidden});
       }
     }
   }

@@ -5,14 +5,15 @@
 
 namespace fastgate::cpu {
 
-// x Phi(x) to 4e-7, which is max(x, 0) - |x| Phi(-|x|). Phi(-a) is a polynomial of s = a / 2.75 - 1, its largest error times
-// a + 1/4 the least that this degree has for a <= 5.5; from there on a Phi(-a) is 1e-7 and less, and is left at that.
-FASTGATE_INLINE float gelu(float x) {
-  float a = std::fabs(x);
-  a = a < 5.5f ? a : 5.5f;
-  const float s = a * (1.0f / 2.75f) - 1.0f;
-  float p = -6.028282272e-3f;
-  p = p * s + 5.946321709e-3f;
+// x Phi(x), for x <= 0 and for x >= 0, is max(x, 0) less |x| Phi(-|x|).
+constexpr float kFarthest = 5.5f;  // from there on a Phi(-a) is 1e-7 and less, and is left at that
+
+// Takes a Phi(-a) of 0 <= a <= kFarthest off y, to 4e-7: of a float or of a vector of them. Phi(-a) is a polynomial of
+// s = a / 2.75 - 1, its largest error times a + 1/4 the least that this degree has.
+template <class V>
+FASTGATE_INLINE void take_off(V& y, const V& a) {
+  const V s = a * (1.0f / 2.75f) - 1.0f;
+  V p = -6.028282272e-3f * s + 5.946321709e-3f;
   p = p * s + 3.124413644e-2f;
   p = p * s - 4.524826131e-2f;
   p = p * s - 5.003884197e-2f;
@@ -27,7 +28,14 @@ FASTGATE_INLINE float gelu(float x) {
   p = p * s + 9.455917444e-2f;
   p = p * s - 2.500816505e-2f;
   p = p * s + 2.979766312e-3f;
-  return (x < 0.0f ? 0.0f : x) - a * p;
+  y = y - a * p;
+}
+
+FASTGATE_INLINE float gelu(float x) {
+  const float a = std::fabs(x);
+  float y = x < 0.0f ? 0.0f : x;
+  take_off(y, a < kFarthest ? a : kFarthest);
+  return y;
 }
 
 }  // namespace fastgate::cpu

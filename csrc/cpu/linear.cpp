@@ -41,35 +41,72 @@ struct Sizes {
   int64_t m, n, k;
 };
 
-void linear_pairs(const Sizes& o, const bf16* a, const bf16* w, const float* bias, bool gelu, bf16* out) {
-  static_assert(kPanel == kPairPanel);
+struct Pairs {
+  Sizes sizes;
+  const bf16 *a, *w;
+  const float* bias;  // of whole panels
+  bool gelu;
+  bf16* out;
+
+  // What becomes of sums of rows from `row` on and panel t.
+  Sums sums(const float* c, int64_t rows, int64_t row, int64_t t) const {
+    const int64_t column = kPanel * t, n = sizes.n;
+    return {c, rows, std::min(kPanel, n - column), bias + column, gelu, out + row * n + column, n};
+  }
+};
+
+// Panels `begin` to `end` of the result's rows `from` to `to`.
+void multiply_panels(const Pairs& o, int64_t from, int64_t to, int64_t begin, int64_t end, float* c) {
+  const int64_t k = o.sizes.k;
+  for (int64_t t = begin; t < end; ++t) {
+    const bf16* panel = o.w + t * k * kPanel;
+    const bf16* next = o.sizes.m <= kAtOnce && t + 1 < end ? panel + k * kPanel : nullptr;
+    for (int64_t row = from; row < to; row += kAtOnce) {
+      const int64_t rows = std::min(kAtOnce, to - row);
+      multiply_pairs(o.a + row * k, k, panel, c, rows, k, next);
+      finish_pairs(o.sums(c, rows, row, t));
+    }
+  }
+}
+
+// The same by tiles. Each block of rows brings its share of the next panel nearer, and finishes the block before.
+void multiply_panels(
+    const Pairs& o, int64_t from, int64_t to, int64_t begin, int64_t end, float* c, float* other, Tiles& tiles) {
+  const int64_t k = o.sizes.k, blocks = (to - from + kTileRows - 1) / kTileRows;
+  const int64_t share = up(kPanel * kPanel / std::max<int64_t>(1, blocks), kPanel);
+  Sums before = {};
+  for (int64_t t = begin; t < end; ++t) {
+    const bf16* panel = o.w + t * k * kPanel;
+    Ahead ahead = {panel + k * kPanel, t + 1 < end ? share : 0};
+    // Tiles of another shape cost more than rows multiplied again.
+    const int64_t rows = std::min(kTileRows, to - from);
+    for (int64_t block = from; block < to; block += kTileRows, ahead.at += k / kPanel * ahead.step) {
+      const int64_t row = std::min(block, to - rows);
+      tiles.multiply(o.a + row * k, k, panel, c, kPanel, rows, k, ahead, &before);
+      before = o.sums(c, rows, row, t);
+      std::swap(c, other);
+    }
+  }
+  finish_pairs(before);
+}
+
+void linear_pairs(const Pairs& o) {
+  static_assert(kPanel == kPairPanel && kTileRows <= kAtOnce);
   constexpr int64_t kElements = 196608;  // of a block of x: 384 KB
-  const bool tiles = o.k % 32 == 0 && has_amx();
-  const int64_t at_once = tiles ? kTileRows : kAtOnce;
-  const int64_t count = (o.n + kPanel - 1) / kPanel, most = std::max<int64_t>(48, kElements / std::max<int64_t>(1, o.k));
-  const int64_t row_blocks = (o.m + most - 1) / most;
-  const int64_t grain = std::max<int64_t>(1, kWeights / std::max<int64_t>(1, o.k * kPanel));
+  const int64_t m = o.sizes.m, k = o.sizes.k, count = (o.sizes.n + kPanel - 1) / kPanel;
+  const bool by_tiles = k % kPanel == 0 && has_amx();
+  const int64_t most = std::max<int64_t>(48, kElements / std::max<int64_t>(1, k)), row_blocks = (m + most - 1) / most;
+  const int64_t grain = std::max<int64_t>(1, kWeights / std::max<int64_t>(1, k * kPanel));
   torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
-    Scratch scratch(kAtOnce * kPanel);
-    float* c = scratch.take(kAtOnce * kPanel);
-    Tiles registers;
+    Scratch scratch(2 * kAtOnce * kPanel);
+    float *c = scratch.take(kAtOnce * kPanel), *other = scratch.take(kAtOnce * kPanel);
+    Tiles tiles;
     for (int64_t r = 0; r < row_blocks; ++r) {
-      const int64_t from = r * o.m / row_blocks, to = (r + 1) * o.m / row_blocks;
-      for (int64_t t = begin; t < end; ++t) {
-        const bf16* panel = w + t * o.k * kPanel;
-        const bf16* next = o.m <= at_once && t + 1 < end ? panel + o.k * kPanel : nullptr;
-        const int64_t width = std::min(kPanel, o.n - kPanel * t);
-        for (int64_t next_row = from; next_row < to; next_row += at_once) {
-          // Tiles of another shape cost more than rows multiplied again, pairs of rows do not.
-          const int64_t rows = std::min(at_once, tiles ? to - from : to - next_row);
-          const int64_t first = std::min(next_row, to - rows);
-          if (tiles)
-            registers.multiply(a + first * o.k, o.k, panel, c, kPanel, rows, o.k, next);
-          else
-            multiply_pairs(a + first * o.k, o.k, panel, c, rows, o.k, next);
-          finish_pairs(c, rows, width, bias ? bias + kPanel * t : nullptr, gelu, out + first * o.n + kPanel * t, o.n);
-        }
-      }
+      const int64_t from = r * m / row_blocks, to = (r + 1) * m / row_blocks;
+      if (by_tiles)
+        multiply_panels(o, from, to, begin, end, c, other, tiles);
+      else
+        multiply_panels(o, from, to, begin, end, c);
     }
   });
 }
@@ -80,9 +117,11 @@ Tensor packed_linear_pairs(const Tensor& x, const Tensor& panels, const Optional
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
   shape.back() = columns;
   Tensor y = empty(shape.data(), x.dim(), ScalarType::BFloat16, x);
+  std::vector<float> padded(panels.size(0) * kPanel);
+  if (bias) std::copy_n(static_cast<const float*>(added.data_ptr()), columns, padded.begin());
   linear_pairs(
-      {m, columns, k}, static_cast<const bf16*>(from.data_ptr()), static_cast<const bf16*>(panels.data_ptr()),
-      bias ? static_cast<const float*>(added.data_ptr()) : nullptr, gelu, static_cast<bf16*>(y.data_ptr()));
+      {{m, columns, k}, static_cast<const bf16*>(from.data_ptr()), static_cast<const bf16*>(panels.data_ptr()), padded.data(),
+       gelu, static_cast<bf16*>(y.data_ptr())});
   return y;
 }
 

@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "ops.h"
+#include "parts.h"
 #include "rows.h"
 #include "tiles.h"
 
@@ -186,6 +187,34 @@ Tensor shift_half(const Tensor& h, Operands& operands, const OptionalTensor& lin
   return shift_norm(h, *linked, shift, scale, before, after, weight, norm_bias, eps);
 }
 
+struct Halves {
+  const std::vector<OptionalTensor>& operands;
+  const std::vector<int64_t>& kinds;
+  const std::vector<double>& numbers;
+};
+
+Tensor run(const Halves& halves, const Part& part) {
+  Operands left(halves.operands);
+  Tensor h = part.h;
+  for (size_t half = 0; half < halves.kinds.size(); half += 2) {
+    const int64_t size = halves.kinds[half + 1];
+    const double eps = halves.numbers[half], other = halves.numbers[half + 1];
+    switch (halves.kinds[half]) {
+      case kAttention: h = attention_half(h, left, part.cu_seqlens, size, other, eps); break;
+      case kAbsorbed: h = absorbed_half(h, left, part.cu_seqlens, part.wanted, size, other, eps); break;
+      case kFeedForward: h = feed_forward_half(h, left, size, eps, other); break;
+      case kShiftNorm: h = shift_half(h, left, part.linked, eps); break;
+      default:
+        STD_TORCH_CHECK(
+            false, "packed_layers: kinds: got ", halves.kinds[half], ", wanted 0 to 3; see packed_layers.py");
+    }
+  }
+  STD_TORCH_CHECK(
+      left.empty(), "packed_layers: operands: got ", halves.operands.size(),
+      ", wanted fewer; pass those of every half");
+  return h;
+}
+
 }  // namespace
 
 Tensor packed_layers(
@@ -195,22 +224,21 @@ Tensor packed_layers(
       h.dim() == 2 && kinds.size() % 2 == 0 && numbers.size() == kinds.size(),
       "packed_layers: h, kinds, numbers: got ", h.dim(), " dimensions, ", kinds.size(), " and ", numbers.size(),
       " numbers, wanted (rows, H), two and two a half; reshape h, pass two a half");
-  Operands left(operands);
-  for (size_t half = 0; half < kinds.size(); half += 2) {
-    const int64_t size = kinds[half + 1];
-    const double eps = numbers[half], other = numbers[half + 1];
-    switch (kinds[half]) {
-      case kAttention: h = attention_half(h, left, cu_seqlens, size, other, eps); break;
-      case kAbsorbed: h = absorbed_half(h, left, cu_seqlens, wanted, size, other, eps); break;
-      case kFeedForward: h = feed_forward_half(h, left, size, eps, other); break;
-      case kShiftNorm: h = shift_half(h, left, linked, eps); break;
-      default:
-        STD_TORCH_CHECK(false, "packed_layers: kinds: got ", kinds[half], ", wanted 0 to 3; see packed_layers.py");
+  const Halves halves = {operands, kinds, numbers};
+  bool single = false;
+  for (size_t half = 0; half < kinds.size(); half += 2) single = single || kinds[half] == kAbsorbed;
+  const std::vector<Part> parts = parts_of({h, cu_seqlens, wanted, linked}, single);
+  if (parts.size() == 1) return run(halves, parts[0]);
+  Tensor out = empty_rows(single ? cu_seqlens.numel() - 1 : h.size(0), h.size(1), h.scalar_type(), h);
+  const int64_t bytes = h.size(1) * (is_float(h) ? 4 : 2);
+  torch::stable::parallel_for(0, parts.size(), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const Tensor found = dense(run(halves, parts[i]));
+      const int64_t row = single ? parts[i].sequence : parts[i].row;
+      std::memcpy(static_cast<char*>(out.data_ptr()) + row * bytes, found.data_ptr(), found.size(0) * bytes);
     }
-  }
-  STD_TORCH_CHECK(
-      left.empty(), "packed_layers: operands: got ", operands.size(), ", wanted fewer; pass those of every half");
-  return h;
+  });
+  return out;
 }
 
 }  // namespace fastgate::cpu

@@ -4,23 +4,13 @@
 
 #include <algorithm>
 
-#include "gelu.h"
-
-#if defined(__x86_64__) && (defined(__clang__) || __GNUC__ >= 10)
-#define FASTGATE_PAIRS
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wuninitialized"  // what GCC 12 says of its own header
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#include <immintrin.h>
-#pragma GCC diagnostic pop
-#endif
+#include "finish_row.h"
 
 namespace fastgate::cpu {
 
 #ifdef FASTGATE_PAIRS
 namespace {
 
-#define FASTGATE_PAIRS_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16,prefer-vector-width=512")))
 constexpr int kTile = 8;  // rows: with two vectors of columns, the chains that hide an addition's latency
 
 // R rows of `multiply_pairs`. ahead: what is brought nearer, `step` numbers further at each step along k.
@@ -58,20 +48,6 @@ void tile_of(
   tile<R>(a, a_row, b, c, k, ahead, step);
 }
 
-template <bool Gelu>
-FASTGATE_PAIRS_TARGET void finish(
-    const float* c, int64_t m, __mmask16 first, __mmask16 second, const float* bias, bf16* to, int64_t to_row) {
-  alignas(64) float row[kPairPanel];
-  for (int64_t i = 0; i < m; ++i, c += kPairPanel, to += to_row) {
-    each(kPairPanel, [&](int64_t j) __attribute__((always_inline)) {
-      const float x = c[j] + bias[j];
-      row[j] = Gelu ? gelu(x) : x;
-    });
-    _mm256_mask_storeu_epi16(to, first, (__m256i)_mm512_cvtneps_pbh(_mm512_load_ps(row)));
-    _mm256_mask_storeu_epi16(to + 16, second, (__m256i)_mm512_cvtneps_pbh(_mm512_load_ps(row + 16)));
-  }
-}
-
 // The first `n` of sixteen.
 inline __mmask16 first_of(int64_t n) { return n < 16 ? static_cast<__mmask16>((1u << n) - 1) : __mmask16{0xffff}; }
 
@@ -103,12 +79,11 @@ void multiply_pairs(const bf16* a, int64_t a_row, const bf16* b, float* c, int64
   }
 }
 
-void finish_pairs(const float* c, int64_t m, int64_t width, const float* bias, bool gelu, bf16* to, int64_t to_row) {
-  const uint32_t wanted = static_cast<uint32_t>((uint64_t{1} << width) - 1);
-  const auto first = static_cast<__mmask16>(wanted), second = static_cast<__mmask16>(wanted >> 16);
-  alignas(64) float added[kPairPanel] = {};
-  if (bias) std::copy_n(bias, width, added);
-  (gelu ? finish<true> : finish<false>)(c, m, first, second, added, to, to_row);
+FASTGATE_PAIRS_TARGET void finish_pairs(const Sums& sums) {
+  if (sums.gelu)
+    for (int64_t i = 0; i < sums.rows; ++i) finish_row<true>(sums, i);
+  else
+    for (int64_t i = 0; i < sums.rows; ++i) finish_row<false>(sums, i);
 }
 
 FASTGATE_PAIRS_TARGET void softmax_pairs(
@@ -136,7 +111,7 @@ FASTGATE_PAIRS_TARGET void softmax_pairs(
 
 bool has_pairs() { return false; }
 void multiply_pairs(const bf16*, int64_t, const bf16*, float*, int64_t, int64_t, const bf16*) {}
-void finish_pairs(const float*, int64_t, int64_t, const float*, bool, bf16*, int64_t) {}
+void finish_pairs(const Sums&) {}
 void softmax_pairs(float*, int64_t, int64_t, float, const float*, bf16*) {}
 
 #endif

@@ -16,9 +16,17 @@ bool has_pairs();
 // caller reads afterwards, which is brought nearer meanwhile; null: none.
 void multiply_pairs(const bf16* a, int64_t a_row, const bf16* b, float* c, int64_t m, int64_t k, const bf16* next);
 
-// Rows of 32 sums, `width` of them wanted, to bfloat16 rows `to_row` apart: bias added (null: none), then the exact GELU of
-// it if asked.
-void finish_pairs(const float* c, int64_t m, int64_t width, const float* bias, bool gelu, bf16* to, int64_t to_row);
+// Rows of 32 sums, `width` of them wanted, and what they become: bfloat16 rows `to_row` apart, 32 of bias added, then the
+// exact GELU of it if asked.
+struct Sums {
+  const float* c;
+  int64_t rows, width;
+  const float* bias;
+  bool gelu;
+  bf16* to;
+  int64_t to_row;
+};
+void finish_pairs(const Sums& sums);
 
 // out = softmax(scale * scores) of n scores, times `factors` (of a dropout, zeros up to a multiple of 16; null: none), zeros up
 // to `width`, a multiple of 16. scores are written over.

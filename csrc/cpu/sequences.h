@@ -8,8 +8,8 @@
 
 namespace fastgate::cpu {
 
-// The ends of the sequences, from 0 to rows, of (sequences + 1,) int32 or int64.
-inline std::vector<int64_t> ends_of(const char* op, const char* name, const Tensor& cu_seqlens, int64_t rows) {
+// The ends of the sequences, from 0 to rows (to any number: -1), of (sequences + 1,) int32 or int64.
+inline std::vector<int64_t> ends_of(const char* op, const char* name, const Tensor& cu_seqlens, int64_t rows = -1) {
   const auto dtype = cu_seqlens.scalar_type();
   STD_TORCH_CHECK(
       (dtype == ScalarType::Int || dtype == ScalarType::Long) && cu_seqlens.dim() == 1 && cu_seqlens.size(0) > 0, op, ": ",
@@ -19,6 +19,7 @@ inline std::vector<int64_t> ends_of(const char* op, const char* name, const Tens
   for (size_t i = 0; i < ends.size(); ++i)
     ends[i] = dtype == ScalarType::Int ? static_cast<const int32_t*>(given.data_ptr())[i]
                                        : static_cast<const int64_t*>(given.data_ptr())[i];
+  if (rows < 0) rows = ends.back();
   STD_TORCH_CHECK(
       ends.front() == 0 && ends.back() == rows && std::is_sorted(ends.begin(), ends.end()), op, ": ", name,
       ": got ends that do not rise from 0 to ", rows, "; cumulate the lengths from 0");
