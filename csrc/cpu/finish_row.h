@@ -7,13 +7,18 @@
 
 #if defined(__x86_64__) && (defined(__clang__) || __GNUC__ >= 10)
 #define FASTGATE_PAIRS
+#ifdef __clang__
+#include <immintrin.h>
+#define FASTGATE_PAIRS_FEATURES "avx512f,avx512bw,avx512vl,avx512bf16"
+#else
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wuninitialized"  // what GCC 12 says of its own header
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
 #pragma GCC diagnostic pop
-
 #define FASTGATE_PAIRS_FEATURES "avx512f,avx512bw,avx512vl,avx512bf16,prefer-vector-width=512"
+#endif
+
 #define FASTGATE_PAIRS_TARGET __attribute__((target(FASTGATE_PAIRS_FEATURES)))
 
 namespace fastgate::cpu {

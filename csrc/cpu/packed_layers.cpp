@@ -22,8 +22,11 @@ Tensor empty_rows(int64_t rows, int64_t columns, ScalarType dtype, const Tensor&
   return empty(sizes, 2, dtype, like);
 }
 
-template <class To, class From>
-FASTGATE_CLONES void convert(To* to, const From* from, int64_t n) {
+FASTGATE_CLONES void widen(float* to, const bf16* from, int64_t n) {
+  each(n, [&](int64_t i) { store(to, i, load(from, i)); });
+}
+
+FASTGATE_CLONES void narrow(bf16* to, const float* from, int64_t n) {
   each(n, [&](int64_t i) { store(to, i, load(from, i)); });
 }
 
@@ -35,9 +38,9 @@ Tensor as(ScalarType dtype, const Tensor& t) {
   Tensor to = empty_rows(from.numel() / std::max<int64_t>(1, columns), columns, dtype, from);
   torch::stable::parallel_for(0, from.numel(), kWork, [&](int64_t begin, int64_t end) {
     if (dtype == ScalarType::Float)
-      convert(floats(to) + begin, static_cast<const bf16*>(from.data_ptr()) + begin, end - begin);
+      widen(floats(to) + begin, static_cast<const bf16*>(from.data_ptr()) + begin, end - begin);
     else
-      convert(static_cast<bf16*>(to.data_ptr()) + begin, floats(from) + begin, end - begin);
+      narrow(static_cast<bf16*>(to.data_ptr()) + begin, floats(from) + begin, end - begin);
   });
   return to;
 }
@@ -152,7 +155,8 @@ Tensor absorbed_half(
         false, {floats(q) + head * width, hidden, 1}, floats(keys) + head * width * hidden, hidden,
         floats(probe) + head * hidden, heads * hidden, rows, hidden, width);
   });
-  const auto [mixed, total] = absorbed_attention(probe, source, cu_seqlens, scale, 0.0, std::nullopt);
+  const std::tuple<Tensor, Tensor> found = absorbed_attention(probe, source, cu_seqlens, scale, 0.0, std::nullopt);
+  const Tensor &mixed = std::get<0>(found), &total = std::get<1>(found);
   Tensor out = empty_rows(rows, hidden, ScalarType::Float, h);
   const Tensor added = v_bias ? as(ScalarType::Float, *v_bias) : out;
   for_heads(heads, rows * width * hidden, [&](int64_t head) {

@@ -222,8 +222,12 @@ FASTGATE_PRODUCTS(Avx512, __attribute__((target("arch=x86-64-v4"))))
 
 Products choose() {
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("x86-64-v4")) return {multiply_Avx512, multiply_rows_Avx512};
-  if (__builtin_cpu_supports("x86-64-v3")) return {multiply_Avx2, multiply_rows_Avx2};
+  // The levels by what they consist of: clang knows their names as targets before it knows them here.
+  const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+  const bool v4 = v3 && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
+                  __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (v4) return {multiply_Avx512, multiply_rows_Avx512};
+  if (v3) return {multiply_Avx2, multiply_rows_Avx2};
   return {multiply_Baseline, multiply_rows_Baseline};
 }
 
