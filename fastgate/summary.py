@@ -180,44 +180,39 @@ def tables(lines: Sequence[Line], speeds: dict[str, float]) -> str:
 
 
 def by_task(lines: Sequence[Line], speeds: dict[str, float]) -> str:
-    """Markdown, of a recipe's lines: a row a task, its dense score, what each cut by learned gates leaves.
+    """Markdown, of a recipe's lines: a row a task and share of the attention that learned gates removed.
 
-    A cell says the mean over seeds of the share of the same seed's dense score, the least and the greatest,
-    the number of seeds if it is not the dense model's, the choices of layers, and the mean of the speed-ups
-    where they are known, in float32 and in bfloat16.
+    It says the mean over seeds of the share of the same seed's dense score, the least and the greatest, the
+    number of seeds if it is not the dense model's, the choices of layers, and the mean of the speed-ups over
+    SDPA in float32 and in bfloat16, where those of all choices are known.
     """
-    mine = [line for line in lines if line["method"] in ("dense", "learned")]
-
-    def removed(line: Line) -> float:
-        return round(1 - len(line["kept"]) / line["layers"], 2)
-
-    def cell(cut: Sequence[Line], seeds: int) -> str:
-        if not cut:
-            return ""
-        shares = [line["score"] / line["dense_score"] for line in cut]
-        text = f"{statistics.mean(shares):.1%}"
-        text += f" ({min(shares):.1%} to {max(shares):.1%})" if len(cut) > 1 else ""
-        text += f", {len(cut)} of {seeds} seeds" if len(cut) != seeds else ""
-        kept = ["{" + ",".join(map(str, line["kept"])) + "}" for line in cut]
-        text += f", {' '.join(dict.fromkeys(kept))}"
-        for dtype, words in ((FLOAT32, ""), (BFLOAT16, " in bfloat16")):
-            timed = [speeds[key] for line in cut if (key := speed_key(line, dtype)) in speeds]
-            text += f", {statistics.mean(timed):.1f}x{words}" if len(timed) == len(cut) else ""
-        return text
-
-    cuts = sorted({removed(line) for line in mine} - {0.0})
-    parts = ["| task | metric | dense |" + "".join(f" {cut:.0%} removed |" for cut in cuts)]
-    parts += ["| --- | --- | ---: |" + " ---: |" * len(cuts)]
-    for task in dict.fromkeys(line["task"] for line in mine):
-        there = [line for line in mine if line["task"] == task]
+    parts = ["| task | metric | dense | removed | of dense | kept | float32 | bfloat16 |"]
+    parts += ["| --- | --- | ---: | ---: | --- | --- | ---: | ---: |"]
+    for task in dict.fromkeys(line["task"] for line in lines):
+        there = [line for line in lines if line["task"] == task]
         dense = [line["score"] for line in there if line["method"] == "dense"]
-        if not dense:
-            continue
-        score = f"{statistics.mean(dense):.4f}" + (f" ± {statistics.stdev(dense):.4f}" if dense[1:] else "")
-        learned = [line for line in there if line["method"] == "learned"]
-        by_cut = [[line for line in learned if removed(line) == cut] for cut in cuts]
-        cells = [task, there[0]["metric"], score, *(cell(cut, len(dense)) for cut in by_cut)]
-        parts.append(f"| {' | '.join(cells)} |")
+        cuts: dict[float, list[Line]] = defaultdict(list)
+        for line in there:
+            if line["method"] == "learned":
+                cuts[1 - len(line["kept"]) / line["layers"]].append(line)
+        for removed, cut in sorted(cuts.items() if dense else ()):
+            shares = [line["score"] / line["dense_score"] for line in cut]
+            around = f" ({min(shares):.1%} to {max(shares):.1%})" if shares[1:] else ""
+            some = f", {len(cut)} of {len(dense)} seeds" if len(cut) != len(dense) else ""
+            times = []
+            for dtype in (FLOAT32, BFLOAT16):
+                timed = [speeds[key] for line in cut if (key := speed_key(line, dtype)) in speeds]
+                times.append(f"{statistics.mean(timed):.1f}x" if len(timed) == len(cut) else "")
+            cells = [
+                task,
+                there[0]["metric"],
+                f"{statistics.mean(dense):.4f}" + (f" ± {statistics.stdev(dense):.4f}" if dense[1:] else ""),
+                f"{removed:.0%}",
+                f"{statistics.mean(shares):.1%}{around}{some}",
+                " ".join(dict.fromkeys("{" + ",".join(map(str, line["kept"])) + "}" for line in cut)),
+                *times,
+            ]
+            parts.append(f"| {' | '.join(cells)} |")
     return "\n".join(parts) + "\n"
 
 

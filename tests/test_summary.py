@@ -111,10 +111,10 @@ def test_one_table_of_a_recipe(tmp_path):
     (tmp_path / "speeds.json").write_text(json.dumps(speeds))
     shown = run("report", path, "--recipe", tmp_path / "recipe.yaml", "--out", tmp_path / "report").output
     assert shown.splitlines()[:4] == [
-        "| task | metric | dense | 67% removed |",
-        "| --- | --- | ---: | ---: |",
-        "| sst2 | accuracy | 0.8000 ± 0.0000 | 92.5% (90.0% to 95.0%), {0} {1}, 3.5x |",
-        "| cola | accuracy | 0.8000 ± 0.0000 | 90.0%, 1 of 2 seeds, {0}, 5.0x in bfloat16 |",
+        "| task | metric | dense | removed | of dense | kept | float32 | bfloat16 |",
+        "| --- | --- | ---: | ---: | --- | --- | ---: | ---: |",
+        "| sst2 | accuracy | 0.8000 ± 0.0000 | 67% | 92.5% (90.0% to 95.0%) | {0} {1} | 3.5x |  |",
+        "| cola | accuracy | 0.8000 ± 0.0000 | 67% | 90.0%, 1 of 2 seeds | {0} |  | 5.0x |",
     ]
 
 
