@@ -1,15 +1,19 @@
-"""Activation memory: what autograd keeps, by hand and against Hugging Face; gradient checkpointing."""
+"""Memory of training: what autograd keeps, by hand and against Hugging Face; gradient checkpointing; what
+oneDNN keeps."""
 
 import copy
+import os
 
 import pytest
 import torch
+from children import finish, start
 from encoders import LENGTHS, batch, make
 from torch import nn
 
 import fastgate
 from fastgate import gates
 from fastgate.memory import saved_bytes
+from fastgate.ops.linear import missing_for_onednn
 from fastgate.state import encoder_state
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
@@ -165,3 +169,37 @@ def test_recorded_hidden_states_carry_gradients_under_checkpointing(reentrant):
             assert len(record.hidden) == 4
         results.append((loss.detach(), {n: p.grad for n, p in model.named_parameters()}))
     assert_same(*results)
+
+
+PRODUCTS = """
+import os, sys
+import torch
+from fastgate.memory import bound_compiled_products
+from fastgate.ops.linear import linear
+
+if sys.argv[1] == "bound":
+    bound_compiled_products()
+weight = torch.randn(256, 64, requires_grad=True)
+
+def train(rows):
+    linear(torch.randn(rows, 64, requires_grad=True), weight).sum().backward()
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+for rows in range(64, 264):
+    train(rows)
+before = resident()
+for rows in range(264, 464):
+    train(rows)
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(missing_for_onednn() != "", reason="no oneDNN")
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="resident memory is read from /proc")
+def test_numbers_of_rows_seldom_seen_do_not_pile_up():
+    children = [start(PRODUCTS, word) for word in ("bound", "as it is")]
+    bound, grown = (int(finish(child)) for child in children)
+    assert grown > 200 * 100_000, "oneDNN keeps no compiled product here: nothing to bound"
+    assert bound < grown / 5
