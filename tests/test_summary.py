@@ -65,6 +65,8 @@ def test_learned_gates_against_a_control():
     assert summary.learned_against([*LINES[:3], *other], "random")[2] == 0
     labelled = [line(seed=s, kept=(s,), score=0.1, labels=1.0) for s in SCORES]  # not what random is held to
     assert summary.learned_against([*LINES, *labelled], "random") == (mean, half, pairs)
+    fast = [line(seed=s, kept=(s,), score=0.1, speedup=2.0) for s in SCORES]  # gave up score for speed
+    assert summary.learned_against([*LINES, *fast], "random") == (mean, half, pairs)
 
 
 def test_rows_that_a_setting_tells_apart_say_which():
