@@ -15,7 +15,7 @@ COMPILED_PRODUCTS = 64
 
 
 def bound_compiled_products() -> None:
-    """Have this process and its children keep at most 64 compiled products a cache; before the first.
+    """Keep at most 64 compiled products a cache, here and in children. Call it before the first product.
 
     On the CPU oneDNN compiles a product for each number of rows, which after packing is another one in nearly
     every batch, and keeps it: 0.3 MB a product and cache, which lie between the activations, so that the

@@ -14,7 +14,6 @@ from typing import Any
 from rich.console import Console
 
 from .errors import DataError, say
-from .tasks.job import TARGETS
 from .tasks.settings import read_recipe
 from .tasks.sweep import read_lines
 
@@ -112,15 +111,11 @@ def interval(values: Sequence[float]) -> float | None:
 
 def learned_against(lines: Sequence[Line], rival: str) -> tuple[float, float | None, int]:
     """(mean, half interval, pairs) of learned - rival over pairs of one task, seed, number of layers kept and
-    all settings else; in shares of the dense score, so that tasks of different metrics weigh alike.
-
-    Runs held to a speed or a score have no pair: they give up score for the one, layers for the other.
-    """
+    all settings else, but for the share to remove; in shares of the dense score, so that tasks of different
+    metrics weigh alike. Runs held to a speed or a score have no pair: no rival was held to either."""
     by_pair: dict[tuple, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for line in lines:
-        if line["settings"].get("speedup") or line["settings"].get("max_drop"):
-            continue
-        alike = {k: v for k, v in line["settings"].items() if k not in ("method", "keep", *TARGETS)}
+        alike = {k: v for k, v in line["settings"].items() if k not in ("method", "keep", "sparsity")}
         pair = (len(line["kept"]), json.dumps(alike, sort_keys=True))
         by_pair[pair][line["method"]].append(line["score"] / line["dense_score"])
     gaps = [
