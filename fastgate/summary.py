@@ -14,14 +14,12 @@ from typing import Any
 from rich.console import Console
 
 from .errors import DataError, say
+from .speeds import BFLOAT16, FLOAT32, Line, Speeds, mean_speed, measured, pooling_of, read_speeds
 from .tasks.settings import read_recipe
 from .tasks.sweep import read_lines
 
-Line = dict[str, Any]
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#444444")
 ALIKE = ("method", "replacement", "removed", "pooling")  # what a table's row says of its settings anyway
-FLOAT32, BFLOAT16 = "float32", "bfloat16"
-BATCH, BATCHES = 32, 4  # rows in a batch, and batches, that a speed-up is measured on
 
 
 @dataclass(frozen=True)
@@ -29,7 +27,8 @@ class Row:
     """Runs that differ in their seeds alone.
 
     gap: mean of score - dense score of the same seed; interval: half the width of its 95% confidence interval
-    by Student's t, None for one seed. spread: standard deviation of the scores, None for one seed.
+    by Student's t, None for one seed. spread: standard deviation of the scores, None for one seed. speedups:
+    mean times as fast as SDPA in float32, a processor each, None where a run's was not measured.
     """
 
     task: str
@@ -44,7 +43,7 @@ class Row:
     gap: float
     interval: float | None
     kept: tuple[tuple[int, ...], ...]
-    speedup: float | None
+    speedups: tuple[float | None, ...]
     pooling: str
     settings: Line
 
@@ -54,19 +53,7 @@ class Row:
         return self.score / self.dense if self.dense else math.nan
 
 
-def pooling_of(line: Line) -> str:
-    return str(line["settings"].get("pooling", "first"))
-
-
-def speed_key(line: Line, dtype: str = FLOAT32) -> str:
-    """What a model's speed depends on. Vectors on single rows (`mean`, `affine`) cost next to nothing."""
-    key = [line["model"], line["task"], sorted(line["kept"]), line["settings"]["max_length"]]
-    key += ["shift"] if line["replacement"] == "shift" else []
-    key += [dtype] if dtype != FLOAT32 else []
-    return json.dumps(key if pooling_of(line) == "first" else [*key, pooling_of(line)])
-
-
-def rows(lines: Sequence[Line], speeds: dict[str, float] | None = None) -> list[Row]:
+def rows(lines: Sequence[Line], speeds: Speeds | None = None) -> list[Row]:
     """A row for each setting, by task, by share removed, by score."""
     together: dict[str, list[Line]] = defaultdict(list)
     for line in lines:
@@ -77,7 +64,6 @@ def rows(lines: Sequence[Line], speeds: dict[str, float] | None = None) -> list[
         first = group[0]
         scores, gaps = [r["score"] for r in group], [r["score"] - r["dense_score"] for r in group]
         removed = statistics.mean(1 - len(r["kept"]) / r["layers"] for r in group)
-        timed = [(speeds or {}).get(speed_key(r)) for r in group]
         found.append(
             Row(
                 first["task"],
@@ -92,7 +78,7 @@ def rows(lines: Sequence[Line], speeds: dict[str, float] | None = None) -> list[
                 statistics.mean(gaps),
                 interval(gaps),
                 tuple(tuple(r["kept"]) for r in group),
-                None if None in timed else statistics.mean(timed),  # type: ignore[type-var]
+                tuple(mean_speed(group, known) for known in (speeds or {}).values()),
                 pooling_of(first),
                 first["settings"],
             )
@@ -135,7 +121,17 @@ def told_apart(row: Row, found: Sequence[Row]) -> str:
     return "".join(f", {name} {value}" for name, value in given if value is not None)
 
 
-def tables(lines: Sequence[Line], speeds: dict[str, float]) -> str:
+def times(speedup: float | None) -> str:
+    return "" if speedup is None else f"{speedup:.1f}x"
+
+
+def processors(speeds: Speeds) -> list[str]:
+    """The line under a table that says which processor a number in its header stands for; none, no line."""
+    named = "; ".join(f"[{i}] {name}" for i, name in enumerate(speeds, 1))
+    return ["", f"Times as fast as SDPA on {named}."] if speeds else []
+
+
+def tables(lines: Sequence[Line], speeds: Speeds) -> str:
     """Markdown: a table a task, and learned gates against the controls."""
     found = rows(lines, speeds)
     parts = []
@@ -143,8 +139,9 @@ def tables(lines: Sequence[Line], speeds: dict[str, float]) -> str:
         mine = [row for row in found if row.task == task]
         seeds = max(row.seeds for row in mine)
         parts += [f"## {task}, {mine[0].metric}, up to {seeds} seeds", ""]
-        parts += ["| method | removed | kept | score | spread | of dense | gap to dense | speed-up |"]
-        parts += ["| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: |"]
+        timed = "".join(f" speed-up [{i}] |" for i, _ in enumerate(speeds, 1))
+        parts += ["| method | removed | kept | score | spread | of dense | gap to dense |" + timed]
+        parts += ["| --- | ---: | --- | ---: | ---: | ---: | ---: |" + " ---: |" * len(speeds)]
         for row in mine:
             kept = "; ".join(" ".join(map(str, k)) for k in row.kept) if row.removed else "all"
             gap = f"{row.gap:+.4f}" + ("" if row.interval is None else f" ± {row.interval:.4f}")
@@ -158,10 +155,10 @@ def tables(lines: Sequence[Line], speeds: dict[str, float]) -> str:
                 "" if row.spread is None else f"{row.spread:.4f}",
                 f"{row.share:.1%}",
                 gap,
-                "" if row.speedup is None else f"{row.speedup:.1f}x",
+                *map(times, row.speedups),
             ]
             parts.append(f"| {' | '.join(cells)} |")
-        parts.append("")
+        parts += [*processors(speeds), ""]
     rivals = [m for m in dict.fromkeys(line["method"] for line in lines) if m not in ("learned", "dense")]
     said = []
     for rival in rivals:
@@ -179,15 +176,20 @@ def tables(lines: Sequence[Line], speeds: dict[str, float]) -> str:
     return "\n".join(parts)
 
 
-def by_task(lines: Sequence[Line], speeds: dict[str, float]) -> str:
+def by_task(lines: Sequence[Line], speeds: Speeds) -> str:
     """Markdown, of a recipe's lines: a row a task and share of the attention that learned gates removed.
 
     It says the mean over seeds of the share of the same seed's dense score, the least and the greatest, the
     number of seeds if it is not the dense model's, the choices of layers, and the mean of the speed-ups over
-    SDPA in float32 and in bfloat16, where those of all choices are known.
+    SDPA in float32 and in bfloat16 on each processor, where those of all choices are known.
     """
-    parts = ["| task | metric | dense | removed | of dense | kept | float32 | bfloat16 |"]
-    parts += ["| --- | --- | ---: | ---: | --- | --- | ---: | ---: |"]
+    timed = [
+        (f"{dtype} [{i}]", known, dtype)
+        for i, known in enumerate(speeds.values(), 1)
+        for dtype in (FLOAT32, BFLOAT16)
+    ]
+    parts = ["| task | metric | dense | removed | of dense | kept |" + "".join(f" {t[0]} |" for t in timed)]
+    parts += ["| --- | --- | ---: | ---: | --- | --- |" + " ---: |" * len(timed)]
     for task in dict.fromkeys(line["task"] for line in lines):
         there = [line for line in lines if line["task"] == task]
         dense = [line["score"] for line in there if line["method"] == "dense"]
@@ -199,10 +201,6 @@ def by_task(lines: Sequence[Line], speeds: dict[str, float]) -> str:
             shares = [line["score"] / line["dense_score"] for line in cut]
             around = f" ({min(shares):.1%} to {max(shares):.1%})" if shares[1:] else ""
             some = f", {len(cut)} of {len(dense)} seeds" if len(cut) != len(dense) else ""
-            times = []
-            for dtype in (FLOAT32, BFLOAT16):
-                timed = [speeds[key] for line in cut if (key := speed_key(line, dtype)) in speeds]
-                times.append(f"{statistics.mean(timed):.1f}x" if len(timed) == len(cut) else "")
             cells = [
                 task,
                 there[0]["metric"],
@@ -210,14 +208,15 @@ def by_task(lines: Sequence[Line], speeds: dict[str, float]) -> str:
                 f"{removed:.0%}",
                 f"{statistics.mean(shares):.1%}{around}{some}",
                 " ".join(dict.fromkeys("{" + ",".join(map(str, line["kept"])) + "}" for line in cut)),
-                *times,
+                *(times(mean_speed(cut, known, dtype)) for _, known, dtype in timed),
             ]
             parts.append(f"| {' | '.join(cells)} |")
-    return "\n".join(parts) + "\n"
+    return "\n".join([*parts, *processors(speeds)]) + "\n"
 
 
-def plots(lines: Sequence[Line], speeds: dict[str, float], folder: Path) -> list[Path]:
-    """score.svg, speed.svg (where speeds are known), survivors.svg and gates.svg in `folder`."""
+def plots(lines: Sequence[Line], speeds: Speeds, folder: Path) -> list[Path]:
+    """score.svg, speed.svg (on the first processor that speeds are known of), survivors.svg and gates.svg in
+    `folder`."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
@@ -236,15 +235,17 @@ def plots(lines: Sequence[Line], speeds: dict[str, float], folder: Path) -> list
 
     for name, across, label in (
         ("score", lambda row: 100 * row.removed, "% of the attention removed"),
-        ("speed", lambda row: row.speedup, "times as fast as SDPA"),
+        ("speed", lambda row: next(iter(row.speedups), None), "times as fast as SDPA"),
     ):
-        if name == "speed" and not any(row.speedup for row in found):
+        if all(across(row) is None for row in found):
             continue
         made, axes = figure(len(tasks))
+        if name == "speed":
+            made.suptitle(next(iter(speeds)), fontsize=7)
         for axis, task in zip(axes, tasks, strict=True):
             for method, colour in zip(methods, COLOURS * 3, strict=False):
                 points = [r for r in found if r.task == task and r.method == method and across(r) is not None]
-                points.sort(key=across)
+                points.sort(key=lambda row: across(row) or 0.0)
                 if points:
                     axis.errorbar(
                         [across(r) for r in points], [r.score for r in points],
@@ -297,42 +298,6 @@ def plots(lines: Sequence[Line], speeds: dict[str, float], folder: Path) -> list
         axes[-1].legend(fontsize=6, title="layer", title_fontsize=6)
         save(made, "gates")
     return written
-
-
-def measured(
-    lines: Sequence[Line], path: Path, data_dir: Path | None, console: Console, dtype: str = FLOAT32
-) -> dict[str, float]:
-    """Speed-ups over SDPA of each choice of layers, both in `dtype`, by `fastgate bench` on this machine,
-    kept in `path`."""
-    from .batches import real_batches
-    from .compare import compare, dtype_of
-    from .contenders import contenders
-    from .tasks.load import load_task
-
-    known, precision = read_speeds(path), dtype_of("report", dtype)
-    for line in lines:
-        key = speed_key(line, dtype)
-        if key in known or line["method"] == "dense":
-            continue
-        task = load_task(line["task"], data_dir, max_train_rows=1)
-        source = line["settings"]["model"]
-        ours, reference, tokenizer = contenders(
-            source, task, line["kept"], precision, pooling_of(line), line["replacement"]
-        )
-        batches = real_batches(
-            task, tokenizer, max_length=line["settings"]["max_length"], batch_size=BATCH, count=BATCHES,
-            order="data",
-        )  # fmt: skip
-        known[key] = compare(ours, reference, batches, against=["sdpa"]).ratio("sdpa")
-        console.print(f"{line['task']} kept {line['kept']}: {known[key]:.2f}x", highlight=False)
-        aside = path.with_name(f".{path.name}.writing")
-        aside.write_text(json.dumps(known, indent=1) + "\n")
-        aside.replace(path)
-    return known
-
-
-def read_speeds(path: Path) -> dict[str, float]:
-    return dict(json.loads(path.read_text())) if path.is_file() else {}
 
 
 def write(

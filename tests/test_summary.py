@@ -11,6 +11,7 @@ from test_cli import run
 
 from fastgate import summary
 from fastgate.errors import DataError
+from fastgate.speeds import speed_key, this_processor
 from fastgate.tasks.settings import read_recipe
 
 
@@ -80,19 +81,22 @@ def test_rows_that_a_setting_tells_apart_say_which():
 def test_the_tables_and_plots(tmp_path):
     path = tmp_path / "tasks.jsonl"
     path.write_text("".join(json.dumps(one) + "\n" for one in LINES))
-    speeds = {summary.speed_key(one): 4.0 + one["seed"] for one in LINES if one["method"] == "learned"}
-    (tmp_path / "speeds.json").write_text(json.dumps(speeds))
+    known = {speed_key(one): 4.0 + one["seed"] for one in LINES if one["method"] == "learned"}
+    other = {key: 2 * value for key, value in known.items()}
+    (tmp_path / "speeds.json").write_text(json.dumps({"slow one": known, "fast one": other}))
     shown = run("report", path, "--out", tmp_path / "report").output
     assert "## sst2, accuracy, up to 3 seeds" in shown
     assert (
         "| learned, mean | 67% | 0; 1; 2 | 0.8233 | 0.0208 | 90.8% | -0.0833 ±" in shown
-        and "| 5.0x |" in shown
+        and "| 5.0x | 10.0x |" in shown
     )
+    assert "| speed-up [1] | speed-up [2] |" in shown and "on [1] slow one; [2] fast one." in shown
     assert "| dense | 0% | all | 0.9067 |" in shown
     assert "- learned - random: +1" in shown and "3 pairs" in shown
     assert (tmp_path / "report" / "tables.md").read_text() in shown
     for name in ("score", "speed", "survivors", "gates"):
         assert "</svg>" in (tmp_path / "report" / f"{name}.svg").read_text()
+    assert "slow one" in (tmp_path / "report" / "speed.svg").read_text()
 
 
 def test_one_table_of_a_recipe(tmp_path):
@@ -108,15 +112,18 @@ def test_one_table_of_a_recipe(tmp_path):
         lines += [made | {"settings": settings.identity}, line(score=0.1)]  # and one of other settings
     path = tmp_path / "tasks.jsonl"
     path.write_text("".join(json.dumps(one) + "\n" for one in lines))
-    speeds = {summary.speed_key(one): 3.0 + one["seed"] for one in lines if one["task"] == "sst2"}
-    speeds |= {summary.speed_key(one, "bfloat16"): 5.0 for one in lines if one["task"] == "cola"}
-    (tmp_path / "speeds.json").write_text(json.dumps(speeds))
+    sst2 = {speed_key(one): 3.0 + one["seed"] for one in lines if one["task"] == "sst2"}
+    cola = {speed_key(one, "bfloat16"): 5.0 for one in lines if one["task"] == "cola"}
+    (tmp_path / "speeds.json").write_text(json.dumps({"slow one": sst2 | cola, "fast one": {}}))
     shown = run("report", path, "--recipe", tmp_path / "recipe.yaml", "--out", tmp_path / "report").output
-    assert shown.splitlines()[:4] == [
-        "| task | metric | dense | removed | of dense | kept | float32 | bfloat16 |",
-        "| --- | --- | ---: | ---: | --- | --- | ---: | ---: |",
-        "| sst2 | accuracy | 0.8000 ± 0.0000 | 67% | 92.5% (90.0% to 95.0%) | {0} {1} | 3.5x |  |",
-        "| cola | accuracy | 0.8000 ± 0.0000 | 67% | 90.0%, 1 of 2 seeds | {0} |  | 5.0x |",
+    assert shown.splitlines()[:6] == [
+        "| task | metric | dense | removed | of dense | kept |"
+        " float32 [1] | bfloat16 [1] | float32 [2] | bfloat16 [2] |",
+        "| --- | --- | ---: | ---: | --- | --- | ---: | ---: | ---: | ---: |",
+        "| sst2 | accuracy | 0.8000 ± 0.0000 | 67% | 92.5% (90.0% to 95.0%) | {0} {1} | 3.5x |  |  |  |",
+        "| cola | accuracy | 0.8000 ± 0.0000 | 67% | 90.0%, 1 of 2 seeds | {0} |  | 5.0x |  |  |",
+        "",
+        "Times as fast as SDPA on [1] slow one; [2] fast one.",
     ]
 
 
@@ -125,8 +132,8 @@ def test_another_pooling_is_another_row_and_another_speed():
     first, mean = summary.rows(lines)
     assert (first.pooling, mean.pooling) == ("first", "mean") and (first.seeds, mean.seeds) == (3, 3)
     assert "| learned, mean, pooling mean | 67% |" in summary.tables(lines, {})
-    keys = {summary.speed_key(one) for one in lines}
-    assert len(keys) == 6 and summary.speed_key(LINES[0]) == '["minilm", "sst2", [0], 32]'
+    keys = {speed_key(one) for one in lines}
+    assert len(keys) == 6 and speed_key(LINES[0]) == '["minilm", "sst2", [0], 32]'
     assert summary.learned_against([*LINES[:3], line("random", pooling="mean")], "random")[2] == 0
 
 
@@ -141,15 +148,23 @@ def test_speeds_are_measured_once(tmp_path, monkeypatch):
     lines = [*LINES, line(kept=(0,), pooling="mean")]
     path.write_text("".join(json.dumps(one) + "\n" for one in lines))
     options = ["--data-dir", tmp_path / "data", "--measure", "--out", tmp_path / "report"]
+    elsewhere = {"another processor": {speed_key(one): 7.0 for one in lines}}
+    (tmp_path / "speeds.json").write_text(json.dumps(elsewhere))
+
+    def found():
+        speeds = json.loads((tmp_path / "speeds.json").read_text())
+        assert list(speeds) == ["another processor", this_processor()]
+        assert speeds.items() >= elsewhere.items()
+        return speeds[this_processor()]
+
     run("report", path, *options)
-    speeds = json.loads((tmp_path / "speeds.json").read_text())
-    assert set(speeds) == {summary.speed_key(one) for one in lines if one["method"] != "dense"}
+    speeds = found()
+    assert set(speeds) == {speed_key(one) for one in lines if one["method"] != "dense"}
     assert all(value > 0 for value in speeds.values())
     run("report", path, *options)
-    assert json.loads((tmp_path / "speeds.json").read_text()) == speeds
+    assert found() == speeds
     run("report", path, *options, "--dtype", "bfloat16")
-    more = json.loads((tmp_path / "speeds.json").read_text())
-    assert speeds.items() <= more.items() and len(more) == 2 * len(speeds)
+    assert speeds.items() <= found().items() and len(found()) == 2 * len(speeds)
 
 
 def test_no_lines_no_report(tmp_path):
