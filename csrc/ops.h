@@ -79,7 +79,7 @@ bool packs_bfloat16();
 Tensor packed_linear(Tensor x, Tensor panels, OptionalTensor bias, int64_t columns, bool gelu);
 Tensor packed_layers(
     Tensor h, std::vector<OptionalTensor> operands, std::vector<int64_t> kinds, std::vector<double> numbers,
-    Tensor cu_seqlens, OptionalTensor wanted, OptionalTensor linked);
+    Tensor cu_seqlens, OptionalTensor wanted, std::vector<Tensor> links);
 Tensor shift_norm(FASTGATE_SHIFT_NORM_OPERANDS);
 std::tuple<Tensor, Tensor> shift_norm_backward(Tensor grad, FASTGATE_SHIFT_NORM_OPERANDS, int64_t wanted);
 Tensor gated_add_norm(Tensor x, Tensor residual, FASTGATE_GATED_ADD_NORM_OPERANDS);

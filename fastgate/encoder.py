@@ -243,10 +243,12 @@ def _shift(run: Run, step: Step, h: Tensor) -> Tensor:
 def _shift_norm(run: Run, parts: Parts, step: Step, h: Tensor) -> Tensor:
     """The LayerNorm of a skipped attention that a `shift` replaces."""
     norm, vectors = parts.out._modules["LayerNorm"], shift_vectors(parts.layer)
-    among_wanted = step.narrow and run.packing.widened
-    linked = run.packing.wanted_linked if among_wanted else run.packing.linked
-    h = shift_norm(h, linked, *vectors, norm.weight, norm.bias, norm.eps)
-    return h if among_wanted else _narrowed(run, step, h)
+    if step.narrow and run.packing.widened:
+        linked, nearer = run.packing.near[step.reach]
+        h = shift_norm(h, linked, *vectors, norm.weight, norm.bias, norm.eps)
+        return h.index_select(0, nearer)
+    h = shift_norm(h, run.packing.linked, *vectors, norm.weight, norm.bias, norm.eps)
+    return _narrowed(run, step, h)
 
 
 def _narrowed(run: Run, step: Step, h: Tensor) -> Tensor:

@@ -85,7 +85,7 @@ def explain(model: nn.Module, lengths: Sequence[int] = (32,) * 8) -> Explanation
         config.intermediate_size,
         packing.queries.rows,
         packing.keys.rows,
-        packing.wanted.rows,
+        packing.within,
         pairs,
         batch,
     )
@@ -110,13 +110,12 @@ def explain(model: nn.Module, lengths: Sequence[int] = (32,) * 8) -> Explanation
             if isinstance(gate, Tensor)
             else "kept"
         )
-        live = sizes.demanded if steps[-1].narrow else sizes.packed
         table.append(
             Row(
                 i,
                 status,
                 value,
-                live,
+                sizes.live(steps[-1]),
                 tuple(s.op for s in steps),
                 cost,
                 cost / dense,
@@ -128,7 +127,7 @@ def explain(model: nn.Module, lengths: Sequence[int] = (32,) * 8) -> Explanation
         state.runtime.demand,
         tuple(lengths),
         sizes.packed,
-        sizes.demanded if packing.host.read_rows is None else packing.host.read_rows.numel(),
+        sizes.demanded,
         plan.kept,
         total,
         total / dense,

@@ -63,7 +63,7 @@ class Floor:
                     work.append((q, k.transpose(1, 2), True))
                     work.append((self._tensor("p", heads * count, n, m), k, True))
                 continue
-            sizes = Sizes(hidden, inner_width, rows, sum(lengths), rows, 0, len(lengths))
+            sizes = Sizes(hidden, inner_width, rows, sum(lengths), (rows,), 0, len(lengths))
             needed = products(Step(op, layer, False), sizes, heads)
             if op == "project_qkv" and len(set(needed)) == 1 and self._joins(hidden):
                 needed = [(rows, hidden, 3 * hidden)]

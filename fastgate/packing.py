@@ -135,14 +135,15 @@ def linked_tokens(attended: Tensor) -> Tensor:
 @dataclass(frozen=True, eq=False)
 class HostIndices:
     """What a packing is made of, on the host; None as in Packing. wanted: rows of the padded batch. attended:
-    (batch, length) bool; None: every token. read_rows: (read,) int64 into the demanded rows, where
-    `pack_rows` was told to widen them; None: all of them are read."""
+    (batch, length) bool; None: every token. links: (demanded,) int64, how many links lie between a demanded
+    row and one that is read, where `pack_rows` was told to widen them up to `reach`; None: all are read."""
 
     index: Tensor | None
     key_rows: Tensor | None
     wanted_rows: Tensor | None
     attended: Tensor | None = None
-    read_rows: Tensor | None = None
+    links: Tensor | None = None
+    reach: int = 0
 
     @cached_property
     def wanted(self) -> Tensor | None:
@@ -176,8 +177,8 @@ class Packing:
         found = {"index": host.index, "key_rows": host.key_rows, "wanted_rows": host.wanted_rows}
         if host.index is not None and host.wanted_rows is not None:
             found["wanted_index"] = host.wanted
-        if host.read_rows is not None and host.wanted is not None:
-            found |= {"read_rows": host.read_rows, "read_index": host.wanted[host.read_rows]}
+        if host.links is not None and host.wanted is not None:
+            found["read_index"] = host.wanted[host.links == 0]
         named = {name: t for name, t in found.items() if t is not None}
         ragged = list({id(r): r for r in (self.queries, self.keys, self.wanted)}.values())
         ends = [ends_of(r.lengths) for r in ragged]
@@ -213,14 +214,20 @@ class Packing:
         return on_device([self.host_linked], self.queries.device)[0]
 
     @cached_property
-    def wanted_linked(self) -> Tensor:
-        """`linked` of the demanded rows among themselves, (demanded,) bool."""
-        rows = self.host.wanted_rows
-        if rows is None:
-            return self.linked
-        beside = torch.zeros(rows.numel(), dtype=torch.bool, device=HOST)
-        beside[1:] = rows[1:] == rows[:-1] + 1
-        return on_device([self.host_linked[rows] & beside], self.queries.device)[0]
+    def near(self) -> list[tuple[Tensor, Tensor]]:
+        """What takes widened rows to those that are read, a link at a time: near[k] holds `linked` of the
+        rows up to k + 1 links away among themselves, (rows,) bool, and which of them are up to k away, int64.
+        """
+        links, rows, found = self.host.links, self.host.wanted_rows, []
+        assert links is not None and rows is not None
+        for k in range(self.host.reach):
+            there, away = rows[links <= k + 1], links[links <= k + 1]
+            linked = self.host_linked[there]
+            linked[1:] &= there[1:] == there[:-1] + 1
+            linked[:1] = False
+            found += [linked, _true(away <= k)]
+        moved = on_device(found, self.queries.device)
+        return list(zip(moved[::2], moved[1::2], strict=True))
 
     @property
     def narrow(self) -> bool:
@@ -229,7 +236,15 @@ class Packing:
     @property
     def widened(self) -> bool:
         """Whether the demanded rows are more than those read: all that those are computed from."""
-        return self.host.read_rows is not None
+        return self.host.links is not None
+
+    @property
+    def within(self) -> tuple[int, ...]:
+        """How many demanded rows there are up to so many links away from those that are read."""
+        links = self.host.links
+        if links is None:
+            return (self.wanted.rows,)
+        return tuple(int((links <= k).sum()) for k in range(self.host.reach + 1))
 
     @property
     def single(self) -> bool:
@@ -255,12 +270,12 @@ class Packing:
         return flat if self.host.index is None else flat.index_select(0, self._there["index"])
 
     def pad(self, rows: Tensor, narrow: bool) -> Tensor:
-        """(packed or demanded, hidden) -> (batch, length, hidden), zeros where no row is that is read."""
+        """(packed or read, hidden) -> (batch, length, hidden), zeros where no row is that is read."""
         if self.host.index is None and not (narrow and self.narrow):
             return rows.view(self.batch, self.length, rows.shape[-1])
         index = self.wanted_index() if narrow else self.packed_index()
         if narrow and self.widened:
-            rows, index = rows.index_select(0, self._there["read_rows"]), self._there["read_index"]
+            index = self._there["read_index"]
         full = rows.new_zeros(self.batch * self.length, rows.shape[-1]).index_copy(0, index, rows)
         return full.view(self.batch, self.length, rows.shape[-1])
 
@@ -282,15 +297,19 @@ def static_packing(
     return made
 
 
-def widen(demanded: Tensor, attended: Tensor | None, reach: int) -> Tensor:
-    """(batch, length) bool: the demanded tokens and those up to `reach` links away (linked_tokens)."""
-    linked = linked_tokens(torch.ones_like(demanded) if attended is None else attended)[:, 1:]
-    for _ in range(reach):
-        wider = demanded.clone()
-        wider[:, :-1] |= demanded[:, 1:] & linked
-        wider[:, 1:] |= demanded[:, :-1] & linked
-        demanded = wider
-    return demanded
+def links_away(read: Tensor, attended: Tensor | None, reach: int) -> Tensor:
+    """(batch, length) int64: how many links (linked_tokens) a token is away from one that is read, and
+    reach + 1 where they are more than `reach`."""
+    linked = linked_tokens(torch.ones_like(read) if attended is None else attended)[:, 1:]
+    away, near = torch.full(read.shape, reach + 1, device=read.device), read
+    away[read] = 0
+    for k in range(1, reach + 1):
+        wider = near.clone()
+        wider[:, :-1] |= near[:, 1:] & linked
+        wider[:, 1:] |= near[:, :-1] & linked
+        away[wider & ~near] = k
+        near = wider
+    return away
 
 
 def pack_rows(
@@ -310,17 +329,20 @@ def pack_rows(
     attended, demanded = on_host(attended, demanded)
     if attended is not None and bool(attended.all()):
         attended = None
-    read = demanded
+    away = None
     if demanded is not None and reach:
-        demanded = widen(demanded, attended, reach)
+        away = links_away(demanded, attended, reach)
+        demanded = away <= reach
     if demanded is not None and attended is None and bool(demanded.all()):
         demanded = None
     if attended is None:
         full = Ragged((length,) * batch, device)
         wanted = full if demanded is None else _ragged(demanded, device)
         wanted_rows = None if demanded is None else _true(demanded)
-        host = HostIndices(None, None, wanted_rows, None, _read_rows(read, demanded))
-        return Packing(batch, length, full, full, wanted, host)
+        links = None if wanted_rows is None or away is None else away[demanded]
+        return Packing(
+            batch, length, full, full, wanted, HostIndices(None, None, wanted_rows, None, links, reach)
+        )
     if demanded is None:
         rows = _ragged(attended, device)
         return Packing(batch, length, rows, rows, rows, HostIndices(_true(attended), None, None, attended))
@@ -337,16 +359,9 @@ def pack_rows(
     else:
         wanted_rows = _true(demanded.flatten()[index])
     whole = queries.rows == batch * length
-    read_rows = None if wanted_rows is None else _read_rows(read, demanded)
-    host = HostIndices(None if whole else index, key_rows, wanted_rows, attended, read_rows)
+    links = None if wanted_rows is None or away is None else away[demanded]
+    host = HostIndices(None if whole else index, key_rows, wanted_rows, attended, links, reach)
     return Packing(batch, length, queries, keys, wanted, host)
-
-
-def _read_rows(read: Tensor | None, demanded: Tensor | None) -> Tensor | None:
-    """Where the rows that are read stand among the demanded ones; None if they are the same."""
-    if read is demanded or read is None or demanded is None:
-        return None
-    return _true(read.flatten()[_true(demanded)])
 
 
 @lru_cache(maxsize=256)

@@ -1,10 +1,10 @@
 """The plan: which steps an encoder runs on which rows, for given gates and row demand. No tensors.
 
 Nothing mixes tokens but attention, and a `shift` in its place. So liveness is decided from the top down:
-above the last layer that mixes, only the demanded rows are computed (and, for one row a sequence, as many
-beside it as the shifts above the last attention reach). A kept layer is seven steps. A skipped
-attention is none: its LayerNorm runs inside the step that made its input, which leaves three. A `shift` in
-its place is one, which makes four.
+above the last layer that mixes, only the demanded rows are computed. (For one row a sequence a `shift` is
+followed exactly: it needs a row more to either side than is read of it, so above the last attention the rows
+grow fewer from shift to shift.) A kept layer is seven steps. A skipped attention is none: its LayerNorm runs
+inside the step that made its input, which leaves three. A `shift` in its place is one, which makes four.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ class Step:
     replacement that reads neighbouring rows), or one of the steps of a layer in `KEPT_STEPS` (with a single
     query a sequence `project_query` and `absorbed_attention` stand for `project_qkv` and `attention`). layer:
     index of the encoder layer, -1 for the embeddings.
-    narrow: the step's output has demanded rows only, not every packed row.
+    narrow: the step's output has demanded rows only, not every packed row, and those up to `reach` links
+    away, which the shifts above need.
     chained: the LayerNorm of the skipped attention of layer + 1 runs inside this step.
     """
 
@@ -42,6 +43,7 @@ class Step:
     layer: int
     narrow: bool
     chained: bool = False
+    reach: int = 0
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,8 @@ def make_plan(
     if no `shift` comes after it.
     capture: the output of every layer must exist by itself, so no LayerNorm is moved into the step before it.
     shifts: the layers whose skipped attention is replaced by a `shift`.
-    widened: the demanded rows are all that the shifts above the last attention need to compute those read.
+    widened: above the last attention those rows are computed that the shifts there need, fewer from one to
+    the next.
     """
     layers = len(attends)
     kept = tuple(i for i, runs in enumerate(attends) if runs)
@@ -101,7 +104,10 @@ def make_plan(
         following = layer + 1
         return not capture and following < layers and not attends[following] and following not in shifts
 
-    steps = [Step("embed", -1, narrow and last < 0, chains(-1))]
+    def reach(layer: int, demanded: bool) -> int:
+        return sum(shift > layer for shift in shifts) if widened and demanded else 0
+
+    steps = [Step("embed", -1, narrow and last < 0, chains(-1), reach(-1, narrow and last < 0))]
     for i in range(layers):
         demanded = narrow and i >= last
         ops: tuple[str, ...] = ()
@@ -112,8 +118,9 @@ def make_plan(
             ops = ("shift_norm",)
         elif capture:
             ops = ("skip_norm",)
-        steps += [Step(op, i, demanded) for op in (*ops, *SKIPPED_STEPS[:2])]
-        steps.append(Step("output_norm", i, demanded, chains(i)))
+        beside = reach(i, demanded)
+        steps += [Step(op, i, demanded, reach=beside) for op in (*ops, *SKIPPED_STEPS[:2])]
+        steps.append(Step("output_norm", i, demanded, chains(i), beside))
     return Plan(tuple(steps), kept, kept[-1] if kept else -1)
 
 
@@ -121,16 +128,25 @@ def make_plan(
 class Sizes:
     """What costs depend on: widths of the encoder and rows of a batch.
 
-    packed, keys, demanded: rows in all; pairs: sum over sequences of queries x keys; sequences: their number.
+    packed, keys: rows in all; within: those up to so many links away from the demanded ones, which are
+    within[0]; pairs: sum over sequences of queries x keys; sequences: their number.
     """
 
     hidden: int
     intermediate: int
     packed: int
     keys: int
-    demanded: int
+    within: tuple[int, ...]
     pairs: int
     sequences: int
+
+    @property
+    def demanded(self) -> int:
+        return self.within[0]
+
+    def live(self, step: Step) -> int:
+        """Rows of a step's output."""
+        return self.within[step.reach] if step.narrow else self.packed
 
 
 def sizes_of(
@@ -143,7 +159,7 @@ def sizes_of(
         intermediate,
         sum(lengths),
         sum(lengths),
-        sum(wanted),
+        (sum(wanted),),
         sum(n * n for n in lengths),
         len(lengths),
     )
@@ -151,13 +167,13 @@ def sizes_of(
 
 def products(step: Step, sizes: Sizes, heads: int) -> list[tuple[int, int, int]]:
     """The matrix products of a step as (rows, inner, outer), each 2 * rows * inner * outer FLOPs."""
-    h, rows = sizes.hidden, sizes.demanded if step.narrow else sizes.packed
+    h, rows = sizes.hidden, sizes.live(step)
     if step.op == "project_qkv":
         return [(rows, h, h), (sizes.keys, h, h), (sizes.keys, h, h)]
     if step.op == "project_query":
         return [(rows, h, h)]
     if step.op == "attention":
-        pairs = sizes.pairs if not step.narrow else sizes.pairs * sizes.demanded // max(sizes.packed, 1)
+        pairs = sizes.pairs if not step.narrow else sizes.pairs * rows // max(sizes.packed, 1)
         return [(pairs, h, 1), (pairs, h, 1)]
     if step.op == "absorbed_attention":
         return [(rows, h, h), (sizes.keys, h, heads), (sizes.keys, heads, h), (rows, h, h)]

@@ -7,7 +7,7 @@ of (fingerprint.py): parameters that were changed in place are read as they are,
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import groupby
+from itertools import chain, groupby
 from typing import Any, TypeGuard
 
 from torch import Tensor
@@ -46,10 +46,10 @@ class Program:
     def __call__(self, run: Run, h: Tensor, run_steps: RunSteps) -> Tensor:
         for piece in self.pieces:
             if isinstance(piece, Stretch):
-                packing, linked = run.packing, None
-                if piece.shifts:  # rows are all packed ones or all demanded ones
-                    linked = packing.linked if h.shape[0] == packing.queries.rows else packing.wanted_linked
-                h = piece(h, packing.keys.cu_seqlens, packing.wanted_rows, linked)
+                packing, links = run.packing, list[Tensor]()
+                if piece.shifts:  # on all packed rows, or each on fewer than the one before
+                    links = list(chain(*packing.near)) if piece.narrows else [packing.linked]
+                h = piece(h, packing.keys.cu_seqlens, packing.wanted_rows, links)
             else:
                 h = run_steps(run, *piece, h)
         return h
@@ -94,7 +94,8 @@ def _in_panels(weight: Tensor | Packed | None) -> TypeGuard[Packed]:
 
 def _half(run: Run, i: int, parts: Parts, steps: tuple[Step, ...]) -> Half | None:
     if steps[0].op == "shift_norm":
-        return None if steps[0].narrow and not run.packing.widened else _shift_half(parts)
+        narrow, widened = steps[0].narrow, run.packing.widened
+        return None if narrow and not widened else _shift_half(parts, steps[0].reach if narrow else None)
     if steps[-1].op == "skip_norm":
         return None
     return (_feed_forward_half if steps[0].op == "intermediate" else _attention_half)(run, i, parts, steps)
@@ -121,12 +122,12 @@ def _attention_half(run: Run, i: int, parts: Parts, steps: tuple[Step, ...]) -> 
     return packed_layers.attention_half(together, biases(at._modules), *shape, after, ending)
 
 
-def _shift_half(parts: Parts) -> Half | None:
+def _shift_half(parts: Parts, reach: int | None) -> Half | None:
     """By itself it gains nothing: only before a half that is compiled."""
     if not _in_panels(weight_of(parts.intermediate._modules["dense"])):
         return None
     norm = parts.out._modules["LayerNorm"]
-    return packed_layers.shift_half(shift_vectors(parts.layer), Norm(norm.weight, norm.bias, norm.eps))
+    return packed_layers.shift_half(shift_vectors(parts.layer), Norm(norm.weight, norm.bias, norm.eps), reach)
 
 
 def _feed_forward_half(run: Run, i: int, parts: Parts, steps: tuple[Step, ...]) -> Half | None:

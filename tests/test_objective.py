@@ -62,7 +62,7 @@ def test_expected_cost_is_that_of_the_plan_it_runs_by_where_gates_are_hard(deman
         reach = sum(i > max((i for i, runs in enumerate(flags) if runs), default=-1) for i in shifts)
         packing = pack_rows(3, 9, mask, demanded, CPU, reach if demand == "first" else 0)
         plan = plan_for([float(runs) for runs in flags], shifts, True, packing, False)
-        there = replace(sizes, demanded=packing.wanted.rows)
+        there = replace(sizes, within=packing.within)
         exact = sum(flops(step, there, 2) for step in plan.steps)
         assert float(costs.total(torch.tensor(flags, dtype=torch.float64))) == pytest.approx(exact), flags
 

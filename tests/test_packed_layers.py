@@ -213,6 +213,7 @@ def test_programs_are_kept_by_plan_and_bounded():
 
 
 ATTENTION, ABSORBED, FEED_FORWARD, SHIFT_NORM = range(4)
+ALL_ROWS = packed_layers.ALL_ROWS
 HIDDEN = 32
 PANELS, VECTOR = torch.zeros(1, HIDDEN, 32), torch.zeros(HIDDEN)
 SQUARE = torch.zeros(HIDDEN, HIDDEN)
@@ -232,7 +233,7 @@ OPERANDS = {
     ],
     SHIFT_NORM: [VECTOR] * 6,
 }
-SIZES = {ATTENTION: 4, ABSORBED: 4, FEED_FORWARD: 64, SHIFT_NORM: 0}
+SIZES = {ATTENTION: 4, ABSORBED: 4, FEED_FORWARD: 64, SHIFT_NORM: ALL_ROWS}
 
 
 def call(kind, changes=None, **others):
@@ -242,7 +243,7 @@ def call(kind, changes=None, **others):
         "h": torch.zeros(5, HIDDEN), "operands": operands,
         "kinds": [kind, SIZES[kind]], "numbers": [1e-12, 1.0],
         "cu_seqlens": torch.tensor([0, 3, 5], dtype=torch.int32), "wanted": torch.tensor([0, 3]),
-        "linked": torch.tensor([False, True, True, False, True]),
+        "links": [torch.tensor([False, True, True, False, True])],
     }  # fmt: skip
     return torch.ops.fastgate_cpu.packed_layers(**(given | others))
 
@@ -287,7 +288,15 @@ def test_a_half_refuses_what_does_not_fit(others):
 
 
 def test_a_shift_needs_its_links():
-    with pytest.raises(RuntimeError, match=r"linked: got none, wanted .rows,. bool; "):
-        call(SHIFT_NORM, linked=None)
+    linked, nearer = torch.tensor([False, True, True, False, True]), torch.tensor([0, 1, 3])
+    fewer = {"kinds": [SHIFT_NORM, 1], "links": [linked[:3], nearer[:1], linked, nearer]}
+    assert torch.equal(call(SHIFT_NORM, **fewer), call(SHIFT_NORM)[nearer])
+    for wrong in ({"links": []}, fewer | {"links": [linked] * 3}, fewer | {"links": [linked] * 4}):
+        with pytest.raises(
+            RuntimeError, match=r"links: got \d .*wanted .rows,. bool, or that and int64 rows"
+        ):
+            call(SHIFT_NORM, **wrong)
     with pytest.raises(RuntimeError, match="shift_norm: x, linked"):
-        call(SHIFT_NORM, linked=torch.zeros(4, dtype=torch.bool))
+        call(SHIFT_NORM, links=[torch.zeros(4, dtype=torch.bool)])
+    with pytest.raises(RuntimeError, match="got row 5, wanted one of 5"):
+        call(SHIFT_NORM, **fewer | {"links": [linked, nearer, linked, torch.tensor([0, 5])]})

@@ -48,13 +48,14 @@ def test_index_sets(both, masked, demands):
 
 @given(flags, st.booleans(), st.integers(1, 3))
 def test_rows_that_demanded_ones_are_computed_from(both, masked, reach):
-    """Those up to `reach` tokens away over attended ones, linked among themselves as the packed rows are."""
+    """Those up to `reach` tokens away over attended ones, linked among themselves as the packed rows are, and
+    a token fewer to either side after each shift, down to those that are read."""
     attended, demanded = (torch.tensor(f) for f in both)
     batch, length = attended.shape
     packing = pack_rows(batch, length, attended if masked else None, demanded, CPU, reach)
     attended = attended if masked else torch.ones_like(attended)
 
-    def beside(row, other):
+    def beside(row, other, reach=reach):
         (b, t), (c, u) = row, other
         between = attended[b, min(t, u) : max(t, u) + 1]
         return b == c and (t == u or (abs(t - u) <= reach and bool(between.all())))
@@ -64,10 +65,16 @@ def test_rows_that_demanded_ones_are_computed_from(both, masked, reach):
     near = [row for row in rows if any(beside(row, one) for one in read)]
     assert packing.wanted_index().tolist() == [b * length + t for b, t in near]
     assert packing.widened == packing.narrow == (len(near) < len(rows))
-    links = [(b, t - 1) in near and bool(attended[b, t] & attended[b, t - 1]) for b, t in near]
-    assert packing.wanted_linked.tolist() == links
     padded = torch.randn(batch, length, 3)
-    back = packing.pad(packing.pack(padded, narrow=True), narrow=True)
+    left = packing.pack(padded, narrow=True)
+    for k in range(reach - 1, -1, -1) if packing.widened else ():
+        linked, nearer = packing.near[k]
+        links = [(b, t - 1) in near and bool(attended[b, t] & attended[b, t - 1]) for b, t in near]
+        assert linked.tolist() == links and packing.within[k + 1] == len(near)
+        kept = [row for row in near if any(beside(row, one, k) for one in read)]
+        assert [near[i] for i in nearer] == kept and packing.within[k] == len(kept)
+        near, left = kept, left[nearer]
+    back = packing.pad(left, narrow=True)
     assert torch.equal(back[demanded], padded[demanded])
     if packing.narrow:
         assert not back[~demanded].any()

@@ -1,5 +1,7 @@
 """The plan: seven steps a kept layer, three a skipped one, rows by liveness, costs by hand."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -36,6 +38,19 @@ def test_a_shift_is_a_step_and_keeps_the_rows_below_it_alive():
     sizes = sizes_of(8, 32, (3, 5), (1, 1))
     assert sum(flops(step, sizes, 2) for step in plan.of_layer(2)) == 2 * (2 * 2 * 8 * 32)
     assert sum(flops(step, sizes, 2) for step in plan.of_layer(1)) == 2 * (2 * 8 * 8 * 32)
+
+
+def test_a_shift_above_the_last_attention_leaves_out_a_row_to_either_side():
+    plan = make_plan(
+        (True, False, False, False), narrow=True, single=False, capture=False, shifts=(1, 3), widened=True
+    )
+    assert [step.narrow for step in plan.steps] == [False] + [True] * (7 + 4 + 3 + 4)
+    assert [step.reach for step in plan.steps] == [0] + [2] * 7 + [1] * (4 + 3) + [0] * 4
+    sizes = replace(sizes_of(8, 32, (3, 5), (1, 1)), within=(2, 4, 6))
+    rows = [sum(flops(step, sizes, 2) for step in plan.of_layer(i)[-3:]) / (2 * 2 * 8 * 32) for i in range(4)]
+    assert rows == [6, 4, 4, 2]
+    assert make_plan((False,) * 2, True, False, False, (0, 1), widened=True).steps[0].reach == 2
+    assert all(not step.reach for step in make_plan((True, False), False, False, False, (1,)).steps)
 
 
 LAYER = st.sampled_from(["attends", "shifts", "neither"])

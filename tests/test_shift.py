@@ -47,13 +47,12 @@ def test_r_by_hand():
 @pytest.mark.parametrize("head", ["ForSequenceClassification", "ForTokenClassification"])
 def test_steps_and_rows_as_they_run(keep, head):
     """A tagger reads all rows. A classifier reads one a sequence: above its last attention that row and those
-    that the shifts there look at; with none there the attention is absorbed."""
+    that the shifts still above look at; with none there the attention is absorbed."""
     model = pruned(head, keep)
     seen = steps_as_they_run(model, batch(model, head))
     packed, one = sum(LENGTHS), head == "ForSequenceClassification"
     top = max(keep, default=-1) if one else 5
-    near = sum(min(n, 5 - top) for n in LENGTHS)
-    live = [packed if i < top else near for i in range(-1, 5)]
+    live = [packed if i < top else sum(min(n, 5 - i) for n in LENGTHS) for i in range(-1, 5)]
     assert seen[0] == (-1, "embed", live[0])
     steps = []
     for i in range(5):
@@ -71,7 +70,8 @@ def test_steps_and_rows_as_they_run(keep, head):
 
 @torch.no_grad()
 def test_shifts_in_some_layers():
-    """Layers 3 and 4 have nothing in place of their attention: three tokens are enough from layer 0 on."""
+    """Layers 3 and 4 have nothing in place of their attention: three tokens are enough in layer 0, two above
+    the first shift, one above the second."""
     head = "ForSequenceClassification"
     model = fastgate.patch(make("Bert", head, layers=5))
     state = encoder_state(model)
@@ -81,7 +81,7 @@ def test_shifts_in_some_layers():
     inputs = batch(model, head)
     seen = steps_as_they_run(model, inputs)
     rows = [{n for layer, _, n in seen if layer == i} for i in range(5)]
-    assert rows == [{3 + 3 + 3 + 1}] * 5
+    assert rows == [{3 + 3 + 3 + 1}, {2 + 2 + 2 + 1}, *[{4}] * 3]
     assert [op for layer, op, _ in seen if layer == 3] == list(SKIPPED_STEPS)
     whole = model(**inputs, output_hidden_states=True).logits
     torch.testing.assert_close(model(**inputs).logits, whole, rtol=0, atol=1e-5)

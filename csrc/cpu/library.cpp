@@ -34,7 +34,7 @@ STABLE_TORCH_LIBRARY(fastgate_cpu, m) {
       ", int wanted) -> (Tensor, Tensor, Tensor)");
   m.def(
       "packed_layers(Tensor h, Tensor?[] operands, int[] kinds, float[] numbers, Tensor cu_seqlens, Tensor? wanted, "
-      "Tensor? linked) -> Tensor");
+      "Tensor[] links) -> Tensor");
   m.def("packs_bfloat16() -> bool");
   m.def("packed_linear(Tensor x, Tensor panels, Tensor? bias, int columns, bool gelu) -> Tensor");
   m.def("shift_norm(" SHIFT_NORM_OPERANDS ") -> Tensor");

@@ -184,11 +184,19 @@ Tensor feed_forward_half(const Tensor& h, Operands& operands, int64_t inner, dou
   return add_norm(x, h, bias, weight, norm_bias, eps, weight2, norm_bias2, eps2);
 }
 
-Tensor shift_half(const Tensor& h, Operands& operands, const OptionalTensor& linked, double eps) {
-  STD_TORCH_CHECK(linked, "packed_layers: linked: got none, wanted (rows,) bool; pass it for a shift");
+// Of all rows where reach is -1; else of rows up to reach + 1 links away from those that are read, those up to `reach`.
+Tensor shift_half(
+    const Tensor& h, Operands& operands, const std::vector<Tensor>& links, int64_t reach, double eps) {
+  const bool fewer = reach >= 0;
+  const size_t place = fewer ? 2 * reach : 0;
+  STD_TORCH_CHECK(
+      links.size() > place + fewer && (!fewer || links[place + 1].scalar_type() == ScalarType::Long),
+      "packed_layers: links: got ", links.size(), " tensors or rows of another dtype, wanted (rows,) bool, or that and "
+      "int64 rows for each reach from 0 to ", reach, "; pass them for a shift");
   const Tensor &shift = operands.next(), &scale = operands.next(), &before = operands.next(), &after = operands.next();
   const Tensor &weight = operands.next(), &norm_bias = operands.next();
-  return shift_norm(h, *linked, shift, scale, before, after, weight, norm_bias, eps);
+  const Tensor found = shift_norm(h, links[place], shift, scale, before, after, weight, norm_bias, eps);
+  return fewer ? gather(found, dense(links[place + 1])) : found;
 }
 
 struct Halves {
@@ -207,7 +215,7 @@ Tensor run(const Halves& halves, const Part& part) {
       case kAttention: h = attention_half(h, left, part.cu_seqlens, size, other, eps); break;
       case kAbsorbed: h = absorbed_half(h, left, part.cu_seqlens, part.wanted, size, other, eps); break;
       case kFeedForward: h = feed_forward_half(h, left, size, eps, other); break;
-      case kShiftNorm: h = shift_half(h, left, part.linked, eps); break;
+      case kShiftNorm: h = shift_half(h, left, part.links, size, eps); break;
       default:
         STD_TORCH_CHECK(
             false, "packed_layers: kinds: got ", halves.kinds[half], ", wanted 0 to 3; see packed_layers.py");
@@ -223,7 +231,7 @@ Tensor run(const Halves& halves, const Part& part) {
 
 Tensor packed_layers(
     Tensor h, std::vector<OptionalTensor> operands, std::vector<int64_t> kinds, std::vector<double> numbers,
-    Tensor cu_seqlens, OptionalTensor wanted, OptionalTensor linked) {
+    Tensor cu_seqlens, OptionalTensor wanted, std::vector<Tensor> links) {
   STD_TORCH_CHECK(
       h.dim() == 2 && kinds.size() % 2 == 0 && numbers.size() == kinds.size(),
       "packed_layers: h, kinds, numbers: got ", h.dim(), " dimensions, ", kinds.size(), " and ", numbers.size(),
@@ -231,7 +239,7 @@ Tensor packed_layers(
   const Halves halves = {operands, kinds, numbers};
   bool single = false;
   for (size_t half = 0; half < kinds.size(); half += 2) single = single || kinds[half] == kAbsorbed;
-  const std::vector<Part> parts = parts_of({h, cu_seqlens, wanted, linked}, single);
+  const std::vector<Part> parts = parts_of({h, cu_seqlens, wanted, links}, single);
   if (parts.size() == 1) return run(halves, parts[0]);
   Tensor out = empty_rows(single ? cu_seqlens.numel() - 1 : h.size(0), h.size(1), h.scalar_type(), h);
   const int64_t bytes = h.size(1) * (is_float(h) ? 4 : 2);

@@ -11,7 +11,8 @@ namespace fastgate::cpu {
 
 struct Part {
   Tensor h, cu_seqlens;          // packed rows, where the sequences lie among them
-  OptionalTensor wanted, linked;  // rows of h, one a sequence; (rows,) bool as shift_norm takes it
+  OptionalTensor wanted;         // rows of h, one a sequence
+  std::vector<Tensor> links;     // (rows,) bool as shift_norm takes it, or what shifts to fewer rows read
   int64_t sequence = 0, row = 0;  // of the batch, that it begins with
 };
 
@@ -47,7 +48,7 @@ inline std::vector<Part> parts_of(const Part& whole, bool single) {
   const bool packed = ends.back() == whole.h.size(0);  // not demanded rows alone, which no attention reads
   const bool one_each = whole.wanted && whole.wanted->scalar_type() == ScalarType::Long && whole.wanted->dim() == 1 &&
                         whole.wanted->numel() == sequences;
-  if (!packed || (single && !one_each)) return {whole};
+  if (!packed || whole.links.size() > 1 || (single && !one_each)) return {whole};
   const std::vector<int64_t> cut = cuts(ends);
   if (cut.size() == 2) return {whole};
   const Tensor wanted = single ? dense(*whole.wanted) : whole.h;
@@ -57,7 +58,7 @@ inline std::vector<Part> parts_of(const Part& whole, bool single) {
     const auto slice = [&](Tensor t) { return torch::stable::narrow(t, 0, row, rows); };
     Part part = {slice(whole.h), less(&ends[cut[i]], count + 1, row, whole.h), {}, {}, cut[i], row};
     if (single) part.wanted = less(static_cast<const int64_t*>(wanted.data_ptr()) + cut[i], count, row, whole.h);
-    if (whole.linked) part.linked = slice(*whole.linked);
+    for (const Tensor& linked : whole.links) part.links.push_back(slice(linked));
     parts.push_back(part);
   }
   return parts;

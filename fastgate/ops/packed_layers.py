@@ -19,6 +19,7 @@ from fastgate.ops.linear import ONEDNN_DTYPES, Packed
 CALL = "packed_layers"  # the compiled op
 OPS = ("attention", "absorbed_attention", "gated_add_norm", "shift_norm")  # what it calls, besides products
 ATTENTION, ABSORBED, FEED_FORWARD, SHIFT_NORM = range(4)  # kinds of halves, as csrc/ops.h has them
+ALL_ROWS = -1  # the reach of a shift_norm that leaves no row out
 NORM = 4  # place of the first LayerNorm's weight and bias in the operands of a feed-forward half
 
 
@@ -41,9 +42,9 @@ class Product(NamedTuple):
 
 
 class Half(NamedTuple):
-    """A half of a layer as the compiled op takes it. size: heads, or columns of the first product. numbers:
-    eps, and attention's scale or the second eps. norm: computes the weight and bias of the first LayerNorm,
-    which are the operands from NORM on, where they are no parameters."""
+    """A half of a layer as the compiled op takes it. size: heads, columns of the first product, or a shift's
+    reach. numbers: eps, and attention's scale or the second eps. norm: computes the weight and bias of the
+    first LayerNorm, which are the operands from NORM on, where they are no parameters."""
 
     kind: int
     size: int
@@ -114,9 +115,14 @@ def feed_forward_half(
     return Half(FEED_FORWARD, up.weight.shape[0], (norm.eps, norm.eps2), (*operands, *second), anew)
 
 
-def shift_half(vectors: tuple[Tensor, Tensor, Tensor, Tensor], norm: Norm) -> Half:
-    """h -> LayerNorm(h + r(h)), as shift_norm. vectors: shift, scale, before, after, (H,) each."""
-    return Half(SHIFT_NORM, 0, (norm.eps, 0.0), (*vectors, norm.weight, norm.bias))
+def shift_half(vectors: tuple[Tensor, Tensor, Tensor, Tensor], norm: Norm, reach: int | None = None) -> Half:
+    """h -> LayerNorm(h + r(h)), as shift_norm. vectors: shift, scale, before, after, (H,) each.
+
+    reach: h are the rows up to reach + 1 links away from those that are read, and those up to `reach` away
+    are what comes of it; None: all rows, of all.
+    """
+    size = ALL_ROWS if reach is None else reach
+    return Half(SHIFT_NORM, size, (norm.eps, 0.0), (*vectors, norm.weight, norm.bias))
 
 
 class Stretch:
@@ -129,13 +135,16 @@ class Stretch:
         self.anew = [(at + NORM, half.norm) for at, half in places if half.norm is not None]
         self.kinds = [number for half in halves for number in (half.kind, half.size)]
         self.numbers = [number for half in halves for number in half.numbers]
-        self.shifts = any(half.kind == SHIFT_NORM for half in halves)
+        reaches = {half.size for half in halves if half.kind == SHIFT_NORM}
+        self.shifts, self.narrows = bool(reaches), bool(reaches - {ALL_ROWS})
 
-    def __call__(self, h: Tensor, cu_seqlens: Tensor, wanted: Tensor | None, linked: Tensor | None) -> Tensor:
+    def __call__(self, h: Tensor, cu_seqlens: Tensor, wanted: Tensor | None, links: list[Tensor]) -> Tensor:
         """From rows (rows, H) to rows of that dtype and width.
 
         cu_seqlens: (sequences + 1,) int32, their ends. wanted: (sequences,) int64, a row of each sequence,
-        for an absorbed half. linked: (rows,) bool, as shift_norm takes it, if `shifts`.
+        for an absorbed half. links: if `shifts`, one tensor, (rows,) bool, as shift_norm takes it; if
+        `narrows`, two for each reach from 0 up: that of the rows up to reach + 1 links away, and which of
+        those are up to `reach` away, int64.
         """
         operands = self.operands
         if self.anew:
@@ -143,5 +152,5 @@ class Stretch:
             for at, norm in self.anew:
                 operands[at : at + 2] = norm()
         call = torch.ops.fastgate_cpu.packed_layers.default
-        found: Tensor = call(h, operands, self.kinds, self.numbers, cu_seqlens, wanted, linked)
+        found: Tensor = call(h, operands, self.kinds, self.numbers, cu_seqlens, wanted, links)
         return found

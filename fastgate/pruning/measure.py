@@ -80,7 +80,7 @@ class Measured:
         packed, demanded, pairs, sequences = (int(n) for n in self.sizes.tolist())
         config = self.config
         sizes = Sizes(
-            config.hidden_size, config.intermediate_size, packed, packed, demanded, pairs, sequences
+            config.hidden_size, config.intermediate_size, packed, packed, (demanded,), pairs, sequences
         )
         narrow, single = demanded < packed, demanded == sequences
         heads, layers = config.num_attention_heads, self.gram.shape[0]

@@ -92,16 +92,17 @@ def costs_of(sizes: Sizes, heads: int, layers: int, narrow: bool, single: bool, 
     """Costs of an encoder whose removed attention is replaced by `shift`s (mixes) or by what mixes nothing.
 
     narrow: fewer rows are demanded than packed; single: they are one a sequence, of a head that never reads
-    another. Above the topmost attention that head's rows are then computed, and one for each shift there: as
-    though no sequence were shorter, and but where CUDA graphs replay, which compute every row there.
+    another. Above the topmost attention that head's rows are then computed, and one for each shift that is
+    still above: as though no sequence were shorter, and but where CUDA graphs replay, which compute every row
+    there.
     """
 
     def cost(attends: tuple[bool, ...], top: int) -> float:
         """FLOPs of the layers from `top` up."""
         shifts = tuple(i for i, runs in enumerate(attends) if mixes and not runs)
         reach = sum(i > top for i in shifts) if single else 0
-        rows = min(sizes.packed, sizes.demanded + reach * sizes.sequences)
-        there, fewer = replace(sizes, demanded=rows), narrow and rows < sizes.packed
+        within = tuple(min(sizes.packed, sizes.demanded + k * sizes.sequences) for k in range(reach + 1))
+        there, fewer = replace(sizes, within=within), narrow and within[-1] < sizes.packed
         plan = make_plan(attends, fewer, single and not reach, False, shifts, reach > 0)
         return float(
             sum(flops(s, there, heads) for i in range(max(top, 0), layers) for s in plan.of_layer(i))
