@@ -34,8 +34,8 @@ class Step:
     replacement that reads neighbouring rows), or one of the steps of a layer in `KEPT_STEPS` (with a single
     query a sequence `project_query` and `absorbed_attention` stand for `project_qkv` and `attention`). layer:
     index of the encoder layer, -1 for the embeddings.
-    narrow: the step's output is not every packed row but the demanded ones, and those up to `reach` links away
-    that the shifts above need.
+    narrow: the step's output is not every packed row but the demanded ones, and those up to `reach` links
+    away that the shifts above need.
     chained: the LayerNorm of the skipped attention of layer + 1 runs inside this step.
     """
 
