@@ -297,6 +297,6 @@ def _note(run: Run, step: Step, out: Tensor) -> None:
 
 
 def _note_hidden(run: Run, h: Tensor, narrow: bool) -> None:
-    if run.record is not None:
+    if run.record is not None and run.record.whole:
         index = run.packing.wanted_index() if narrow else run.packing.packed_index()
         run.record.hidden.append((index, h))

@@ -35,7 +35,7 @@ class Floor:
         self._weights: dict[tuple, Tensor | Packed] = {}
         self._work: dict[int, list[tuple[Tensor, Any, bool]]] = {}
         self.flops: list[int] = []  # of each batch
-        with torch.inference_mode(), self.state.record() as record:
+        with torch.inference_mode(), self.state.record(whole=False) as record:
             for batch in batches:
                 model(**batch)
                 self._work[id(batch)] = work = self._products(batch["attention_mask"], record.steps)
@@ -55,7 +55,7 @@ class Floor:
         work: list[tuple[Tensor, Any, bool]] = []
         for op, layer, rows in steps:
             if op == "attention":
-                queries = lengths if rows == sum(lengths) else [1] * len(lengths)
+                queries = _queries(rows, lengths)
                 for (n, m), count in Counter(zip(queries, lengths, strict=True)).items():
                     q, k = (
                         self._tensor(s, heads * count, t, hidden // heads) for s, t in (("q", n), ("k", m))
@@ -92,3 +92,10 @@ class Floor:
         if key not in self._made:
             self._made[key] = torch.randn(*shape, device=self.device, dtype=self.dtype)
         return self._made[key]
+
+
+def _queries(rows: int, lengths: Sequence[int]) -> list[int]:
+    """Of each sequence, where `rows` in all are the first of each, as many of one as of another."""
+    longest = max(lengths)
+    most = next((n for n in range(1, longest) if sum(min(n, m) for m in lengths) >= rows), longest)
+    return [min(most, length) for length in lengths]

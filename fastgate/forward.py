@@ -65,7 +65,7 @@ def forward_encoder(
     if attended is not None and bool(attended.all()):
         attended = None
     usual = input_ids is not None and is_direct(input_ids) and device.type == "cpu"
-    alone = rows is None and not whole and runtime.record is None
+    alone = rows is None and not whole and not (runtime.record is not None and runtime.record.whole)
     reach = reach_of(encoder) if alone and not runtime.captures(device) else 0
     if usual and attended is None and rows is None and not whole:
         first = runtime.demand in ("first", "start")
@@ -78,7 +78,7 @@ def forward_encoder(
     if record is not None or wanted_hidden is not None:
         record = record or Record()
         record.hidden, record.attention_output, record.steps = [], [], []
-    plan = make_runtime_plan(encoder, packing, record is not None)
+    plan = make_runtime_plan(encoder, packing, record is not None and record.whole)
     run = Run(encoder, runtime.gates, packing, plan, record, {} if attentions else None)
     embed = _embedder(encoder, packing, input_ids, token_type_ids, position_ids, inputs_embeds)
     hidden = None

@@ -145,9 +145,9 @@ class EncoderState:
             layer.attention._modules.pop("replacement", None)
 
     @contextmanager
-    def record(self) -> Iterator[Record]:
-        """While open, each forward fills the yielded Record anew."""
-        record = Record()
+    def record(self, whole: bool = True) -> Iterator[Record]:
+        """While open, each forward fills the yielded Record anew. whole: as in Record."""
+        record = Record(whole=whole)
         self.runtime.record = record
         try:
             yield record

@@ -116,6 +116,10 @@ def test_the_floor_is_the_products_of_the_plan():
     assert floor.flops == [last + 2 * 2 * 2 * h * 2 * i]
     floor(batch)
     assert floor.flops[0] == fastgate.explain(model, [4, 2]).flops
+    shifted = fastgate.patch(BertForSequenceClassification(config).eval())
+    fastgate.prune(shifted, keep=[0], replacement="shift")
+    every_row = full + 2 * 2 * tokens * h * 2 * i
+    assert Floor(shifted, [batch]).flops[0] == fastgate.explain(shifted, [4, 2]).flops < every_row
 
 
 def test_plain_lines_without_a_terminal_and_bars_with_one(tmp_path):
