@@ -42,7 +42,8 @@ enum Wanted : int64_t {
 constexpr int kParameters = 8;
 constexpr int64_t parameter_bit(int place) { return int64_t{4} << place; }
 
-// Kinds of the halves of a layer that packed_layers runs.
+// Kinds of the halves of a layer that packed_layers runs. With each comes a number: heads, heads, columns of the first
+// product, or how many links away from those that are read a shift's rows may be (-1: all of them).
 enum Half : int64_t { kAttention = 0, kAbsorbed = 1, kFeedForward = 2, kShiftNorm = 3 };
 
 // Operands of attention, in the schema's order: rows packed sequence after sequence, which end at cu_q and cu_k.

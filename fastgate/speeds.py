@@ -6,13 +6,12 @@ import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
 from .info import environment
+from .tasks.sweep import Line
 
-Line = dict[str, Any]
 Speeds = dict[str, dict[str, float]]  # of each processor, by `speed_key`
 FLOAT32, BFLOAT16 = "float32", "bfloat16"
 BATCH, BATCHES = 32, 4  # rows in a batch, and batches, that a speed-up is measured on

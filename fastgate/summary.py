@@ -14,9 +14,9 @@ from typing import Any
 from rich.console import Console
 
 from .errors import DataError, say
-from .speeds import BFLOAT16, FLOAT32, Line, Speeds, mean_speed, measured, pooling_of, read_speeds
+from .speeds import BFLOAT16, FLOAT32, Speeds, mean_speed, measured, pooling_of, read_speeds
 from .tasks.settings import read_recipe
-from .tasks.sweep import read_lines
+from .tasks.sweep import Line, read_lines
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#444444")
 ALIKE = ("method", "replacement", "removed", "pooling")  # what a table's row says of its settings anyway
@@ -122,6 +122,7 @@ def told_apart(row: Row, found: Sequence[Row]) -> str:
 
 
 def times(speedup: float | None) -> str:
+    """A cell: `2.7x`, or nothing where it was not measured."""
     return "" if speedup is None else f"{speedup:.1f}x"
 
 

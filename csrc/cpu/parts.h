@@ -10,9 +10,9 @@
 namespace fastgate::cpu {
 
 struct Part {
-  Tensor h, cu_seqlens;          // packed rows, where the sequences lie among them
-  OptionalTensor wanted;         // rows of h, one a sequence
-  std::vector<Tensor> links;     // (rows,) bool as shift_norm takes it, or what shifts to fewer rows read
+  Tensor h, cu_seqlens;           // packed rows, where the sequences lie among them
+  OptionalTensor wanted;          // rows of h, one a sequence
+  std::vector<Tensor> links;      // (rows,) bool as shift_norm takes it, or what shifts to fewer rows read
   int64_t sequence = 0, row = 0;  // of the batch, that it begins with
 };
 

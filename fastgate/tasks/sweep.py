@@ -30,10 +30,11 @@ from .model import demo_model_path, dense_model, load_tokenizer
 from .settings import Settings
 from .training import Fit, Training
 
+Line = dict[str, Any]  # a run's result
 GREEDY_BATCHES = 16  # of training rows, for the choice by loss
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
+def read_lines(path: Path) -> list[Line]:
     """The results in a file; a last line that a kill cut off is not one of them."""
     if not path.is_file():
         return []
@@ -150,9 +151,7 @@ def _run(settings: Settings, training: Training, dense: dict[str, Any]) -> dict[
     return training.prune(config_of(settings, target), fit, settings.name, settings.teacher)
 
 
-def _line(
-    settings: Settings, training: Training, dense: dict[str, Any], found: dict[str, Any]
-) -> dict[str, Any]:
+def _line(settings: Settings, training: Training, dense: dict[str, Any], found: dict[str, Any]) -> Line:
     task, layers = training.task, found["layers"]
     history = found["steps"][:: max(1, len(found["steps"]) // 40)]
     return {
