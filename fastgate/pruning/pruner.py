@@ -103,7 +103,7 @@ class Pruner:
         self._dropouts: dict[nn.Dropout, float] = {}
         self._optimizer: weakref.ref[torch.optim.Optimizer] | None = None
         self._starts: list[Tensor] = []
-        self._finite = Finite()
+        self.finite = Finite()
         if total_steps is not None:
             self.plan_steps(total_steps)
 
@@ -332,14 +332,14 @@ class Pruner:
         if self._swaps and not self._prepared:
             warnings.warn(
                 "Pruner.loss: prepare() was not called in this step, so no token is swapped although "
-                f"Distill.swap is {self.config.distill.swap}. Run the model on inputs = pruner.prepare(inputs) "  # type: ignore[union-attr]
-                "and give these to loss, or pass Distill(swap=0.0).",
+                "Distill.swap is not 0. Run the model on inputs = pruner.prepare(inputs) and give these to "
+                "loss, or pass Distill(swap=0.0).",
                 stacklevel=3,
             )
         total = torch.zeros((), device=self._device)
         if self.phase == SEARCH:
             total = self.learner.term()
-            self._finite.note(LAGRANGIAN, total)
+            self.finite.note(LAGRANGIAN, total)
         taught = [forward for forward in forwards if forward.has_gradient]
         if self._teaches and not taught:
             got = "forwards without gradient" if forwards else "a loss that does not run the model"
@@ -347,7 +347,7 @@ class Pruner:
             raise Unsupported(say("Pruner.loss", "distill", got, "a forward to distil into", remedy))
         for forward in taught:
             for scores in scores_of(forward.outputs).values():
-                self._finite.note_scores(scores)
+                self.finite.note_scores(scores)
             if self._teaches:
                 total = total + self._distillation(forward) / len(taught)
         return total
@@ -361,7 +361,7 @@ class Pruner:
         """
         self._check_training("step")
         marks = (self.schedule.begin, self.schedule.harden, self.schedule.total)
-        self._finite.end_step(self.steps + 1, grad_scale, look=self.steps + 1 in marks)
+        self.finite.end_step(self.steps + 1, grad_scale, look=self.steps + 1 in marks)
         if self.phase == SEARCH:
             self.learner.learn(grad_scale)
         self.steps += 1
@@ -465,7 +465,7 @@ class Pruner:
             )
         self.plan_steps(state["total"])
         self.engage()
-        self._finite, self._starts = Finite(), []
+        self.finite, self._starts = Finite(), []
         self.margin = state.get("margin")  # states of earlier versions have none
         self.steps, self.kept = state["steps"], state["kept"]
         self.history = [dict(entry) for entry in state["history"]]
@@ -549,11 +549,11 @@ class Pruner:
             apart = outputs_loss(self.model, outputs, lesson.outputs, forward.inputs, distill.temperature)
             if apart is not None:
                 total = total + distill.logits * apart
-                self._finite.note(LOGITS, apart)
+                self.finite.note(LOGITS, apart)
         if distill.hidden:
             apart = hidden_loss(forward.hidden, lesson.hidden, range(self.state.num_layers))
             total = total + distill.hidden * apart
-            self._finite.note(HIDDEN, apart)
+            self.finite.note(HIDDEN, apart)
         return total
 
     @property
