@@ -303,17 +303,20 @@ class Pruner:
         `prepare` gave, with its labels. A teacher computes in the dtype of the autocast around this call.
         """
         self._check_training("loss")
-        record = self.state.runtime.record
-        if record is not None and not record.hidden:
+        forward = self.take(outputs, inputs)
+        if forward is None:
             remedy = "call loss once after each forward of the model in training"
             got = "no forward since the last call"
             raise ArgumentError(say("Pruner.loss", "outputs", got, "those of the forward just run", remedy))
-        return self.loss_of([self.take(outputs, inputs)])
+        return self.loss_of([forward])
 
-    def take(self, outputs: Any, inputs: Mapping[str, Any]) -> Forward:
-        """The forward just run, for `loss_of`; its hidden states are then no longer recorded."""
+    def take(self, outputs: Any, inputs: Mapping[str, Any]) -> Forward | None:
+        """The forward just run, for `loss_of`; its hidden states are then no longer recorded. None if hidden
+        states are needed and there are none, as the encoder has not run."""
         self._check_training("take")
         record = self.state.runtime.record
+        if record is not None and not record.hidden:
+            return None
         forward = Forward(inputs, outputs, has_gradient=torch.is_grad_enabled())
         if record is not None:
             if self.phase == WARM:
@@ -547,6 +550,10 @@ class Pruner:
         total = torch.zeros((), device=self._device)
         if distill.logits:
             apart = outputs_loss(self.model, outputs, lesson.outputs, forward.inputs, distill.temperature)
+            if apart is None and not distill.hidden:
+                remedy = "pass Distill(hidden=1.0), or PruningConfig(distill=None)"
+                got = "outputs without scores, and no weight for hidden states"
+                raise ArgumentError(say("Pruner.loss", "distill", got, "something to distil", remedy))
             if apart is not None:
                 total = total + distill.logits * apart
                 self.finite.note(LOGITS, apart)

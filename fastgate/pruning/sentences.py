@@ -23,7 +23,12 @@ def is_sentence_model(model: nn.Module) -> bool:
 @contextmanager
 def watching(model: nn.Module, pruner: Any) -> Iterator[list[Any]]:
     """While open, every forward of `model` runs on what `pruner.prepare` makes of its features; yields the
-    list that `pruner.take` fills with them. Forwards without gradient are in it too."""
+    list that `pruner.take` fills with them. Forwards without gradient are in it too.
+
+    Some losses (MatryoshkaLoss, AdaptiveLayerLoss) replace forwards while they run, to cut outputs short or
+    to give those of an earlier one again: such outputs are left out, and so are forwards that did not run the
+    encoder.
+    """
     forwards: list[Any] = []
     features: list[dict[str, Any]] = []
 
@@ -35,7 +40,10 @@ def watching(model: nn.Module, pruner: Any) -> Iterator[list[Any]]:
         features.append(dict(given))  # the modules write their outputs into the dict they are given
 
     def after(module: nn.Module, args: tuple[Any, ...], outputs: Any) -> None:
-        forwards.append(pruner.take(outputs, features.pop()))
+        replaced = any("forward" in one.__dict__ for one in (module, *module.children()))
+        taken = pruner.take({} if replaced else outputs, features.pop())
+        if taken is not None:
+            forwards.append(taken)
 
     hooks = (model.register_forward_pre_hook(before, with_kwargs=True), model.register_forward_hook(after))
     try:

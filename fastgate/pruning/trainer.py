@@ -80,6 +80,11 @@ class SelfPruningMixin:
         trainer: Any = self
         if trainer.args.world_size > 1:
             self._refuse_distributed_settings()
+        if trainer.args.load_best_model_at_end and is_sentence_model(trainer.model):
+            got = f"True for a {type(trainer.model).__name__}"
+            remedy = "leave it out: train() ends with the last model, which is pruned"
+            wanted = "False: sentence-transformers loads checkpoints without what the Pruner adds"
+            raise Unsupported(say("SelfPruningTrainer", "args.load_best_model_at_end", got, wanted, remedy))
         sharded = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
         for name, bad, remedy in (
             (
@@ -138,6 +143,10 @@ class SelfPruningMixin:
         """As Trainer.train, and prunes at the end; True resumes from the newest complete checkpoint."""
         trainer: Any = self
         output_dir = Path(trainer.args.output_dir)
+        if resume_from_checkpoint and is_sentence_model(trainer.model):
+            got = f"a checkpoint of a {type(trainer.model).__name__}"
+            wanted = "None: sentence-transformers loads checkpoints without what the Pruner adds"
+            raise Unsupported(say("train", "resume_from_checkpoint", got, wanted, "start anew"))
         if resume_from_checkpoint is True:
             resume_from_checkpoint = str(checkpoints.last_complete(output_dir))
         elif resume_from_checkpoint:
