@@ -33,6 +33,7 @@ STATE = ("steps", "total", "kept", "learner", "measured", "history", "teacher_se
 # Of P(open) of the last layer kept and the first dropped: the least difference that is called a choice. A
 # share that is estimated from 100 draws, as many as a short search has, is off by 0.05 (one standard error).
 SEPARATED = 0.05
+RATED = "fastgate_replacements"  # marks the groups that set_rates has made
 SETTLED = 10  # steps after hardening by which the replacements in use must have moved
 _attached: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Pruner]] = weakref.WeakKeyDictionary()
 
@@ -101,7 +102,6 @@ class Pruner:
         self._schedule: Schedule | None = None
         self._attached = self._engaged = self._finalized = self._prepared = False
         self._dropouts: dict[nn.Dropout, float] = {}
-        self._optimizer: weakref.ref[torch.optim.Optimizer] | None = None
         self._starts: list[Tensor] = []
         self.finite = Finite()
         if total_steps is not None:
@@ -231,17 +231,14 @@ class Pruner:
             got, wanted = "one without the replacements' parameters", "one made after attach()"
             remedy = "make the optimizer after attach(), from model.parameters(): else they are never trained"
             raise ArgumentError(say("Pruner.set_rates", "optimizer", got, wanted, remedy))
-        if self._optimizer is not None and self._optimizer() is optimizer:
-            return
-        self._optimizer = weakref.ref(optimizer)
         own = {id(p) for layer in self._replacements for p in layer.parameters()}
         for group in list(optimizer.param_groups):
             moved = [p for p in group["params"] if id(p) in own]
-            if moved and self.config.replacement_lr != 1.0:
+            if moved and self.config.replacement_lr != 1.0 and RATED not in group:
                 group["params"] = [p for p in group["params"] if id(p) not in own]
                 settings = {key: value for key, value in group.items() if key != "params"}
                 rate = group["lr"] * self.config.replacement_lr
-                optimizer.add_param_group({**settings, "params": moved, "lr": rate})
+                optimizer.add_param_group({**settings, "params": moved, "lr": rate, RATED: True})
 
     def misses(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether a parameter of a replacement that is to be trained is not in `optimizer`."""
