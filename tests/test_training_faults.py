@@ -93,6 +93,28 @@ def test_an_overflow_between_good_steps_does_not_count():
     assert pruner.steps == 20 + 2 * OVERFLOWS
 
 
+def test_a_grad_scaler_finds_its_scale_while_the_gates_are_learned():
+    model = bert()
+    pruner = attached(model, bert(seed=1), distill=Distill(swap=0.0), harden=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    pruner.set_rates(optimizer)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, growth_interval=1000)
+    scales, moved = [], []
+    for i in range(TOTAL):
+        inputs = pruner.prepare(batch(i))
+        outputs = model.train()(**inputs)
+        scaler.scale(pruner.task_weight * outputs.loss + pruner.loss(outputs, inputs)).backward()
+        scales.append(scaler.get_scale())
+        before = pruner.learner.log_alpha.detach().clone()
+        scaler.step(optimizer)
+        scaler.update()
+        pruner.step(scales[-1])
+        moved.append(not torch.equal(before, pruner.learner.log_alpha.detach()))
+        optimizer.zero_grad()
+    assert scales[0] > scales[-1] and not moved[2] and moved[-4]
+    assert all(torch.isfinite(p).all() for p in pruner.finalize().parameters())
+
+
 def test_a_device_is_waited_for_once_in_many_steps(monkeypatch):
     monkeypatch.setattr(finite, "_several", lambda: True)
     noted = Finite()
