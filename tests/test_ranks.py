@@ -181,3 +181,26 @@ def test_every_rank_loads_the_best_model_and_not_the_last(ends):
     assert plain["kept"] == first["kept"] and not all(
         same
     )  # the same run without a best model: the last step
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"ddp_find_unused_parameters": False}, "ddp_find_unused_parameters: got False, wanted None or True"),
+        ({"ddp_static_graph": True}, "ddp_static_graph: got True, wanted None or False"),
+        (
+            {
+                "activation_checkpointing": True,
+                "activation_checkpointing_kwargs": {"use_reentrant": True},
+            },
+            "checkpointing_kwargs: got use_reentrant=True",
+        ),
+    ],
+)
+def test_settings_that_fail_in_several_processes_are_refused(tmp_path, monkeypatch, settings, message):
+    from test_trainer import trainer
+    from transformers import TrainingArguments
+
+    monkeypatch.setattr(TrainingArguments, "world_size", 2)
+    with pytest.raises(fastgate.Unsupported, match=message):
+        trainer(tmp_path, **settings)

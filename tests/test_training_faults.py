@@ -198,11 +198,12 @@ def test_replacements_that_never_train_are_noticed(target):
 
     with pytest.warns(UserWarning, match="no replacement has moved since the warm phase"):
         loop()
-    model = bert()
-    pruner = attached(model, target=target)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", "Pruner: no replacement")
-        run(pruner, model, TOTAL)
+    for trained in (target, Fixed(tuple(range(4)))):  # with every attention kept there is none to train
+        model = bert()
+        pruner = attached(model, target=trained)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "Pruner: no replacement")
+            run(pruner, model, TOTAL)
 
 
 def test_a_trainer_with_an_optimizer_made_before_is_refused(tmp_path):

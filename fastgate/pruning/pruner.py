@@ -102,7 +102,7 @@ class Pruner:
         self._schedule: Schedule | None = None
         self._attached = self._engaged = self._finalized = self._prepared = False
         self._dropouts: dict[nn.Dropout, float] = {}
-        self._starts: list[Tensor] = []
+        self._starts: dict[int, list[Tensor]] = {}
         self.finite = Finite()
         if total_steps is not None:
             self.plan_steps(total_steps)
@@ -243,7 +243,7 @@ class Pruner:
     def misses(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether a parameter of a replacement that is to be trained is not in `optimizer`."""
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        return any(id(p) not in held for p in self._trained)
+        return any(id(p) not in held for i in self._layers for p in self._trained(i))
 
     @property
     def schedule(self) -> Schedule:
@@ -368,7 +368,7 @@ class Pruner:
         if self.kept is None:
             if self.steps == self.schedule.begin:
                 self._measured.start(self.state)
-                self._starts = [p.detach().clone() for p in self._trained]
+                self._starts = {i: [p.detach().clone() for p in self._trained(i)] for i in self._layers}
                 self.learner.costs = self._measured.costs
                 # A target that no choice of layers reaches fails here, not at the end of the search.
                 self.objective.choose(self.learner.p_open, self._measured.costs)
@@ -465,7 +465,7 @@ class Pruner:
             )
         self.plan_steps(state["total"])
         self.engage()
-        self.finite, self._starts = Finite(), []
+        self.finite, self._starts = Finite(), {}
         self.margin = state.get("margin")  # states of earlier versions have none
         self.steps, self.kept = state["steps"], state["kept"]
         self.history = [dict(entry) for entry in state["history"]]
@@ -484,15 +484,20 @@ class Pruner:
         return [one for one in found if one is not None]
 
     @property
-    def _trained(self) -> list[nn.Parameter]:
-        return [p for layer in self._replacements for p in layer.parameters() if p.requires_grad]
+    def _layers(self) -> range:
+        return range(self.state.num_layers)
+
+    def _trained(self, layer: int) -> list[nn.Parameter]:
+        """The parameters of a layer's replacement that ask for gradients."""
+        replacement = self.state.replacement(layer)
+        return [] if replacement is None else [p for p in replacement.parameters() if p.requires_grad]
 
     def _check_trained(self) -> None:
-        """Say so if no replacement has moved since it was started: the optimizer does not have them."""
-        now = self._trained
-        same = len(now) == len(self._starts) and all(map(torch.equal, now, self._starts))
-        self._starts = []
-        if now and same:
+        """Say so if no replacement in use has moved since it was started: the optimizer has none of them."""
+        used = [i for i in self._starts if i not in (self.kept or [])]
+        now, then = [p for i in used for p in self._trained(i)], [p for i in used for p in self._starts[i]]
+        self._starts = {}
+        if now and len(now) == len(then) and all(map(torch.equal, now, then)):
             warnings.warn(
                 "Pruner: no replacement has moved since the warm phase: the optimizer does not train their "
                 "parameters. Make it from model.parameters() after attach(), and call set_rates(optimizer).",

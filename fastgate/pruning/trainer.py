@@ -72,7 +72,7 @@ class SelfPruningMixin:
         """
         trainer: Any = self
         trainer.args.ddp_find_unused_parameters = True
-        handler = trainer.accelerator.ddp_handler
+        handler = getattr(trainer.accelerator, "ddp_handler", None)
         if handler is not None:
             handler.find_unused_parameters = True
 
@@ -101,7 +101,10 @@ class SelfPruningMixin:
 
     def _refuse_distributed_settings(self) -> None:
         args: Any = self.args  # type: ignore[attr-defined]
-        reentrant = (args.activation_checkpointing_kwargs or {}).get("use_reentrant", False)
+        # transformers has renamed gradient checkpointing.
+        kind = "activation" if hasattr(args, "activation_checkpointing") else "gradient"
+        checkpointing = getattr(args, f"{kind}_checkpointing")
+        settings = getattr(args, f"{kind}_checkpointing_kwargs") or {}
         for name, bad, wanted, remedy in (
             (
                 "args.ddp_find_unused_parameters",
@@ -116,8 +119,8 @@ class SelfPruningMixin:
                 "leave it out",
             ),
             (
-                "args.activation_checkpointing_kwargs",
-                args.activation_checkpointing and reentrant,
+                f"args.{kind}_checkpointing_kwargs",
+                checkpointing and settings.get("use_reentrant", False),
                 "checkpointing that is not reentrant: DistributedDataParallel looks for unused parameters",
                 'pass {"use_reentrant": False}',
             ),
