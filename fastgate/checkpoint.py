@@ -237,7 +237,8 @@ def _tensors(
 ) -> dict[str, torch.Tensor]:
     """The tensors that a checkpoint needs, on the CPU. tied: under all of their names, not one."""
     own = {n: t for n, t in model.state_dict(keep_vars=True).items() if not n.startswith(unused)}
-    names = [name for name, others in shared(own).items() if tied or others[0] == name]
+    copies = getattr(model, "all_tied_weights_keys", None) or {}  # name -> the one that transformers keeps
+    names = [name for name, others in shared(own).items() if tied or name == _first(others, copies)]
     source = own if given is None else given
     missing = [name for name in names if name not in source]
     if missing:
@@ -252,6 +253,11 @@ def _tensors(
         found[name] = tensor.clone() if not tied and tensor.numel() and place in places else tensor
         places.add(place)
     return found
+
+
+def _first(names: list[str], copies: Mapping[str, str]) -> str:
+    """The name under which a shared tensor is saved: an encoder without the head must find its own."""
+    return next((name for name in names if name not in copies), names[0])
 
 
 def _save_file(tensors: dict[str, torch.Tensor], path: Path) -> None:

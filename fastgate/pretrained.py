@@ -1,6 +1,6 @@
 """`from_pretrained` and `save_pretrained` of patched models, and the Auto classes of transformers.
 
-A patched model is of a class that `patch.SWAPPED` made. Its `save_pretrained` writes fastgate's format wherever
+A patched model is of a class that `patch.SWAPPED` made. Its `save_pretrained` writes fastgate's format where
 a model of transformers would compute something else from the weights. Its `from_pretrained` builds the pruned
 model, so that transformers' own code fills in the weights, and raises where that code would only warn.
 """

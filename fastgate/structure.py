@@ -47,7 +47,10 @@ def arrange(model: nn.Module, layout: Layout) -> nn.Module:
 
 def fill(model: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
     """Give a model that `build` made its weights, on the CPU, and the buffers that are not saved."""
-    model.load_state_dict({name: t.clone() for name, t in tensors.items()}, strict=False, assign=True)
+    groups = shared(model.state_dict(keep_vars=True))
+    copies = {name: tensor.clone() for name, tensor in tensors.items()}
+    named = {other: tensor for name, tensor in copies.items() for other in groups[name]}
+    model.load_state_dict(named, strict=False, assign=True)
     model.tie_weights()  # type: ignore[operator]
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
