@@ -26,7 +26,7 @@ def prune(model: nn.Module, keep: Iterable[int], replacement: str = "zero") -> n
     keep: integers of Python, numpy or torch.
 
     Raises ArgumentError for indices outside the encoder, an unknown replacement, or a layer pruned before,
-    Unsupported for a model with adapters of PEFT.
+    Unsupported for a model with adapters of PEFT, or layers dropped that are one module with layers kept.
     """
     check_module("prune", model)
     refuse_adapters("prune", model)
@@ -44,6 +44,11 @@ def prune(model: nn.Module, keep: Iterable[int], replacement: str = "zero") -> n
         )
 
     dropped = [i for i in range(state.num_layers) if i not in kept]
+    at = [id(view.attention) for view in state.layers]
+    shared = [i for i in dropped if at[i] in {at[j] for j in kept}]
+    if shared:
+        got, remedy = f"layers {shared} that share their attention with others", "copy.deepcopy each layer"
+        raise Unsupported(say("prune", "keep", got, "layers of their own to drop", remedy))
     state.add_replacements(replacement, layers=dropped)
     for view in state.layers:
         if view.index in kept:
