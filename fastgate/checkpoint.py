@@ -442,6 +442,9 @@ def _model_config(data: dict[str, Any], hf: Any, where: str, layers: int) -> Pre
         plain = next((cls for cls in PRUNED if cls.model_type == model_type), None)
     if plain is None or not issubclass(hf.config_class, plain):
         raise refuse("model_type", f"that of a {hf.__name__}")
+    for name in data:
+        if name.startswith("__") or callable(getattr(plain, name, None)):  # it would take a method's place
+            raise refuse(name, "no such entry")
     rest = {n: v for n, v in data.items() if n not in (KEY, "transformers_weights", "model_type")}
     try:
         config = plain.from_dict(rest)
