@@ -581,6 +581,7 @@ class Pruner:
 
     def _watch(self) -> None:
         """Have the encoder record what it computes, while that is needed."""
+        self.state.runtime.unfinished = self.kept is None
         measuring = self.kept is None and (self._schedule is None or self.phase == WARM)
         matching = self._teaches and self.config.distill is not None and self.config.distill.hidden > 0
         if not (measuring or matching):

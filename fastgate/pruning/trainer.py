@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainerCallback
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 
+from .. import checkpoint
 from ..errors import ArgumentError, Unsupported, say
 from . import checkpoints
 from .config import PruningConfig
@@ -18,6 +19,7 @@ from .pruner import Pruner
 from .sentences import is_sentence_model, watching
 
 STATE_FILE = "pruning.pt"
+LEFT_OUT = "left_out"  # its entry for weights that the model's own file has not
 
 
 class SelfPruningMixin:
@@ -254,12 +256,12 @@ class SelfPruningMixin:
         finally:
             self._aside = False
         trainer.accelerator.wait_for_everyone()
+        if trainer.state.best_global_step:  # on every rank, since each of them loads it
+            best = run_dir / f"checkpoint-{trainer.state.best_global_step}"
+            if best.name == name or best.is_dir():
+                trainer.state.best_model_checkpoint = str(best)
         if trainer.args.should_save:
-            torch.save(self.pruner.state_dict(), aside / STATE_FILE)
-            if trainer.state.best_global_step:
-                best = run_dir / f"checkpoint-{trainer.state.best_global_step}"
-                if best.name == name or best.is_dir():
-                    trainer.state.best_model_checkpoint = str(best)
+            torch.save(self.pruner.state_dict() | {LEFT_OUT: self._left_out()}, aside / STATE_FILE)
             trainer.state.save_to_json(str(aside / "trainer_state.json"))
             checkpoints.seal(aside)
             checkpoints.publish(aside, run_dir / name)
@@ -271,10 +273,39 @@ class SelfPruningMixin:
             if best.is_dir():
                 trainer.state.best_model_checkpoint = str(best)
 
+    def _left_out(self) -> dict[str, torch.Tensor]:
+        """What the model has in training and its checkpoint leaves out; all of it where the model is no
+        model of transformers, whose own loader would refuse an unfinished one."""
+        model = self.pruner.model
+        names: tuple[str, ...] = ("",)
+        if isinstance(model, PreTrainedModel):
+            names = checkpoint.unused_names(model, checkpoint.layout_of(self.pruner.state))
+        state = model.state_dict()
+        return {name: tensor.cpu().clone() for name, tensor in state.items() if name.startswith(names)}
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
-        state = torch.load(Path(resume_from_checkpoint) / STATE_FILE, map_location="cpu", weights_only=True)
-        self.pruner.load_state_dict(state)
+        if isinstance(self.pruner.model, PreTrainedModel):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+        self.pruner.load_state_dict(self._load_left_out(resume_from_checkpoint))
+
+    def _load_left_out(self, folder: str) -> dict[str, Any]:
+        """Give the model the weights of `_left_out`; returns the rest of the Pruner's file."""
+        state: dict[str, Any] = torch.load(Path(folder) / STATE_FILE, map_location="cpu", weights_only=True)
+        self.pruner.model.load_state_dict(state.get(LEFT_OUT, {}), strict=False)
+        return state
+
+    def _load_best_model(self) -> None:
+        if isinstance(self.pruner.model, PreTrainedModel):
+            super()._load_best_model()  # type: ignore[misc]
+        else:
+            self._load_left_out(self.state.best_model_checkpoint)  # type: ignore[attr-defined]
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """As in Trainer, but for what a checkpoint of a hardened model leaves out."""
+        parts = (".attention.self.", ".attention.output.dense.", ".attention.replacement.")
+        missing = [name for name in load_result.missing_keys if not any(part in name for part in parts)]
+        load_result.missing_keys[:] = missing
+        super()._issue_warnings_after_load(load_result)  # type: ignore[misc]
 
 
 class _StepGates(TrainerCallback):
