@@ -11,6 +11,7 @@ from fastgate import commit
 
 NAMES = ("config.json", "fastgate.json", "model.safetensors", "extra/vocab.txt")
 
+
 def killed(folder: Path, moment: int) -> bool:
     """Write in a process that dies before its call number `moment` to the system; whether it died."""
     child = os.fork()

@@ -10,6 +10,7 @@ import tiny
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import TrainerCallback
 
 import fastgate
 from fastgate.errors import ArgumentError, Unsupported
@@ -71,10 +72,12 @@ def trainer(folder, tmp_path, loss=None, teacher=None, pruning=None, model=None,
         output_dir=str(tmp_path / "out"), max_steps=STEPS, per_device_train_batch_size=4, report_to=[],
         save_strategy="no", logging_strategy="no", use_cpu=True, disable_tqdm=True, learning_rate=1e-3,
     )  # fmt: skip
+    data = data if "Cosine" in (loss or "Cosine") else data.remove_columns("score")
     return Pruning(
         model=model,
         args=library.SentenceTransformerTrainingArguments(**(given | options)),
-        train_dataset=data if "Cosine" in (loss or "Cosine") else data.remove_columns("score"),
+        train_dataset=data,
+        eval_dataset=data,
         loss=getattr(losses, loss or "CosineSimilarityLoss")(model),
         pruning=pruning or config(),
         teacher=teacher,
@@ -227,14 +230,46 @@ def test_a_teacher_of_another_kind_is_refused(folder, tmp_path):
         trainer(folder, tmp_path, teacher=teacher)
 
 
-def test_what_sentence_transformers_cannot_load_is_refused(folder, tmp_path):
-    best = dict(load_best_model_at_end=True, eval_strategy="no", save_strategy="no")
-    with pytest.raises(Unsupported, match="load_best_model_at_end: got True for a SentenceTransformer"):
-        trainer(folder, tmp_path, **best)
-    with pytest.raises(
-        Unsupported, match="resume_from_checkpoint: got a checkpoint of a SentenceTransformer"
-    ):
-        trainer(folder, tmp_path).train(resume_from_checkpoint=True)
+def ends_alike(first, second):
+    assert first.pruner.kept == second.pruner.kept
+    assert first.pruner.history == second.pruner.history
+    other = second.model.state_dict()
+    assert all(torch.equal(value, other[name]) for name, value in first.model.state_dict().items())
+
+
+@pytest.mark.parametrize("left", [4, 12])
+def test_a_training_of_an_embedding_model_is_resumed(folder, tmp_path, left):
+    """In the search, and after hardening."""
+    options = dict(save_strategy="steps", save_steps=4)
+    whole = trainer(folder, tmp_path, **options)
+    whole.train()
+    again = trainer(folder, tmp_path, **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "out" / f"checkpoint-{left}"))
+    ends_alike(whole, again)
+
+
+def test_the_best_embedding_model_is_loaded(folder, tmp_path):
+    scores = iter([0.9, 0.1, 0.3, 0.2, 0.1])
+
+    class Evaluator:
+        def __call__(self, model, *args, **kwargs):
+            return {"score": next(scores)}
+
+    evaluate = dict(eval_strategy="steps", eval_steps=4, save_strategy="steps", save_steps=4)
+    best = dict(load_best_model_at_end=True, metric_for_best_model="score", greater_is_better=True)
+    found = trainer(folder, tmp_path, **evaluate, **best)
+    found.evaluator = Evaluator()
+    weights = {}
+
+    class Note(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 12:
+                weights.update({name: value.clone() for name, value in found.model.state_dict().items()})
+
+    found.add_callback(Note())
+    found.train()
+    assert found.state.best_global_step == 12 and len(found.pruner.kept) == 1
+    assert all(torch.equal(value, weights[name]) for name, value in found.model.state_dict().items())
 
 
 def test_models_of_transformers_are_called_as_ever(folder):

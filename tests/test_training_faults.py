@@ -321,7 +321,7 @@ def test_a_task_loss_that_is_nan_stops_the_trainer(tmp_path):
 
 @pytest.mark.parametrize("teaches", [True, False])
 @pytest.mark.parametrize("steps", [0, 1, 6, 15])
-def test_detach_leaves_a_dense_model_with_the_weights_it_has(teaches, steps):
+def test_detach_leaves_a_dense_model_with_the_weights_it_has(tmp_path, teaches, steps):
     model = bert(dropout=0.4).train()
     teacher = bert(dropout=0.4, seed=1).train() if teaches else None
     names = list(model.state_dict())
@@ -336,6 +336,7 @@ def test_detach_leaves_a_dense_model_with_the_weights_it_has(teaches, steps):
     plain = bert(dropout=0.4)
     plain.load_state_dict(model.state_dict())
     torch.testing.assert_close(model.eval()(**batch()).logits, plain.eval()(**batch()).logits)
+    fastgate.save(model, tmp_path / "saved")
     fastgate.unpatch(model)
 
 

@@ -215,6 +215,7 @@ class Pruner:
         self.release()
         self.state.set_gates([1.0] * self.state.num_layers)
         self.state.remove_replacements()
+        self.state.runtime.unfinished = False
         _attached.pop(self.state.encoder, None)
         self._attached = False
         return self.model

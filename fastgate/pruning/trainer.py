@@ -82,11 +82,6 @@ class SelfPruningMixin:
         trainer: Any = self
         if trainer.args.world_size > 1:
             self._refuse_distributed_settings()
-        if trainer.args.load_best_model_at_end and is_sentence_model(trainer.model):
-            got = f"True for a {type(trainer.model).__name__}"
-            remedy = "leave it out: train() ends with the last model, which is pruned"
-            wanted = "False: sentence-transformers loads checkpoints without what the Pruner adds"
-            raise Unsupported(say("SelfPruningTrainer", "args.load_best_model_at_end", got, wanted, remedy))
         sharded = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
         for name, bad, remedy in (
             (
@@ -148,10 +143,6 @@ class SelfPruningMixin:
         """As Trainer.train, and prunes at the end; True resumes from the newest complete checkpoint."""
         trainer: Any = self
         output_dir = Path(trainer.args.output_dir)
-        if resume_from_checkpoint and is_sentence_model(trainer.model):
-            got = f"a checkpoint of a {type(trainer.model).__name__}"
-            wanted = "None: sentence-transformers loads checkpoints without what the Pruner adds"
-            raise Unsupported(say("train", "resume_from_checkpoint", got, wanted, "start anew"))
         if resume_from_checkpoint is True:
             resume_from_checkpoint = str(checkpoints.last_complete(output_dir))
         elif resume_from_checkpoint:
@@ -268,10 +259,6 @@ class SelfPruningMixin:
             shutil.rmtree(aside.parent, ignore_errors=True)
             checkpoints.rotate(run_dir, trainer.args.save_total_limit, trainer.state.best_model_checkpoint)
         trainer.accelerator.wait_for_everyone()
-        if trainer.state.best_global_step:  # every rank loads the best model at the end
-            best = run_dir / f"checkpoint-{trainer.state.best_global_step}"
-            if best.is_dir():
-                trainer.state.best_model_checkpoint = str(best)
 
     def _left_out(self) -> dict[str, torch.Tensor]:
         """What the model has in training and its checkpoint leaves out; all of it where the model is no
