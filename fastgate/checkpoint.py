@@ -82,16 +82,21 @@ def write_pruned(
 ) -> None:
     """Write what `save` writes over whatever model is in the folder, unfinished gates too.
 
-    tensors: what to write in place of the model's state dict.
+    A model of the user's own class is written so that no loader takes it for a whole one; `load` cannot build
+    it. tensors: what to write in place of the model's state dict.
     """
     layout = layout_of(encoder_state(model))
-    _write(model, known_class(model), layout, folder_to_write(path).resolve(), None, tensors)
+    _write(model, base_class(model), layout, folder_to_write(path).resolve(), None, tensors)
+
+
+def _is_known(hf: type[nn.Module]) -> bool:
+    return any(hf.__module__ == f.module.__name__ and hf.__name__ in f.heads() for f in FAMILIES)
 
 
 def known_class(model: nn.Module) -> type[nn.Module]:
     """The class of transformers of an encoder or a head, which `load` makes again."""
     hf = base_class(model)
-    if hf.__module__ in {family.module.__name__ for family in FAMILIES}:
+    if _is_known(hf):
         return hf
     remedy = "save the encoder inside it and rebuild the rest"
     if hasattr(model, "_orig_mod") or hf.__name__ in ("DataParallel", "DistributedDataParallel"):
@@ -176,7 +181,7 @@ def _write(
     """Check that `load` can build the model again, then write its files and put them in place."""
     plain = layout.is_plain(len(encoder_state(model).gates))
     config, unused = _config_to_write(model, hf), unused_names(model, layout)
-    if not layout.unfinished:
+    if _is_known(hf) and not layout.unfinished:
         _check_buildable(model, hf, config, layout, unused)
     tensors = _tensors(model, unused, given, tied=plain)
     pruned = described(config, layout)
@@ -201,7 +206,7 @@ def _write(
 
 def _config_to_write(model: Any, hf: type[nn.Module]) -> dict[str, Any]:
     """The model's config as JSON, with the class and the dtype that transformers adds."""
-    if type(model.config) not in PRUNED:
+    if _is_known(hf) and type(model.config) not in PRUNED:
         wanted = "a config class of transformers, such as BertConfig"
         raise Unsupported(say("save", "model.config", type(model.config).__name__, wanted, "use that class"))
     config = copy.deepcopy(model.config)
@@ -408,7 +413,8 @@ def _class_named(name: str, folder: Path) -> type[nn.Module]:
             found: type[nn.Module] = getattr(family.module, name)
             return found
     wanted = "an encoder or head of transformers that fastgate knows"
-    raise CheckpointError(say("load", str(folder / META), f"class {name[:60]!r}", wanted, "upgrade fastgate"))
+    remedy = "upgrade fastgate, or make that class, prune it the same, and call load_state_dict"
+    raise CheckpointError(say("load", str(folder / META), f"class {name[:60]!r}", wanted, remedy))
 
 
 def _model_config(data: dict[str, Any], hf: Any, where: str, layers: int) -> PreTrainedConfig:
