@@ -9,12 +9,13 @@ not pruned has the config and the weights that transformers writes.
 from __future__ import annotations
 
 import copy
+import errno
 import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,8 @@ from . import commit
 from .configs import INTERRUPTED, KEY, MODEL_TYPES, PRUNED, Layout, described, read_layout
 from .errors import ArgumentError, CheckpointError, Unsupported, say
 from .families import FAMILIES, base_class
-from .patch import check_module
 from .prune import refuse_adapters
-from .state import POOLING_KEY, EncoderState, encoder_state
+from .state import POOLING_KEY, EncoderState, check_module, encoder_state
 from .structure import DTYPES, build, check, check_hooks, fill, shared
 
 FORMAT = 2
@@ -187,11 +187,12 @@ def _write(
     pruned = described(config, layout)
     notice = {name: pruned[name] for name in ("model_type", "transformers_weights")}
     with commit.replace_files(folder, json.dumps(notice | {KEY: {INTERRUPTED: True}})) as staging:
-        if plain:
-            PreTrainedModel.save_pretrained(model, staging, state_dict=tensors)
-        else:
-            (staging / CONFIG).write_text(json.dumps(pruned, indent=2, sort_keys=True) + "\n")
-            _save_file(tensors, staging / WEIGHTS)
+        with _errors_of_the_disk():
+            if plain:
+                PreTrainedModel.save_pretrained(model, staging, state_dict=tensors)
+            else:
+                (staging / CONFIG).write_text(json.dumps(pruned, indent=2, sort_keys=True) + "\n")
+                save_file(tensors, staging / WEIGHTS, metadata={"format": "pt"})
         (staging / WEIGHTS).chmod((staging / CONFIG).stat().st_mode & 0o777)  # safetensors takes 0600
         meta = {
             "format": FORMAT,
@@ -265,11 +266,15 @@ def _first(names: list[str], copies: Mapping[str, str]) -> str:
     return next((name for name in names if name not in copies), names[0])
 
 
-def _save_file(tensors: dict[str, torch.Tensor], path: Path) -> None:
+@contextmanager
+def _errors_of_the_disk() -> Iterator[None]:
+    """A full disk is an OSError here too, as it is where Python writes."""
     try:
-        save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as error:  # a full disk, say
-        raise OSError(f"{path.name} cannot be written: {error}") from error
+        yield
+    except SafetensorError as error:
+        found = re.search(r"os error (\d+)", str(error))
+        number = int(found[1]) if found else errno.EIO
+        raise OSError(number, os.strerror(number), WEIGHTS) from error
 
 
 # -- loading

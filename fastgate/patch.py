@@ -17,7 +17,7 @@ from .forward import forward_encoder
 from .freeze import thaw
 from .graphs import Graphs
 from .heads import masked_lm, rows_read
-from .state import POOLING_KEY, POOLINGS, EncoderState, Runtime
+from .state import POOLING_KEY, POOLINGS, EncoderState, Runtime, check_module
 
 
 def patch(
@@ -108,13 +108,6 @@ def _around(model: nn.Module, found: list[Found]) -> list[nn.Module]:
         and type(module) not in SWAPPED.values()
         and not encoders.isdisjoint(module.modules())
     ]
-
-
-def check_module(where: str, model: object) -> None:
-    """Refuse a name, a path or another object where a model is expected."""
-    if not isinstance(model, nn.Module):
-        remedy = "load it first: transformers.AutoModel.from_pretrained(name), or fastgate.load(path)"
-        raise ArgumentError(say(where, "model", repr(model)[:80], "a torch.nn.Module", remedy))
 
 
 def _pooling(found: Found, pooled: str | None, pooling: str | None) -> str:
