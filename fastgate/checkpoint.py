@@ -9,12 +9,13 @@ not pruned has the config and the weights that transformers writes.
 from __future__ import annotations
 
 import copy
+import errno
 import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,8 @@ from . import commit
 from .configs import INTERRUPTED, KEY, MODEL_TYPES, PRUNED, Layout, described, read_layout
 from .errors import ArgumentError, CheckpointError, Unsupported, say
 from .families import FAMILIES, base_class
-from .patch import check_module
 from .prune import refuse_adapters
-from .state import POOLING_KEY, EncoderState, encoder_state
+from .state import POOLING_KEY, EncoderState, check_module, encoder_state
 from .structure import DTYPES, build, check, check_hooks, fill, shared
 
 FORMAT = 2
@@ -82,16 +82,21 @@ def write_pruned(
 ) -> None:
     """Write what `save` writes over whatever model is in the folder, unfinished gates too.
 
-    tensors: what to write in place of the model's state dict.
+    A model of the user's own class is written so that no loader takes it for a whole one; `load` cannot build
+    it. tensors: what to write in place of the model's state dict.
     """
     layout = layout_of(encoder_state(model))
-    _write(model, known_class(model), layout, folder_to_write(path).resolve(), None, tensors)
+    _write(model, base_class(model), layout, folder_to_write(path).resolve(), None, tensors)
+
+
+def _is_known(hf: type[nn.Module]) -> bool:
+    return any(hf.__module__ == f.module.__name__ and hf.__name__ in f.heads() for f in FAMILIES)
 
 
 def known_class(model: nn.Module) -> type[nn.Module]:
     """The class of transformers of an encoder or a head, which `load` makes again."""
     hf = base_class(model)
-    if hf.__module__ in {family.module.__name__ for family in FAMILIES}:
+    if _is_known(hf):
         return hf
     remedy = "save the encoder inside it and rebuild the rest"
     if hasattr(model, "_orig_mod") or hf.__name__ in ("DataParallel", "DistributedDataParallel"):
@@ -176,17 +181,18 @@ def _write(
     """Check that `load` can build the model again, then write its files and put them in place."""
     plain = layout.is_plain(len(encoder_state(model).gates))
     config, unused = _config_to_write(model, hf), unused_names(model, layout)
-    if not layout.unfinished:
+    if _is_known(hf) and not layout.unfinished:
         _check_buildable(model, hf, config, layout, unused)
     tensors = _tensors(model, unused, given, tied=plain)
     pruned = described(config, layout)
     notice = {name: pruned[name] for name in ("model_type", "transformers_weights")}
     with commit.replace_files(folder, json.dumps(notice | {KEY: {INTERRUPTED: True}})) as staging:
-        if plain:
-            PreTrainedModel.save_pretrained(model, staging, state_dict=tensors)
-        else:
-            (staging / CONFIG).write_text(json.dumps(pruned, indent=2, sort_keys=True) + "\n")
-            _save_file(tensors, staging / WEIGHTS)
+        with _errors_of_the_disk():
+            if plain:
+                PreTrainedModel.save_pretrained(model, staging, state_dict=tensors)
+            else:
+                (staging / CONFIG).write_text(json.dumps(pruned, indent=2, sort_keys=True) + "\n")
+                save_file(tensors, staging / WEIGHTS, metadata={"format": "pt"})
         (staging / WEIGHTS).chmod((staging / CONFIG).stat().st_mode & 0o777)  # safetensors takes 0600
         meta = {
             "format": FORMAT,
@@ -201,7 +207,7 @@ def _write(
 
 def _config_to_write(model: Any, hf: type[nn.Module]) -> dict[str, Any]:
     """The model's config as JSON, with the class and the dtype that transformers adds."""
-    if type(model.config) not in PRUNED:
+    if _is_known(hf) and type(model.config) not in PRUNED:
         wanted = "a config class of transformers, such as BertConfig"
         raise Unsupported(say("save", "model.config", type(model.config).__name__, wanted, "use that class"))
     config = copy.deepcopy(model.config)
@@ -260,11 +266,15 @@ def _first(names: list[str], copies: Mapping[str, str]) -> str:
     return next((name for name in names if name not in copies), names[0])
 
 
-def _save_file(tensors: dict[str, torch.Tensor], path: Path) -> None:
+@contextmanager
+def _errors_of_the_disk() -> Iterator[None]:
+    """A full disk is an OSError here too, as it is where Python writes."""
     try:
-        save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as error:  # a full disk, say
-        raise OSError(f"{path.name} cannot be written: {error}") from error
+        yield
+    except SafetensorError as error:
+        found = re.search(r"os error (\d+)", str(error))
+        number = int(found[1]) if found else errno.EIO
+        raise OSError(number, os.strerror(number), WEIGHTS) from error
 
 
 # -- loading
@@ -408,7 +418,8 @@ def _class_named(name: str, folder: Path) -> type[nn.Module]:
             found: type[nn.Module] = getattr(family.module, name)
             return found
     wanted = "an encoder or head of transformers that fastgate knows"
-    raise CheckpointError(say("load", str(folder / META), f"class {name[:60]!r}", wanted, "upgrade fastgate"))
+    remedy = "upgrade fastgate, or make that class, prune it the same, and call load_state_dict"
+    raise CheckpointError(say("load", str(folder / META), f"class {name[:60]!r}", wanted, remedy))
 
 
 def _model_config(data: dict[str, Any], hf: Any, where: str, layers: int) -> PreTrainedConfig:

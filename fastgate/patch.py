@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from . import sentence
 from .errors import ArgumentError, NothingPatched, Unsupported, say
@@ -16,7 +17,7 @@ from .forward import forward_encoder
 from .freeze import thaw
 from .graphs import Graphs
 from .heads import masked_lm, rows_read
-from .state import POOLING_KEY, POOLINGS, EncoderState, Runtime
+from .state import POOLING_KEY, POOLINGS, EncoderState, Runtime, check_module
 
 
 def patch(
@@ -77,14 +78,36 @@ def patch(
         if graphs is not None:
             runtime: Runtime = item.encoder.fastgate_runtime  # type: ignore[assignment]
             runtime.graphs = (runtime.graphs or Graphs()) if graphs else None
+    for module in _around(model, found):
+        module.__dict__.setdefault("save_pretrained", SaveAround(module))
     return model
 
 
-def check_module(where: str, model: object) -> None:
-    """Refuse a name, a path or another object where a model is expected."""
-    if not isinstance(model, nn.Module):
-        remedy = "load it first: transformers.AutoModel.from_pretrained(name), or fastgate.load(path)"
-        raise ArgumentError(say(where, "model", repr(model)[:80], "a torch.nn.Module", remedy))
+class SaveAround:
+    """`save_pretrained` of a model whose class is the user's own, over a patched encoder.
+
+    Its class would write a pruned encoder as if it were whole. pretrained.py sets the function.
+    """
+
+    function: Any = None
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return type(self).function(self.model, *args, **kwargs)
+
+
+def _around(model: nn.Module, found: list[Found]) -> list[nn.Module]:
+    """Models of transformers or the user's own classes that have an encoder inside and are not swapped."""
+    encoders = {item.encoder for item in found}
+    return [
+        module
+        for module in model.modules()
+        if isinstance(module, PreTrainedModel)
+        and type(module) not in SWAPPED.values()
+        and not encoders.isdisjoint(module.modules())
+    ]
 
 
 def _pooling(found: Found, pooled: str | None, pooling: str | None) -> str:
@@ -163,6 +186,8 @@ def unpatch(model: nn.Module) -> nn.Module:
             got, remedy = "a pooler that reads the mean", 'call fastgate.patch(model, pooling="first") before'
             raise Unsupported(say("unpatch", "model", got, "one that reads token 0, as theirs do", remedy))
     thaw(model)
+    for around in _around(model, found):
+        around.__dict__.pop("save_pretrained", None)
     for item in found:
         EncoderState(item.encoder).remove_replacements()
         del item.encoder.fastgate_runtime

@@ -21,9 +21,9 @@ from . import commit
 from .checkpoint import META, layout_of, unused_names, verify, write_pruned
 from .configs import KEY, MODEL_TYPES, PRUNED, is_pruned, read_layout
 from .errors import ArgumentError, CheckpointError, Unsupported, say
-from .families import base_class
-from .patch import SWAPPED
-from .state import encoder_state
+from .families import base_class, find_encoders
+from .patch import SWAPPED, SaveAround
+from .state import EncoderState, encoder_state
 
 _HUB = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 _ENCODER = re.compile(r"(^|\.)(embeddings|encoder)\.")  # what no loader may draw anew
@@ -119,23 +119,34 @@ def save_pretrained(
     So is one with soft gates, whose folder then says that it is unfinished: only the training that wrote it
     reads it. Raises Unsupported for arguments that the format has no place for.
     """
-    state = encoder_state(self)
-    layout = layout_of(state)
-    folder = Path(os.fsdecode(save_directory)).expanduser()
-    adapter = getattr(self, "_hf_peft_config_loaded", False)
-    if adapter or (layout.is_plain(state.num_layers) and not (folder / META).exists()):
-        given = state_dict
-        if any(state.replacement(i) is not None for i in layout.kept) and not adapter:
-            unused = unused_names(self, layout)
-            source = self.state_dict() if given is None else given
-            given = {name: t for name, t in source.items() if not name.startswith(unused)}
-        base_class(self).save_pretrained(  # type: ignore[attr-defined]
-            self, save_directory, is_main_process, given, push_to_hub, **kwargs
-        )
-        return
+    if getattr(self, "_hf_peft_config_loaded", False) or _is_plain(self):
+        known = type(self) in SWAPPED.values()
+        folder = Path(os.fsdecode(save_directory)).expanduser()
+        if not (known and (folder / META).exists()):
+            given = _without_replacements(self, state_dict) if known else state_dict
+            base_class(self).save_pretrained(  # type: ignore[attr-defined]
+                self, save_directory, is_main_process, given, push_to_hub, **kwargs
+            )
+            return
     _refuse_options(push_to_hub, kwargs, self)
     if is_main_process:
         write_pruned(self, save_directory, state_dict)
+
+
+def _is_plain(model: Any) -> bool:
+    """Whether a model of transformers computes the same from the same weights."""
+    states = [EncoderState(f.encoder) for f in find_encoders(model) if hasattr(f.encoder, "fastgate_runtime")]
+    return all(layout_of(state).is_plain(state.num_layers) for state in states)
+
+
+def _without_replacements(model: Any, state_dict: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The state dict without replacements that no gate lets in; None where there are none of them."""
+    state = encoder_state(model)
+    if all(state.replacement(i) is None for i in range(state.num_layers)):
+        return state_dict
+    unused = unused_names(model, layout_of(state))
+    source = model.state_dict() if state_dict is None else state_dict
+    return {name: tensor for name, tensor in source.items() if not name.startswith(unused)}
 
 
 def _refuse_options(push_to_hub: bool, options: dict[str, Any], model: Any) -> None:
@@ -182,4 +193,5 @@ def _register() -> None:
 for _class in SWAPPED.values():
     _class.from_pretrained = from_pretrained  # type: ignore[attr-defined]
     _class.save_pretrained = save_pretrained  # type: ignore[attr-defined]
+SaveAround.function = staticmethod(save_pretrained)
 _register()

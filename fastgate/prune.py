@@ -9,9 +9,9 @@ from typing import Any
 from torch import nn
 
 from .errors import ArgumentError, Unsupported, say
-from .patch import check_module, patch
+from .patch import patch
 from .replacement import KINDS, Removed
-from .state import encoder_state
+from .state import check_module, encoder_state
 
 
 def prune(model: nn.Module, keep: Iterable[int], replacement: str = "zero") -> nn.Module:

@@ -156,11 +156,19 @@ class EncoderState:
             self.runtime.record = None
 
 
+def check_module(where: str, model: object) -> None:
+    """Refuse a name, a path or another object where a model is expected."""
+    if not isinstance(model, nn.Module):
+        remedy = "load it first: transformers.AutoModel.from_pretrained(name), or fastgate.load(path)"
+        raise ArgumentError(say(where, "model", repr(model)[:80], "a torch.nn.Module", remedy))
+
+
 def encoder_state(model: nn.Module) -> EncoderState:
     """The handle on the patched encoder inside `model`.
 
     Raises NothingPatched if there is none, ArgumentError if there are several.
     """
+    check_module("encoder_state", model)
     encoders = [item.encoder for item in find_encoders(model) if hasattr(item.encoder, "fastgate_runtime")]
     if not encoders:
         raise NothingPatched(

@@ -132,7 +132,7 @@ def test_checkpoints_of_a_search_are_refused_and_hardened_ones_are_pruned_models
     folder = Path(uninterrupted.args.output_dir)
     for step in (2, 6):
         for load in (fastgate.load, AutoModelForSequenceClassification.from_pretrained):
-            with pytest.raises(CheckpointError, match="still being learned; resume with"):
+            with pytest.raises(CheckpointError, match=r"still being learned.*resume with"):
                 load(folder / f"checkpoint-{step}")
         with pytest.raises(ValueError, match="pip install fastgate"):
             BertForSequenceClassification.from_pretrained(folder / f"checkpoint-{step}")
