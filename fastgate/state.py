@@ -30,7 +30,7 @@ class Runtime:
     an encoder layer: 1.0 the attention runs, 0.0 it is skipped, a 0-d tensor it is gated. record: where to
     write what is computed, while recording. asked: the demand `patch` was called with, if any. graphs: those
     captured for inference on a GPU; None: never. programs: what its layers run once they are frozen.
-    pooling: one of POOLINGS.
+    pooling: one of POOLINGS. unfinished: the gates are being learned, so their values now are no result.
     """
 
     reads: str | None
@@ -40,6 +40,7 @@ class Runtime:
     graphs: Graphs | None = None
     programs: Programs = field(default_factory=Programs)
     pooling: str = "first"
+    unfinished: bool = False
 
     @property
     def demand(self) -> str:
@@ -155,11 +156,19 @@ class EncoderState:
             self.runtime.record = None
 
 
+def check_module(where: str, model: object) -> None:
+    """Refuse a name, a path or another object where a model is expected."""
+    if not isinstance(model, nn.Module):
+        remedy = "load it first: transformers.AutoModel.from_pretrained(name), or fastgate.load(path)"
+        raise ArgumentError(say(where, "model", repr(model)[:80], "a torch.nn.Module", remedy))
+
+
 def encoder_state(model: nn.Module) -> EncoderState:
     """The handle on the patched encoder inside `model`.
 
     Raises NothingPatched if there is none, ArgumentError if there are several.
     """
+    check_module("encoder_state", model)
     encoders = [item.encoder for item in find_encoders(model) if hasattr(item.encoder, "fastgate_runtime")]
     if not encoders:
         raise NothingPatched(
