@@ -77,7 +77,7 @@ def explain(model: nn.Module, lengths: Sequence[int] = (32,) * 8) -> Explanation
     attended = torch.arange(longest) < torch.tensor(lengths)[:, None]
     demanded = demanded_rows(encoder, attended, None, False, (batch, longest), attended.device)
     packing = pack_rows(batch, longest, attended, demanded, attended.device, reach_of(encoder))
-    plan = make_runtime_plan(encoder, packing, capture=False)
+    plan = make_runtime_plan(encoder, state.runtime.inspections.of(encoder), packing, capture=False)
     config = encoder.config
     pairs = sum(q * k for q, k in zip(packing.queries.lengths, packing.keys.lengths, strict=True))
     sizes = Sizes(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .errors import ArgumentError, NothingPatched, say
 from .families import find_encoders
 from .graphs import DEVICES, Graphs
+from .inspection import Inspections
 from .layer import Gate, is_skipped, replacement_of
 from .program import Programs
 from .replacement import Replacement
@@ -30,7 +31,7 @@ class Runtime:
     an encoder layer: 1.0 the attention runs, 0.0 it is skipped, a 0-d tensor it is gated. record: where to
     write what is computed, while recording. asked: the demand `patch` was called with, if any. graphs: those
     captured for inference on a GPU; None: never. programs: what its layers run once they are frozen.
-    pooling: one of POOLINGS.
+    inspections: what its modules were found to be. pooling: one of POOLINGS.
     """
 
     reads: str | None
@@ -39,6 +40,7 @@ class Runtime:
     asked: str | None = None
     graphs: Graphs | None = None
     programs: Programs = field(default_factory=Programs)
+    inspections: Inspections = field(default_factory=Inspections)
     pooling: str = "first"
 
     @property
