@@ -13,6 +13,7 @@ from .encoder import run_plan
 from .errors import ArgumentError, Unsupported, say
 from .inspection import Inspection
 from .layer import is_skipped, shifts_of
+from .ops.derivatives import is_transformed
 from .ops.slots import is_direct
 from .packing import HOST, Packing, on_device, on_host, pack_rows, unpadded
 from .plan import Plan
@@ -40,6 +41,10 @@ def forward_encoder(
     """
     config = encoder.config
     _refuse(encoder_hidden_states, encoder_attention_mask, past_key_values, use_cache, kwargs)
+    if is_transformed():
+        got, wanted = "torch.func or forward-mode differentiation", "autograd's backward"
+        remedy = "call fastgate.unpatch(model) first"
+        raise Unsupported(say("forward", "derivatives", got, wanted, remedy))
     if (input_ids is None) == (inputs_embeds is None):
         raise ArgumentError(
             say("forward", "input_ids, inputs_embeds", "both or neither", "exactly one", "pass one of them")

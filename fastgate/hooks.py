@@ -44,7 +44,7 @@ def replaced_method(module: nn.Module) -> str:
 
 
 def shadowed_method(module: nn.Module) -> str:
-    """The name of a method of its class that an attribute of the module stands before; "" if there is none."""
+    """The name of a method of the class that an attribute of the module hides; "" if there is none."""
     kind = type(module)
     for name, value in module.__dict__.items():
         own = getattr(kind, name, None)
