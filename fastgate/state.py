@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -136,11 +137,13 @@ class EncoderState:
         """Give each layer (or those named) a replacement; one of the same kind keeps its values."""
         for i, layer in enumerate(self.encoder.encoder.layer):
             if layers is None or i in layers:
-                present, norm = replacement_of(layer), layer.attention.output.LayerNorm
+                present = replacement_of(layer)
                 if present is None or present.kind != kind:
-                    layer.attention.replacement = Replacement(
-                        kind, norm.weight.shape[0], norm.weight.dtype, norm.weight.device
-                    )
+                    # The LayerNorm may be wrapped, or have no weight of its own.
+                    norm = layer.attention.output.LayerNorm
+                    like = next(itertools.chain(norm.parameters(), layer.parameters()))
+                    hidden = self.encoder.config.hidden_size
+                    layer.attention.replacement = Replacement(kind, hidden, like.dtype, like.device)
 
     def remove_replacements(self) -> None:
         for layer in self.encoder.encoder.layer:
