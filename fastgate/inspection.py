@@ -20,7 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .errors import Unsupported, say
 from .families import FAMILIES, Family, base_class, verify_modules
 from .hooks import GLOBAL_HOOKS, foreign_hooks, hook_dicts, is_itself, replaced_method
-from .layer import PLAIN_TENSORS, Layer, is_plain, is_plain_dropout, is_plain_norm
+from .layer import PLAIN_TENSORS, Layer, drop, is_plain, is_plain_dropout, is_plain_norm
 
 _REMEDY = "run the model as transformers does (fastgate.unpatch)"
 # Attributes that decide whether a module is plain, and may be set at any time.
@@ -76,10 +76,12 @@ class Inspection:
 
     @property
     def gathers(self) -> bool:
-        """Whether embed_norm may stand for the embeddings now: the tables are of one dtype, and where a hook
-        has an output require a gradient, it does so anyway."""
-        return len({table.weight.dtype for table in self.tables}) == 1 and all(
-            table.weight.requires_grad for table in self.hooked_tables
+        """Whether embed_norm may stand for the embeddings now: the tables are of one dtype, where a hook has
+        an output require a gradient it does so anyway, and dropout leaves something."""
+        return (
+            len({table.weight.dtype for table in self.tables}) == 1
+            and all(table.weight.requires_grad for table in self.hooked_tables)
+            and drop(self.roots[0].dropout) < 1.0
         )
 
     def holds(self, encoder: Any) -> bool:

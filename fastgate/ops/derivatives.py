@@ -7,7 +7,7 @@ torch instead: more work, and every order of derivatives.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -20,9 +20,14 @@ def is_transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
-def needs_torch() -> bool:
-    """Asked in a backward: whether it must consist of torch's own operations."""
-    return torch.is_grad_enabled() or is_transformed()
+def needs_torch(grads: Iterable[Tensor | None]) -> bool:
+    """Asked in a backward of these gradients: whether it must consist of torch's own operations."""
+    batched = torch._C._functorch.is_legacy_batchedtensor  # of autograd.grad(is_grads_batched=True)
+    return (
+        torch.is_grad_enabled()
+        or is_transformed()
+        or any(grad is not None and batched(grad) for grad in grads)
+    )
 
 
 def differentiate_by_torch(

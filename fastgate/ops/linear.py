@@ -170,6 +170,6 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         dx, dweight = ctx.needs_input_grad
-        if derivatives.needs_torch():
+        if derivatives.needs_torch((grad,)):
             return derivatives.differentiate_by_torch(F.linear, (x, weight), (dx, dweight), (grad,))
         return rows_gradient(grad, weight) if dx else None, weight_gradient(grad, x) if dweight else None

@@ -250,7 +250,7 @@ class _LinearGelu(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-        if grad is not None and derivatives.needs_torch():
+        if grad is not None and derivatives.needs_torch((grad,)):
             operands = ctx.saved_tensors[1:]
             return derivatives.differentiate_by_torch(
                 _reference_forward, operands, ctx.needs_input_grad, (grad,)

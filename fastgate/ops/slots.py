@@ -118,7 +118,7 @@ def with_gradient(
         return output
 
     def backward(ctx: Any, *grads: Any) -> Any:
-        if derivatives.needs_torch():
+        if derivatives.needs_torch(grads):
             return derivatives.differentiate_by_torch(plain, operands_of(ctx), ctx.needs_input_grad, grads)
         return differentiate(ctx, *grads)
 
