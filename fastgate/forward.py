@@ -11,7 +11,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAtte
 
 from .encoder import run_plan
 from .errors import ArgumentError, Unsupported, say
-from .inspection import Inspection
+from .inspection import Inspection, verify_places
 from .layer import is_skipped, shifts_of
 from .ops.derivatives import is_transformed
 from .ops.slots import is_direct
@@ -95,7 +95,11 @@ def forward_encoder(
     if runtime.graphs is not None and not torch.compiler.is_compiling():
         hidden = runtime.graphs.replay(run, embed.padded)
     if hidden is None:
-        hidden = packing.pad(run_plan(run, embed.rows), narrow=True)
+        try:
+            hidden = packing.pad(run_plan(run, embed.rows), narrow=True)
+        except (RuntimeError, ArgumentError):
+            verify_places(encoder)  # a weight that is elsewhere is the reason, and has a name
+            raise
 
     pooler = getattr(encoder, "pooler", None)
     pooled = hidden if runtime.pooling == "first" else _mean(hidden, attended)

@@ -72,7 +72,7 @@ class Inspection:
         self.hooked = [(of, tuple(of)) for of in hooks if of]
         self.decisive = [(s, name, s[name]) for s in self.states for name in DECISIVE if name in s]
         self.attention = _attention_of(encoder.config)
-        _verify_places(encoder, self.modules)
+        verify_places(encoder)
 
     @property
     def gathers(self) -> bool:
@@ -198,18 +198,19 @@ def _only_gathers(table: Any) -> bool:
     )
 
 
-def _verify_places(encoder: Any, modules: list[nn.Module]) -> None:
+def verify_places(encoder: Any) -> None:
     """Refuse weights that fastgate reads and that are not there, or on another device than the rest."""
     name = base_class(encoder).__name__
-    paths = {id(m): path for path, m in encoder.named_modules()}
     first: tuple[str, torch.device] | None = None
-    for module in modules:
+    for place, module in encoder.named_modules():
+        if place.partition(".")[0] not in ("embeddings", "encoder"):
+            continue
         if not type(module).__module__.startswith(KNOWN) or not is_itself(module):
             continue  # it is called, and what it is, or was put around it, knows where the weights are
         for key, tensor in chain(module._parameters.items(), module._buffers.items()):
             if tensor is None or type(tensor) not in PLAIN_TENSORS:
                 continue
-            path = f"{name}.{paths[id(module)]}.{key}"
+            path = f"{name}.{place}.{key}"
             if tensor.is_meta:
                 remedy = "load the weights, or move the model with model.to_empty and load_state_dict"
                 raise Unsupported(say("forward", path, "no values (device meta)", "a weight", remedy))

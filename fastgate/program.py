@@ -10,6 +10,7 @@ from collections.abc import Callable
 from itertools import chain, groupby
 from typing import Any, TypeGuard
 
+import torch
 from torch import Tensor
 
 from .fingerprint import Fingerprint
@@ -31,11 +32,11 @@ class Program:
     kept: it serves again, while the encoder stays as it is; so there are no hooks in it.
     """
 
-    def __init__(self, run: Run, kept: bool):
+    def __init__(self, run: Run, dtype: torch.dtype, kept: bool):
         self.kept = kept
         self.plan = run.plan  # kept alive: its id is a key
         halves = [(i, steps) for i in range(len(run.layers)) for steps in run.plan.halves(i)]
-        ready = [_half(run, i, run.layers[i], steps) for i, steps in halves]
+        ready = [_half(run, i, run.layers[i], steps, dtype) for i, steps in halves]
         self.pieces: list[Piece | Stretch] = []
         for compiled, group in groupby(zip(halves, ready, strict=True), lambda pair: pair[1] is not None):
             if compiled:
@@ -76,14 +77,14 @@ class Programs:
             held = self.held = Fingerprint(run.inspection), {}
         fingerprint, made = held
         if fingerprint.refusal or fingerprint.drops():
-            return Program(run, kept=False)
+            return Program(run, h.dtype, kept=False)
         gated = tuple(isinstance(gate, Tensor) for gate in run.gates)
         key = (id(run.plan), run.packing.key_rows is None, gated)
         found = made.get(key)
         if found is None:
             if len(made) >= MOST:
                 made.clear()
-            found = made[key] = Program(run, kept=True)
+            found = made[key] = Program(run, h.dtype, kept=True)
         return found
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Programs:
@@ -93,37 +94,44 @@ class Programs:
         return Programs, ()
 
 
-def _in_panels(weight: Tensor | Packed | None) -> TypeGuard[Packed]:
-    return isinstance(weight, Packed) and weight.in_panels
+def _in_panels(weight: Tensor | Packed | None, dtype: torch.dtype) -> TypeGuard[Packed]:
+    """Whether compiled halves multiply rows of this dtype with this weight."""
+    return isinstance(weight, Packed) and weight.in_panels and weight.dtype == dtype
 
 
-def _half(run: Run, i: int, layer: Layer, steps: tuple[Step, ...]) -> Half | None:
+def _half(run: Run, i: int, layer: Layer, steps: tuple[Step, ...], dtype: torch.dtype) -> Half | None:
     if steps[0].op == "shift_norm":
         narrow, widened = steps[0].narrow, run.packing.widened
-        return None if narrow and not widened else _shift_half(layer, steps[0].reach if narrow else None)
+        return (
+            None if narrow and not widened else _shift_half(layer, dtype, steps[0].reach if narrow else None)
+        )
     if steps[-1].op == "skip_norm":
         return None
-    return (_feed_forward_half if steps[0].op == "intermediate" else _attention_half)(run, i, layer, steps)
+    return (_feed_forward_half if steps[0].op == "intermediate" else _attention_half)(
+        run, i, layer, steps, dtype
+    )
 
 
-def _attention_half(run: Run, i: int, layer: Layer, steps: tuple[Step, ...]) -> Half | None:
+def _attention_half(
+    run: Run, i: int, layer: Layer, steps: tuple[Step, ...], dtype: torch.dtype
+) -> Half | None:
     query, key, value, dense, end = layer.query, layer.key, layer.value, layer.dense, layer.attention_end
     assert query is not None and key is not None and value is not None and dense is not None
     soft, output = isinstance(run.gates[i], Tensor), dense.weight
-    if not _in_panels(output) or run.packing.key_rows is not None or soft or not end.fuses:
+    if not _in_panels(output, dtype) or run.packing.key_rows is not None or soft or not end.fuses:
         return None
     if end.rate or layer.rate:
         return None
     after, ending = Product(output, dense.bias), _norm(end.norm)
     if steps[0].op == "project_query":
         weight = query.weight
-        if not _in_panels(weight):
+        operands = key.module.weight, value.module.weight, value.bias
+        if not _in_panels(weight, dtype) or {operands[0].dtype, operands[1].dtype} != {dtype}:
             return None
         first, shape = Product(weight, query.bias), (layer.heads_in(weight.shape[0]), layer.at.scaling)
-        operands = key.module.weight, value.module.weight, value.bias
         return packed_layers.absorbed_half(first, *operands, *shape, after, ending)
     together = None if steps[0].narrow else layer.joint
-    if together is None:
+    if not _in_panels(together, dtype):
         return None
     shape = (layer.heads_in(together.shape[0] // 3), layer.at.scaling)
     return packed_layers.attention_half(together, layer.biases, *shape, after, ending)
@@ -133,19 +141,21 @@ def _norm(norm: Any) -> Norm:
     return Norm(norm.weight, norm.bias, norm.eps)
 
 
-def _shift_half(layer: Layer, reach: int | None) -> Half | None:
+def _shift_half(layer: Layer, dtype: torch.dtype, reach: int | None) -> Half | None:
     """By itself it gains nothing: only before a half that is compiled."""
-    if layer.gelu is None or not _in_panels(layer.gelu.weight) or not layer.attention_end.plain_norm:
+    if layer.gelu is None or not _in_panels(layer.gelu.weight, dtype) or not layer.attention_end.plain_norm:
         return None
     return packed_layers.shift_half(layer.shift_vectors, _norm(layer.attention_end.norm), reach)
 
 
-def _feed_forward_half(run: Run, i: int, layer: Layer, steps: tuple[Step, ...]) -> Half | None:
+def _feed_forward_half(
+    run: Run, i: int, layer: Layer, steps: tuple[Step, ...], dtype: torch.dtype
+) -> Half | None:
     up, down, end = layer.gelu, layer.down, layer.output_end
     if up is None or not end.fuses or end.rate:
         return None
     first, then = up.weight, down.weight
-    if not (_in_panels(first) and _in_panels(then)):
+    if not (_in_panels(first, dtype) and _in_panels(then, dtype)):
         return None
     products = Product(first, up.bias), Product(then, down.bias)
     if not steps[-1].chained:

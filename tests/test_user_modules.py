@@ -537,6 +537,29 @@ def test_weights_without_values_are_refused_by_name(path, frozen):
         run(model)
 
 
+def test_weights_that_lose_their_values_in_place_are_refused_by_name():
+    model = fastgate.patch(plain())
+    run(model)
+    weight = at(model, "layer.1.output.LayerNorm").weight
+    torch.utils.swap_tensors(weight, nn.Parameter(torch.empty_like(weight, device="meta")))
+    with pytest.raises(fastgate.Unsupported, match=r"layer.1.output.LayerNorm.weight.*meta"):
+        run(model)
+
+
+@pytest.mark.parametrize("path", [*LINEARS, "layer.3.attention.self.key"])
+def test_a_frozen_linear_of_another_dtype_is_refused_or_read(path):
+    want = run(plain())
+    for dtype in (torch.bfloat16, torch.float64):
+        model = fastgate.freeze(fastgate.patch(plain()))
+        run(model)
+        try:
+            at(model, path).to(dtype)
+            got = run(model)
+        except fastgate.Unsupported:
+            continue
+        torch.testing.assert_close(got, want, rtol=0.1, atol=0.05)
+
+
 def test_an_empty_model_is_refused_by_name():
     with torch.device("meta"):
         model = make("Bert", HEAD)
