@@ -11,6 +11,7 @@ from torch import nn
 
 from .errors import Unsupported, say
 from .hooks import foreign_hooks, replaced_method, shadowed_method
+from .replacement import Replacement
 
 # Rows a head reads. first: token 0 of each sequence. attended: what the mask keeps. labelled: rows with a
 # label in training, attended ones otherwise. every: padding too, as the softmax of question answering does.
@@ -170,7 +171,7 @@ def _verify_pruned(where: str, path: str, attention: Any) -> None:
         for name in ("dropout", "dense"):
             _reject_hooks(where, f"{path}.output.{name}", getattr(attention.output, name))
     if hasattr(attention, "replacement"):
-        _reject_hooks(where, f"{path}.replacement", attention.replacement)
+        _expect(where, f"{path}.replacement", attention.replacement, Replacement)
 
 
 def _expect(where: str, path: str, module: Any, cls: type) -> None:

@@ -57,7 +57,8 @@ class Inspection:
         self.modules: list[nn.Module] = list(
             dict.fromkeys(m for root in self.roots[:2] for m in root.modules())
         )
-        self.states = [m.__dict__ for m in (encoder, *self.modules)]
+        self.size = len(encoder.__dict__)  # the dictionary itself leads here, and would keep itself alive
+        self.states = [m.__dict__ for m in self.modules]
         self.sizes = list(map(len, self.states))
         self.types = list(map(type, self.modules))
         self.classes: list[Any] = list(dict.fromkeys(self.types))
@@ -92,6 +93,7 @@ class Inspection:
             self.roots[0] is modules["embeddings"]
             and self.roots[1] is modules["encoder"]
             and self.roots[2] is state["config"]
+            and self.size == len(state)
             and len(now) == len(self.there)
             and all(map(is_, now, self.there))
             and list(map(len, self.states)) == self.sizes

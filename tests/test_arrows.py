@@ -25,7 +25,7 @@ LOW = {
     "backends": {"ops", "kernels"},
     "info": {"backends"},
     "hooks": set(),
-    "families": {"hooks"},
+    "families": {"hooks", "replacement"},
     "packed": {"ops"},
     "layer": {"hooks", "ops", "packed", "replacement"},
     "inspection": {"families", "hooks", "layer"},

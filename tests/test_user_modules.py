@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import itertools
+import weakref
 
 import pytest
 import torch
@@ -212,6 +214,22 @@ def test_hooks_on_a_pruned_attention_are_refused(path):
     at(model, "layer.1.attention.replacement").register_forward_hook(lambda *_: None)
     with pytest.raises(fastgate.Unsupported, match=r"layer.1.attention.replacement"):
         run(model)
+    model = fastgate.prune(plain(), KEPT, replacement="affine")
+    parametrize.register_parametrization(at(model, "layer.1.attention.replacement"), "scale", Doubled())
+    with pytest.raises(fastgate.Unsupported, match=r"layer.1.attention.replacement.*Parametrized"):
+        run(model)
+
+
+def test_an_inspected_model_goes_when_it_is_let_go():
+    model = fastgate.patch(plain())
+    run(model)
+    weight = weakref.ref(model.bert.encoder.layer[0].output.dense.weight)
+    gc.disable()
+    try:
+        del model
+        assert weight() is None
+    finally:
+        gc.enable()
 
 
 def set_to(name, value):
