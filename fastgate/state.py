@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from .errors import ArgumentError, NothingPatched, say
 from .families import find_encoders
 from .graphs import DEVICES, Graphs
+from .inspection import Inspections
 from .layer import Gate, is_skipped, replacement_of
 from .program import Programs
 from .replacement import Replacement
@@ -30,7 +32,8 @@ class Runtime:
     an encoder layer: 1.0 the attention runs, 0.0 it is skipped, a 0-d tensor it is gated. record: where to
     write what is computed, while recording. asked: the demand `patch` was called with, if any. graphs: those
     captured for inference on a GPU; None: never. programs: what its layers run once they are frozen.
-    pooling: one of POOLINGS. unfinished: the gates are being learned, so their values now are no result.
+    inspections: what its modules were found to be. pooling: one of POOLINGS. unfinished: the gates are being
+    learned, so their values now are no result.
     """
 
     reads: str | None
@@ -39,6 +42,7 @@ class Runtime:
     asked: str | None = None
     graphs: Graphs | None = None
     programs: Programs = field(default_factory=Programs)
+    inspections: Inspections = field(default_factory=Inspections)
     pooling: str = "first"
     unfinished: bool = False
 
@@ -135,11 +139,13 @@ class EncoderState:
         """Give each layer (or those named) a replacement; one of the same kind keeps its values."""
         for i, layer in enumerate(self.encoder.encoder.layer):
             if layers is None or i in layers:
-                present, norm = replacement_of(layer), layer.attention.output.LayerNorm
+                present = replacement_of(layer)
                 if present is None or present.kind != kind:
-                    layer.attention.replacement = Replacement(
-                        kind, norm.weight.shape[0], norm.weight.dtype, norm.weight.device
-                    )
+                    # The LayerNorm may be wrapped, or have no weight of its own.
+                    norm = layer.attention.output.LayerNorm
+                    like = next(itertools.chain(norm.parameters(), layer.parameters()))
+                    hidden = self.encoder.config.hidden_size
+                    layer.attention.replacement = Replacement(kind, hidden, like.dtype, like.device)
 
     def remove_replacements(self) -> None:
         for layer in self.encoder.encoder.layer:

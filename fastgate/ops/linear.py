@@ -15,10 +15,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from fastgate.errors import Unsupported, say
-from fastgate.ops import slots
+from fastgate.ops import derivatives, slots
 
 ONEDNN_DTYPES = (torch.float32, torch.bfloat16)
 PANELS = "packed_linear"  # the compiled product
@@ -168,8 +167,9 @@ class _Linear(torch.autograd.Function):
         return product(x, weight)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         dx, dweight = ctx.needs_input_grad
+        if derivatives.needs_torch((grad,)):
+            return derivatives.differentiate_by_torch(F.linear, (x, weight), (dx, dweight), (grad,))
         return rows_gradient(grad, weight) if dx else None, weight_gradient(grad, x) if dweight else None

@@ -7,15 +7,15 @@ microseconds a call where no gradient is wanted, and for gated_add_norm's many a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastgate.errors import ArgumentError, say
+from fastgate.ops import derivatives
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 schemas = torch.library.Library("fastgate", "DEF")
@@ -104,10 +104,12 @@ def with_gradient(
     op: str,
     forward: Callable[..., Any],
     differentiate: Callable[..., Any],
+    plain: Callable[..., Any],
     keep: Callable[[Any, tuple[Any, ...], Any], None] = keep_operands,
+    operands_of: Callable[[Any], Sequence[Any]] = kept_operands,
 ) -> Callable[..., Any]:
     """Register an op's autograd formula; returns `forward` with the same formula for eager training, without
-    the registration's cost."""
+    the registration's cost. plain: the op in plain torch, for second derivatives."""
     torch.library.register_autograd(f"fastgate::{op}", differentiate, setup_context=keep, lib=schemas)
 
     def run(ctx: Any, *operands: Any) -> Any:
@@ -115,8 +117,9 @@ def with_gradient(
         keep(ctx, operands, output)
         return output
 
-    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
+        if derivatives.needs_torch(grads):
+            return derivatives.differentiate_by_torch(plain, operands_of(ctx), ctx.needs_input_grad, grads)
         return differentiate(ctx, *grads)
 
     functions = {"forward": staticmethod(run), "backward": staticmethod(backward)}
