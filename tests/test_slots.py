@@ -111,9 +111,9 @@ import torch
 from fastgate.ops.gated_add_norm import gated_add_norm
 
 x, one = torch.randn(3, 8), torch.ones(8)
-compiled = torch.compile(lambda x: gated_add_norm(x, x, one, one, 1e-5) + 1, backend="aot_eager", fullgraph=True)
-found = compiled(x)
-assert torch.allclose(found, gated_add_norm(x, x, one, one, 1e-5) + 1)
+function = lambda x: gated_add_norm(x, x, one, one, 1e-5) + 1
+found = torch.compile(function, backend="aot_eager", fullgraph=True)(x)
+assert torch.allclose(found, function(x))
 """
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from multiprocessing.context import get_spawning_popen
 from typing import Any
 
 import torch
@@ -53,6 +54,19 @@ class Packed:
         split = self.data.view(len(self.data), -1, PANEL, together).transpose(1, 2)
         return split.reshape(-1, self.shape[1])[: self.shape[0]].contiguous()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For copies and pickles: panels as such; oneDNN's layout, which cannot be copied, as the weight."""
+        if self.in_panels:
+            return _unpickled, (self.data, self.shape, self.joint)
+        return pack, (self._kept_dense(),)
+
+    def _kept_dense(self) -> Tensor:
+        """The weight. A process that is being spawned reads it from shared memory after it was pickled."""
+        weight = self.dense()
+        if get_spawning_popen() is not None:
+            object.__setattr__(self, "_sent", weight)
+        return weight
+
     def product(self, x: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
         """x W^T + b, with the exact GELU of it if asked. x: (..., K) in the weight's dtype, on the CPU.
 
@@ -83,6 +97,12 @@ def pack(weight: Tensor) -> Packed:
         panels = padded.transpose(1, 2).contiguous()
         return Packed(panels.view(len(panels), -1, PANEL * together), (rows, depth))
     return Packed(torch.ops.mkldnn._reorder_linear_weight(weight, ONEDNN_ROWS), (rows, depth))
+
+
+def _unpickled(data: Tensor, shape: tuple[int, int], joint: Packed | None) -> Packed:
+    """What was in panels, packed anew where this process multiplies with another layout."""
+    packed = Packed(data, shape, joint)
+    return packed if _together(data.dtype, shape[1]) == data.shape[2] // PANEL else pack(packed.dense())
 
 
 def _together(dtype: torch.dtype, depth: int) -> int:
