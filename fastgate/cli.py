@@ -175,11 +175,9 @@ def finetune(
 ) -> None:
     """Fine-tune a dense model, prune it while tuning on, and save both with their scores."""
     from .display import Display
-    from .memory import bound_compiled_products
     from .tasks.recipes import Recipe
     from .tasks.recipes import finetune as run
 
-    bound_compiled_products()
     console = Console()
     loaded = _load(
         task, data_dir, task_type, train, validation, columns, label_column, evaluate_on, [], max_train_rows,
@@ -279,11 +277,9 @@ def sweep(
     left: Annotated[bool, typer.Option("--left", help="Print the runs that are left, and do none.")] = False,
 ) -> None:
     """Methods, sparsities and seeds on tasks. Called again, it goes on where it was cut off."""
-    from .memory import bound_compiled_products
     from .tasks import sweep as sweeps
     from .tasks.settings import read_recipe
 
-    bound_compiled_products()
     runs = read_recipe(recipe, model)
     if left:
         for run in sweeps.left(runs, out):

@@ -14,7 +14,7 @@ from . import sentence
 from .errors import ArgumentError, NothingPatched, Unsupported, say
 from .families import FAMILIES, Family, Found, base_class, find_encoders, verify
 from .forward import forward_encoder
-from .freeze import thaw
+from .freeze import forward_frozen, thaw
 from .graphs import Graphs
 from .heads import masked_lm, rows_read
 from .state import POOLING_KEY, POOLINGS, EncoderState, Runtime, check_module
@@ -216,6 +216,8 @@ def _encoder_forward(original: Any) -> Any:
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         run = _uncompiled if torch.compiler.is_compiling() else forward_encoder
+        if self.fastgate_runtime.frozen:
+            return forward_frozen(run, self, *args, **kwargs)
         return run(self, *args, **kwargs)
 
     return forward

@@ -33,7 +33,7 @@ class Runtime:
     write what is computed, while recording. asked: the demand `patch` was called with, if any. graphs: those
     captured for inference on a GPU; None: never. programs: what its layers run once they are frozen.
     inspections: what its modules were found to be. pooling: one of POOLINGS. unfinished: the gates are being
-    learned, so their values now are no result.
+    learned, so their values now are no result. frozen: whether `freeze` has packed weights.
     """
 
     reads: str | None
@@ -45,6 +45,7 @@ class Runtime:
     inspections: Inspections = field(default_factory=Inspections)
     pooling: str = "first"
     unfinished: bool = False
+    frozen: bool = False
 
     @property
     def demand(self) -> str:

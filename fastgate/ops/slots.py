@@ -7,6 +7,7 @@ microseconds a call where no gradient is wanted, and for gated_add_norm's many a
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -44,20 +45,29 @@ REFERENCE: dict[str, Implementation] = {}
 # (op, device type) -> implementation; fastgate.backends fills it once. What is not in it runs the reference.
 SLOTS: dict[tuple[str, str], Implementation] = {}
 _fill: Callable[[], None] | None = None
+_filling = threading.RLock()
 
 
 def fill_with(fill: Callable[[], None]) -> None:
-    """Leave a function that fills SLOTS, to be called before the first op runs."""
+    """Leave a function that fills SLOTS, to be called before the first op runs. An op raises what it raises,
+    and the next op calls it again."""
     global _fill
     _fill = fill
 
 
+def _fill_slots() -> None:
+    """Call the function that was left, once, whichever thread comes first; the others wait for it."""
+    global _fill
+    with _filling:
+        if _fill is not None:
+            _fill()
+            _fill = None
+
+
 def implementation(op: str, device_type: str, *dtypes: torch.dtype) -> Implementation:
     """The implementation that runs `op` on tensors of these dtypes on this kind of device."""
-    global _fill
     if _fill is not None:
-        fill, _fill = _fill, None
-        fill()
+        _fill_slots()
     found = SLOTS.get((op, device_type))
     if found is None or not found.dtypes.issuperset(dtypes):
         return REFERENCE[op]
