@@ -24,6 +24,7 @@ _SHAPES = {  # hidden, layers, heads, intermediate
     "bert-base": (768, 12, 12, 3072),
     "bert-large": (1024, 24, 16, 4096),
 }
+SIZES = tuple(_SHAPES)  # by name, besides checkpoints and models
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -47,7 +48,7 @@ def contenders(
     if (Path(name) / "fastgate.json").is_file():
         if keep is not None:
             remedy = "leave --keep out, or bench the dense model"
-            raise ArgumentError(say("bench", "keep", list(keep), "none for a pruned checkpoint", remedy))
+            raise ArgumentError(say("bench", "--keep", list(keep), "none for a pruned checkpoint", remedy))
         ours = load(name).to(device, dtype)
         reference = unpruned(ours).to(device, dtype)
         return ours_at_best(ours), reference, load_tokenizer(name, task)
