@@ -29,11 +29,24 @@ def _end(message: object, status: int) -> NoReturn:
     raise typer.Exit(status)
 
 
+def _end_usage(error: Any) -> NoReturn:
+    command = error.ctx.command_path if error.ctx else "fastgate"
+    _end(f"{error.format_message().rstrip('.')}; see `{command} --help`", 2)
+
+
 class _Commands(TyperGroup):
     """How every command ends: status 0 done, 1 refused or stopped by the system, 2 wrong usage, 130 Ctrl-C.
 
     Each but the first prints one line that says why; a traceback is a fault of fastgate.
     """
+
+    def make_context(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().make_context(*args, **kwargs)
+        except _UsageError as error:  # type: ignore[misc]
+            if type(error).__name__ == "NoArgsIsHelpError":  # it shows the help
+                raise
+            _end_usage(error)
 
     def invoke(self, ctx: Any) -> Any:
         print_what_cannot_be_encoded_as_escapes()
@@ -42,8 +55,7 @@ class _Commands(TyperGroup):
         except FastgateError as error:
             _end(error, 1)
         except _UsageError as error:  # type: ignore[misc]
-            command = error.ctx.command_path if error.ctx else "fastgate"  # type: ignore[attr-defined]
-            _end(f"{error.format_message().rstrip('.')}; see `{command} --help`", 2)  # type: ignore[attr-defined]
+            _end_usage(error)
         except KeyboardInterrupt as error:
             _end(f"interrupted{_hint(error)}", 130)
         except OSError as error:
@@ -159,8 +171,13 @@ BatchSize = Annotated[int, typer.Option(help="Rows a batch.", callback=_checked)
 Seed = Annotated[int, typer.Option(help="Random seed.", callback=_checked)]
 
 
-def _split(text: str | None) -> list[str]:
-    return [part.strip() for part in (text or "").split(",") if part.strip()]
+def _split(option: str, text: str | None) -> list[str]:
+    parts = [part.strip() for part in (text or "").split(",") if part.strip()]
+    if text is not None and not parts:
+        raise ArgumentError(
+            say("fastgate", option, repr(text), "names by commas", "name one, or leave it out")
+        )
+    return parts
 
 
 def _load(
@@ -194,11 +211,17 @@ def _load(
     ]
     if name is not None and kind is None:
         _refuse_others(command, "--task", [option for option in given if option in own])
-        return load_task(name, data_dir, evaluate_on=_split(evaluate_on), **rows)
+        return load_task(name, data_dir, evaluate_on=_split("--evaluate-on", evaluate_on), **rows)
     if name is None and kind is not None and validation is not None and (train is not None or labels):
         _refuse_others(command, "--task-type", [option for option in given if option in named])
         return load_files(
-            kind, train, validation, columns=_split(columns), target=label_column, labels=labels, **rows
+            kind,
+            train,
+            validation,
+            columns=_split("--columns", columns),
+            target=label_column,
+            labels=labels,
+            **rows,
         )
     raise DataError(say(command, "data", ", ".join(given) or "nothing", "one task", remedy))
 
@@ -297,7 +320,7 @@ def finetune(
         stride=stride, pooling=pooling, bf16=bf16, seed=seed,
     )  # fmt: skip
     check_free(out, resume)
-    check_model("finetune", "--model", model)
+    check_model("finetune", "--model", model, "dense")
 
     def how() -> str:
         if (out / RUN).is_file():
@@ -546,9 +569,9 @@ def bench(
     from .compare import bench as run
     from .compare import bench_table
 
-    layers = None if keep is None else [_layer(part) for part in _split(keep)]
+    layers = None if keep is None else [_layer(part) for part in keep.split(",") if part.strip()]
     found = run(
-        model, task, data_dir, against=_split(against), keep=layers, batch_size=batch_size, batches=batches,
+        model, task, data_dir, against=_split("--against", against), keep=layers, batch_size=batch_size, batches=batches,
         order=order, threads=threads, max_length=max_length, console=console(stderr=True), dtype=dtype,
     )  # fmt: skip
     if as_json:

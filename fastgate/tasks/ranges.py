@@ -30,11 +30,11 @@ class Range:
     def __str__(self) -> str:
         number = "a whole number" if self.whole else "a number"
         if self.high == math.inf:
-            return f"{number} above {self.low:g}" if self.above else f"{number}, {self.low:g} or more"
-        if self.above and self.below:
-            return f"{number} between {self.low:g} and {self.high:g}, neither of them"
-        start = f"above {self.low:g} and" if self.above else f"{self.low:g} or more and"
-        return f"{number}, {start} {'below' if self.below else 'at most'} {self.high:.10g}"
+            return f"{number} above {self.low:g}" if self.above else f"{number} of at least {self.low:g}"
+        if self.above:
+            end = f"below {self.high:g}" if self.below else f"at most {self.high:.10g}"
+            return f"{number} above {self.low:g} and {end}"
+        return f"{number} from {self.low:g} to {'below ' if self.below else ''}{self.high:.10g}"
 
 
 _COUNT = Range(1, whole=True)

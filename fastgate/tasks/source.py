@@ -14,11 +14,11 @@ from ..errors import CheckpointError, FastgateError, say
 _WANTED = "a folder with a fastgate checkpoint or a model of transformers"
 
 
-def check_model(where: str, option: str, model: str | Path) -> None:
-    """Raises CheckpointError for a path that is plainly no model's."""
+def check_model(where: str, option: str, model: str | Path, part: str = "pruned") -> None:
+    """Raises CheckpointError for a path that is plainly no model's. part: which model of a run is meant."""
     path = Path(model)
     try:
-        found = _fault(path, str(model))
+        found = _fault(path, str(model), part)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         found = f"{str(model)[:200]!r} ({reason})", "check the path"
@@ -26,14 +26,14 @@ def check_model(where: str, option: str, model: str | Path) -> None:
         raise CheckpointError(say(where, option, found[0], _WANTED, found[1]))
 
 
-def _fault(path: Path, name: str) -> tuple[str, str] | None:
+def _fault(path: Path, name: str, part: str) -> tuple[str, str] | None:
     """(what is there in place of a model, what to do)."""
     if path.is_dir():
         if (path / "config.json").exists():
             return None
-        inside = [part for part in ("pruned", "dense") if (path / part / "config.json").is_file()]
-        if inside:
-            return f"{path}, which holds a run of `fastgate finetune`", f"pass {path / inside[0]}"
+        for inside in (part, "pruned", "dense"):
+            if (path / inside / "config.json").is_file():
+                return f"{path}, which holds a run of `fastgate finetune`", f"pass {path / inside}"
         return (
             f"{path}, {'without config.json' if any(path.iterdir()) else 'an empty folder'}",
             "check the path",
