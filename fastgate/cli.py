@@ -100,7 +100,8 @@ def _load(
     rows: dict[str, Any] = {"max_train_rows": max_train_rows, "max_eval_rows": max_eval_rows, "seed": seed}
     if name is not None and kind is None:
         return load_task(name, data_dir, evaluate_on=_split(evaluate_on), **rows)
-    if name is None and kind is not None and validation is not None and (train is not None or labels):
+    known = train is not None or labels or kind == "regression"
+    if name is None and kind is not None and validation is not None and known:
         return load_files(
             kind, train, validation, columns=_split(columns), target=label_column, labels=labels, **rows
         )
@@ -229,24 +230,15 @@ def evaluate(
 ) -> None:
     """Score a model on a task."""
     from .tasks import load_tokenizer
-    from .tasks.score import read_model, score
+    from .tasks.score import check_fits, class_names, read_model, score
 
     model = read_model(path)
-    names = (
-        list(model.config.id2label.values())
-        if task_type not in (None, "regression") and train is None
-        else []
-    )
+    names = [] if task_type is None else class_names(model, task_type)
     loaded = _load(
         task, data_dir, task_type, train, validation, columns, label_column, evaluate_on,
-        names or (["value"] if task_type == "regression" else []), None, max_eval_rows, 0,
+        names, None, max_eval_rows, 0,
     )  # fmt: skip
-    if loaded.labels and list(loaded.labels) != list(model.config.id2label.values()):
-        got = ", ".join(map(str, model.config.id2label.values()))
-        wanted = ", ".join(loaded.labels)
-        raise ArgumentError(
-            say("evaluate", "model", f"labels {got}", wanted, "evaluate on the task it was tuned for")
-        )
+    check_fits(model, loaded)
     tokenizer = load_tokenizer(path, loaded)
     rows = loaded.tokenize(tokenizer, max_length, stride)["evaluation"]
     scores = score(model, loaded, rows, loaded.collator(tokenizer), batch_size)

@@ -113,8 +113,13 @@ def test_labels_of_any_type_become_ids_in_sorted_order(files, labels, names, ids
         ("text", text_rows("a", "a"), text_rows("a"), "one label only ('a')"),
         ("text", text_rows("a", None), text_rows("a"), "column label: line 2, row 1: got null"),
         ("text", text_rows("a", ""), text_rows("a"), "got an empty label"),
-        ("text", text_rows(0.5, 1.0), text_rows(1.0), "task type regression"),
-        ("text", [{"text": None, "label": 1}, *text_rows(0)], text_rows(0), "column text: line 1, row 0: got null"),
+        ("text", text_rows(0.5, 1.0), text_rows(1.0), "--task-type regression"),
+        (
+            "text",
+            [{"text": None, "label": 1}, *text_rows(0)],
+            text_rows(0),
+            "column text: line 1, row 0: got null",
+        ),
         (
             "text",
             [{"text": 3, "label": 1}, {"text": 4, "label": 0}],
@@ -192,7 +197,7 @@ def test_labels_that_are_given_need_no_training_rows(files):
 def test_missing_files_folders_tasks_and_splits_are_named(tmp_path):
     with pytest.raises(DataError, match="no such file"):
         load_files("text", tmp_path / "none.csv", tmp_path / "none.csv")
-    with pytest.raises(DataError, match="got no folder cola in it"):
+    with pytest.raises(DataError, match="without a folder cola"):
         load_task("cola", tmp_path)
     with pytest.raises(DataError, match="one of sst2, cola"):
         load_task("sst3", tmp_path)

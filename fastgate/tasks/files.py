@@ -86,7 +86,9 @@ def _bytes(path: Path, where: str) -> bytes:
         refuse(where, "file", f"a damaged gzip file ({error})", "a whole one", remedy)
     except (OSError, ValueError) as error:
         got = getattr(error, "strerror", None) or error
-        refuse(where, "file", f"no access ({got})", "a file that can be read", "check the path and the rights")
+        refuse(
+            where, "file", f"no access ({got})", "a file that can be read", "check the path and the rights"
+        )
 
 
 def _text(data: bytes, where: str) -> str:
@@ -111,8 +113,8 @@ def _text(data: bytes, where: str) -> str:
 def read_file(path: str | Path, option: str = "file") -> Table:
     """All rows of one file, in memory; formats.py says how each format is read, the ending says which it is.
 
-    option: what the user calls the file, such as `--train`. Raises DataError for a file that is missing, empty
-    or damaged.
+    option: what the user calls the file, such as `--train`. Raises DataError for a file that is missing,
+    empty or damaged.
     """
     try:
         path = Path(path).expanduser()
@@ -122,7 +124,13 @@ def read_file(path: str | Path, option: str = "file") -> Table:
     suffix = _suffix(path)
     data = _bytes(path, where)
     if suffix is None:
-        refuse(where, "file", f"the ending {path.suffix!r}", _FORMATS, "convert the file or give it the right ending")
+        refuse(
+            where,
+            "file",
+            f"the ending {path.suffix!r}",
+            _FORMATS,
+            "convert the file or give it the right ending",
+        )
     if not data.strip():
         refuse(where, "rows", "none (empty)", "at least one row", "write the rows again")
     rows = _READERS[suffix](_text(data, where), where)
@@ -138,7 +146,7 @@ def read_folder(data_dir: str | Path, name: str, splits: Collection[str]) -> dic
     wanted = f"{folder}/train.jsonl.gz and an evaluation split beside it"
     if not folder.is_dir():
         remedy = "check --data-dir, or leave it out to use the hub's data set"
-        refuse(where, "folder", f"no folder {name} in it", wanted, remedy)
+        refuse("fastgate", "--data-dir", f"{data_dir} without a folder {name}", wanted, remedy)
     found: dict[str, list[Path]] = {}
     for path in sorted(folder.iterdir()):
         suffix = _suffix(path)

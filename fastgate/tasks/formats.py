@@ -59,7 +59,9 @@ def _json(text: str, where: str, first_line: int) -> Any:
     except _Twice as error:
         refuse(where, f"line {first_line}", error, "every key once", "remove or rename one of them")
     except RecursionError:
-        refuse(where, f"line {first_line}", "brackets nested too deeply", "an object with flat values", remedy)
+        refuse(
+            where, f"line {first_line}", "brackets nested too deeply", "an object with flat values", remedy
+        )
     except ValueError:  # Python reads no whole number of more than 4300 digits
         refuse(where, f"line {first_line}", "a number of thousands of digits", "numbers", remedy)
 
@@ -92,7 +94,7 @@ def json_file(text: str, where: str) -> Rows:
 
 
 def _from_cells(rows: list[list[str]], lines: list[int], where: str, remedy: str) -> Rows:
-    """A table whose first row is the header. Columns without a name, such as a written index, are left out."""
+    """A table whose first row is the header. Columns without a name (a written index) are left out."""
     if not rows:
         return Rows((), lambda column: [], 0)
     header, width = rows[0], len(rows[0])
@@ -112,7 +114,9 @@ def comma_separated(text: str, where: str) -> Rows:
     """RFC 4180: a cell that begins with a quotation mark ends with the next single one and may hold commas,
     line ends and doubled quotation marks. Empty lines are passed over; every row has the header's width.
     """
-    remedy = "put quotation marks around cells with commas or line ends and double those inside, or use .jsonl"
+    remedy = (
+        "put quotation marks around cells with commas or line ends and double those inside, or use .jsonl"
+    )
     rows: list[list[str]] = []
     lines: list[int] = []
     limit = csv.field_size_limit(_LONGEST_CELL)
@@ -140,13 +144,17 @@ def _no_swallowed_rows(text: str, rows: list[list[str]], lines: list[int], where
     rows have: two texts with one stray quotation mark each, not one text."""
     raw = io.StringIO(text, newline="").readlines()
     ends = [*(line - 1 for line in lines[1:]), len(raw)]
-    several = [place for place, end in enumerate(ends) if any(raw[n].strip() for n in range(lines[place], end))]
+    several = [
+        place for place, end in enumerate(ends) if any(raw[n].strip() for n in range(lines[place], end))
+    ]
     if not several:
         return
     single = [row for place, row in enumerate(rows) if place and place not in set(several)]
     known = [set(column) for column in zip(*(row for row in single if len(row) == len(rows[0])), strict=True)]
     for place in several:
-        inside = [line.rstrip("\r\n").split(",") for line in raw[lines[place] - 1 : ends[place]] if line.strip()]
+        inside = [
+            line.rstrip("\r\n").split(",") for line in raw[lines[place] - 1 : ends[place]] if line.strip()
+        ]
         if all(len(cells) == len(rows[0]) for cells in inside) and any(
             all(cells[column] in values for cells in inside) for column, values in enumerate(known)
         ):
@@ -165,10 +173,12 @@ def tab_separated(text: str, where: str) -> Rows:
     lines = [number for number, line in found if line]
     rows = [line.split("\t") for _, line in found if line]
     marked = [cell for row in rows for cell in row if '"' in cell]
-    if marked and all(map(_QUOTED.fullmatch, marked)):
-        if any('""' in cell[1:-1] for cell in marked) or any(cell.startswith('"') for cell in rows[0]):
-            rows = [
-                [cell[1:-1].replace('""', '"') if cell.startswith('"') else cell for cell in row] for row in rows
-            ]
-    remedy = "write one row a line and no tab inside a text; for texts with tabs or line ends use .jsonl or .csv"
+    doubled = any('""' in cell[1:-1] for cell in marked) or any(cell.startswith('"') for cell in rows[0])
+    if doubled and all(map(_QUOTED.fullmatch, marked)):
+        rows = [
+            [cell[1:-1].replace('""', '"') if cell.startswith('"') else cell for cell in row] for row in rows
+        ]
+    remedy = (
+        "write one row a line and no tab inside a text; for texts with tabs or line ends use .jsonl or .csv"
+    )
     return _from_cells(rows, lines, where, remedy)

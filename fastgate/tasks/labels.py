@@ -83,7 +83,11 @@ class Classes:
         place = f"column {spec.target}"
         if len(seen) < 2:
             refuse(
-                rows.where, place, f"one label only ({seen[0]!r})", "two or more", "add rows of the other classes"
+                rows.where,
+                place,
+                f"one label only ({seen[0]!r})",
+                "two or more",
+                "add rows of the other classes",
             )
         bare: dict[str, str] = {}
         for key in seen:

@@ -27,7 +27,9 @@ def words_of(value: Any, where: str, place: str) -> list[Any]:
     if value is None:
         return []
     if not isinstance(value, str):
-        return refuse(where, place, f"a {type(value).__name__}", "a list", "write a list of words and one of tags")
+        return refuse(
+            where, place, f"a {type(value).__name__}", "a list", "write a list of words and one of tags"
+        )
     text = value.strip()
     listed = _listed(text)
     if listed is not None:

@@ -53,8 +53,8 @@ def load_task(
 
     With `data_dir` its splits are `<data_dir>/<name>/<split>.jsonl.gz` (or .jsonl, .json, .csv, .tsv),
     without it the hub's data set of that name. `evaluate_on` overrides the splits that are scored (together).
-    `max_train_rows` and `max_eval_rows` keep that many rows, drawn by a shuffle with `seed`; of several splits
-    each keeps its share.
+    `max_train_rows` and `max_eval_rows` keep that many rows, drawn by a shuffle with `seed`; each of
+    several splits keeps its share.
     """
     if name not in CATALOG:
         remedy = "pick one of them, or pass your own files with --task-type, --train and --validation"
@@ -64,7 +64,13 @@ def load_task(
         raw = read_folder(data_dir, spec.folder or name, {"train", *(evaluate_on or spec.evaluate_on)})
     elif spec.hub is None:
         wanted = f"a folder with {name}/train.jsonl.gz and a split to score on: its owners give it away alone"
-        refuse("fastgate", "--data-dir", "none", wanted, f"write rows of {spec.columns[0]} and {spec.target} there")
+        refuse(
+            "fastgate",
+            "--data-dir",
+            "none",
+            wanted,
+            f"write rows of {spec.columns[0]} and {spec.target} there",
+        )
     else:
         raw = read_hub(name, spec.hub, hub_config(name, spec), spec.hub_revision)
     return _build(name, spec, raw, evaluate_on, max_train_rows, max_eval_rows, seed)
@@ -93,7 +99,13 @@ def load_files(
     Raises DataError as `load_task` does.
     """
     if kind not in KINDS:
-        refuse("fastgate", "--task-type", repr(kind), "one of " + ", ".join(KINDS), "choose what fits the label column")
+        refuse(
+            "fastgate",
+            "--task-type",
+            repr(kind),
+            "one of " + ", ".join(KINDS),
+            "choose what fits the label column",
+        )
     spec = Spec(
         kind,
         tuple(columns) or _DEFAULT_COLUMNS[kind],
@@ -153,7 +165,13 @@ def _build(
     unlabelled = tuple(split for split in wanted if _unlabelled(used[split], spec))
     if unlabelled and evaluate_on:
         where = used[unlabelled[0]].where
-        refuse(where, f"column {spec.target}", "labels that are all -1", "gold labels", "evaluate on another split")
+        refuse(
+            where,
+            f"column {spec.target}",
+            "labels that are all -1",
+            "gold labels",
+            "evaluate on another split",
+        )
     wanted = [split for split in wanted if split not in unlabelled]
     used = {split: rows for split, rows in used.items() if split not in unlabelled}
     if not wanted:
@@ -162,7 +180,10 @@ def _build(
     if spec.kind == "tokens":
         plain, labels = _tokens(used, spec)
     elif spec.kind == "regression":
-        plain, labels = {s: {**_texts(rows, spec), "label": _numbers(rows, spec)} for s, rows in used.items()}, ()
+        plain, labels = (
+            {s: {**_texts(rows, spec), "label": _numbers(rows, spec)} for s, rows in used.items()},
+            (),
+        )
     else:
         plain, labels = _classes(used, spec)
     splits = {split: datasets.Dataset.from_dict(columns) for split, columns in plain.items()}
@@ -206,7 +227,9 @@ def _need_columns(rows: Table, spec: Spec) -> None:
     if missing:
         names = [name if name == name.strip() else repr(name) for name in rows.column_names]
         got = ", ".join(names[:20])[:300] + (", ..." if len(names) > 20 else "")
-        remedy = "name the columns that hold the data with --columns and --label-column; tables need a header line"
+        remedy = (
+            "name the columns that hold the data with --columns and --label-column; tables need a header line"
+        )
         refuse(rows.where, "columns", got, f"{', '.join(missing)} among them", remedy)
 
 
@@ -268,16 +291,19 @@ def _keys(rows: Table, column: str, values: list[Any], numbers: Sequence[int]) -
     if any(booleans) and not all(booleans):
         place = rows.place(column, numbers[booleans.index(not booleans[0])])
         refuse(rows.where, place, "true or false among other labels", "one kind of label", "write all alike")
-    return [class_key(value, rows.where, rows.place(column, n)) for value, n in zip(values, numbers, strict=True)]
+    return [
+        class_key(value, rows.where, rows.place(column, n)) for value, n in zip(values, numbers, strict=True)
+    ]
 
 
 def _classes(used: dict[str, Table], spec: Spec) -> tuple[dict[str, dict[str, list]], tuple[str, ...]]:
     texts = {split: _texts(rows, spec) for split, rows in used.items()}
     keys = {
-        split: _keys(rows, spec.target, _targets(rows, spec), range(len(rows))) for split, rows in used.items()
+        split: _keys(rows, spec.target, _targets(rows, spec), range(len(rows)))
+        for split, rows in used.items()
     }
     classes = Classes.of(used, keys, spec)
-    found = {
+    found: dict[str, dict[str, list]] = {
         split: {
             **texts[split],
             "label": [classes.id(key, rows, spec.target, n) for n, key in enumerate(keys[split])],
@@ -298,12 +324,16 @@ def _tokens(used: dict[str, Table], spec: Spec) -> tuple[dict[str, dict[str, lis
     classes = Classes.of(used, keys, spec)
     found = {}
     for split, rows in used.items():
-        ids = iter([classes.id(k, rows, spec.target, n) for k, n in zip(keys[split], numbers[split], strict=True)])
+        ids = iter(
+            [classes.id(k, rows, spec.target, n) for k, n in zip(keys[split], numbers[split], strict=True)]
+        )
         found[split] = {"tokens": words[split], "tags": [[next(ids) for _ in marks] for marks in tags[split]]}
     return found, classes.names
 
 
-def _words_and_tags(rows: Table, words_column: str, tags_column: str) -> tuple[list[list[str]], list[list[Any]]]:
+def _words_and_tags(
+    rows: Table, words_column: str, tags_column: str
+) -> tuple[list[list[str]], list[list[Any]]]:
     """The lists of every row, as long as each other and without gaps."""
     words, tags = rows.column(words_column), rows.column(tags_column)
     for number, pair in enumerate(zip(words, tags, strict=True)):

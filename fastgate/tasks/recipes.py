@@ -18,7 +18,7 @@ from ..pruning.objective import Target
 from .budget import MaxDrop, clear_attempts, hold_out, prune_within
 from .job import Job
 from .methods import usual_distill
-from .model import dense_model, load_tokenizer
+from .model import check_length, dense_model, load_tokenizer
 from .task import Task
 from .training import RESULT, Fit, Listener, Training, read_json, write_json
 
@@ -119,7 +119,7 @@ def finetune(
     tokenizer = load_tokenizer(recipe.model, task)
     set_seed(recipe.seed)  # the head is new
     model = dense_model(recipe.model, task)
-    _check_length(recipe, model.config)
+    check_length(model.config, recipe.max_length)
     # Before anything is written: it refuses models that fastgate does not know.
     patch(model, pooling=recipe.pooling)
     _prepare(out, recipe, resume)
@@ -153,11 +153,3 @@ def finetune(
     clear_attempts(training)
     shutil.rmtree(out / "work", ignore_errors=True)
     return result
-
-
-def _check_length(recipe: Recipe, config: Any) -> None:
-    limit = config.max_position_embeddings - (2 if config.model_type != "bert" else 0)
-    if not 3 <= recipe.max_length <= limit:
-        raise ArgumentError(
-            say("finetune", "max_length", recipe.max_length, f"3 to {limit} tokens", "set --max-length")
-        )

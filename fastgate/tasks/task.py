@@ -30,8 +30,8 @@ class Task:
     (list of ids, one a word). `labels` holds the class names in the order of the ids, empty for regression.
     `evaluate_on` names the splits that are scored together, `unlabelled` those left out for want of labels.
 
-    counts: of the last `tokenize`, for results: `max_length`, and by split `rows`, `truncated` (rows that were
-    longer), `unknown` (share of the tokens that the tokenizer does not know) and, for tags, `unscored_words`.
+    counts: of the last `tokenize`, for results: `max_length`, and by split `rows`, `truncated` (rows that
+    were longer), `unknown` (share of the tokens that the tokenizer does not know) and, for tags, `unscored_words`.
     """
 
     name: str
@@ -51,10 +51,14 @@ class Task:
         length, rows = self.counts.get("max_length"), self.counts.get("rows", {})
         for split, count in self.counts.get("truncated", {}).items():
             if count:
-                found.append(f"{count} of {rows[split]} rows of {split} were longer than {length} tokens and cut")
+                found.append(
+                    f"{count} of {rows[split]} rows of {split} were longer than {length} tokens and cut"
+                )
         for split, count in self.counts.get("unscored_words", {}).items():
             if count:
-                found.append(f"{count} words of {split} are beyond {length} tokens or no token, and not scored")
+                found.append(
+                    f"{count} words of {split} are beyond {length} tokens or no token, and not scored"
+                )
         for split, share in self.counts.get("unknown", {}).items():
             if share > _MANY_UNKNOWN:
                 found.append(f"{share:.0%} of the tokens of {split} are unknown to the tokenizer")
@@ -91,7 +95,9 @@ class Task:
         if (self.kind == "tokens" or stride is not None) and not tokenizer.is_fast:
             remedy = "use a model with a fast tokenizer (tokenizer.json)"
             got = type(tokenizer).__name__
-            raise DataError(say("--model", "tokenizer", got, "a fast tokenizer, which knows its words", remedy))
+            raise DataError(
+                say("--model", "tokenizer", got, "a fast tokenizer, which knows its words", remedy)
+            )
         if stride is not None:
             self._check_stride(tokenizer, max_length, stride)
         plain = _encode_tokens if self.kind == "tokens" else _encode_text
