@@ -16,7 +16,6 @@ from typer.core import TyperGroup
 from .display import console, print_what_cannot_be_encoded_as_escapes
 from .errors import ArgumentError, DataError, FastgateError, say
 from .tasks.ranges import RANGES, option_of
-from .tasks.source import check_model, reading
 
 _UsageError = typer.BadParameter.__base__  # of whichever click typer brings
 _FAULT = "a fault of fastgate's own; please report it with this traceback and the output of `fastgate info`"
@@ -212,7 +211,8 @@ def _load(
     if name is not None and kind is None:
         _refuse_others(command, "--task", [option for option in given if option in own])
         return load_task(name, data_dir, evaluate_on=_split("--evaluate-on", evaluate_on), **rows)
-    if name is None and kind is not None and validation is not None and (train is not None or labels):
+    known = train is not None or labels or kind == "regression"
+    if name is None and kind is not None and validation is not None and known:
         _refuse_others(command, "--task-type", [option for option in given if option in named])
         return load_files(
             kind,
@@ -308,6 +308,7 @@ def finetune(
     from .display import Display
     from .memory import bound_compiled_products
     from .tasks.folder import RUN, check_free
+    from .tasks.model import model_source
     from .tasks.recipes import Recipe
     from .tasks.recipes import finetune as run
 
@@ -320,7 +321,7 @@ def finetune(
         stride=stride, pooling=pooling, bf16=bf16, seed=seed,
     )  # fmt: skip
     check_free(out, resume)
-    check_model("finetune", "--model", model, "dense")
+    model_source(model, "--model", ("dense", "pruned"))
 
     def how() -> str:
         if (out / RUN).is_file():
@@ -341,8 +342,12 @@ def finetune(
         given = {key: value for key, value in data.items() if value is not None}
         recipe = replace(recipe, task=loaded.name, data=given)
         with Display(console()) as display:
-            result = run(recipe, loaded, out, resume=resume, listener=display)
+            result = run(recipe, loaded, out, resume=resume, listener=display, tell=_print_note)
     _print_result(result, out)
+
+
+def _print_note(note: str) -> None:
+    console(stderr=True).print(f"note: {note}", soft_wrap=True)
 
 
 def _print_result(result: dict[str, Any], out: Path) -> None:
@@ -379,30 +384,28 @@ def evaluate(
 ) -> None:
     """Score a model on a task."""
     from .tasks import load_tokenizer
-    from .tasks.feasible import check_head, check_rows
-    from .tasks.score import read_model, score
+    from .tasks.score import check_fits, class_names, read_model, score
 
-    with reading("evaluate", "PATH", path):
-        model = read_model(path)
-    own = task_type not in (None, "regression") and train is None
-    names = list(model.config.id2label.values()) if own else []
+    model = read_model(path)
+    names = [] if task_type is None else class_names(model, task_type)
     loaded = _load(
-        "evaluate", task, data_dir, task_type, train, validation, columns, label_column, evaluate_on,
-        names or (["value"] if task_type == "regression" else []), None, max_eval_rows, 0,
+        "evaluate", task, data_dir, task_type, train, validation, columns, label_column, evaluate_on, names,
+        None, max_eval_rows, 0,
     )  # fmt: skip
-    check_head("evaluate", model, loaded)
-    with reading("evaluate", "PATH", path):
-        tokenizer = load_tokenizer(path, loaded)
+    check_fits(model, loaded)
+    tokenizer = load_tokenizer(path, loaded)
     rows = loaded.tokenize(tokenizer, max_length, stride)["evaluation"]
-    check_rows("evaluate", "--max-length", rows["input_ids"], model)
+    count = len(loaded.evaluation)
+    for note in loaded.notes:
+        _print_note(note)
     scores = score(model, loaded, rows, loaded.collator(tokenizer), batch_size)
     if as_json:
-        typer.echo(
-            json.dumps({"task": loaded.name, "rows": len(rows), "metric": loaded.metric, "scores": scores})
-        )
+        found = {"task": loaded.name, "rows": count, "metric": loaded.metric, "scores": scores}
+        typer.echo(json.dumps({**found, "input": loaded.counts}))
         return
     screen = console()
-    screen.print(f"{loaded.name}: {len(rows)} rows of {', '.join(loaded.evaluate_on)}", soft_wrap=True)
+    windows = f" in {len(rows)} windows" if len(rows) != count else ""
+    screen.print(f"{loaded.name}: {count} rows{windows} of {', '.join(loaded.evaluate_on)}", soft_wrap=True)
     for name, value in scores.items():
         screen.print(f"  {name} {value:.4f}" + ("  (main metric)" if name == loaded.metric else ""))
 
@@ -436,6 +439,7 @@ def sweep(
     from .display import Display
     from .memory import bound_compiled_products
     from .tasks import sweep as sweeps
+    from .tasks.model import model_source
     from .tasks.settings import read_recipe
     from .tasks.workers import end_with_parent, run_workers
 
@@ -444,7 +448,7 @@ def sweep(
     bound_compiled_products()
     runs = read_recipe(recipe, model)
     for name in {settings.model for settings in runs} - {"minilm"}:
-        check_model("sweep", "model" if model is None else "--model", name)
+        model_source(name, "--model" if model else "model", ("dense",))
     todo = sweeps.left(runs, out)
     if left:
         for run in todo:
@@ -525,9 +529,7 @@ def explain(
     from .explain import explain as run
     from .tasks.score import read_model
 
-    with reading("explain", "PATH", path):
-        model = read_model(path)
-    found = run(model)
+    found = run(read_model(path))
     typer.echo(json.dumps(found.to_dict()) if as_json else str(found))
 
 
@@ -571,8 +573,9 @@ def bench(
 
     layers = None if keep is None else [_layer(part) for part in keep.split(",") if part.strip()]
     found = run(
-        model, task, data_dir, against=_split("--against", against), keep=layers, batch_size=batch_size, batches=batches,
-        order=order, threads=threads, max_length=max_length, console=console(stderr=True), dtype=dtype,
+        model, task, data_dir, against=_split("--against", against), keep=layers, batch_size=batch_size,
+        batches=batches, order=order, threads=threads, max_length=max_length, console=console(stderr=True),
+        dtype=dtype,
     )  # fmt: skip
     if as_json:
         typer.echo(json.dumps(found.to_dict()))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from .batches import check_order, real_batches
-from .contenders import DTYPES, SIZES, contenders
+from .contenders import DTYPES, contenders
 from .errors import ArgumentError, say
 from .floor import Floor
 from .info import environment
@@ -23,7 +22,6 @@ from .peers import PEERS, Batch, Peer, build
 from .state import encoder_state
 from .tasks.feasible import check_rows
 from .tasks.load import load_task
-from .tasks.source import reading
 from .timing import Timing, interleave
 
 SECONDS = 0.2  # of a contender on a batch, at least: small batches are run more often for steady medians
@@ -189,8 +187,7 @@ def bench(
         torch.set_num_threads(threads)
     check_order(order)
     task = load_task(task_name, data_dir, max_train_rows=1)
-    with nullcontext() if model in SIZES else reading("bench", "--model", model):
-        ours, reference, tokenizer = contenders(model, task, keep, precision)
+    ours, reference, tokenizer = contenders(model, task, keep, precision)
     made = real_batches(
         task, tokenizer, max_length=max_length, batch_size=batch_size, count=batches, order=order
     )

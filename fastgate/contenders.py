@@ -24,7 +24,6 @@ _SHAPES = {  # hidden, layers, heads, intermediate
     "bert-base": (768, 12, 12, 3072),
     "bert-large": (1024, 24, 16, 4096),
 }
-SIZES = tuple(_SHAPES)  # by name, besides checkpoints and models
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 

@@ -70,7 +70,7 @@ def demo(
     clear(out)
     with Display(console) as display:
         steps = recipe(task.name, str(model_path), seed)
-        result = finetune(steps, task, out, listener=display, save_every=None)
+        result = finetune(steps, task, out, listener=display, tell=console.print, save_every=None)
     console.print("Timing the same rows on Hugging Face and on fastgate, in turn ...")
     contenders, worst = measure(out, task, result)
     seconds = time.perf_counter() - started

@@ -13,64 +13,31 @@ import numpy as np
 import torch
 
 from ..errors import ArgumentError, say
-from ..families import base_class
 from ..plan import Sizes
 from ..pruning import Sparsity, Speedup
 from ..pruning.objective import Objective, Target, costs_of
 from ..state import encoder_state
 from .budget import MaxDrop
 from .metrics import IGNORED
-from .task import Task
+from .model import longest_row
 
 LEAST_STEPS = 3  # of a pruning run: one to measure in, one to search in, one to recover in
 
 
-def longest_input(model: Any) -> int:
-    """Tokens that the patched model has positions for; RoBERTa's begin behind that of its padding."""
-    encoder = encoder_state(model).encoder
-    positions = int(encoder.config.max_position_embeddings)
-    padding = getattr(encoder.embeddings, "padding_idx", None)
-    return positions if padding is None else positions - int(padding) - 1
-
-
 def check_length(where: str, argument: str, length: int, model: Any) -> None:
-    """Raises ArgumentError unless the patched model has positions for rows of `length` tokens."""
-    limit = longest_input(model)
+    """Raises ArgumentError unless the model has positions for rows of `length` tokens."""
+    limit = longest_row(model.config)
     if not 3 <= length <= limit:
         remedy = f"set {argument} to at most {limit}"
         raise ArgumentError(say(where, argument, length, f"3 to {limit} tokens", remedy))
 
 
 def check_rows(where: str, argument: str, input_ids: Any, model: Any) -> None:
-    """Raises ArgumentError if a row of token ids is longer than the patched model has positions for."""
-    limit, longest = longest_input(model), max(map(len, input_ids))
+    """Raises ArgumentError if a row of token ids is longer than the model has positions for."""
+    limit, longest = longest_row(model.config), max(map(len, input_ids))
     if longest > limit:
         got, wanted = f"rows of up to {longest} tokens", f"at most {limit}, as the model has positions for"
         raise ArgumentError(say(where, argument, got, wanted, f"set {argument} to {limit}"))
-
-
-_HEADS = {"tokens": "ForTokenClassification"}
-
-
-def check_head(where: str, model: Any, task: Task) -> None:
-    """Raises ArgumentError unless the model's head is one for the task, with the task's labels."""
-    name, wanted = base_class(model).__name__, _HEADS.get(task.kind, "ForSequenceClassification")
-    remedy = "evaluate a model that was tuned for the task"
-    if not name.endswith(wanted):
-        kind = "a model that tags tokens" if task.kind == "tokens" else "a model that classifies texts"
-        raise ArgumentError(say(where, "model", name, f"{kind} (...{wanted})", remedy))
-    names = [str(label) for label in model.config.id2label.values()]
-    if task.kind == "regression":
-        if len(names) != 1:
-            got = f"a classifier of {len(names)} labels ({', '.join(names)[:80]})"
-            raise ArgumentError(say(where, "model", got, "one output, for a task of numbers", remedy))
-        return
-    unnamed = names == [f"LABEL_{i}" for i in range(len(names))]
-    if list(task.labels) != names and not (unnamed and len(names) == len(task.labels)):
-        got, wanted = ", ".join(names)[:200], ", ".join(task.labels)[:200]
-        raise ArgumentError(
-            say(where, "model", f"labels {got}", wanted, "evaluate on the task it was tuned for")
-        )
 
 
 def steps_of(rows: int, batch_size: int, epochs: float) -> int:

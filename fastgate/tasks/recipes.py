@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,6 @@ from .job import Job
 from .methods import usual_distill
 from .model import dense_model, load_tokenizer
 from .ranges import check_range, option_of
-from .source import reading
 from .task import Task
 from .training import RESULT, Fit, Listener, Training
 
@@ -84,13 +84,14 @@ def finetune(
     *,
     resume: bool = False,
     listener: Listener | None = None,
+    tell: Callable[[str], None] | None = None,
     save_every: float | None = 0.1,
 ) -> dict[str, Any]:
     """Run the recipe in the folder `out` and return what `result.json` then holds.
 
     Written to `out`: `dense` (Hugging Face's format), `pruned` (fastgate's), `history.json` (the gates over
-    the steps), `result.json`. save_every: share of a phase between two checkpoints, None for none. A run that
-    was killed goes on from its last checkpoint with `resume`; until its pruning has begun it may then have
+    the steps), `result.json`. tell: hears before training what is cut off the rows, a sentence each.
+    save_every: share of a phase between two checkpoints, None for none. A run that was killed goes on from its last checkpoint with `resume`; until its pruning has begun it may then have
     another target. All is checked before the folder is made. Raises ArgumentError for a folder in other use
     and for settings that cannot work, DataError for bad data.
     """
@@ -102,6 +103,8 @@ def finetune(
         return read_result(out)
     tokenizer, model, rows = _prepared(recipe, task)
     claim(out, settings, before)
+    for note in task.notes if tell is not None else ():
+        tell(note)
     target = recipe.target
     steps = steps_of(len(rows["train"]), recipe.batch_size, recipe.prune_epochs)
     training = Training(task, out, tokenizer, rows, listener, save_every)
@@ -125,6 +128,7 @@ def finetune(
             "environment": environment(),
             "settings": settings,
             "rows": {split: len(found) for split, found in rows.items()},
+            "input": dict(task.counts),
             "labels": list(task.labels),
             "metric": task.metric,
             "dense": dense,
@@ -140,10 +144,9 @@ def _prepared(recipe: Recipe, task: Task) -> tuple[Any, Any, Any]:
     """(tokenizer, patched dense model, tokenised rows) of a run, found sound: nothing is written before."""
     from transformers import set_seed
 
-    with reading(WHERE, "--model", recipe.model):
-        tokenizer = load_tokenizer(recipe.model, task)
-        set_seed(recipe.seed)  # the head is new
-        model: Any = dense_model(recipe.model, task)
+    tokenizer = load_tokenizer(recipe.model, task)
+    set_seed(recipe.seed)  # the head is new
+    model: Any = dense_model(recipe.model, task)
     patch(model, pooling=recipe.pooling)
     check_length(WHERE, "--max-length", recipe.max_length, model)
     rows = task.tokenize(tokenizer, recipe.max_length, recipe.stride)

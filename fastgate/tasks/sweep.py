@@ -32,7 +32,6 @@ from .load import load_task
 from .methods import config_of, target_of
 from .model import demo_model_path, dense_model, load_tokenizer
 from .settings import Settings
-from .source import reading
 from .task import Task
 from .training import Fit, Listener, Training
 
@@ -215,10 +214,9 @@ def _prepared(group: list[Settings], data_dir: Path | None) -> tuple[Task, Any, 
         first.task, data_dir, evaluate_on=first.evaluate_on.split(",") if first.evaluate_on else (),
         max_train_rows=first.train_rows, max_eval_rows=first.eval_rows, seed=first.seed,
     )  # fmt: skip
-    with reading(where, "model", source):
-        tokenizer = load_tokenizer(source, task)
-        set_seed(first.seed)  # the head is new
-        model: Any = dense_model(source, task)
+    tokenizer = load_tokenizer(source, task)
+    set_seed(first.seed)  # the head is new
+    model: Any = dense_model(source, task)
     patch(model, pooling=first.pooling)
     check_length(where, "max_length", first.max_length, model)
     rows = task.tokenize(tokenizer, first.max_length, first.stride)
@@ -249,6 +247,8 @@ def _run_group(
     """Runs that share a dense model."""
     first = chosen[0]
     task, tokenizer, model, rows = _prepared(chosen, data_dir)
+    for note in task.notes:
+        tell(f"{first.task} seed {first.seed}: {note}")
     training = Training(task, folder, tokenizer, rows, listener)
     dense = training.dense(model, _fit(first, first.dense_epochs, first.dense_lr))
     for settings in chosen:
@@ -312,6 +312,7 @@ def _line(settings: Settings, training: Training, dense: dict[str, Any], found: 
         "dense_seconds": dense["seconds"],
         "rows": len(training.rows["train"]),
         "scored": len(training.rows["evaluation"]),
+        "input": dict(task.counts),
         "gates": [{"step": e["step"], "open": [round(p, 3) for p in e["open"]]} for e in history],
         "settings": settings.identity,
         "environment": environment(),
