@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -33,6 +34,12 @@ def _end_usage(error: Any) -> NoReturn:
     _end(f"{error.format_message().rstrip('.')}; see `{command} --help`", 2)
 
 
+def _show_warning(message: Warning | str, category: type[Warning], *where: Any) -> None:
+    """What is worth knowing of a result, in one line and without the place in the code; no other warnings."""
+    if issubclass(category, RuntimeWarning | UserWarning):
+        console(stderr=True).print(f"warning: {' '.join(str(message).split())}", soft_wrap=True)
+
+
 class _Commands(TyperGroup):
     """How every command ends: status 0 done, 1 refused or stopped by the system, 2 wrong usage, 130 Ctrl-C.
 
@@ -50,7 +57,9 @@ class _Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         print_what_cannot_be_encoded_as_escapes()
         try:
-            return super().invoke(ctx)
+            with warnings.catch_warnings():
+                warnings.showwarning = _show_warning
+                return super().invoke(ctx)
         except FastgateError as error:
             _end(error, 1)
         except _UsageError as error:  # type: ignore[misc]
@@ -103,7 +112,13 @@ _FIELDS = {option_of(field).lstrip("-").replace("-", "_"): field for field in RA
 def _expanded(value: Optional[Path]) -> Optional[Path]:  # noqa: UP045
     """The callback of every path: `~` is the home folder, as the shell has it only after a blank."""
     try:
+        str(value).encode()
         return None if value is None else value.expanduser()
+    except UnicodeEncodeError as error:  # libraries that are not written in Python take UTF-8 alone
+        shown = str(value).encode(errors="backslashreplace").decode()
+        raise typer.BadParameter(
+            f"{shown} is no name in this locale; set PYTHONUTF8=1, or rename it if it is not UTF-8"
+        ) from error
     except RuntimeError as error:
         raise typer.BadParameter(str(error)) from error
 

@@ -91,9 +91,10 @@ def finetune(
 
     Written to `out`: `dense` (Hugging Face's format), `pruned` (fastgate's), `history.json` (the gates over
     the steps), `result.json`. tell: hears before training what is cut off the rows, a sentence each.
-    save_every: share of a phase between two checkpoints, None for none. A run that was killed goes on from its last checkpoint with `resume`; until its pruning has begun it may then have
-    another target. All is checked before the folder is made. Raises ArgumentError for a folder in other use
-    and for settings that cannot work, DataError for bad data.
+    save_every: share of a phase between two checkpoints, None for none. A run that was killed goes on from
+    its last checkpoint with `resume`; until its pruning has begun it may then have another target. All is
+    checked before the folder is made. Raises ArgumentError for a folder in other use and for settings that
+    cannot work, DataError for bad data.
     """
     out = Path(out)
     settings = json.loads(json.dumps(asdict(recipe)))
@@ -103,8 +104,9 @@ def finetune(
         return read_result(out)
     tokenizer, model, rows = _prepared(recipe, task)
     claim(out, settings, before)
-    for note in task.notes if tell is not None else ():
-        tell(note)
+    if tell is not None:
+        for note in task.notes:
+            tell(note)
     target = recipe.target
     steps = steps_of(len(rows["train"]), recipe.batch_size, recipe.prune_epochs)
     training = Training(task, out, tokenizer, rows, listener, save_every)
