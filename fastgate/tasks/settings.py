@@ -156,7 +156,8 @@ def expand(recipe: Mapping[str, Any]) -> list[Settings]:
     _only("recipe", recipe, (known | set(_LISTS)) - {"task", "seed"})
     base = {key: value for key, value in recipe.items() if key not in _LISTS}
     tasks, seeds = _listed(recipe.get("tasks") or []), _listed(recipe.get("seeds", [0]))
-    runs, per_task = recipe.get("runs") or [{}], recipe.get("per_task") or {}
+    runs, per_task = ({} if recipe.get(key) is None else recipe[key] for key in ("runs", "per_task"))
+    runs = runs or [{}]
     if not tasks:
         _refuse("tasks", "none", "one or more of " + ", ".join(CATALOG), "name the tasks")
     if not seeds:
@@ -207,7 +208,9 @@ def _only(where: str, found: Any, known: set[str]) -> None:
 def _typed(key: str, value: Any) -> Any:
     """The value of a key of Settings, of the type that the field has."""
     kind = _TYPES[key]
-    if value is None and "None" in kind:
+    if value is None:
+        if "None" not in kind:
+            _refuse(key, "nothing", "a value", "give one, or leave the key out")
         return None
     if kind.startswith("tuple"):
         whole = isinstance(value, list) and all(type(layer) is int and layer >= 0 for layer in value)
