@@ -10,6 +10,7 @@ import csv
 import io
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -38,11 +39,14 @@ class _Twice(ValueError):
     """A key that stands twice in one JSON object."""
 
 
+def _repeated(names: list[str]) -> list[str]:
+    return [name[:80] for name, count in Counter(names).items() if count > 1]
+
+
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise _Twice(f"the key {next(key for key in keys if keys.count(key) > 1)!r} twice in one object")
+        raise _Twice(f"the key {_repeated([key for key, _ in pairs])[0]!r} twice in one object")
     return found
 
 
@@ -98,7 +102,7 @@ def _from_cells(rows: list[list[str]], lines: list[int], where: str, remedy: str
     if not rows:
         return Rows((), lambda column: [], 0)
     header, width = rows[0], len(rows[0])
-    twice = sorted({name for name in header if name and header.count(name) > 1})
+    twice = _repeated([name for name in header if name])
     if twice:
         refuse(where, "header", f"{twice[0]!r} twice", "every column name once", "rename one of them")
     for line, row in zip(lines, rows, strict=True):

@@ -41,8 +41,8 @@ def dense_model(model_name: str | Path, task: Task) -> PreTrainedModel:
     """The pre-trained model with a new head for the task: labels named, regression with one output.
 
     In float32, whatever its file holds: an optimizer's small steps would be lost in 16 bits. Only the head,
-    and a pooler that the file lacks, are drawn anew. Raises CheckpointError for a model that fastgate pruned and
-    for one whose file lacks other weights, ArgumentError for what is no model.
+    and a pooler that the file lacks, are drawn anew. Raises CheckpointError for a model that fastgate pruned
+    and for one whose file lacks other weights, ArgumentError for what is no model.
     """
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoModelForTokenClassification
 
