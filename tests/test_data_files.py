@@ -116,6 +116,7 @@ def test_a_csv_follows_rfc_4180(tmp_path):
         ("text,label\na\n", "line 2: got 1 fields under a header of 2"),
         ("text,label,label\na,b,c\n", "header: got 'label' twice"),
         ("text;label\na;b\n", "no comma in 'text;label'"),
+        ('"text";"label"\n"a";"b"\n', 'no comma in \'"text";"label"\''),
         ("text,label\n", "got no rows"),
         ("great,1\nbad,0\n", "got great, 1, wanted text, label among them"),
         ("text, label\na,1\n", "got text, ' label', wanted label among them"),

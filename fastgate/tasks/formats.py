@@ -121,6 +121,10 @@ def comma_separated(text: str, where: str) -> Rows:
     remedy = (
         "put quotation marks around cells with commas or line ends and double those inside, or use .jsonl"
     )
+    header = text.lstrip().split("\n", 1)[0].strip()
+    if "," not in header and re.search("[;\t|]", header):
+        other = "separate the columns by commas, or name a file separated by tabs .tsv"
+        refuse(where, "header", f"no comma in {header[:80]!r}", "columns separated by commas", other)
     rows: list[list[str]] = []
     lines: list[int] = []
     limit = csv.field_size_limit(_LONGEST_CELL)
@@ -136,9 +140,6 @@ def comma_separated(text: str, where: str) -> Rows:
         refuse(where, f"line {before + 1}", f"damaged quotation marks ({error})", "RFC 4180", remedy)
     finally:
         csv.field_size_limit(limit)
-    if rows and len(rows[0]) == 1 and re.search("[;\t|]", rows[0][0]):
-        other = "separate the columns by commas, or name a file separated by tabs .tsv"
-        refuse(where, "header", f"no comma in {rows[0][0][:80]!r}", "columns separated by commas", other)
     _no_swallowed_rows(text, rows, lines, where, remedy)
     return _from_cells(rows, lines, where, remedy)
 

@@ -108,7 +108,8 @@ def model_source(name: str | Path, option: str, inside: Sequence[str]) -> str:
         if not any(path.iterdir()):
             got = f"{name}, an empty folder"
         found = [path / part for part in inside if (path / part / "config.json").is_file()]
-        found = found or sorted(part.parent for part in path.glob("checkpoint-*/config.json"))[-1:]
+        saved = [part.parent for part in path.glob("checkpoint-*/config.json")]
+        found = found or sorted(saved, key=lambda part: (len(part.name), part.name))[-1:]
         if found:
             remedy = f"name the model in it: {found[0]}"
     elif not path.is_dir() and not _HUB_NAME.fullmatch(str(name)):

@@ -151,7 +151,8 @@ def read_model(path: str | Path) -> Any:
         else:
             names = [name for name in config.architectures or [] if hasattr(transformers, name)]
             kind = getattr(transformers, names[0]) if names else transformers.AutoModel
-            model, report = load_quietly(lambda: kind.from_pretrained(source, output_loading_info=True), path)
+            options = {"ignore_mismatched_sizes": True, "output_loading_info": True}
+            model, report = load_quietly(lambda: kind.from_pretrained(source, **options), path)
             new = [
                 n
                 for n in new_weights(report)
