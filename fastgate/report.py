@@ -93,7 +93,7 @@ def write_report(
     lines += [f"- {note}" for note in notes]
     lines += [f"- {key}: {value}" for key, value in result["settings"].items() if value not in (None, {})]
     lines += [f"- {key}: {value}" for key, value in result["environment"].items()]
-    path.write_text("\n".join(lines) + "\n")
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def gate_picture(history: Sequence[Mapping[str, Any]], kept: Sequence[int], path: Path) -> None:
