@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -99,7 +100,7 @@ def model_source(name: str | Path, option: str, inside: Sequence[str]) -> str:
 
     option: what the user typed before it. inside: folders that a run leaves in its own, the better one first.
     """
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     wanted = "a BERT or RoBERTa model of the hub, or a folder with config.json and the weights"
     if path.is_file():
         got, remedy = f"{name}, a file", "name the folder it is in"
@@ -125,14 +126,6 @@ def longest_row(config: PreTrainedConfig) -> int:
     if str(config.model_type).removeprefix("fastgate_").replace("-", "_") not in _COUNT_FROM_PADDING:
         return positions
     return positions - int(config.pad_token_id) - 1
-
-
-def check_length(config: PreTrainedConfig, max_length: int) -> None:
-    """Refuse rows that the model has no positions for."""
-    longest = longest_row(config)
-    if not 3 <= max_length <= longest:
-        wanted = f"3 to {longest} tokens, the positions of the model"
-        raise ArgumentError(say("fastgate", "--max-length", max_length, wanted, "set --max-length"))
 
 
 def load_tokenizer(model_name: str | Path, task: Task | None = None) -> PreTrainedTokenizerBase:
@@ -171,7 +164,7 @@ def load_quietly(load: Callable[[], Any], model_name: str | Path) -> Any:
         except Exception as error:  # a damaged file raises whatever the library that reads it raises
             text = " ".join(str(error).split())[:160] or type(error).__name__
             got, wanted = f"{model_name} ({text})", "a BERT or RoBERTa model of the hub or in a folder"
-            if Path(model_name).expanduser().is_dir():
+            if os.path.isdir(os.path.expanduser(model_name)):
                 remedy = "the folder is damaged or unfinished: save the model again, or copy it again"
                 raise CheckpointError(say("fastgate", "model", got, wanted, remedy)) from error
             remedy = "check the name; without a hub give a folder with config.json and the weights"
