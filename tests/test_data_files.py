@@ -346,7 +346,6 @@ def test_a_score_is_a_plain_finite_number(tmp_path, value):
         ({"target": "text"}, "--columns: got text with --label-column text"),
         ({"max_train_rows": 0}, "--max-train-rows: got 0, wanted at least 1"),
         ({"max_eval_rows": -1}, "--max-eval-rows: got -1, wanted at least 1"),
-        ({"max_train_rows": 1}, "--max-train-rows: got 1, which draws rows of one class"),
         ({"max_eval_rows": 2.5}, "--max-eval-rows: got 2.5"),
     ],
 )
