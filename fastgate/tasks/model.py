@@ -101,7 +101,9 @@ def model_source(name: str | Path, option: str, inside: Sequence[str]) -> str:
     option: what the user typed before it. inside: folders that a run leaves in its own, the better one first.
     """
     path = Path(os.path.expanduser(name))
-    wanted = "a BERT or RoBERTa model of the hub, or a folder with config.json and the weights"
+    wanted = "a folder with config.json and the weights of a BERT or RoBERTa, or one of the hub"
+    if inside[0] == "pruned":
+        wanted = "a folder with a fastgate checkpoint or a model of transformers, or one of the hub"
     if path.is_file():
         got, remedy = f"{name}, a file", "name the folder it is in"
     elif path.is_dir() and not (path / "config.json").is_file():
