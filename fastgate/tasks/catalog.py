@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from ..errors import DataError, say
+
 KINDS = ("text", "pair", "regression", "tokens")
 
 
@@ -88,6 +90,13 @@ CATALOG: dict[str, Spec] = {
     "ud_ewt": _UD_EWT,
     "ud_ewt_xpos": replace(_UD_EWT, target="xpos", folder="ud_ewt"),
 }
+
+
+def check_kind(kind: str) -> None:
+    """Refuse a kind of task that there is not."""
+    if kind not in KINDS:
+        remedy = "choose what fits the label column"
+        raise DataError(say("fastgate", "--task-type", repr(kind), "one of " + ", ".join(KINDS), remedy))
 
 
 def hub_config(name: str, spec: Spec) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 import zlib
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -117,9 +118,9 @@ def read_file(path: str | Path, option: str = "file") -> Table:
     empty or damaged.
     """
     try:
-        path = Path(path).expanduser()
-    except (TypeError, RuntimeError) as error:
-        refuse(option, "file", repr(path), "a path", f"check it ({error})")
+        path = Path(os.path.expanduser(path))
+    except TypeError:
+        refuse(option, "file", repr(path), "a path", "pass the name of the file")
     where = f"{option} {path}"
     suffix = _suffix(path)
     data = _bytes(path, where)
@@ -141,7 +142,7 @@ def read_file(path: str | Path, option: str = "file") -> Table:
 
 def read_folder(data_dir: str | Path, name: str, splits: Collection[str]) -> dict[str, Table]:
     """Those of `splits` found as `<data_dir>/<name>/<split>` with a known ending; `train` must be there."""
-    folder = Path(data_dir).expanduser() / name
+    folder = Path(os.path.expanduser(data_dir)) / name
     where = f"--data-dir {data_dir}"
     wanted = f"{folder}/train.jsonl.gz and an evaluation split beside it"
     if not folder.is_dir():

@@ -10,6 +10,7 @@ import csv
 import io
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -38,11 +39,14 @@ class _Twice(ValueError):
     """A key that stands twice in one JSON object."""
 
 
+def _repeated(names: list[str]) -> list[str]:
+    return [name[:80] for name, count in Counter(names).items() if count > 1]
+
+
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise _Twice(f"the key {next(key for key in keys if keys.count(key) > 1)!r} twice in one object")
+        raise _Twice(f"the key {_repeated([key for key, _ in pairs])[0]!r} twice in one object")
     return found
 
 
@@ -98,7 +102,7 @@ def _from_cells(rows: list[list[str]], lines: list[int], where: str, remedy: str
     if not rows:
         return Rows((), lambda column: [], 0)
     header, width = rows[0], len(rows[0])
-    twice = sorted({name for name in header if name and header.count(name) > 1})
+    twice = _repeated([name for name in header if name])
     if twice:
         refuse(where, "header", f"{twice[0]!r} twice", "every column name once", "rename one of them")
     for line, row in zip(lines, rows, strict=True):
@@ -117,6 +121,10 @@ def comma_separated(text: str, where: str) -> Rows:
     remedy = (
         "put quotation marks around cells with commas or line ends and double those inside, or use .jsonl"
     )
+    header = text.lstrip().split("\n", 1)[0].strip()
+    if "," not in header and re.search("[;\t|]", header):
+        other = "separate the columns by commas, or name a file separated by tabs .tsv"
+        refuse(where, "header", f"no comma in {header[:80]!r}", "columns separated by commas", other)
     rows: list[list[str]] = []
     lines: list[int] = []
     limit = csv.field_size_limit(_LONGEST_CELL)
@@ -132,9 +140,6 @@ def comma_separated(text: str, where: str) -> Rows:
         refuse(where, f"line {before + 1}", f"damaged quotation marks ({error})", "RFC 4180", remedy)
     finally:
         csv.field_size_limit(limit)
-    if rows and len(rows[0]) == 1 and re.search("[;\t|]", rows[0][0]):
-        other = "separate the columns by commas, or name a file separated by tabs .tsv"
-        refuse(where, "header", f"no comma in {rows[0][0][:80]!r}", "columns separated by commas", other)
     _no_swallowed_rows(text, rows, lines, where, remedy)
     return _from_cells(rows, lines, where, remedy)
 

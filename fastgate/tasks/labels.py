@@ -3,36 +3,65 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from .catalog import Spec
 from .files import Table
 from .formats import refuse
 
 _WHOLE = re.compile(r"(-?(?:0|[1-9][0-9]{0,17}))(?:\.0)?")
+_FRACTION = re.compile(r"[-+]?[0-9]*\.[0-9]+(?:[eE][-+]?[0-9]+)?")
+_GAPS = ("nan", "na", "n/a", "null", "none", "inf", "-inf")  # among numbers these are missing values
 _HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # half of a surrogate pair, which no file can hold
 
 
-def class_key(value: Any, where: str, place: str) -> str:
-    """The name of a label's class. A whole number has one name however it is written: 1, 1.0, "1", "1.0".
+def class_key(value: Any) -> str | None:
+    """The name of a label's class, None for what is no label.
 
-    Other text is itself: `01` and `1e0` are no numbers.
+    A whole number has one name however it is written: 1, 1.0, "1", "1.0". Other text is itself: `01` and
+    `1e0` are no numbers.
     """
-    if isinstance(value, bool):
-        return str(value)
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
     if isinstance(value, float):
-        remedy = "choose --task-type regression for numbers"
-        refuse(where, place, value, "a class (text or whole number)", remedy)
-    if isinstance(value, int):
+        return str(int(value)) if value.is_integer() else None
+    if isinstance(value, int):  # True is "True"
         return str(value)
     if isinstance(value, str) and not _HALF_CHARACTER.search(value):
         return _canonical(value)
-    return refuse(
-        where, place, f"a {type(value).__name__}", "a class (text or whole number)", "name the label column"
-    )
+    return None
+
+
+def class_keys(rows: Table, column: str, values: Sequence[Any], numbers: Sequence[int]) -> list[str]:
+    """The class of each label, by name; numbers: the row that each is of.
+
+    Raises DataError for what is no label, and for a column of scores or of numbers with gaps: classes made
+    of them would be none.
+    """
+    found: list[str] = []
+    for value, number in zip(values, numbers, strict=True):
+        key = class_key(value)
+        if key is None:
+            got = value if isinstance(value, float) else f"a {type(value).__name__}"
+            _no_class(rows, column, number, got)
+        else:
+            found.append(key)
+    booleans = [isinstance(value, bool) for value in values]
+    if any(booleans) and not all(booleans):
+        _no_class(rows, column, numbers[booleans.index(not booleans[0])], "true or false among other labels")
+    seen = set(found)
+    words = {key for key in seen if not _is_whole(key)}
+    scores = {key for key in words if _FRACTION.fullmatch(key)}
+    odd = scores | {key for key in words if key.lower() in _GAPS}
+    if odd and odd == words and (scores or words != seen):
+        place = next(place for place, key in enumerate(found) if key in odd)
+        _no_class(rows, column, numbers[place], repr(found[place])[:80])
+    return found
+
+
+def _no_class(rows: Table, column: str, number: int, got: object) -> NoReturn:
+    remedy = "name the label column, fill the gap, or choose --task-type regression for numbers"
+    refuse(rows.where, rows.place(column, number), got, "a class (text or whole number)", remedy)
 
 
 def _canonical(name: str) -> str:

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .catalog import CATALOG, KINDS, Spec, hub_config
+from .catalog import CATALOG, Spec, check_kind, hub_config
 from .files import Table, read_file, read_folder, read_hub
 from .formats import refuse
-from .labels import Classes, class_key
+from .labels import Classes, class_keys
 from .lists import words_of
 from .metrics import is_iob2
 from .task import Task
@@ -98,14 +98,7 @@ def load_files(
     before words; where they are given the rows hold these names, or all of them ids, and `train` may be None.
     Raises DataError as `load_task` does.
     """
-    if kind not in KINDS:
-        refuse(
-            "fastgate",
-            "--task-type",
-            repr(kind),
-            "one of " + ", ".join(KINDS),
-            "choose what fits the label column",
-        )
+    check_kind(kind)
     spec = Spec(
         kind,
         tuple(columns) or _DEFAULT_COLUMNS[kind],
@@ -161,6 +154,8 @@ def _build(
     wanted = [split for split in (evaluate_on or spec.evaluate_on) if split in raw]
     used = {split: raw[split] for split in (*trained, *wanted)}
     for rows in used.values():
+        if len(rows) == 0:
+            refuse(rows.where, "rows", "none", "at least one row", "use another split")
         _need_columns(rows, spec)
     unlabelled = tuple(split for split in wanted if _unlabelled(used[split], spec))
     if unlabelled and evaluate_on:
@@ -285,21 +280,10 @@ def _numbers(rows: Table, spec: Spec) -> list[float]:
     return found
 
 
-def _keys(rows: Table, column: str, values: list[Any], numbers: Sequence[int]) -> list[str]:
-    """The class of each value, by name; numbers: the row that each is of."""
-    booleans = [isinstance(value, bool) for value in values]
-    if any(booleans) and not all(booleans):
-        place = rows.place(column, numbers[booleans.index(not booleans[0])])
-        refuse(rows.where, place, "true or false among other labels", "one kind of label", "write all alike")
-    return [
-        class_key(value, rows.where, rows.place(column, n)) for value, n in zip(values, numbers, strict=True)
-    ]
-
-
 def _classes(used: dict[str, Table], spec: Spec) -> tuple[dict[str, dict[str, list]], tuple[str, ...]]:
     texts = {split: _texts(rows, spec) for split, rows in used.items()}
     keys = {
-        split: _keys(rows, spec.target, _targets(rows, spec), range(len(rows)))
+        split: class_keys(rows, spec.target, _targets(rows, spec), range(len(rows)))
         for split, rows in used.items()
     }
     classes = Classes.of(used, keys, spec)
@@ -320,9 +304,9 @@ def _tokens(used: dict[str, Table], spec: Spec) -> tuple[dict[str, dict[str, lis
         words[split], tags[split] = _words_and_tags(rows, words_column, spec.target)
         numbers[split] = [number for number, marks in enumerate(tags[split]) for _ in marks]
         flat = [mark for marks in tags[split] for mark in marks]
-        keys[split] = _keys(rows, spec.target, flat, numbers[split])
+        keys[split] = class_keys(rows, spec.target, flat, numbers[split])
     classes = Classes.of(used, keys, spec)
-    found = {}
+    found: dict[str, dict[str, list]] = {}
     for split, rows in used.items():
         ids = iter(
             [classes.id(k, rows, spec.target, n) for k, n in zip(keys[split], numbers[split], strict=True)]

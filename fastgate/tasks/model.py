@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -41,8 +42,8 @@ def dense_model(model_name: str | Path, task: Task) -> PreTrainedModel:
     """The pre-trained model with a new head for the task: labels named, regression with one output.
 
     In float32, whatever its file holds: an optimizer's small steps would be lost in 16 bits. Only the head,
-    and a pooler that the file lacks, are drawn anew. Raises CheckpointError for a model that fastgate pruned and
-    for one whose file lacks other weights, ArgumentError for what is no model.
+    and a pooler that the file lacks, are drawn anew. Raises CheckpointError for a model that fastgate pruned
+    and for one whose file lacks other weights, ArgumentError for what is no model.
     """
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoModelForTokenClassification
 
@@ -99,8 +100,10 @@ def model_source(name: str | Path, option: str, inside: Sequence[str]) -> str:
 
     option: what the user typed before it. inside: folders that a run leaves in its own, the better one first.
     """
-    path = Path(name).expanduser()
-    wanted = "a BERT or RoBERTa model of the hub, or a folder with config.json and the weights"
+    path = Path(os.path.expanduser(name))
+    wanted = "a folder with config.json and the weights of a BERT or RoBERTa, or one of the hub"
+    if inside[0] == "pruned":
+        wanted = "a folder with a fastgate checkpoint or a model of transformers, or one of the hub"
     if path.is_file():
         got, remedy = f"{name}, a file", "name the folder it is in"
     elif path.is_dir() and not (path / "config.json").is_file():
@@ -108,7 +111,8 @@ def model_source(name: str | Path, option: str, inside: Sequence[str]) -> str:
         if not any(path.iterdir()):
             got = f"{name}, an empty folder"
         found = [path / part for part in inside if (path / part / "config.json").is_file()]
-        found = found or sorted(part.parent for part in path.glob("checkpoint-*/config.json"))[-1:]
+        saved = [part.parent for part in path.glob("checkpoint-*/config.json")]
+        found = found or sorted(saved, key=lambda part: (len(part.name), part.name))[-1:]
         if found:
             remedy = f"name the model in it: {found[0]}"
     elif not path.is_dir() and not _HUB_NAME.fullmatch(str(name)):
@@ -124,14 +128,6 @@ def longest_row(config: PreTrainedConfig) -> int:
     if str(config.model_type).removeprefix("fastgate_").replace("-", "_") not in _COUNT_FROM_PADDING:
         return positions
     return positions - int(config.pad_token_id) - 1
-
-
-def check_length(config: PreTrainedConfig, max_length: int) -> None:
-    """Refuse rows that the model has no positions for."""
-    longest = longest_row(config)
-    if not 3 <= max_length <= longest:
-        wanted = f"3 to {longest} tokens, the positions of the model"
-        raise ArgumentError(say("fastgate", "--max-length", max_length, wanted, "set --max-length"))
 
 
 def load_tokenizer(model_name: str | Path, task: Task | None = None) -> PreTrainedTokenizerBase:
@@ -170,7 +166,7 @@ def load_quietly(load: Callable[[], Any], model_name: str | Path) -> Any:
         except Exception as error:  # a damaged file raises whatever the library that reads it raises
             text = " ".join(str(error).split())[:160] or type(error).__name__
             got, wanted = f"{model_name} ({text})", "a BERT or RoBERTa model of the hub or in a folder"
-            if Path(model_name).expanduser().is_dir():
+            if os.path.isdir(os.path.expanduser(model_name)):
                 remedy = "the folder is damaged or unfinished: save the model again, or copy it again"
                 raise CheckpointError(say("fastgate", "model", got, wanted, remedy)) from error
             remedy = "check the name; without a hub give a folder with config.json and the weights"

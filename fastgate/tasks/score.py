@@ -11,6 +11,7 @@ import torch
 from ..checkpoint import META, load
 from ..errors import ArgumentError, DataError, say
 from ..patch import patch
+from .catalog import check_kind
 from .metrics import IGNORED
 from .model import check_weights, is_pruned, load_quietly, longest_row, model_source, new_weights
 from .task import Task
@@ -66,7 +67,7 @@ def score(model: Any, task: Task, rows: Dataset, collator: Any, batch_size: int 
 
 
 def _shape(task: Task) -> tuple[int, int]:
-    """Dimensions of a task's logits, and the last of them: (rows, classes), (rows, 1), (rows, length, tags)."""
+    """How many dimensions the task's logits have, and the last: (rows, classes), (rows, length, tags)."""
     return 3 if task.kind == "tokens" else 2, 1 if task.kind == "regression" else len(task.labels)
 
 
@@ -96,6 +97,7 @@ def class_names(model: Any, kind: str) -> list[str]:
 
     kind: of the task (catalog.KINDS). Raises DataError for a model whose head is not for that kind.
     """
+    check_kind(kind)
     heads = [base.__name__ for base in type(model).__mro__]
     head = "ForTokenClassification" if kind == "tokens" else "ForSequenceClassification"
     if not any(name.endswith(head) for name in heads):
@@ -149,7 +151,8 @@ def read_model(path: str | Path) -> Any:
         else:
             names = [name for name in config.architectures or [] if hasattr(transformers, name)]
             kind = getattr(transformers, names[0]) if names else transformers.AutoModel
-            model, report = load_quietly(lambda: kind.from_pretrained(source, output_loading_info=True), path)
+            options = {"ignore_mismatched_sizes": True, "output_loading_info": True}
+            model, report = load_quietly(lambda: kind.from_pretrained(source, **options), path)
             new = [
                 n
                 for n in new_weights(report)

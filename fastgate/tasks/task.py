@@ -31,7 +31,8 @@ class Task:
     `evaluate_on` names the splits that are scored together, `unlabelled` those left out for want of labels.
 
     counts: of the last `tokenize`, for results: `max_length`, and by split `rows`, `truncated` (rows that
-    were longer), `unknown` (share of the tokens that the tokenizer does not know) and, for tags, `unscored_words`.
+    were longer), `unknown` (share of the tokens that the tokenizer does not know) and, for tags,
+    `unscored_words`.
     """
 
     name: str
