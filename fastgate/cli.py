@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, Optional
+from typing import Annotated, Any, NoReturn, Optional, TextIO
 
 import typer
 from typer.core import TyperGroup
@@ -34,7 +34,14 @@ def _end_usage(error: Any) -> NoReturn:
     _end(f"{error.format_message().rstrip('.')}; see `{command} --help`", 2)
 
 
-def _show_warning(message: Warning | str, category: type[Warning], *where: Any) -> None:
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
     """What is worth knowing of a result, in one line and without the place in the code; no other warnings."""
     if issubclass(category, RuntimeWarning | UserWarning):
         console(stderr=True).print(f"warning: {' '.join(str(message).split())}", soft_wrap=True)
@@ -586,7 +593,9 @@ def bench(
     from .compare import bench as run
     from .compare import bench_table
 
-    layers = None if keep is None else [_layer(part) for part in keep.split(",") if part.strip()]
+    layers = None if keep is None else [_layer(part.strip()) for part in keep.split(",") if part.strip()]
+    if layers is not None and len(set(layers)) != len(layers):
+        raise ArgumentError(say("bench", "--keep", keep, "different layers", "name each layer once"))
     found = run(
         model, task, data_dir, against=_split("--against", against), keep=layers, batch_size=batch_size,
         batches=batches, order=order, threads=threads, max_length=max_length, console=console(stderr=True),

@@ -233,7 +233,7 @@ def test_a_run_whose_pruning_has_not_begun_goes_on_with_another_target(world, st
     call(*options(world, *changed), "--out", stopped, "--resume")
     assert (stopped / "dense" / "model.safetensors").stat().st_mtime_ns == dense
     result, settings = (json.loads((stopped / f"{name}.json").read_text()) for name in ("result", "run"))
-    assert result["settings"] == settings
+    assert settings.pop("rows_sha256") and result["settings"] == settings
     assert settings["sparsity"] == (changed[-1] if "sparsity" in changed[-2] else None)
     # From there on it is the run that it would have been from the start.
     call(*options(world, *changed), "--out", stopped.parent / "whole")
@@ -256,6 +256,19 @@ def test_what_shaped_the_dense_model_stays_as_it_was(world, stopped, changed, na
     message = refused(*options(world, *changed), "--out", stopped, "--resume")
     assert f"{named} " in message and "dense" not in message.replace("dense model", "")
     assert (stopped / "run.json").read_bytes() == before
+
+
+def test_rows_that_changed_are_not_gone_on_with(world, stopped, tmp_path):
+    data = shutil.copytree(world / "data", tmp_path / "data")
+    train = world / "data" / "sst2" / "train.jsonl"
+    before = train.read_text()
+    try:
+        train.write_text(before.replace("good", "bad", 1))
+        message = refused(*options(world), "--out", stopped, "--resume")
+        assert "--resume: got other rows or another tokenizer" in message
+    finally:
+        train.write_text((data / "sst2" / "train.jsonl").read_text())
+    call(*options(world), "--out", stopped, "--resume")
 
 
 def test_a_target_stays_once_pruning_has_begun(world, tmp_path, monkeypatch):

@@ -7,6 +7,8 @@ dense model. One that does has to be as it was.
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +23,7 @@ from .training import DENSE, RESULT
 WHERE = "finetune"
 RUN, HISTORY = "run.json", "history.json"
 PRUNING = ("sparsity", "speedup", "max_drop", "prune_epochs")
-_WORK, _PRUNED = "work", "pruned"
+_WORK, _PRUNED, _ROWS = "work", "pruned", "rows_sha256"
 _OWN = (DENSE, _PRUNED, _WORK, RUN, RESULT, HISTORY, "report.md", "gates.png")
 _BEGINNING = f".{RUN}.writing"  # what a kill leaves of a folder's first file
 
@@ -103,18 +105,38 @@ def _shown(value: Any) -> str:
     return "not given" if value is None else str(value)
 
 
-def claim(out: Path, settings: Mapping[str, Any], before: Mapping[str, Any] | None) -> None:
-    """Make `out` the folder of the run with these settings. before: those it began with, None for no run."""
-    if before is not None and all(before.get(key) == value for key, value in settings.items()):
-        return
+def claim(out: Path, settings: Mapping[str, Any], before: Mapping[str, Any] | None, rows: Any) -> None:
+    """Make `out` the folder of the run with these settings. before: those it began with, None for no run.
+
+    rows: the tokenised ones. Raises ArgumentError if they are not those that the run began with.
+    """
+    digest = _digest(rows)
+    if before is not None:
+        if before.get(_ROWS, digest) != digest:
+            got, wanted = "other rows or another tokenizer", f"those that the run in {out} began with"
+            raise ArgumentError(
+                say(WHERE, "--resume", got, wanted, "put them back, or choose another folder")
+            )
+        if all(before.get(key) == value for key, value in settings.items()):
+            return
     try:
         with full_disk_told(out):
             out.mkdir(parents=True, exist_ok=True)
-            write_json(out / RUN, settings)
+            write_json(out / RUN, {**settings, _ROWS: digest})
     except OSError as error:
         _refuse(f"{out} ({error.strerror})", "a folder that can be written to", "choose another path")
     for path in (out / _WORK).glob(f"{_PRUNED}*"):  # of the target before, and not whole
         shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _digest(rows: Any) -> str:
+    """Of the tokens and labels of every row that is trained or scored on."""
+    found = hashlib.sha256()
+    for split in sorted(rows):
+        found.update(split.encode())
+        for batch in rows[split].iter(1000):
+            found.update(json.dumps([batch["input_ids"], batch["labels"]]).encode())
+    return found.hexdigest()
 
 
 def dense_has_begun(out: Path) -> bool:

@@ -103,7 +103,7 @@ def finetune(
     if (out / RESULT).is_file():
         return read_result(out)
     tokenizer, model, rows = _prepared(recipe, task)
-    claim(out, settings, before)
+    claim(out, settings, before, rows)
     if tell is not None:
         for note in task.notes:
             tell(note)

@@ -195,12 +195,9 @@ def check_runs(runs: list[Settings], data_dir: Path | None) -> None:
 
     Runs that differ in their seed alone are as good as each other: one of them is looked at.
     """
-    seen = set()
-    for group in groups_of(runs).values():
-        kind = replace(group[0], seed=0).dense
-        if kind not in seen:
-            seen.add(kind)
-            _prepared(group, data_dir)
+    alike = dict.fromkeys(replace(run, seed=runs[0].seed) for run in runs)
+    for group in groups_of(list(alike)).values():
+        _prepared(group, data_dir)
 
 
 def _prepared(group: list[Settings], data_dir: Path | None) -> tuple[Task, Any, Any, Any]:

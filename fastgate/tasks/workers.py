@@ -21,7 +21,11 @@ _GRACE = 10.0  # seconds for workers to end after being asked to
 
 
 def end_with_parent() -> None:
-    """Have this process end when the one that started it does. What it was writing can be gone on with."""
+    """Have this process end when the one that started it does. What it was writing can be gone on with.
+
+    Ctrl-C goes to every process of a terminal: the parent alone answers it, and ends this one.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":
         # Also where this process is in one long call into a library, which no thread of Python interrupts.
         with contextlib.suppress(OSError, AttributeError):
