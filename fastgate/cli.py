@@ -382,6 +382,11 @@ def _print_result(result: dict[str, Any], out: Path) -> None:
         f"see {out / 'result.json'}; load it with fastgate.load({str(out / 'pruned')!r})",
     ):
         screen.print(line, soft_wrap=True)
+    if pruned.get("separated") is False:
+        _print_note(
+            f"the search did not tell the layers apart (margin {pruned.get('margin', 0.0):.3f}): the choice is "
+            "hardly better than one by the order of the layers; a search with another --prune-epochs may find one"
+        )
 
 
 @app.command()

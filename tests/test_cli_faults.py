@@ -197,6 +197,16 @@ def test_what_is_cut_off_the_rows_is_said_and_kept(world, tmp_path):
     assert f"{counts['truncated']['train']} of 64 rows of train were longer than 6 tokens" in said
 
 
+def test_a_choice_that_was_not_learned_is_said(world, capsys):
+    from fastgate.cli import _print_result
+
+    result = json.loads((world / "out" / "result.json").read_text())
+    for separated, said in ((True, False), (False, True)):
+        result["pruned"] |= {"separated": separated, "margin": 0.012}
+        _print_result(result, world / "out")
+        assert ("did not tell the layers apart (margin 0.012)" in capsys.readouterr().err) == said
+
+
 # -- going on with a run
 
 

@@ -15,7 +15,7 @@ import torch
 from ..errors import ArgumentError, say
 from ..plan import Sizes
 from ..pruning import Sparsity, Speedup
-from ..pruning.objective import Objective, Target, costs_of
+from ..pruning.objective import Target, costs_of
 from ..state import encoder_state
 from .budget import MaxDrop
 from .metrics import IGNORED
@@ -61,7 +61,7 @@ def check_target(
     """Raises ArgumentError for a target that removes nothing from the patched, unpruned model, or that no
     choice of layers reaches on rows like those of `train`, tokenised ones with `labels`."""
     layers = encoder_state(model).num_layers
-    if isinstance(target, Sparsity) and Objective(target, layers).removed == 0:
+    if isinstance(target, Sparsity) and math.floor(target.share * layers + 0.5) == 0:
         got = f"{target.share:g}, which is 0 of {layers} attention sublayers"
         remedy = f"ask for {0.5 / layers:.2g} or more"
         raise ArgumentError(say(where, argument, got, "a share that removes at least one", remedy))

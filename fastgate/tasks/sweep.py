@@ -255,9 +255,10 @@ def _run_group(
         shutil.rmtree(folder / settings.name, ignore_errors=True)
         shutil.rmtree(folder / "work", ignore_errors=True)
         gc.collect()  # a Trainer is a cycle that holds a model and its optimizer
+        doubt = ", layers not told apart by the search" if found.get("separated") is False else ""
         tell(
             f"{settings.task} seed {settings.seed} {settings.method} kept {found['kept']}: "
-            f"{task.metric} {found['score']:.4f}, dense {dense['score']:.4f}, {found['seconds']:.0f} s"
+            f"{task.metric} {found['score']:.4f}, dense {dense['score']:.4f}, {found['seconds']:.0f} s{doubt}"
         )
 
 
