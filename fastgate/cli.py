@@ -384,8 +384,8 @@ def _print_result(result: dict[str, Any], out: Path) -> None:
         screen.print(line, soft_wrap=True)
     if pruned.get("separated") is False:
         _print_note(
-            f"the search did not tell the layers apart (margin {pruned.get('margin', 0.0):.3f}): the choice is "
-            "hardly better than one by the order of the layers; a search with another --prune-epochs may find one"
+            f"the search did not tell the layers apart (margin {pruned.get('margin', 0.0):.3f}): the choice "
+            "may be one by their order; another --prune-epochs or --target-sparsity may find a better one"
         )
 
 
