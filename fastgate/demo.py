@@ -24,8 +24,9 @@ from .pruning.objective import Target
 from .report import Contender, gate_picture, how_chosen, table, write_report
 from .tasks import Task, dense_model, load_task, load_tokenizer
 from .tasks.docstrings import docstring_task
+from .tasks.folder import clear
 from .tasks.model import demo_model_path
-from .tasks.recipes import Recipe, clear, finetune
+from .tasks.recipes import Recipe, finetune
 from .timing import interleave
 
 SPARSITY = 0.67  # four of the six attention sublayers
@@ -83,11 +84,11 @@ def demo(
     clear(out)
     with Display(console) as display:
         steps = recipe(task.name, str(model_path), seed)
-        result = finetune(steps, task, out, listener=display, save_every=None)
+        result = finetune(steps, task, out, listener=display, tell=console.print, save_every=None)
     console.print("Timing the same rows on Hugging Face and on fastgate, in turn ...")
     contenders, worst = measure(out, task, result)
     seconds = time.perf_counter() - started
-    history = json.loads((out / "history.json").read_text())
+    history = json.loads((out / "history.json").read_text(encoding="utf-8"))
     gate_picture(history["steps"], history["kept"], out / "gates.png")
     notes = [
         "Hugging Face runs its SDPA attention",

@@ -94,7 +94,7 @@ def write_report(
     lines += [f"- {note}" for note in notes]
     lines += [f"- {key}: {value}" for key, value in result["settings"].items() if value not in (None, {})]
     lines += [f"- {key}: {value}" for key, value in result["environment"].items()]
-    path.write_text("\n".join(lines) + "\n")
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def how_chosen(pruned: Mapping[str, Any]) -> str:

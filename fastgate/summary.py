@@ -339,5 +339,6 @@ def write(
     path = lines_path.with_name("speeds.json")
     speeds = measured(lines, path, data_dir, console, dtype) if measure else read_speeds(path)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "tables.md").write_text(tables(lines, speeds) if recipe is None else by_task(lines, speeds))
+    text = tables(lines, speeds) if recipe is None else by_task(lines, speeds)
+    (out / "tables.md").write_text(text, encoding="utf-8")
     plots(lines, speeds, out)
