@@ -31,7 +31,12 @@ class Child:
             "HF_DATASETS_OFFLINE": "1", "PYTHONWARNINGS": "ignore", "MPLBACKEND": "Agg",
         }  # fmt: skip
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
         )
         self.lines: queue.Queue[str | None] = queue.Queue()
         self.errors: list[str] = []
@@ -85,7 +90,11 @@ class Child:
 
 
 def work(
-    command: list[str], jobs: Iterator[Any], workers: int, limit: float, tell: Callable[[Any, list[Answer]], None]
+    command: list[str],
+    jobs: Iterator[Any],
+    workers: int,
+    limit: float,
+    tell: Callable[[Any, list[Answer]], None],
 ) -> None:
     """All jobs on so many children; `tell` gets each job's answers, one call at a time."""
     lock = threading.Lock()

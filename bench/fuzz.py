@@ -111,14 +111,16 @@ def run_all(args: argparse.Namespace) -> int:
 
 
 def _way(detail: str) -> str:
-    """A message without what differs from case to case: the error's class, or what is said after the change."""
+    """A message without what differs from case to case: mostly the class of the error."""
     found = re.search(r"\b(\w+(?:Error|Exception|Warning))\b.{0,40}", detail)
     text = found[0] if found else detail.split(": ")[-1][:40] if "rows were" not in detail else "rows"
     return re.sub(r"\d+|'[^']*'", "N", text)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=("checkpoints", "data"))
     parser.add_argument("--cases", type=int, default=10000)
     parser.add_argument("--workers", type=int, default=2)

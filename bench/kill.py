@@ -5,7 +5,8 @@
     python bench/kill.py sweep --points 100 --workers 2
 
 Half of the points are random times over the length of the operation, half are calls that change files, before
-or after the call. What counts as lost is in tests/killing.py. One line sums up. Exit status 1 if anything was.
+or after the call. What counts as lost is in tests/killing.py. One line sums up. Exit status 1 if anything was
+lost.
 """
 
 from __future__ import annotations
@@ -44,7 +45,9 @@ def work(what: str, folder: Path, worker: int, workers: int, points: int, seed: 
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=("save", "train", "sweep"))
     parser.add_argument("--points", type=int, default=100)
     parser.add_argument("--workers", type=int, default=1)
@@ -59,7 +62,8 @@ def main() -> int:
     failures: list[str] = []
     measured: dict[str, float] = {"seconds": 0.0, "calls": 0}
     environment = os.environ | {
-        "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_OFFLINE": "1",
         "PYTHONWARNINGS": "ignore", "MPLBACKEND": "Agg",
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
@@ -78,7 +82,12 @@ def main() -> int:
                 if "found" in said:
                     counts[said["found"]] += 1
                     failures.extend([said["detail"]] if "detail" in said else [])
-                    print(f"\r{sum(counts.values())} points, {len(failures)} lost", end="", file=sys.stderr, flush=True)
+                    print(
+                        f"\r{sum(counts.values())} points, {len(failures)} lost",
+                        end="",
+                        file=sys.stderr,
+                        flush=True,
+                    )
                 else:
                     measured.update(said)
             if process.wait():
@@ -93,7 +102,8 @@ def main() -> int:
     for failure in failures:
         print(f"LOST {failure}")
     print(
-        f"kill {args.what}: {sum(counts.values())} points, seed {args.seed}, over {measured['seconds']:.2f} s and "
+        f"kill {args.what}: {sum(counts.values())} points, seed {args.seed}, "
+        + f"over {measured['seconds']:.2f} s and "
         + f"{measured['calls']} calls: "
         + ", ".join(f"{n} {what}" for what, n in sorted(counts.items()))
         + f"; {time.perf_counter() - start:.0f} s, {args.workers} workers"

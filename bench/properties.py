@@ -47,7 +47,9 @@ def run_child() -> None:
                     known.add(way)
                     small = models.minimised(small, error.kind)
                 detail = str(error)[:300]
-                children.answer(end="failed", kind=error.kind, case=str(small), first=str(case), detail=detail)
+                children.answer(
+                    end="failed", kind=error.kind, case=str(small), first=str(case), detail=detail
+                )
 
         strategy = models.cases(changed=bool(job["chunk"] % 2))
         limits = settings(
@@ -87,7 +89,13 @@ def run_all(args: argparse.Namespace) -> int:
         wrong = []
         for answer in answers:
             if "crash" in answer:
-                wrong.append({"kind": "crash: " + answer["crash"], "case": answer["begin"], "detail": answer.get("errors", "")})
+                wrong.append(
+                    {
+                        "kind": "crash: " + answer["crash"],
+                        "case": answer["begin"],
+                        "detail": answer.get("errors", ""),
+                    }
+                )
                 found["failed"] += 1
             else:
                 found[answer["end"].partition(",")[0]] += 1
@@ -102,7 +110,9 @@ def run_all(args: argparse.Namespace) -> int:
         with args.out.open("a") as file:
             line = {**job, "counts": found, "failures": wrong, "seconds": took}
             file.write(json.dumps(line) + "\n")
-        print(f"\r{sum(counts.values())} cases, {counts['failed']} failed", end="", file=sys.stderr, flush=True)
+        print(
+            f"\r{sum(counts.values())} cases, {counts['failed']} failed", end="", file=sys.stderr, flush=True
+        )
 
     children.work([sys.executable, __file__, "--child"], jobs(), args.workers, SECONDS, tell)
     print(file=sys.stderr)
@@ -124,7 +134,9 @@ def run_all(args: argparse.Namespace) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--cases", type=int, default=10000)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)

@@ -100,13 +100,21 @@ def _with_header(rng: random.Random, data: bytes) -> tuple[str, bytes]:
     name = rng.choice(names)
     kind = rng.choice(("shape", "dtype", "offsets", "rename", "delete", "any", "length", "swap", "metadata"))
     if kind == "shape":
-        header[name]["shape"] = rng.choice(([], [0], [1], header[name]["shape"][::-1], [2**40, 2**40], [-1], [10**30], "x"))
+        header[name]["shape"] = rng.choice(
+            ([], [0], [1], header[name]["shape"][::-1], [2**40, 2**40], [-1], [10**30], "x")
+        )
     elif kind == "dtype":
-        header[name]["dtype"] = rng.choice(("F64", "F16", "BF16", "I64", "BOOL", "U8", "F8_E4M3", "X", 3, None))
+        header[name]["dtype"] = rng.choice(
+            ("F64", "F16", "BF16", "I64", "BOOL", "U8", "F8_E4M3", "X", 3, None)
+        )
     elif kind == "offsets":
-        header[name]["data_offsets"] = rng.choice(([0, 0], [-1, 4], [0, 2**62], [4, 0], [2**64, 2**65], "x", []))
+        header[name]["data_offsets"] = rng.choice(
+            ([0, 0], [-1, 4], [0, 2**62], [4, 0], [2**64, 2**65], "x", [])
+        )
     elif kind == "rename":
-        header[rng.choice(("", "x", "bert", "../x", "a" * 5000, "embeddings.word_embeddings.weight"))] = header.pop(name)
+        header[rng.choice(("", "x", "bert", "../x", "a" * 5000, "embeddings.word_embeddings.weight"))] = (
+            header.pop(name)
+        )
     elif kind == "delete":
         del header[name]
     elif kind == "any":
@@ -148,7 +156,9 @@ def _change_tensors(rng: random.Random, data: bytes) -> tuple[str, bytes]:
     return f"tensors: {kind}", save(tensors)
 
 
-def mutate(rng: random.Random, originals: Originals, bomb: Path) -> tuple[int, str, dict[str, bytes | None], bool]:
+def mutate(
+    rng: random.Random, originals: Originals, bomb: Path
+) -> tuple[int, str, dict[str, bytes | None], bool]:
     """(which original, what was done, the files, whether they were signed); None: a folder in its place."""
     which = rng.randrange(len(MODELS))
     files: dict[str, Any] = dict(originals.files[which])
@@ -169,7 +179,9 @@ def mutate(rng: random.Random, originals: Originals, bomb: Path) -> tuple[int, s
         elif kind in ("header", "tensors"):
             name = WEIGHTS
             try:
-                what, files[name] = (_with_header if kind == "header" else _change_tensors)(rng, files.get(name) or b"")
+                what, files[name] = (_with_header if kind == "header" else _change_tensors)(
+                    rng, files.get(name) or b""
+                )
             except Exception:  # damaged by the change before
                 continue
         elif kind == "files":
@@ -189,8 +201,10 @@ def mutate(rng: random.Random, originals: Originals, bomb: Path) -> tuple[int, s
                 files = {}
         elif kind == "pickle":
             name = rng.choice((
-                "pytorch_model.bin", "model.pt", "training_args.bin", "optimizer.pt", "tokenizer.pkl", "model.safetensors",
-                "fastgate.json", "config.json", "adapter_model.bin", "evil.py", "modeling_evil.py", "conftest.py",
+                "pytorch_model.bin", "model.pt", "training_args.bin", "optimizer.pt",
+                "tokenizer.pkl", "model.safetensors",
+                "fastgate.json", "config.json", "adapter_model.bin", "evil.py",
+                "modeling_evil.py", "conftest.py",
                 "__init__.py", "sitecustomize.py", "tokenizer_config.json",
             ))  # fmt: skip
             code = f"open({str(bomb)!r}, 'w').write('code was run')\nclass Evil: pass\n".encode()
@@ -227,7 +241,9 @@ def run_case(seed: int, originals: Originals, fixed: tuple[str, bool] | None = N
     except fastgate.FastgateError as error:
         if same:
             raise Wrong(f"{said}: an undamaged checkpoint was refused: {error}") from error
-        outcome = "refused" if isinstance(error, fastgate.CheckpointError) else f"refused by {type(error).__name__}"
+        outcome = (
+            "refused" if isinstance(error, fastgate.CheckpointError) else f"refused by {type(error).__name__}"
+        )
     except Exception as error:
         raise Wrong(f"{said}: {type(error).__name__}: {str(error)[:300]}") from error
     else:

@@ -1,7 +1,7 @@
 """Odd and damaged data files: the reader raises a DataError or gives the rows that plain parsers give.
 
-The reference is Python's json and csv: every row is there, none is more, and every value is what the file says,
-a cell of a table as text. Columns without a name are left out.
+The reference is Python's json and csv: every row is there, none is more, and every value is what the file
+says, a cell of a table as text. Columns without a name are left out.
 """
 
 from __future__ import annotations
@@ -25,14 +25,18 @@ from fastgate.tasks.load import load_files
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".csv", ".tsv")
 TEXTS = (
-    "a good film", "a bad film", "", " ", '"', '"quoted"', 'a "word" here', '"open', "comma, here", "tab\there",
-    "line\nbreak", "carriage\rreturn", "é", "日本語", "\U0001f600", "NA", "null", "None", "nan", "inf", "True", "007",
-    "1", "1.0", "-1", "1e5", "2020-01-01", "2020-01-01T00:00:00Z", "12:30", "[1, 2]", "{}", "['a', 'b']", "\\", "\\n",
+    "a good film", "a bad film", "", " ", '"', '"quoted"', 'a "word" here', '"open', "comma,
+    here", "tab\there",
+    "line\nbreak", "carriage\rreturn", "é", "日本語", "\U0001f600", "NA", "null", "None", "nan",
+    "inf", "True", "007",
+    "1", "1.0", "-1", "1e5", "2020-01-01", "2020-01-01T00:00:00Z", "12:30", "[1, 2]", "{}",
+    "['a', 'b']", "\\", "\\n",
     "'", "=1+1", "#comment", "\ufeffbom", "\u2028", "\x85", "\x0b", "\x00", "x" * 5000, " lead", "trail ",
     "1_000", "0x10", "١٢", "9" * 40, "1.10", "+5", ".5", "5.", "1,5", "NULL", "n/a", "-",
 )  # fmt: skip
 LABELS: tuple[tuple[Any, ...], ...] = (
-    (0, 1), ("neg", "pos"), (True, False), (0.0, 1.0), ("0", "1"), (0, "1"), (1.5, 2), (10**30, 1), (2**63, 0),
+    (0, 1), ("neg", "pos"), (True, False), (0.0, 1.0), ("0", "1"), (0, "1"), (1.5, 2),
+    (10**30, 1), (2**63, 0),
     (None, 1), ("01", "1"), (2**53 + 1, 2**53), (-1, 0), ("yes", "no"),
 )  # fmt: skip
 
@@ -64,7 +68,8 @@ def rows_of(rng: random.Random) -> list[dict[str, Any]]:
 
 ODD_JSON: tuple[Callable[[random.Random], str], ...] = (
     *(lambda rng, text=text: text for text in (
-        '"label": 1, "label": 0', '"label": NaN', '"label": Infinity', '"label": 1e999', '"label": ' + "9" * 5000,
+        '"label": 1, "label": 0', '"label": NaN', '"label": Infinity', '"label": 1e999',
+        '"label": ' + "9" * 5000,
         '"label": 01', "'label': 1", '"label": 1,', '"label": 0.1e1', '"text": "other", "label": 1',
     )),
     lambda rng: '"label": ' + nested(rng.choice((50, 400, 990, 100_000)), rng.choice(("list", "object"))),
@@ -82,7 +87,9 @@ def written(rng: random.Random, rows: list[dict[str, Any]], suffix: str, odd: bo
             end = rng.choice(("\n", "\r\n"))
             lines = [names, *([_cell(row.get(name)) for name in names] for row in rows)]
             return end.join("\t".join(line) for line in lines).encode("utf-8", "surrogatepass")
-        writer = csv.writer(out, delimiter=separator, quoting=quoting, lineterminator=rng.choice(("\n", "\r\n")))
+        writer = csv.writer(
+            out, delimiter=separator, quoting=quoting, lineterminator=rng.choice(("\n", "\r\n"))
+        )
         writer.writerow(names)
         for row in rows:
             writer.writerow([_cell(row.get(name)) for name in names])
@@ -111,9 +118,15 @@ def mutate(rng: random.Random) -> tuple[str, str, bytes, bool]:
     suffix = rng.choice(SUFFIXES)
     rows = rows_of(rng)
     odd = rng.random() < 0.1
-    plain = suffix != ".csv" and not odd and all(
-        list(row) == ["text", "label"] and row["text"] in TEXTS[:2] and row["label"] in (0, 1, "neg", "pos")
-        for row in rows
+    plain = (
+        suffix != ".csv"
+        and not odd
+        and all(
+            list(row) == ["text", "label"]
+            and row["text"] in TEXTS[:2]
+            and row["label"] in (0, 1, "neg", "pos")
+            for row in rows
+        )
     )
     data, said = written(rng, rows, suffix, odd), []
     for _ in range(rng.choice((0, 0, 1, 1, 2))):
@@ -188,7 +201,9 @@ def _tables(suffix: str, text: str) -> list[Any]:
         except (csv.Error, ValueError):
             continue
         if len(lines) > 1 and all(len(line) == len(lines[0]) for line in lines):
-            found.append([{n: cell for n, cell in zip(lines[0], line, strict=True) if n} for line in lines[1:]])
+            found.append(
+                [{n: cell for n, cell in zip(lines[0], line, strict=True) if n} for line in lines[1:]]
+            )
     return found
 
 
@@ -204,7 +219,9 @@ def _quoted_tabs(text: str) -> list[list[str]]:
         line = line.removesuffix("\r")
         if line:
             cells = line.split("\t")
-            found.append([next(csv.reader([cell], strict=True)) if cell.startswith('"') else [cell] for cell in cells])
+            found.append(
+                [next(csv.reader([cell], strict=True)) if cell.startswith('"') else [cell] for cell in cells]
+            )
     if any(len(cell) != 1 for row in found for cell in row):
         raise ValueError
     return [[cell[0] for cell in row] for row in found]
@@ -264,7 +281,11 @@ def run_case(seed: int, folder: Path) -> tuple[str, str]:
         raise Wrong(f"{said}: read_file raised {type(error).__name__}: {str(error)[:300]}") from error
     ways = references(suffix, data)
     if not any(same_rows(found, wanted) for wanted in ways):
-        shown = f"{len(found)} rows {str(found)[:200]}; the file says {str(ways[:1])[:200]}" if ways else str(found)[:300]
+        shown = (
+            f"{len(found)} rows {str(found)[:200]}; the file says {str(ways[:1])[:200]}"
+            if ways
+            else str(found)[:300]
+        )
         raise Wrong(f"{said}: rows were changed in silence: {shown}")
     if rng.random() < 0.3:
         _check_task(path, found, said)
@@ -281,5 +302,7 @@ def _check_task(path: Path, found: list[dict[str, Any]], said: str) -> None:
     except Exception as error:
         raise Wrong(f"{said}: load_files raised {type(error).__name__}: {str(error)[:300]}") from error
     texts = task.train["text"][:]
-    if len(texts) != len(found) or any(text != str(row["text"]) for text, row in zip(texts, found, strict=True)):
+    if len(texts) != len(found) or any(
+        text != str(row["text"]) for text, row in zip(texts, found, strict=True)
+    ):
         raise Wrong(f"{said}: the task has other texts than the file")

@@ -8,9 +8,12 @@ import random
 from typing import Any
 
 HOSTILE = (
-    None, True, False, 0, -1, 1, 2, 3, 7, 0.5, -0.0, 1e308, -1e308, 10**9, 2**31, 2**63, -(2**63), 10**30, 10**400,
-    float("nan"), float("inf"), float("-inf"), "", "0", "1", "gelu", "\x00", "\ud800", "\u202e", "é" * 3, "x" * 10_000,
-    "../../etc/passwd", "/dev/zero", "__import__('os').getcwd()", [], {}, [[]], [None], [0], [0, 0], [-1], [1, 2, 3],
+    None, True, False, 0, -1, 1, 2, 3, 7, 0.5, -0.0, 1e308, -1e308, 10**9, 2**31, 2**63,
+    -(2**63), 10**30, 10**400,
+    float("nan"), float("inf"), float("-inf"), "", "0", "1", "gelu", "\x00", "\ud800",
+    "\u202e", "é" * 3, "x" * 10_000,
+    "../../etc/passwd", "/dev/zero", "__import__('os').getcwd()", [], {}, [[]], [None], [0],
+    [0, 0], [-1], [1, 2, 3],
     ["0"], [True], {"0": 1}, {"": None}, [[[[0]]]],
 )  # fmt: skip
 ENCODINGS = ("utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "latin-1", "utf-7", "cp500")
@@ -19,7 +22,8 @@ ENCODINGS = ("utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "latin-1
 def damage(rng: random.Random, data: bytes) -> tuple[str, bytes]:
     """(what was done, the bytes): flips, cuts, zeros, repeats, insertions, other encodings."""
     kind = rng.choice((
-        "flip a bit", "flip a bit", "flip bits", "cut the end", "cut the start", "zeros", "noise", "insert", "repeat",
+        "flip a bit", "flip a bit", "flip bits", "cut the end", "cut the start", "zeros",
+        "noise", "insert", "repeat",
         "append", "empty", "encode", "a NUL", "a BOM", "drop a byte", "change a digit",
     ))  # fmt: skip
     size = len(data)
@@ -75,7 +79,9 @@ def nested(depth: int, shape: str) -> str:
 def hostile_json(rng: random.Random, data: dict[str, Any]) -> tuple[str, bytes]:
     """(what was done, the text): an object of JSON with a value, a key or the text itself changed."""
     paths = list(_paths(data))
-    kind = rng.choice(("value", "value", "value", "value", "delete", "key", "duplicate", "deep", "long number", "extra"))
+    kind = rng.choice(
+        ("value", "value", "value", "value", "delete", "key", "duplicate", "deep", "long number", "extra")
+    )
     copy: dict[str, Any] = json.loads(json.dumps(data))
     path = rng.choice(paths)
     parent, key = _at(copy, path)
@@ -84,7 +90,11 @@ def hostile_json(rng: random.Random, data: dict[str, Any]) -> tuple[str, bytes]:
     elif kind == "delete":
         del parent[key]
     elif kind == "key":
-        copy[rng.choice(("", "\x00", "self", "cls", "class", "__class__", "config", "args", "kwargs", "model_type"))] = 1
+        copy[
+            rng.choice(
+                ("", "\x00", "self", "cls", "class", "__class__", "config", "args", "kwargs", "model_type")
+            )
+        ] = 1
     elif kind == "extra":
         name, value = rng.choice(EXTRA)
         copy[name] = value
@@ -93,7 +103,9 @@ def hostile_json(rng: random.Random, data: dict[str, Any]) -> tuple[str, bytes]:
         parent[key] = mark
         filled = nested(rng.choice((100, 990, 5000, 200_000)), rng.choice(("list", "object")))
         if kind == "long number":
-            filled = rng.choice(("9" * 5000, "-" + "9" * 400, "1e999999", "1" + "0" * 4300, "0." + "1" * 5000))
+            filled = rng.choice(
+                ("9" * 5000, "-" + "9" * 400, "1e999999", "1" + "0" * 4300, "0." + "1" * 5000)
+            )
         return f"{kind} at {_named(path)}", _text(copy).replace(f'"{mark}"', filled).encode()
     else:
         text = _text(copy)

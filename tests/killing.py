@@ -164,7 +164,19 @@ def _count(at: int | None, after: bool) -> None:
 
         return call
 
-    for name in ("replace", "rename", "link", "symlink", "unlink", "remove", "mkdir", "rmdir", "fsync", "chmod", "write"):
+    for name in (
+        "replace",
+        "rename",
+        "link",
+        "symlink",
+        "unlink",
+        "remove",
+        "mkdir",
+        "rmdir",
+        "fsync",
+        "chmod",
+        "write",
+    ):
         setattr(os, name, counted(getattr(os, name)))
     import builtins
     import io
@@ -198,6 +210,7 @@ def points(count: int, seconds: float, made: int, seed: int) -> list[Point]:
 
 # Save.
 
+
 def do_save(path: Path, model: Any) -> None:
     import fastgate
 
@@ -221,7 +234,12 @@ def model_to_save(which: int) -> Any:
     return draw_replacements(model)
 
 
-FOREIGN = {"README.md": b"mine", "tokenizer.json": b"{}", ".git/HEAD": b"ref: main", "onnx/model.onnx": b"\x00\x01"}
+FOREIGN = {
+    "README.md": b"mine",
+    "tokenizer.json": b"{}",
+    ".git/HEAD": b"ref: main",
+    "onnx/model.onnx": b"\x00\x01",
+}
 
 
 class Saves:
@@ -288,6 +306,7 @@ class Saves:
 
 # Train.
 
+
 def do_train(folder: Path, out: Path) -> None:
     run = training(str(folder))
     with counting():
@@ -321,7 +340,12 @@ def write_end(run: Any, out: str) -> None:
     """Weights and gates at the end of a run; the whole file or none."""
     state = run.pruner.state_dict()
     learner = {k: v for k, v in state["learner"].items() if isinstance(v, torch.Tensor)}
-    end_of_run = {"weights": run.model.state_dict(), "learner": learner, "kept": state["kept"], "history": state["history"]}
+    end_of_run = {
+        "weights": run.model.state_dict(),
+        "learner": learner,
+        "kept": state["kept"],
+        "history": state["history"],
+    }
     torch.save(end_of_run, out + ".writing")
     os.rename(out + ".writing", out)
 
@@ -366,12 +390,15 @@ class Trainings:
 
 # Sweep.
 
+
 def do_sweep(world: Path, folder: Path) -> None:
     from fastgate.tasks.sweep import sweep
 
     torch.set_num_threads(1)
     with counting():
-        sweep(sweep_runs(world), world / "data", folder / "lines.jsonl", folder / "work", tell=lambda text: None)
+        sweep(
+            sweep_runs(world), world / "data", folder / "lines.jsonl", folder / "work", tell=lambda text: None
+        )
 
 
 RUNS: list[dict[str, Any]] = [{"method": "dense"}, {"method": ["learned", "random"], "sparsity": 0.67}]

@@ -68,7 +68,7 @@ class Wrapped(nn.Module):
 
 
 class Adapter(nn.Module):
-    """A Linear with a product of low rank beside it, whose weight can be read as if it were the layer's own."""
+    """A Linear with a product of low rank beside it, which may show the layer's weight as its own."""
 
     def __init__(self, base: nn.Module, readable: bool) -> None:
         super().__init__()
@@ -449,7 +449,16 @@ AT_FIRST = (
     "uneven_ffn", "uneven_heads", "captured", "decoder", "config_activation",
 )  # fmt: skip
 # Those that a frozen model, whose weights are packed, cannot be given.
-NEED_WEIGHTS = ("lora", "readable_lora", "parametrize", "marked", "doubled", "no_bias", "new_weight", "in_place")
+NEED_WEIGHTS = (
+    "lora",
+    "readable_lora",
+    "parametrize",
+    "marked",
+    "doubled",
+    "no_bias",
+    "new_weight",
+    "in_place",
+)
 
 
 def places(model: nn.Module, kind: str) -> list[str]:

@@ -1,7 +1,7 @@
 """Random models, calls and changes, and one check: fastgate gives what transformers gives, or refuses.
 
-`cases(changed)` is the hypothesis strategy. `check(case)` raises Difference where fastgate is silently different,
-loses something, or raises anything but a FastgateError. It returns what happened otherwise.
+`cases(changed)` is the hypothesis strategy. `check(case)` raises Difference where fastgate is different and
+says nothing, loses something, or raises anything but a FastgateError. Otherwise it returns what happened.
 
 The tolerance comes from transformers itself. With `truth` the outputs in float64, an output may be off by
 twice what transformers is off by in the same dtype. Where that does not suffice, it may be off by eight times
@@ -165,7 +165,9 @@ def cases(draw: Any, changed: bool) -> Case:
         hidden_dropout=draw(st.sampled_from(rates)),
         attention_dropout=draw(st.sampled_from(rates)),
         attention=attention,
-        labels=2 if head in ("ForQuestionAnswering", "ForNextSentencePrediction") else draw(st.integers(1, 4)),
+        labels=2
+        if head in ("ForQuestionAnswering", "ForNextSentencePrediction")
+        else draw(st.integers(1, 4)),
         chunk=draw(st.sampled_from((0, 0, 0, 0, 0, 1))),
         pooler=head != "Model" or draw(st.booleans()),
         batch=draw(st.integers(1, 4)),
@@ -210,7 +212,7 @@ def _change(freeze: bool) -> st.SearchStrategy[Change]:
 
 
 def build(case: Case, dtype: torch.dtype) -> nn.Module:
-    """The model of transformers, weights large enough for attention to matter; rounded to the case's dtype."""
+    """The model of transformers, weights large enough for attention to matter, in the case's dtype."""
     torch.manual_seed(case.seed)
     first = case.pad + 1 if case.family != "Bert" else 0
     config = getattr(transformers, f"{case.family}Config")(
@@ -272,7 +274,9 @@ def call_of(case: Case, dtype: torch.dtype) -> Call:
         mask = torch.zeros(shape, dtype=torch.bool)
     inputs: dict[str, Tensor] = {}
     if case.embeds:
-        inputs["inputs_embeds"] = torch.randn(*shape, case.hidden, generator=g).to(DTYPES[case.dtype]).to(dtype)
+        inputs["inputs_embeds"] = (
+            torch.randn(*shape, case.hidden, generator=g).to(DTYPES[case.dtype]).to(dtype)
+        )
     else:
         inputs["input_ids"] = torch.randint(0, case.vocabulary, shape, generator=g)
     if case.mask != "none":
@@ -480,12 +484,17 @@ def off(value: Tensor, truth: Tensor) -> float:
 def compare(case: Case, ours: dict[str, Tensor], theirs: dict[str, Tensor], truth_model: nn.Module) -> None:
     truth = _left(case, run(case, truth_model, torch.float64, cast=False))
     size = ROUNDING["bfloat16" if case.mode == "autocast" else case.dtype]
-    scale = max((float(t.abs().max()) for n, t in truth.items() if n.startswith("grad ") and t.numel()), default=0.0)
+    scale = max(
+        (float(t.abs().max()) for n, t in truth.items() if n.startswith("grad ") and t.numel()), default=0.0
+    )
     suspects: dict[str, float] = {}
     for name, wanted in theirs.items():
         gradient = name.startswith("grad ")
         if name not in ours:
-            if gradient and float(truth.get(name, wanted).abs().max() if wanted.numel() else 0.0) <= 64 * size * scale:
+            if (
+                gradient
+                and float(truth.get(name, wanted).abs().max() if wanted.numel() else 0.0) <= 64 * size * scale
+            ):
                 continue  # None in place of zeros
             raise Difference("no gradient" if gradient else "an output is missing", name)
         got = ours[name]
@@ -545,7 +554,11 @@ def snapshot(model: nn.Module, values: bool = True) -> dict[str, Any]:
 def assert_same(kind: str, before: dict[str, Any], after: dict[str, Any]) -> None:
     for name in before.keys() | after.keys():
         a, b = before.get(name), after.get(name)
-        same = torch.equal(a, b) and a.dtype == b.dtype if isinstance(a, Tensor) and isinstance(b, Tensor) else a == b
+        same = (
+            torch.equal(a, b) and a.dtype == b.dtype
+            if isinstance(a, Tensor) and isinstance(b, Tensor)
+            else a == b
+        )
         if not same:
             what = "" if isinstance(a, Tensor) else f": {str(a)[:200]} became {str(b)[:200]}"
             raise Difference(kind, name + what)
@@ -654,20 +667,26 @@ def _ours(
         with step("a second forward"):
             again = run(case, ours, dtype, extra=True)
         for name, value in got.items():
-            if not name.startswith("grad ") and not torch.equal(value, again[name]) and off(value, again[name]) != 0:
+            if (
+                not name.startswith("grad ")
+                and not torch.equal(value, again[name])
+                and off(value, again[name]) != 0
+            ):
                 raise Difference("a second forward differs", name)
     if case.save:
         _round_trip(case, ours)
+    renormed = any(change.kind == "max_norm" for change in case.changes)  # a forward writes to the table
     if case.freeze and not late:
         with step("thaw"):
             fastgate.thaw(ours)
-        assert_same("freeze and thaw changed", unfrozen, snapshot(ours))
+        if not renormed:
+            assert_same("freeze and thaw changed", unfrozen, snapshot(ours))
     if case.keep is None:
         with step("unpatch"):
             fastgate.unpatch(ours)
-        if not any(change.when != "before" for change in case.changes):
+        if not renormed and not any(change.when != "before" for change in case.changes):
             assert_same("patch and unpatch changed", before, snapshot(ours))
-        if "max_norm" not in {change.kind for change in case.changes}:
+        if not renormed:
             last = run(case, ours, dtype)
             first = run(case, theirs, dtype)
             for name, value in first.items():
@@ -711,14 +730,21 @@ def _round_trip(case: Case, ours: nn.Module) -> None:
         with step("load of what was saved"):
             loaded = fastgate.load(path)
     state, found = ours.state_dict(), loaded.state_dict()
-    assert_same("save and load changed", {f"state {k}": v for k, v in state.items()}, {f"state {k}": v for k, v in found.items()})
+    assert_same(
+        "save and load changed",
+        {f"state {k}": v for k, v in state.items()},
+        {f"state {k}": v for k, v in found.items()},
+    )
     if case.freeze or any(c.kind in (*changes.HOOKS, "inner_train") for c in case.changes):
         return  # a frozen model rounds otherwise, and hooks are not saved
     plain = dataclasses.replace(case, mode="eval", gradients=False, with_labels=False)
     training = {module: module.training for module in ours.modules()}
     flags = [(p, p.requires_grad) for p in ours.parameters()]
     with step("forward of what was loaded"):
-        first, second = run(plain, ours.eval(), DTYPES[case.dtype], extra=True), run(plain, loaded, DTYPES[case.dtype], extra=True)
+        first, second = (
+            run(plain, ours.eval(), DTYPES[case.dtype], extra=True),
+            run(plain, loaded, DTYPES[case.dtype], extra=True),
+        )
     for module, was in training.items():
         module.training = was
     assert all(p.requires_grad == was for p, was in flags)

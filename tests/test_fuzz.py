@@ -1,4 +1,4 @@
-"""A sample of what bench/fuzz.py does: damaged checkpoints and data files are refused, or read as they were."""
+"""A sample of what bench/fuzz.py does: damaged checkpoints and data files are refused or read."""
 
 from __future__ import annotations
 
