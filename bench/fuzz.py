@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import children
+import child_jobs
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 CHUNK = 100
@@ -48,16 +48,16 @@ def runner(what: str, folder: Path) -> tuple[Callable[[int], tuple[str, str]], t
 def run_child(what: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         run, wrong = runner(what, Path(folder))
-        children.bound_memory(MEMORY)
-        for job in children.jobs_of_parent():
+        child_jobs.bound_memory(MEMORY)
+        for job in child_jobs.jobs_of_parent():
             for seed in range(job["first"], job["first"] + job["count"]):
-                children.answer(begin=seed)
+                child_jobs.answer(begin=seed)
                 try:
                     outcome, _ = run(seed)
                 except wrong as error:
-                    children.answer(end="wrong", case=seed, detail=str(error))
+                    child_jobs.answer(end="wrong", case=seed, detail=str(error))
                 else:
-                    children.answer(end=outcome)
+                    child_jobs.answer(end=outcome)
 
 
 def run_all(args: argparse.Namespace) -> int:
@@ -93,7 +93,7 @@ def run_all(args: argparse.Namespace) -> int:
         print(f"\r{done} cases, {counts['wrong']} wrong", end="", file=sys.stderr, flush=True)
 
     command = [sys.executable, __file__, args.what, "--child"]
-    children.work(command, jobs(), args.workers, SECONDS, tell)
+    child_jobs.work(command, jobs(), args.workers, SECONDS, tell)
     print(file=sys.stderr)
     ways: dict[str, list[tuple[Any, str]]] = {}
     for case, detail in failures:

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import children
+import child_jobs
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 CHUNK = 50
@@ -34,12 +34,12 @@ def run_child() -> None:
     transformers.logging.set_verbosity_error()
     known: set[Any] = set()
 
-    for job in children.jobs_of_parent():
+    for job in child_jobs.jobs_of_parent():
 
         def one(case: models.Case) -> None:
-            children.answer(begin=str(case))
+            child_jobs.answer(begin=str(case))
             try:
-                children.answer(end=models.check(case))
+                child_jobs.answer(end=models.check(case))
             except models.Difference as error:
                 small = models.with_fewer_changes(case, error.kind)
                 way = (error.kind, *sorted({change.kind for change in small.changes}))
@@ -47,7 +47,7 @@ def run_child() -> None:
                     known.add(way)
                     small = models.minimised(small, error.kind)
                 detail = str(error)[:300]
-                children.answer(
+                child_jobs.answer(
                     end="failed", kind=error.kind, case=str(small), first=str(case), detail=detail
                 )
 
@@ -114,7 +114,7 @@ def run_all(args: argparse.Namespace) -> int:
             f"\r{sum(counts.values())} cases, {counts['failed']} failed", end="", file=sys.stderr, flush=True
         )
 
-    children.work([sys.executable, __file__, "--child"], jobs(), args.workers, SECONDS, tell)
+    child_jobs.work([sys.executable, __file__, "--child"], jobs(), args.workers, SECONDS, tell)
     print(file=sys.stderr)
     ways: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for failure in failures:

@@ -25,14 +25,12 @@ from fastgate.tasks.load import load_files
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".csv", ".tsv")
 TEXTS = (
-    "a good film", "a bad film", "", " ", '"', '"quoted"', 'a "word" here', '"open', "comma,
-    here", "tab\there",
-    "line\nbreak", "carriage\rreturn", "é", "日本語", "\U0001f600", "NA", "null", "None", "nan",
-    "inf", "True", "007",
-    "1", "1.0", "-1", "1e5", "2020-01-01", "2020-01-01T00:00:00Z", "12:30", "[1, 2]", "{}",
-    "['a', 'b']", "\\", "\\n",
-    "'", "=1+1", "#comment", "\ufeffbom", "\u2028", "\x85", "\x0b", "\x00", "x" * 5000, " lead", "trail ",
-    "1_000", "0x10", "١٢", "9" * 40, "1.10", "+5", ".5", "5.", "1,5", "NULL", "n/a", "-",
+    "a good film", "a bad film", "", " ", '"', '"quoted"', 'a "word" here', '"open', "comma, here",
+    "tab\there", "line\nbreak", "carriage\rreturn", "é", "日本語", "\U0001f600", "NA", "null", "None", "nan",
+    "inf", "True", "007", "1", "1.0", "-1", "1e5", "2020-01-01", "2020-01-01T00:00:00Z", "12:30", "[1, 2]",
+    "{}", "['a', 'b']", "\\", "\\n", "'", "=1+1", "#comment", "\ufeffbom", "\u2028", "\x85", "\x0b", "\x00",
+    "x" * 5000, " lead", "trail ", "1_000", "0x10", "١٢", "9" * 40, "1.10", "+5", ".5", "5.", "1,5", "NULL",
+    "n/a", "-",
 )  # fmt: skip
 LABELS: tuple[tuple[Any, ...], ...] = (
     (0, 1), ("neg", "pos"), (True, False), (0.0, 1.0), ("0", "1"), (0, "1"), (1.5, 2),
