@@ -6,6 +6,7 @@ Numbers in it are multiples of 1/64, which every dtype holds exactly.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -95,8 +96,6 @@ class TunedNorm(nn.Module):
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
-        import copy
-
         self.base_layer = base
         self.copies = nn.ModuleDict({"default": copy.deepcopy(base)})
         with torch.no_grad():
@@ -448,6 +447,8 @@ AT_FIRST = (
     "share_layer", "tie_linears", "tie_projections", "last_layer_gone", "last_layer_gone_and_said",
     "uneven_ffn", "uneven_heads", "captured", "decoder", "config_activation",
 )  # fmt: skip
+# Those whose closures or counters a copy of the model would share with it.
+NOT_COPIED = ("watch", "forward", "captured")
 # Those that a frozen model, whose weights are packed, cannot be given.
 NEED_WEIGHTS = (
     "lora",

@@ -10,6 +10,7 @@ what rounding every weight once more changes in float64, which is what a backwar
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import tempfile
@@ -104,6 +105,7 @@ class Case:
     keep: tuple[int, ...] | None = None
     replacement: str = "zero"
     freeze: bool = False
+    copy: bool = False
     save: bool = False
 
     @staticmethod
@@ -191,6 +193,7 @@ def cases(draw: Any, changed: bool) -> Case:
         keep=keep,
         replacement=draw(st.sampled_from(tuple(VECTORS))),
         freeze=freeze,
+        copy=not any(change.kind in changes.NOT_COPIED for change in made) and draw(few),
         save=draw(few),
     )
 
@@ -658,6 +661,9 @@ def _ours(
             frozen = {f"state {n}": v for n, v in ours.state_dict().items()}
         assert_same("freeze changed", {n: v for n, v in unfrozen.items() if n.startswith("state")}, frozen)
         make_changes(case, "frozen", ours, names)
+    if case.copy:
+        with step("deepcopy"):
+            ours = copy.deepcopy(ours)
     late = any(change.when == "frozen" for change in case.changes)
     with step("forward"):
         got = run(case, ours, dtype, extra=True)
