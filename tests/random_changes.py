@@ -447,8 +447,8 @@ AT_FIRST = (
     "share_layer", "tie_linears", "tie_projections", "last_layer_gone", "last_layer_gone_and_said",
     "uneven_ffn", "uneven_heads", "captured", "decoder", "config_activation",
 )  # fmt: skip
-# Those whose closures or counters a copy of the model would share with it.
-NOT_COPIED = ("watch", "forward", "captured")
+# Those that deepcopy shares with the model, or that torch does not copy.
+NOT_COPIED = ("watch", "forward", "captured", "marked", "doubled")
 # Those that a frozen model, whose weights are packed, cannot be given.
 NEED_WEIGHTS = (
     "lora",
