@@ -98,6 +98,7 @@ def work(
 ) -> None:
     """All jobs on so many children; `tell` gets each job's answers, one call at a time."""
     lock = threading.Lock()
+    broken: list[Answer] = []
 
     def serve() -> None:
         child = Child(command, limit)
@@ -107,6 +108,10 @@ def work(
             if job is None:
                 break
             answers = list(child.do(job))
+            if answers and answers[-1].get("crash") and answers[-1]["begin"] is None:
+                broken.append(answers[-1])  # not of a case: nothing would run
+            if broken:
+                break
             with lock:
                 tell(job, answers)
             if any("crash" in answer for answer in answers):
@@ -119,6 +124,8 @@ def work(
         thread.start()
     for thread in threads:
         thread.join()
+    if broken:
+        sys.exit(f"a child failed before its first case: {broken[0]['crash']}\n{broken[0].get('errors', '')}")
 
 
 def answer(**said: Any) -> None:
