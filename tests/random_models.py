@@ -693,7 +693,8 @@ def _ours(
         if not renormed and not any(change.when != "before" for change in case.changes):
             assert_same("patch and unpatch changed", before, snapshot(ours))
         if not renormed:
-            last = run(case, ours, dtype)
+            with step("forward after unpatch"):
+                last = run(case, ours, dtype)
             first = run(case, theirs, dtype)
             for name, value in first.items():
                 if off(last[name], value) != 0:
