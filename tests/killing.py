@@ -415,7 +415,7 @@ def write_world(folder: Path) -> None:
 def sweep_runs(world: Path) -> list[Any]:
     from fastgate.tasks.settings import expand
 
-    quick = {"dense_epochs": 1, "dense_lr": 1e-3, "epochs": 1, "lr": 1e-3, "max_length": 16, "batch_size": 8}
+    quick = {"dense_epochs": 1, "dense_lr": 1e-3, "epochs": 1, "lr": 1e-3, "max_length": 16, "batch_size": 4}
     return expand({"model": str(world / "model"), "tasks": ["sst2"], "seeds": [0, 1], **quick, "runs": RUNS})
 
 
