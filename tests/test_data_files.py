@@ -220,7 +220,7 @@ def test_what_is_no_file_is_refused_by_name(tmp_path):
     ):
         with pytest.raises(DataError, match=said) as caught:
             load_files("text", good, path)
-        assert str(caught.value).startswith("--validation")
+        assert str(caught.value).startswith("--validation") and str(caught.value).count("got ") == 1
     upper = tmp_path / "ROWS.CSV"
     upper.write_text("text,label\na,x\nb,y\n")
     assert load_files("text", upper, upper).labels == ("x", "y")

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..errors import DataError
 from .formats import Rows, comma_separated, json_file, json_lines, refuse, tab_separated
 
 _READERS: dict[str, Callable[[str, str], Rows]] = {
@@ -82,6 +83,8 @@ def _bytes(path: Path, where: str) -> bytes:
             refuse(where, "file", "no regular file", _FORMATS, "write the rows to a file first")
         data = path.read_bytes()
         return gzip.decompress(data) if path.name.lower().endswith(".gz") else data
+    except DataError:  # a ValueError too
+        raise
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         remedy = "copy or compress it again; the file may be cut"
         refuse(where, "file", f"a damaged gzip file ({error})", "a whole one", remedy)
