@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -289,28 +289,9 @@ def load(path: str | os.PathLike[str]) -> nn.Module:
     Raises CheckpointError if it is missing, incomplete, damaged, or of a newer format.
     """
     folder = _folder_to_read(path)
-    for _ in range(5):  # a save at the same time may replace files between two reads
-        seen = _state_of(folder)
-        try:
-            return _load(folder)
-        except CheckpointError:
-            if _state_of(folder) == seen:
-                raise
-    raise CheckpointError(say("load", "path", folder, "a folder at rest", "load again when saving has ended"))
-
-
-def verify(folder: Path) -> None:
-    """Raises CheckpointError if the files of a checkpoint are not those that were saved together."""
-    _check_digests(folder, _checked_meta(folder))
-
-
-def _load(folder: Path) -> nn.Module:
-    before = _state_of(folder)
-    meta = _checked_meta(folder)
-    data = _read_json(commit.find(folder, CONFIG))
-    _check_digests(folder, meta)
-    weights = commit.find(folder, WEIGHTS)
-    header = _header(weights)
+    meta, data, file = _snapshot(folder)
+    weights = folder / WEIGHTS
+    header = _header(file, weights)
     hf = _class_named(meta["class"], folder)
     layers = len({found[1] for name in header if (found := _LAYER.search(name))})
     config = _model_config(data, hf, str(folder / CONFIG), layers)
@@ -323,14 +304,46 @@ def _load(folder: Path) -> nn.Module:
         raise CheckpointError(say("load", str(folder / CONFIG), _one_line(error), wanted, _ANEW)) from error
     _check_header(model, header, weights)
     try:
-        tensors = load_file(weights)
+        tensors = {name: file.get_tensor(name) for name in header}
     except Exception as error:
-        raise CheckpointError(
-            say("load", str(weights), _one_line(error), "a safetensors file", _ANEW)
-        ) from error
-    if _state_of(folder) != before:
-        raise CheckpointError(say("load", "path", folder, "a folder at rest", "load again"))
+        wanted = "a safetensors file"
+        raise CheckpointError(say("load", str(weights), _one_line(error), wanted, _ANEW)) from error
     return fill(model, tensors)
+
+
+def verify(folder: Path) -> None:
+    """Raises CheckpointError if the files of a checkpoint are not those that were saved together."""
+    _check_digests(folder, _checked_meta(folder))
+
+
+def _snapshot(folder: Path) -> tuple[dict[str, Any], dict[str, Any], Any]:
+    """`fastgate.json`, `config.json` and the open weights, which were saved together.
+
+    A save at the same time may replace files between two reads: then they are read again.
+    """
+    for _ in range(20):
+        before = _state_of(folder)
+        try:
+            meta = _checked_meta(folder)
+            data = _read_json(commit.find(folder, CONFIG))
+            _check_digests(folder, meta)
+            file = _opened(commit.find(folder, WEIGHTS))
+        except CheckpointError:
+            if _state_of(folder) == before:
+                raise
+            continue
+        if _state_of(folder) == before:
+            return meta, data, file
+    remedy = "load again when saving has ended"
+    raise CheckpointError(say("load", "path", folder, "a folder that is not saved to all the time", remedy))
+
+
+def _opened(weights: Path) -> Any:
+    try:
+        return safe_open(weights, "pt")
+    except Exception as error:
+        wanted = "a safetensors file"
+        raise CheckpointError(say("load", str(weights), _one_line(error), wanted, _ANEW)) from error
 
 
 def _state_of(folder: Path) -> list[Any]:
@@ -466,16 +479,14 @@ def _model_config(data: dict[str, Any], hf: Any, where: str, layers: int) -> Pre
     return config
 
 
-def _header(weights: Path) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Name -> shape and dtype of each tensor in a safetensors file."""
+def _header(file: Any, weights: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Name -> shape and dtype of each tensor in an open safetensors file."""
     try:
-        with safe_open(weights, "pt") as file:
-            parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  it is no dict
-            return {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in parts.items()}
+        parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  it is no dict
+        return {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in parts.items()}
     except Exception as error:
-        raise CheckpointError(
-            say("load", str(weights), _one_line(error), "a safetensors file", _ANEW)
-        ) from error
+        wanted = "a safetensors file"
+        raise CheckpointError(say("load", str(weights), _one_line(error), wanted, _ANEW)) from error
 
 
 def _check_header(model: nn.Module, header: dict[str, tuple[tuple[int, ...], str]], weights: Path) -> None:

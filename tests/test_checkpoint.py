@@ -282,3 +282,21 @@ def test_an_interrupted_save_is_the_new_model_or_an_error(saved, tmp_path, monke
     again = transformers.AutoModelForSequenceClassification.from_pretrained(path)
     assert torch.equal(again.classifier.bias, model.classifier.bias)
     assert sorted(os.listdir(path)) == [CONFIG, META, WEIGHTS]
+
+
+def test_a_reader_beside_a_writer_finds_one_model_or_the_other(tmp_path):
+    models = [fastgate.prune(make("Bert", "ForSequenceClassification"), keep=keep) for keep in ([1], [0, 2])]
+    torch.nn.init.ones_(models[1].classifier.bias)
+    fastgate.save(models[0], tmp_path)
+    writer = os.fork()
+    if writer == 0:
+        for i in range(60):
+            fastgate.save(models[i % 2], tmp_path)
+        os._exit(0)
+    seen = set()
+    while os.waitpid(writer, os.WNOHANG)[0] == 0:
+        model = fastgate.load(tmp_path)
+        last = torch.equal(model.classifier.bias, models[1].classifier.bias)
+        assert model.bert.fastgate_runtime.gates == ([1.0, 0.0, 1.0] if last else [0.0, 1.0, 0.0])
+        seen.add(last)
+    assert seen == {False, True} and sorted(os.listdir(tmp_path)) == [CONFIG, META, WEIGHTS]
