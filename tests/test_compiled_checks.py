@@ -33,7 +33,9 @@ def operands(op):
         q=rows(), k=rows(), v=rows(), q_bias=vector, k_bias=vector, v_bias=vector, cu_q=cu, cu_k=cu,
         heads=HEADS, scale=0.5, dropout_p=0.1, seed=seed,
     )  # fmt: skip
-    absorbed = dict(probe=rows(2, HEADS, HIDDEN), x=rows(), cu_seqlens=cu, scale=0.5, dropout_p=0.1, seed=seed)
+    absorbed = dict(
+        probe=rows(2, HEADS, HIDDEN), x=rows(), cu_seqlens=cu, scale=0.5, dropout_p=0.1, seed=seed
+    )
     embed = dict(
         words=ids, positions=ids, types=ids % 2, word_table=rows(), position_table=rows(),
         type_table=rows(2, HIDDEN), weight=vector, norm_bias=vector, eps=1e-5, dropout_p=0.1, seed=seed,
@@ -55,7 +57,8 @@ def operands(op):
         h=rows(),
         operands=[third.data, vector, None, vector, square.data, vector, vector, vector]
         + [vector] * 6
-        + [square.data, vector, rows(HIDDEN, HIDDEN), rows(HIDDEN, HIDDEN), vector, square.data, *[vector] * 3],
+        + [square.data, vector, rows(HIDDEN, HIDDEN), rows(HIDDEN, HIDDEN), vector, square.data]
+        + [vector] * 3,
         kinds=[0, HEADS, 3, -1, 1, HEADS],
         numbers=[1e-5, 0.5, 1e-5, 0.0, 1e-5, 0.5],
         cu_seqlens=cu,
@@ -107,7 +110,7 @@ TENSORS = (
     lambda t: t.to(torch.int8),
     lambda t: t.to(torch.bfloat16),
     lambda t: torch.full_like(t, -1),
-    lambda t: torch.full_like(t, 2**30) if not t.dtype == torch.bool else ~t,
+    lambda t: torch.full_like(t, 2**30) if t.dtype != torch.bool else ~t,
     lambda t: t.flip(0) if t.dim() else t,
     lambda t: t.repeat_interleave(2, -1)[..., ::2] if t.dim() else t,  # not contiguous, and right
     lambda t: t.expand(2, *t.shape),
