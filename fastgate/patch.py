@@ -53,6 +53,7 @@ def patch(
     modules and hooks that would not run, and a pooling that the model's head does not read, ArgumentError for
     a demand that leaves out rows that are read.
     """
+    check_module("patch", model)
     found = list(find_encoders(model))
     if not found:
         raise NothingPatched(
@@ -77,6 +78,13 @@ def patch(
             runtime: Runtime = item.encoder.fastgate_runtime  # type: ignore[assignment]
             runtime.graphs = (runtime.graphs or Graphs()) if graphs else None
     return model
+
+
+def check_module(where: str, model: object) -> None:
+    """Refuse a name, a path or another object where a model is expected."""
+    if not isinstance(model, nn.Module):
+        remedy = "load it first: transformers.AutoModel.from_pretrained(name), or fastgate.load(path)"
+        raise ArgumentError(say(where, "model", repr(model)[:80], "a torch.nn.Module", remedy))
 
 
 def _pooling(found: Found, pooled: str | None, pooling: str | None) -> str:
@@ -136,6 +144,7 @@ def unpatch(model: nn.Module) -> nn.Module:
     Raises Unsupported if attention was pruned or is gated, or a pooler reads the mean: transformers' classes
     cannot run such a model.
     """
+    check_module("unpatch", model)
     found = [item for item in find_encoders(model) if hasattr(item.encoder, "fastgate_runtime")]
     for item in found:
         state = EncoderState(item.encoder)
@@ -170,41 +179,48 @@ _uncompiled = torch.compiler.disable(forward_encoder, reason="fastgate's encoder
 
 def _swapped_class(family: Family, hf: type[nn.Module], demand: str) -> type[nn.Module]:
     """A subclass under the same name, so that pipelines, configs and pickles see the old class."""
-    original = hf.forward
-    names = list(inspect.signature(original).parameters)
-
+    body: dict[str, Any] = {"fastgate_demand": demand, "__module__": __name__, "__doc__": hf.__doc__}
     if hf.__name__ == family.prefix + "Model":
-
-        @functools.wraps(original)
-        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-            run = _uncompiled if torch.compiler.is_compiling() else forward_encoder
-            return run(self, *args, **kwargs)
-
-    else:
-
-        @functools.wraps(original)
-        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-            given = dict(zip(names[1:], args, strict=False)) | kwargs
-            rows = rows_read(self, getattr(self, family.attribute).fastgate_runtime, given)
-            if hf.__name__.endswith(("ForMaskedLM", "ForPreTraining")):
-                return masked_lm(self, family, rows, given, return_dict=given.pop("return_dict", None))
-            if rows is not None:
-                kwargs["rows"] = rows
-            return original(self, *args, **kwargs)
-
-    body = {"forward": forward, "fastgate_demand": demand, "__module__": __name__, "__doc__": hf.__doc__}
+        body["forward"] = _encoder_forward(hf.forward)
+    elif demand == "labelled":
+        body["forward"] = _head_forward(family, hf.__name__, hf.forward)
     return type(hf.__name__, (hf,), body)
 
 
+def _encoder_forward(original: Any) -> Any:
+    @functools.wraps(original)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        run = _uncompiled if torch.compiler.is_compiling() else forward_encoder
+        return run(self, *args, **kwargs)
+
+    return forward
+
+
+def _head_forward(family: Family, name: str, original: Any) -> Any:
+    """The forward of a head whose labels decide which rows are read."""
+    names = list(inspect.signature(original).parameters)
+
+    @functools.wraps(original)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = dict(zip(names[1:], args, strict=False)) | kwargs
+        rows = rows_read(self, getattr(self, family.attribute).fastgate_runtime, given)
+        if name.endswith(("ForMaskedLM", "ForPreTraining")):
+            return masked_lm(self, family, rows, given, return_dict=given.pop("return_dict", None))
+        if rows is not None:
+            kwargs["rows"] = rows
+        return original(self, *args, **kwargs)
+
+    return forward
+
+
 def _swapped_classes() -> dict[type[nn.Module], type[nn.Module]]:
-    """Encoders, and heads whose labels decide the demand; each in this module by name, for pickle."""
+    """Encoders and heads: a model of such a class is patched. Each is in this module by name, for pickle."""
     swapped = {}
     for family in FAMILIES:
         for name, demand in family.heads().items():
-            if demand in ("attended", "labelled"):
-                hf = getattr(family.module, name)
-                swapped[hf] = globals()[name] = _swapped_class(family, hf, demand)
+            hf = getattr(family.module, name)
+            swapped[hf] = globals()[name] = _swapped_class(family, hf, demand)
     return swapped
 
 
-SWAPPED = _swapped_classes()
+SWAPPED = _swapped_classes()  # the class of transformers -> that of a patched model

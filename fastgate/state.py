@@ -30,7 +30,7 @@ class Runtime:
     an encoder layer: 1.0 the attention runs, 0.0 it is skipped, a 0-d tensor it is gated. record: where to
     write what is computed, while recording. asked: the demand `patch` was called with, if any. graphs: those
     captured for inference on a GPU; None: never. programs: what its layers run once they are frozen.
-    pooling: one of POOLINGS.
+    pooling: one of POOLINGS. unfinished: the gates are being learned, so their values now are no result.
     """
 
     reads: str | None
@@ -40,6 +40,7 @@ class Runtime:
     graphs: Graphs | None = None
     programs: Programs = field(default_factory=Programs)
     pooling: str = "first"
+    unfinished: bool = False
 
     @property
     def demand(self) -> str:

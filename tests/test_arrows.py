@@ -38,13 +38,17 @@ LOW = {
     "heads": {"families", "forward", "packing", "state"},
     "sentence": set(),
     "memory": set(),
+    "commit": set(),
     "patch": {"families", "forward", "freeze", "graphs", "heads", "sentence", "state"},
 }
 MODEL = set(LOW) - {"kernels", "backends", "info"}
 MIDDLE = {
     "prune": MODEL,
     "explain": MODEL,
-    "checkpoint": MODEL | {"prune"},
+    "configs": MODEL,
+    "structure": MODEL | {"prune", "configs"},
+    "checkpoint": MODEL | {"prune", "configs", "structure"},
+    "pretrained": MODEL | {"prune", "configs", "structure", "checkpoint"},
     "export": MODEL | {"prune"},
     "pruning": MODEL | {"prune", "checkpoint"},
 }
@@ -63,6 +67,7 @@ TORCH_ONLY = (
     "encoder",
     "sentence",
     "memory",
+    "commit",
 )
 
 

@@ -89,11 +89,13 @@ def test_save_does_not_overwrite_what_is_no_checkpoint(saved, tmp_path):
     model, _ = saved
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years")
+    (tmp_path / "mine" / WEIGHTS).write_text("of somebody else")
     (tmp_path / "file").write_text("x")
     for path in (tmp_path / "mine", tmp_path / "file"):
         with pytest.raises(fastgate.ArgumentError, match="path"):
             fastgate.save(model, path)
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years"
+    assert (tmp_path / "mine" / WEIGHTS).read_text() == "of somebody else"
     with pytest.raises(fastgate.NothingPatched):
         fastgate.save(make("Bert", "Model"), tmp_path / "z")
 
@@ -109,7 +111,7 @@ def with_tensors(path, change):
     tensors = load_file(path / WEIGHTS)
     change(tensors)
     save_file(tensors, path / WEIGHTS)
-    rewrite(path, sha256=_digest(path / WEIGHTS))
+    rewrite(path, sha256={name: _digest(path / name) for name in (CONFIG, WEIGHTS)})
 
 
 def truncated(path):
@@ -126,7 +128,7 @@ def flipped(path):
 DAMAGE = {
     "checksum": truncated,
     "checksum ": flipped,
-    "upgrade": lambda path: rewrite(path, format=2),
+    "upgrade": lambda path: rewrite(path, format=3),
     "wrong fields": lambda path: rewrite(path, kept="all"),
     "wrong fields ": lambda path: rewrite(path, demand="last"),
     "shapes": lambda path: with_tensors(path, lambda t: t.update({"classifier.bias": torch.zeros(7)})),

@@ -300,6 +300,7 @@ def _line(settings: Settings, training: Training, dense: dict[str, Any], found: 
         **({"attempts": found["attempts"]} if "attempts" in found else {}),
         "kept": found["kept"],
         "layers": layers,
+        "margin": found.get("margin"),
         "seed": settings.seed,
         "metric": task.metric,
         "score": found["score"],

@@ -115,6 +115,7 @@ class Training:
             seconds = self._train(trainer)
             pruner = trainer.pruner
             noted = {"kept": pruner.kept, "replacement": pruning.replacement, "steps": pruner.history}
+            noted |= {"separated": pruner.separated, "margin": pruner.margin}
             with full_disk_told(self.out):
                 notes.parent.mkdir(exist_ok=True)
                 write_json(notes, {**noted, "seconds": seconds, "teacher_seconds": pruner.teacher_seconds})
