@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..checkpoint import META
+from ..checkpoint import META, load
 from ..errors import ArgumentError, CheckpointError, FastgateError, say
+from ..state import encoder_state
 from .task import Task
 
 if TYPE_CHECKING:
@@ -50,9 +51,7 @@ def dense_model(model_name: str | Path, task: Task) -> PreTrainedModel:
     source = model_source(model_name, "--model", ("dense", "pruned"))
     config = load_quietly(lambda: AutoConfig.from_pretrained(source), model_name)
     if is_pruned(source, config):
-        remedy = "fine-tune the dense model it was made from, or go on from fastgate.load in a script"
-        got = f"{model_name}, a checkpoint that fastgate pruned"
-        raise CheckpointError(say("fastgate", "--model", got, "a model with all its attention", remedy))
+        return _unpruned(source, model_name, task)
     auto = AutoModelForTokenClassification if task.kind == "tokens" else AutoModelForSequenceClassification
     if task.kind == "regression":
         head: dict = {"num_labels": 1, "problem_type": "regression"}
@@ -67,6 +66,24 @@ def dense_model(model_name: str | Path, task: Task) -> PreTrainedModel:
         model_name, "--model", [n for n in new if n.startswith(inner) and ".pooler." not in n], report
     )
     return model
+
+
+def _unpruned(source: str, model_name: str | Path, task: Task) -> Any:
+    """A checkpoint of fastgate's without anything pruned: the dense model of a run with `--pooling mean`."""
+    model = load(source)
+    state = encoder_state(model)
+    if any(state.is_removed(layer) for layer in range(state.num_layers)):
+        remedy = "fine-tune the dense model it was made from, or go on from fastgate.load in a script"
+        got = f"{model_name}, a checkpoint that fastgate pruned"
+        raise CheckpointError(say("fastgate", "--model", got, "a model with all its attention", remedy))
+    config: Any = model.config
+    names = list(task.labels) or list(config.id2label.values())[:1]
+    if [config.id2label[i] for i in sorted(config.id2label)] != names:
+        got, wanted = f"{model_name} with labels {', '.join(config.id2label.values())}", ", ".join(names)
+        raise CheckpointError(
+            say("fastgate", "--model", got, wanted, "start from the model it was tuned from")
+        )
+    return model.float()
 
 
 def is_pruned(source: str, config: PreTrainedConfig) -> bool:
