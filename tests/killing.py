@@ -279,29 +279,29 @@ class Saves:
                 raise Lost(f"nothing can be loaded: {error}") from error
             found = "nothing"
         else:
-            found = self._which(loaded, point)
+            found = self._which(loaded)
         if not ended and found != "new":
             raise Lost(f"save came to its end, and left the {found} model")
         if found == "old" and not over:
-            raise Lost(f"the old model in a new folder")
+            raise Lost("the old model in a new folder")
         for name, data in FOREIGN.items() if over else ():
             if not (target / name).is_file() or (target / name).read_bytes() != data:
                 raise Lost(f"{name} is gone or changed")
         # The next save mends whatever was left, and leaves nothing beside the folder.
         fastgate.save(self.models[1], target)
-        if self._which(fastgate.load(target), point) != "new":
-            raise Lost(f"the next save left another model")
+        if self._which(fastgate.load(target)) != "new":
+            raise Lost("the next save left another model")
         beside = sorted(p.name for p in target.parent.iterdir() if p != target)
         if beside:
             raise Lost(f"left beside the folder after the next save: {', '.join(beside)}")
         return found
 
-    def _which(self, loaded: Any, point: Point) -> str:
+    def _which(self, loaded: Any) -> str:
         found = loaded.state_dict()
         for name, state in zip(("old", "new"), self.states, strict=True):
             if found.keys() == state.keys() and all(torch.equal(found[key], state[key]) for key in state):
                 return name
-        raise Lost(f"a model that is neither the old one nor the new one")
+        raise Lost("a model that is neither the old one nor the new one")
 
 
 # Train.
