@@ -40,7 +40,7 @@ def work(what: str, folder: Path, worker: int, workers: int, points: int, seed: 
         try:
             said = {"found": kind.try_point(number, point)}
         except killing.Lost as error:
-            said = {"found": "LOST", "detail": f"point {number}, {point}: {error}"}
+            said = {"found": "LOST", "detail": f"at point {number} ({point}): {error}"}
         print(json.dumps(said), flush=True)
 
 

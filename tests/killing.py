@@ -276,32 +276,32 @@ class Saves:
             loaded = fastgate.load(target)
         except fastgate.CheckpointError as error:
             if over or not ended:
-                raise Lost(f"{point}: nothing can be loaded: {error}") from error
+                raise Lost(f"nothing can be loaded: {error}") from error
             found = "nothing"
         else:
-            found = self._which(loaded, point)
+            found = self._which(loaded)
         if not ended and found != "new":
-            raise Lost(f"{point}: save came to its end, and left the {found} model")
+            raise Lost(f"save came to its end, and left the {found} model")
         if found == "old" and not over:
-            raise Lost(f"{point}: the old model in a new folder")
+            raise Lost("the old model in a new folder")
         for name, data in FOREIGN.items() if over else ():
             if not (target / name).is_file() or (target / name).read_bytes() != data:
-                raise Lost(f"{point}: {name} is gone or changed")
+                raise Lost(f"{name} is gone or changed")
         # The next save mends whatever was left, and leaves nothing beside the folder.
         fastgate.save(self.models[1], target)
-        if self._which(fastgate.load(target), point) != "new":
-            raise Lost(f"{point}: the next save left another model")
+        if self._which(fastgate.load(target)) != "new":
+            raise Lost("the next save left another model")
         beside = sorted(p.name for p in target.parent.iterdir() if p != target)
         if beside:
-            raise Lost(f"{point}: left beside the folder after the next save: {', '.join(beside)}")
+            raise Lost(f"left beside the folder after the next save: {', '.join(beside)}")
         return found
 
-    def _which(self, loaded: Any, point: Point) -> str:
+    def _which(self, loaded: Any) -> str:
         found = loaded.state_dict()
         for name, state in zip(("old", "new"), self.states, strict=True):
             if found.keys() == state.keys() and all(torch.equal(found[key], state[key]) for key in state):
                 return name
-        raise Lost(f"{point}: a model that is neither the old one nor the new one")
+        raise Lost("a model that is neither the old one nor the new one")
 
 
 # Train.
@@ -384,7 +384,7 @@ class Trainings:
             found = "resumed" if has_checkpoint(str(work)) else "begun anew"
             done(do_train, work, out)
         if not same(torch.load(out, weights_only=True), self.end):
-            raise Lost(f"{point}: {found}, it ends with other weights or gates")
+            raise Lost(f"{found}, it ends with other weights or gates")
         return found
 
 
@@ -445,19 +445,19 @@ class Sweeps:
         if other is not None:
             status, said = other.finish()
             if status:
-                raise Lost(f"{point}: the other process failed: {said}")
+                raise Lost(f"the other process failed: {said}")
         before = self._lines(work, cut=True)
         done(do_sweep, self.world, work)
         after = self._lines(work)
         for key, line in before.items():
             if after.get(key) != line:
-                raise Lost(f"{point}: a line of before the kill is gone or changed: {key[:200]}")
+                raise Lost(f"a line of before the kill is gone or changed: {key[:200]}")
         if after.keys() != self.lines.keys():
-            raise Lost(f"{point}: {len(after)} lines in the end, {len(self.lines)} without a kill")
+            raise Lost(f"{len(after)} lines in the end, {len(self.lines)} without a kill")
         for key, line in after.items():
             for name in ("score", "kept", "dense_score"):
                 if line[name] != self.lines[key][name]:
-                    raise Lost(f"{point}: {name} {line[name]}, {self.lines[key][name]} without a kill")
+                    raise Lost(f"{name} {line[name]}, {self.lines[key][name]} without a kill")
         return f"{len(before)} of {len(after)} lines"
 
     def _lines(self, work: Path, cut: bool = False) -> dict[str, Any]:

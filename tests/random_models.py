@@ -669,7 +669,8 @@ def _ours(
         got = run(case, ours, dtype, extra=True)
     compare(case, got, _left(case, wanted), truth)
     _compare_watches(case, ours, theirs)
-    if not case.freeze:
+    renormed = any(change.kind == "max_norm" for change in case.changes)  # a forward writes to the table
+    if not case.freeze and not renormed:
         with step("a second forward"):
             again = run(case, ours, dtype, extra=True)
         for name, value in got.items():
@@ -681,7 +682,6 @@ def _ours(
                 raise Difference("a second forward differs", name)
     if case.save:
         _round_trip(case, ours)
-    renormed = any(change.kind == "max_norm" for change in case.changes)  # a forward writes to the table
     if case.freeze and not late:
         with step("thaw"):
             fastgate.thaw(ours)
