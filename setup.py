@@ -217,7 +217,7 @@ class BuildExt(build_ext):
         lines = [
             f"cxx = {compiler(os.environ)}",
             f"flags = {' '.join(flags)} -I {ROOT / 'csrc'} {os.environ.get('CXXFLAGS', '')}",
-            f"libraries = -L {torch / 'lib'} -ltorch_cpu",
+            f"libraries = -L {torch / 'lib'} -ltorch_cpu {os.environ.get('LDFLAGS', '')}",
         ]
         if library == "cuda":
             lines += [f"nvcc = {nvcc(os.environ)}", f"cuda_flags = {' '.join(CUDA_FLAGS)}"]

@@ -117,6 +117,13 @@ inline Tensor empty_like(const Tensor& like, ScalarType dtype) {
   return empty(like.sizes().data(), like.dim(), dtype, like);
 }
 
+// Whether a has the sizes of b. Rows of a are found by its strides, so as many elements are not enough.
+inline bool has_sizes_of(const Tensor& a, const Tensor& b) {
+  bool same = a.dim() == b.dim();
+  for (int64_t d = 0; same && d < a.dim(); ++d) same = a.size(d) == b.size(d);
+  return same;
+}
+
 inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
 // t as a contiguous float32 tensor.

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from . import backends  # noqa: F401  leaves the compiled kernels where the ops look for them
+from . import (
+    backends,  # noqa: F401  leaves the compiled kernels where the ops look for them
+    pretrained,  # noqa: F401  tells the Auto classes of transformers about pruned models
+)
 from .checkpoint import load, save
 from .errors import ArgumentError, CheckpointError, DataError, FastgateError, NothingPatched, Unsupported
 from .explain import explain

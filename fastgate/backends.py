@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import json
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,9 +72,17 @@ def _load(library: Path, reason: str, namespace: str, wanted: tuple[str, ...]) -
     try:
         torch.ops.load_library(str(library))
     except OSError as error:
-        return f"{library.name} does not load under torch {torch.__version__}: {error}"
+        return _broken(f"{library.name} does not load under torch {torch.__version__}: {error}")
     absent = [op for op in wanted if not hasattr(getattr(torch.ops, namespace), op)]
-    return f"{library.name} was built before {', '.join(absent)} was there: build again" if absent else ""
+    if absent:
+        return _broken(f"{library.name} was built before {', '.join(absent)} was there: build again")
+    return ""
+
+
+def _broken(reason: str) -> str:
+    """Warn that a library that is there cannot be used; returns the reason."""
+    warnings.warn(f"fastgate: other kernels run in its place: {reason}", RuntimeWarning, stacklevel=2)
+    return reason
 
 
 @functools.cache
@@ -172,14 +181,15 @@ def gpu_languages(op: str) -> list[tuple[str, str]]:
 
 
 def fill() -> None:
-    """Put the best implementation that runs here into every slot of fastgate.ops."""
+    """Put the best implementation that runs here into every slot of fastgate.ops: all of them, or none if it
+    raises."""
+    found: dict[tuple[str, str], ops.Implementation] = {}
     if not missing_for_onednn():
-        ops.SLOTS["linear_gelu", "cpu"] = onednn()
+        found["linear_gelu", "cpu"] = onednn()
     if not load_cpu_library():
-        for op in CPU_OPS:
-            ops.SLOTS[op, "cpu"] = cpp(op)
+        found.update({(op, "cpu"): cpp(op) for op in CPU_OPS})
+    forced = forced_language()
     if torch.cuda.is_available():
-        forced = forced_language()
         missing = LANGUAGES[forced][0]() if forced else ""
         if missing:
             wanted, remedy = f"one that runs: {missing}", "build it, or unset FASTGATE_CUDA"
@@ -187,7 +197,8 @@ def fill() -> None:
         for op in CUDA_BACKENDS:
             runs = [language for language, missing in gpu_languages(op) if not missing]
             if runs:
-                ops.SLOTS[op, "cuda"] = LANGUAGES[runs[0]][1](op)
+                found[op, "cuda"] = LANGUAGES[runs[0]][1](op)
+    ops.SLOTS.update(found)
 
 
 def candidates() -> list[Candidate]:

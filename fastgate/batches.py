@@ -30,14 +30,19 @@ def evaluation_rows(task: Task, tokenizer: Any, max_length: int) -> Any:
     return task.tokenize(tokenizer, max_length)["evaluation"].remove_columns("labels")
 
 
+def check_order(order: str) -> None:
+    """Raises ArgumentError for an order that is none of ORDERS."""
+    if order not in ORDERS:
+        raise ArgumentError(say("bench", "--order", repr(order), " or ".join(ORDERS), "pass one of these"))
+
+
 def choose_batches(rows: Any, tokenizer: Any, *, batch_size: int, count: int, order: str) -> list[Batch]:
     """`count` padded batches of `evaluation_rows`.
 
     Sorted by length the batches are spread evenly from the shortest to the longest, and every batch is nearly
     full.
     """
-    if order not in ORDERS:
-        raise ArgumentError(say("bench", "order", repr(order), " or ".join(ORDERS), "pass one of these"))
+    check_order(order)
     if batch_size < 1 or count < 1:
         got = f"batch size {batch_size}, {count} batches"
         raise ArgumentError(say("bench", "batches", got, "at least 1 of 1 row", "raise it"))

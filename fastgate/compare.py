@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from .batches import real_batches
+from .batches import check_order, real_batches
 from .contenders import DTYPES, contenders
 from .errors import ArgumentError, say
 from .floor import Floor
@@ -20,6 +20,7 @@ from .info import environment
 from .outputs import check_outputs, hold_peers
 from .peers import PEERS, Batch, Peer, build
 from .state import encoder_state
+from .tasks.feasible import check_rows
 from .tasks.load import load_task
 from .timing import Timing, interleave
 
@@ -120,7 +121,7 @@ def compare_all(
     absent = {**absent, **wrong}
     if not peers:
         got = "; ".join(f"{name}: {why}" for name, why in absent.items())
-        raise ArgumentError(say("bench", "against", got, "a peer that runs here", "name another"))
+        raise ArgumentError(say("bench", "--against", got, "a peer that runs here", "name another"))
     runs: dict[str, Callable[[Batch], object]] = {f"fastgate {n}": _call(m) for n, m in models.items()}
     runs |= {name: peer.run for name, peer in peers.items()}
     runs |= {f"floor {name}": Floor(model, batches) for name, model in models.items()}
@@ -150,7 +151,7 @@ def _check_peers(against: Sequence[str]) -> None:
     unknown = [name for name in against if name not in PEERS]
     if unknown or not against:
         got = ", ".join(unknown) or "none"
-        raise ArgumentError(say("bench", "against", got, " or ".join(PEERS), "pass one or more, by commas"))
+        raise ArgumentError(say("bench", "--against", got, " or ".join(PEERS), "pass one or more, by commas"))
 
 
 def _call(model: Any) -> Callable[[Batch], object]:
@@ -160,7 +161,7 @@ def _call(model: Any) -> Callable[[Batch], object]:
 def dtype_of(command: str, name: str) -> torch.dtype:
     """The dtype of that name. Raises ArgumentError for one that nothing is compared in."""
     if name not in DTYPES:
-        raise ArgumentError(say(command, "dtype", repr(name), " or ".join(DTYPES), "pass one of these"))
+        raise ArgumentError(say(command, "--dtype", repr(name), " or ".join(DTYPES), "pass one of these"))
     return DTYPES[name]
 
 
@@ -184,11 +185,13 @@ def bench(
     precision = dtype_of("bench", dtype)
     if threads is not None:
         torch.set_num_threads(threads)
+    check_order(order)
     task = load_task(task_name, data_dir, max_train_rows=1)
     ours, reference, tokenizer = contenders(model, task, keep, precision)
     made = real_batches(
         task, tokenizer, max_length=max_length, batch_size=batch_size, count=batches, order=order
     )
+    check_rows("bench", "--max-length", [batch["input_ids"][0] for batch in made], ours)
     with Progress(console=console, transient=True) as bar:
         job = bar.add_task("timing", total=len(made))
         found = compare(ours, reference, made, against=against, progress=lambda: bar.advance(job))

@@ -47,7 +47,7 @@ def contenders(
     if (Path(name) / "fastgate.json").is_file():
         if keep is not None:
             remedy = "leave --keep out, or bench the dense model"
-            raise ArgumentError(say("bench", "keep", list(keep), "none for a pruned checkpoint", remedy))
+            raise ArgumentError(say("bench", "--keep", list(keep), "none for a pruned checkpoint", remedy))
         ours = load(name).to(device, dtype)
         reference = unpruned(ours).to(device, dtype)
         return ours_at_best(ours), reference, load_tokenizer(name, task)

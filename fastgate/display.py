@@ -1,7 +1,13 @@
-"""Training on the screen: bars for the steps and for each gate, or plain lines without a terminal."""
+"""Training on the screen: bars for the steps and for each gate, or plain lines without a terminal.
+
+What is printed is shown as it is: square brackets in names are no markup, and a character that the console's
+encoding does not have is written as an escape.
+"""
 
 from __future__ import annotations
 
+import io
+import sys
 import time
 from types import TracebackType
 
@@ -17,17 +23,32 @@ _TITLES = {DENSE: "dense fine-tune", "prune": "self-prune"}
 _PLAIN_LINES = 10  # a phase, without a terminal
 
 
-class Display:
-    """A listener for `finetune`: call it with each Progress, inside its `with` block."""
+def console(*, stderr: bool = False) -> Console:
+    """The console for everything that the commands print."""
+    return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
 
-    def __init__(self, console: Console):
-        self.console = console
+
+def print_what_cannot_be_encoded_as_escapes() -> None:
+    """A console that is not UTF-8, or a file name that is not, does not end a program that prints."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+class Display:
+    """A listener for `finetune`: call it with each Progress, inside its `with` block.
+
+    plain: lines even on a terminal, for one of several processes that print to it.
+    """
+
+    def __init__(self, console: Console, plain: bool = False):
+        self.console, self.plain = console, plain
         self.live: Live | None = None
-        self._started: dict[str, float] = {}
+        self._start, self._at = 0.0, ("", 0)  # of the training under way, and where it is
         self._said = ("", "", -1)
 
     def __enter__(self) -> Display:
-        if self.console.is_terminal:
+        if self.console.is_terminal and not self.plain:
             self.live = Live(console=self.console, refresh_per_second=4, transient=True)
             self.live.start()
         return self
@@ -39,16 +60,20 @@ class Display:
             self.live.stop()
 
     def __call__(self, progress: Progress) -> None:
-        start = self._started.setdefault(progress.phase, time.monotonic())
+        phase, step = self._at
+        if progress.phase != phase or progress.step <= step:
+            self._start = time.monotonic()
+        self._at = (progress.phase, progress.step)
+        seconds = time.monotonic() - self._start
         if self.live is not None:
-            self.live.update(self._picture(progress, time.monotonic() - start))
+            self.live.update(self._picture(progress, seconds))
             if progress.step == progress.total:
-                self.console.print(self._line(progress, time.monotonic() - start))
+                self.console.print(self._line(progress, seconds), soft_wrap=True)
             return
         said = (progress.phase, progress.stage, progress.step * _PLAIN_LINES // max(progress.total, 1))
         if said != self._said:
             self._said = said
-            self.console.print(self._line(progress, time.monotonic() - start), soft_wrap=True)
+            self.console.print(self._line(progress, seconds), soft_wrap=True)
 
     def _line(self, progress: Progress, seconds: float) -> str:
         loss = "" if progress.loss is None else f", loss {progress.loss:.3f}"

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .errors import ArgumentError, say
 from .forward import demanded_rows, make_runtime_plan, reach_of
 from .graphs import DEVICES
-from .layer import is_linear_gelu, replacement_of, weight_of
+from .layer import Layer, is_skipped
 from .packing import pack_rows
 from .plan import Sizes, flops
 from .state import EncoderState, encoder_state
@@ -69,65 +71,59 @@ class Explanation:
 def explain(model: nn.Module, lengths: Sequence[int] = (32,) * 8) -> Explanation:
     """What the patched `model` runs for a batch of sequences of these lengths (tokens each).
 
-    Raises NothingPatched if the model is not patched.
+    Raises NothingPatched if the model is not patched, ArgumentError for what is no model and for lengths that
+    are no batch, Unsupported where a forward would be refused.
     """
+    if not isinstance(model, nn.Module):
+        remedy = "pass what fastgate.patch or fastgate.load returned"
+        raise ArgumentError(say("explain", "model", repr(model), "a patched model", remedy))
+    lengths = _checked(lengths)
     state = encoder_state(model)
     encoder = state.encoder
     batch, longest = len(lengths), max(lengths)
     attended = torch.arange(longest) < torch.tensor(lengths)[:, None]
     demanded = demanded_rows(encoder, attended, None, False, (batch, longest), attended.device)
     packing = pack_rows(batch, longest, attended, demanded, attended.device, reach_of(encoder))
-    plan = make_runtime_plan(encoder, packing, capture=False)
-    config = encoder.config
+    inspection = state.runtime.inspections.of(encoder)
+    plan = make_runtime_plan(encoder, inspection, packing, capture=False)
     pairs = sum(q * k for q, k in zip(packing.queries.lengths, packing.keys.lengths, strict=True))
-    sizes = Sizes(
-        config.hidden_size,
-        config.intermediate_size,
-        packing.queries.rows,
-        packing.keys.rows,
-        packing.within,
-        pairs,
-        batch,
-    )
-    heads = config.num_attention_heads
-    h, rows = config.hidden_size, sum(lengths)
-    dense = state.num_layers * (
-        2 * rows * h * (4 * h + 2 * config.intermediate_size) + 4 * sum(n * n for n in lengths) * h
-    )
+    rows, squares = sum(lengths), sum(n * n for n in lengths)
 
-    table = []
-    for i, layer in enumerate(encoder.encoder.layer):
+    table, dense = [], 0
+    for i, layer in enumerate(inspection.layers):
         steps = plan.of_layer(i)
         gate = state.gates[i]
-        value = gate.item() if isinstance(gate, Tensor) else gate
-        cost = sum(flops(step, sizes, heads) for step in steps)
-        status = (
-            "removed"
-            if state.is_removed(i)
-            else "skipped"
-            if value == 0
-            else "gated"
-            if isinstance(gate, Tensor)
-            else "kept"
+        attention, heads, intermediate = _widths(encoder.config, layer)
+        sizes = Sizes(
+            encoder.config.hidden_size,
+            intermediate,
+            packing.queries.rows,
+            packing.keys.rows,
+            packing.within,
+            pairs,
+            batch,
+            attention,
         )
+        dense += 4 * rows * sizes.hidden * (2 * attention + intermediate) + 4 * squares * attention
         table.append(
             Row(
                 i,
-                status,
-                value,
+                _status(state, i),
+                gate.item() if isinstance(gate, Tensor) else gate,
                 sizes.live(steps[-1]),
                 tuple(s.op for s in steps),
-                cost,
-                cost / dense,
+                sum(flops(step, sizes, heads) for step in steps),
+                0.0,
                 _notes(layer, steps[0].op),
             )
         )
+    table = [replace(row, flops_share=row.flops / dense) for row in table]
     total = sum(row.flops for row in table)
     return Explanation(
         state.runtime.demand,
         tuple(lengths),
-        sizes.packed,
-        sizes.demanded,
+        packing.queries.rows,
+        packing.within[0],
         plan.kept,
         total,
         total / dense,
@@ -136,30 +132,67 @@ def explain(model: nn.Module, lengths: Sequence[int] = (32,) * 8) -> Explanation
     )
 
 
+def _checked(lengths: Any) -> list[int]:
+    """The lengths as a list, once they are positive numbers of tokens."""
+    try:
+        found = [operator.index(n) for n in lengths]
+    except TypeError:
+        found = []
+    if not found or min(found) < 1:
+        remedy = "pass e.g. [32] * 8"
+        raise ArgumentError(
+            say("explain", "lengths", repr(lengths), "one number of tokens a sequence", remedy)
+        )
+    return found
+
+
+def _widths(config: Any, layer: Layer) -> tuple[int, int, int]:
+    """(all heads together, number of heads, feed-forward block) of a layer, which may be narrower than the
+    config says; what a module does not tell, and a pruned attention, are as the config has it."""
+    attention = None if layer.query is None else getattr(layer.query.module, "out_features", None)
+    up = layer.intermediate._modules.get("dense")
+    intermediate = getattr(up, "out_features", None) or config.intermediate_size
+    if attention is None:
+        return config.hidden_size, config.num_attention_heads, intermediate
+    return attention, layer.heads_in(attention), intermediate
+
+
+def _status(state: EncoderState, i: int) -> str:
+    """What became of a layer's attention, in one word."""
+    gate = state.gates[i]
+    if state.is_removed(i):
+        return "removed"
+    if is_skipped(gate) or (isinstance(gate, Tensor) and gate.item() == 0):
+        return "skipped"
+    return "gated" if isinstance(gate, Tensor) else "kept"
+
+
 def _graphs(state: EncoderState) -> str | None:
     graphs = state.runtime.graphs
-    if next(state.encoder.parameters()).device.type not in DEVICES:
+    first = next(state.encoder.parameters(), None)
+    if first is None or first.device.type not in DEVICES:
         return None
     return "turned off" if graphs is None else graphs.said()
 
 
-def _notes(layer: Any, first: str) -> tuple[str, ...]:
+def _notes(layer: Layer, first: str) -> tuple[str, ...]:
     """What is not the usual: an absorbed attention, a replacement, modules called as they are."""
     notes = ["absorbed: one query a sequence"] if first == "project_query" else []
-    replacement = replacement_of(layer)
-    if replacement is not None and replacement.kind != "zero":
-        notes.append(f"replaced by {replacement.kind}")
-    for path in (
-        "attention.self.query",
-        "attention.self.key",
-        "attention.self.value",
-        "attention.output.dense",
-        "output.dense",
-    ):
-        parent, _, name = path.rpartition(".")
-        module = layer.get_submodule(parent)._modules.get(name)
-        if module is not None and weight_of(module) is None and not hasattr(module, "fastgate_removed"):
-            notes.append(f"{path} called as {type(module).__name__}")
-    if not is_linear_gelu(layer.intermediate):
-        notes.append(f"intermediate called as {type(layer.intermediate).__name__}")
-    return tuple(notes)
+    if layer.replacement is not None and layer.replacement.kind != "zero":
+        notes.append(f"replaced by {layer.replacement.kind}")
+    products = {
+        "attention.self.query": layer.query,
+        "attention.self.key": layer.key,
+        "attention.self.value": layer.value,
+        "attention.output.dense": layer.dense,
+        "output.dense": layer.down,
+    }
+    called = {path: dense.module for path, dense in products.items() if dense is not None and not dense.plain}
+    for path, end in (("attention.output", layer.attention_end), ("output", layer.output_end)):
+        if not end.plain_dropout and (end is layer.output_end or layer.query is not None):
+            called[f"{path}.dropout"] = end.dropout
+        if not end.plain_norm:
+            called[f"{path}.LayerNorm"] = end.norm
+    if layer.gelu is None:
+        called["intermediate"] = layer.intermediate
+    return (*notes, *(f"{path} called as {type(module).__name__}" for path, module in called.items()))

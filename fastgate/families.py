@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import nn
 
 from .errors import Unsupported, say
+from .hooks import foreign_hooks, replaced_method, shadowed_method
+from .replacement import Replacement
 
 # Rows a head reads. first: token 0 of each sequence. attended: what the mask keeps. labelled: rows with a
 # label in training, attended ones otherwise. every: padding too, as the softmax of question answering does.
@@ -112,16 +114,18 @@ def verify(found: Found) -> None:
                 "patch", f"{name}.config.is_causal", True, "attention both ways", "leave this model unpatched"
             )
         )
-    expected = {"embeddings": "Embeddings", "encoder": "Encoder"}
-    for attribute, suffix in expected.items():
-        _expect(f"{name}.{attribute}", getattr(encoder, attribute), family.hf_class(suffix))
-    _expect(f"{name}.embeddings.LayerNorm", encoder.embeddings.LayerNorm, nn.LayerNorm)  # type: ignore[union-attr]
-    for i, layer in enumerate(encoder.encoder.layer):  # type: ignore[union-attr, arg-type]
-        where = f"{name}.encoder.layer.{i}"
-        for path, suffix in LAYER_MODULES.items():
-            _expect(f"{where}.{path}".rstrip("."), layer.get_submodule(path), family.hf_class(suffix))
-        for path in ("attention.output.LayerNorm", "output.LayerNorm"):
-            _expect(f"{where}.{path}", layer.get_submodule(path), nn.LayerNorm)
+    if type(encoder) is base_class(encoder) and shadowed_method(encoder):
+        # It was bound to the class before: the class that `patch` puts in would never be called.
+        raise Unsupported(
+            say(
+                "patch",
+                f"{name}.{shadowed_method(encoder)}",
+                "a replaced method",
+                f"{name}'s own",
+                "undo it before fastgate.patch (accelerate: remove_hook_from_module), or do it after",
+            )
+        )
+    verify_modules("patch", encoder, family)
 
 
 # Modules of a layer whose forward fastgate stands in for, and the class each must be.
@@ -133,43 +137,74 @@ LAYER_MODULES = {
     "intermediate": "Intermediate",
     "output": "Output",
 }
+CALLED = "intermediate"  # it reads and makes one row at a time, so it is called where it is not plain
 
 
-def _expect(where: str, module: Any, cls: type) -> None:
+def verify_modules(where: str, encoder: Any, family: Family) -> None:
+    """Refuse, by name, a module that never runs as one and is not what transformers made it: the encoder,
+    its layers and their parts. Their LayerNorms, Dropouts, Linears and activations, and the embeddings, are
+    called where they are not plain.
+
+    where: the call that the error names.
+    """
+    name = base_class(encoder).__name__
+    if "_create_attention_masks" in encoder.__dict__:
+        _refuse_method(where, f"{name}._create_attention_masks")
+    _expect(where, f"{name}.encoder", encoder.encoder, family.hf_class("Encoder"))
+    layers = encoder.encoder.layer
+    if type(layers) is not nn.ModuleList:
+        _refuse_class(where, f"{name}.encoder.layer", layers, nn.ModuleList)
+    for i, layer in enumerate(layers):
+        for path, suffix in LAYER_MODULES.items():
+            at = f"{name}.encoder.layer.{i}.{path}".rstrip(".")
+            module, cls = layer.get_submodule(path), family.hf_class(suffix)
+            if path != CALLED:
+                _expect(where, at, module, cls)
+            elif type(module) is not cls:
+                _refuse_class(where, at, module, cls)
+        _verify_pruned(where, f"{name}.encoder.layer.{i}.attention", layer.attention)
+
+
+def _verify_pruned(where: str, path: str, attention: Any) -> None:
+    """Refuse hooks on what is left of a pruned attention, and on what stands in its place."""
+    if hasattr(attention.self, "fastgate_removed"):
+        for name in ("dropout", "dense"):
+            _reject_hooks(where, f"{path}.output.{name}", getattr(attention.output, name))
+    if hasattr(attention, "replacement"):
+        _expect(where, f"{path}.replacement", attention.replacement, Replacement)
+
+
+def _expect(where: str, path: str, module: Any, cls: type) -> None:
     if type(module) is not cls and not getattr(type(module), "fastgate_removed", False):
-        raise Unsupported(
-            say(
-                "patch",
-                where,
-                type(module).__name__,
-                cls.__name__,
-                "undo the replacement before fastgate.patch, or leave this model unpatched",
-            )
-        )
-    reject_hooks(where, module)
+        _refuse_class(where, path, module, cls)
+    _reject_hooks(where, path, module)
 
 
-def is_untouched(module: nn.Module) -> bool:
-    """No forward hooks of any kind, no replaced forward: nothing that reject_hooks would look at."""
-    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+def _refuse_class(where: str, path: str, module: Any, cls: type) -> NoReturn:
+    remedy = f"undo the replacement, or {_WAY_OUT}"
+    raise Unsupported(say(where, path, type(module).__name__, cls.__name__, remedy))
 
 
-def reject_hooks(where: str, module: nn.Module) -> None:
-    """Refuse hooks that would never run. transformers' own recording hooks are exempt."""
-    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    foreign = [
-        h for h in hooks if not getattr(h, "__qualname__", "").startswith("install_output_capuring_hook")
-    ]
-    if foreign or "forward" in module.__dict__:
-        raise Unsupported(
-            say(
-                "fastgate",
-                f"hook on {where}",
-                getattr(foreign[0], "__qualname__", "a hook") if foreign else "a replaced forward",
-                "none, as this module's own forward does not run",
-                "remove the hook, or call fastgate.unpatch(model) first",
-            )
-        )
+_WAY_OUT = "run the model as transformers does (fastgate.unpatch)"
+
+
+def _reject_hooks(where: str, path: str, module: nn.Module) -> None:
+    """Refuse hooks, and methods in place of the module's own, that would never run."""
+    hooks = foreign_hooks(module)
+    if hooks:
+        wanted = "none, as fastgate never calls this module"
+        remedy = f"remove the hook, move it to a LayerNorm, Dropout or Linear, or {_WAY_OUT}"
+        named = getattr(hooks[0], "__qualname__", type(hooks[0]).__name__)
+        raise Unsupported(say(where, f"hook on {path}", named, wanted, remedy))
+    method = replaced_method(module)
+    if method:
+        _refuse_method(where, f"{path}.{method}")
+
+
+def _refuse_method(where: str, path: str) -> NoReturn:
+    remedy = f"undo the replacement, or {_WAY_OUT}"
+    wanted = "none, as fastgate never calls this method"
+    raise Unsupported(say(where, path, "a replaced method", wanted, remedy))
 
 
 def activation(layer: Any) -> Any:

@@ -6,16 +6,18 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 
 from .encoder import run_plan
 from .errors import ArgumentError, Unsupported, say
-from .layer import Parts, is_plain, is_skipped, shifts_of
+from .inspection import Inspection, verify_places
+from .layer import is_skipped, shifts_of
+from .ops.derivatives import is_transformed
 from .ops.slots import is_direct
 from .packing import HOST, Packing, on_device, on_host, pack_rows, unpadded
 from .plan import Plan
-from .run import Ids, Record, Run, plan_for
+from .run import Ids, Run, plan_for
 from .state import Runtime
 
 
@@ -39,6 +41,10 @@ def forward_encoder(
     """
     config = encoder.config
     _refuse(encoder_hidden_states, encoder_attention_mask, past_key_values, use_cache, kwargs)
+    if is_transformed():
+        got, wanted = "torch.func or forward-mode differentiation", "autograd's backward"
+        remedy = "call fastgate.unpatch(model) first"
+        raise Unsupported(say("forward", "derivatives", got, wanted, remedy))
     if (input_ids is None) == (inputs_embeds is None):
         raise ArgumentError(
             say("forward", "input_ids, inputs_embeds", "both or neither", "exactly one", "pass one of them")
@@ -51,7 +57,9 @@ def forward_encoder(
     batch, length = shape
     device = (input_ids if input_ids is not None else inputs_embeds).device  # type: ignore[union-attr]
     runtime: Runtime = encoder.fastgate_runtime
-    layers = encoder.encoder.layer
+    inspection = runtime.inspections.of(encoder)
+    layers = inspection.layers
+    _verify_layers(runtime, len(layers))
     selection = kwargs.get("output_hidden_states")
     wanted_hidden = _hidden_selection(
         getattr(config, "output_hidden_states", None) if selection is None else selection, len(layers)
@@ -75,17 +83,23 @@ def forward_encoder(
         packing = pack_rows(batch, length, attended, demanded, device, reach)
 
     record = runtime.record
-    if record is not None or wanted_hidden is not None:
-        record = record or Record()
+    if record is not None:
         record.hidden, record.attention_output, record.steps = [], [], []
-    plan = make_runtime_plan(encoder, packing, record is not None and record.whole)
-    run = Run(encoder, runtime.gates, packing, plan, record, {} if attentions else None)
-    embed = _embedder(encoder, packing, input_ids, token_type_ids, position_ids, inputs_embeds)
+    capture = wanted_hidden is not None or (record is not None and record.whole)
+    plan = make_runtime_plan(encoder, inspection, packing, capture)
+    run = Run(encoder, inspection, runtime.gates, packing, plan, record)
+    run.states = None if wanted_hidden is None else []
+    run.probabilities = {} if attentions else None
+    embed = _embedder(encoder, inspection, packing, input_ids, token_type_ids, position_ids, inputs_embeds)
     hidden = None
     if runtime.graphs is not None and not torch.compiler.is_compiling():
         hidden = runtime.graphs.replay(run, embed.padded)
     if hidden is None:
-        hidden = packing.pad(run_plan(run, embed.rows), narrow=True)
+        try:
+            hidden = packing.pad(run_plan(run, embed.rows), narrow=True)
+        except (RuntimeError, ArgumentError):
+            verify_places(encoder)  # a weight that is elsewhere is the reason, and has a name
+            raise
 
     pooler = getattr(encoder, "pooler", None)
     pooled = hidden if runtime.pooling == "first" else _mean(hidden, attended)
@@ -93,12 +107,9 @@ def forward_encoder(
         last_hidden_state=hidden,
         pooler_output=None if pooler is None else pooler(pooled),  # type: ignore[arg-type]
     )
-    if wanted_hidden is not None and record is not None:
-        padded = [
-            packing.pad(h, narrow=False) if i in wanted_hidden else None
-            for i, (_, h) in enumerate(record.hidden)
-        ]
-        output["hidden_states"] = (*padded[:-1], hidden if padded[-1] is not None else None)
+    if wanted_hidden is not None and run.states is not None:
+        states = (*run.states[:-1], hidden)
+        output["hidden_states"] = tuple(h if i in wanted_hidden else None for i, h in enumerate(states))
     if run.probabilities is not None:
         output["attentions"] = tuple(run.probabilities.get(i) for i in range(len(layers)))
     return_dict = kwargs.get("return_dict")
@@ -148,16 +159,20 @@ def reach_of(encoder: Any) -> int:
     return sum(i > top for i in shifts_of(encoder.encoder.layer, runtime.gates))
 
 
-def make_runtime_plan(encoder: Any, packing: Packing, capture: bool) -> Plan:
+def make_runtime_plan(encoder: Any, inspection: Inspection, packing: Packing, capture: bool) -> Plan:
     """The plan of a patched encoder for one packing, with its gates as they are now."""
     gates = encoder.fastgate_runtime.gates
     top = max((i for i, gate in enumerate(gates) if not is_skipped(gate)), default=None)
-    absorbable = False
-    if top is not None:
-        projections = Parts.of(encoder.encoder.layer[top]).at._modules
-        absorbable = is_plain(projections["key"]) and is_plain(projections["value"])
+    absorbable = top is not None and inspection.layers[top].absorbable
     shifts = shifts_of(encoder.encoder.layer, gates)
     return plan_for(gates, shifts, absorbable, packing, capture)
+
+
+def _verify_layers(runtime: Runtime, layers: int) -> None:
+    if layers != len(runtime.gates):
+        remedy = "call fastgate.unpatch(model) before layers are added or removed, and fastgate.patch after"
+        wanted = f"{len(runtime.gates)}, as when the model was patched"
+        raise Unsupported(say("forward", "encoder.layer", f"{layers} layers", wanted, remedy))
 
 
 def _refuse(states: Any, mask: Any, cache: Any, use_cache: Any, kwargs: dict[str, Any]) -> None:
@@ -253,6 +268,7 @@ class _Embedder(NamedTuple):
 
 def _embedder(
     encoder: Any,
+    inspection: Inspection,
     packing: Packing,
     input_ids: Tensor | None,
     token_type_ids: Tensor | None,
@@ -268,20 +284,21 @@ def _embedder(
             raise ArgumentError(
                 say("forward", name, f"shape {tuple(ids.shape)}", f"{shape}", "pass one id a token")
             )
-    tables = (embeddings.word_embeddings, embeddings.position_embeddings, embeddings.token_type_embeddings)
-    if not _are_plain(*tables):
-        # Hooks and replaced tables may count on padded input: the module runs as it is, its dropout within.
+    if not inspection.gathers:
+        # Hooks and replaced modules may count on padded input: the module runs as it is, its dropout within.
         def whole(narrow: bool) -> Tensor:
             padded = embeddings(
                 input_ids=input_ids,
                 position_ids=position_ids,
                 token_type_ids=token_type_ids,
                 inputs_embeds=inputs_embeds,
+                past_key_values_length=0,
             )
             return packing.pack(padded, narrow)
 
         return _Embedder(None, whole)
 
+    tables = inspection.tables
     if position_ids is None:
         if hasattr(embeddings, "create_position_ids_from_input_ids"):
             if input_ids is not None:
@@ -320,29 +337,3 @@ def _embedder(
     if input_ids is None:
         return _Embedder(None, added)
     return _Embedder(Ids(input_ids, position_ids, token_type_ids), gathered)  # type: ignore[arg-type]
-
-
-def _are_plain(words: nn.Module, positions: nn.Module, types: nn.Module) -> bool:
-    """Whether embed_norm may stand for these tables: nothing but rows to gather, of one dtype."""
-    tables = (words, positions, types)
-    return (
-        all(_only_gathers(t) for t in tables)
-        and not any(t.max_norm is not None or t.scale_grad_by_freq or t.sparse for t in tables)
-        and types.padding_idx is None
-        and len({t.weight.dtype for t in tables}) == 1
-    )
-
-
-def _only_gathers(table: nn.Module) -> bool:
-    """An Embedding and nothing more, but for a hook that transformers adds for gradient checkpointing: it has
-    the output require a gradient, which it does already if the weight does."""
-    if is_plain(table, nn.Embedding):
-        return True
-    hooks = [getattr(hook, "__qualname__", "") for hook in table._forward_hooks.values()]
-    others = table._forward_pre_hooks or table._backward_hooks or table._backward_pre_hooks
-    return (
-        type(table) is nn.Embedding
-        and table.weight.requires_grad
-        and all(name.endswith("make_inputs_require_grads") for name in hooks)
-        and not (others or "forward" in table.__dict__)
-    )

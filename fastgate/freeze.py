@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .errors import ArgumentError, NothingPatched, Unsupported, say
 from .families import find_encoders
 from .layer import is_plain, is_skipped, shifts_of
 from .ops.linear import ONEDNN_DTYPES, Packed, missing_for_onednn, pack_together
-from .packed import PackedLinear
+from .packed import PackedLinear, asks_for_gradients, pack_linear, unpack_linear, without_gradients
 from .state import EncoderState
 
 
@@ -20,10 +22,11 @@ def freeze(model: nn.Module) -> nn.Module:
 
     For inference on the CPU in float32 or bfloat16: the same outputs but for rounding, and the layers of an
     encoder of nothing but plain modules run in one call. The packed weights replace the parameters, so they
-    can neither go stale nor be trained; the parameters that are left no longer ask for gradients. Weights
-    that several modules share, and those that are read otherwise than by a product, stay as they are. State
-    dict, `fastgate.save`, copies and pickles hold ordinary weights. `fastgate.thaw(model)` gives the Linears
-    back. Freezing twice changes nothing.
+    can neither go stale nor be trained: a forward in training mode raises Unsupported, and so does a backward
+    through the outputs. No parameter's `requires_grad` is changed; if none asks for a gradient, outputs have
+    none. Weights that several modules share, and those that are read otherwise than by a product, stay as
+    they are. The state dict and `fastgate.save` hold ordinary weights. `fastgate.thaw(model)` gives the
+    Linears back. Freezing twice changes nothing.
 
     Raises NothingPatched for a model that is not patched, ArgumentError for one in training mode or with soft
     gates, Unsupported for other devices and dtypes or a torch without oneDNN.
@@ -46,17 +49,10 @@ def freeze(model: nn.Module) -> nn.Module:
             raise ArgumentError(say("freeze", "model", f"soft gates in layers {soft}", "0 or 1", remedy))
         if state.runtime.demand in ("first", "start"):
             whole |= _absorbed(state)
-    shared = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
-    found = [
-        (parent, name, module)
-        for parent in model.modules()
-        for name, module in parent.named_children()
-        if isinstance(module, nn.Linear)
-        and is_plain(module)
-        and module not in whole
-        and shared[id(module.weight)] == 1
-    ]
-    kinds = {(m.weight.device.type, m.weight.dtype) for *_, m in found}
+    found = [module for module in model.modules() if is_plain(module) and module not in whole]
+    holders = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
+    packable: list[Any] = [module for module in found if holders[id(module.weight)] == 1]
+    kinds = {(module.weight.device.type, module.weight.dtype) for module in packable}
     wrong = sorted(
         f"{dtype} on {device}" for device, dtype in kinds if device != "cpu" or dtype not in ONEDNN_DTYPES
     )
@@ -66,29 +62,37 @@ def freeze(model: nn.Module) -> nn.Module:
     together = {}
     for encoder in encoders:
         for view in EncoderState(encoder).layers:
-            together.update(_joined(view.attention.self, {module for *_, module in found}))
-    for parent, name, module in found:
-        setattr(parent, name, PackedLinear(module, together.get(module)))
-    model.requires_grad_(False)
+            together.update(_joined(view.attention.self, set(packable)))
+    for module in packable:
+        pack_linear(module, together.get(module))
+    for encoder in encoders:
+        EncoderState(encoder).runtime.frozen = True
     return model
 
 
 def thaw(model: nn.Module) -> nn.Module:
-    """Give `model` the Linears back that `freeze` packed, in place; returns the model.
+    """Make Linears again of what `freeze` packed, in place; returns the model.
 
-    Every parameter asks for gradients again. A model that is not frozen stays as it is.
+    They are the modules that they were, with the parameters that they had where somebody still holds those,
+    such as an optimizer, and new ones elsewhere. A model that is not frozen stays as it is.
     """
-    found = [
-        (parent, name, module)
-        for parent in model.modules()
-        for name, module in parent.named_children()
-        if isinstance(module, PackedLinear)
-    ]
-    for parent, name, module in found:
-        setattr(parent, name, module.thawed())
-    if found:
-        model.requires_grad_(True)
+    for module in model.modules():
+        if isinstance(module, PackedLinear):
+            unpack_linear(module)
+        elif hasattr(module, "fastgate_runtime"):
+            EncoderState(module).runtime.frozen = False
     return model
+
+
+def forward_frozen(forward: Callable[..., Any], encoder: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """`forward` of a frozen encoder, which has no gradients: its outputs refuse a backward where something
+    asks for one."""
+    if not torch.is_grad_enabled():
+        return forward(encoder, *args, **kwargs)
+    given = (*args, *kwargs.values())
+    if any(isinstance(t, Tensor) and t.requires_grad for t in given) or asks_for_gradients(encoder):
+        return without_gradients(encoder.training, lambda: forward(encoder, *args, **kwargs))
+    return forward(encoder, *args, **kwargs)
 
 
 def _joined(attention: Any, found: set[nn.Linear]) -> dict[nn.Linear, Packed]:

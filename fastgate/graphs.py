@@ -235,7 +235,7 @@ class Graph:
             packing = self._packing(bucket, kind.empty)
             types = self.ids[2] if kind.types else None
             ids = Ids(self.ids[0], self.ids[1], types)
-            captured = Run(run.encoder, list(run.gates), packing, run.plan)
+            captured = Run(run.encoder, run.inspection, list(run.gates), packing, run.plan)
             self.replay, self.rows = capturer.capture(lambda: run_plan(captured, lambda narrow: ids))
 
     def _views(self, memory: Tensor) -> dict[str, Tensor]:
@@ -355,7 +355,7 @@ class Graphs:
             return f"no graphs on {device.type}"
         if torch.is_grad_enabled() or run.encoder.training:
             return "gradients, or training"
-        if run.record is not None or run.probabilities is not None:
+        if run.observed:
             return "recording, or attentions asked for"
         if any(isinstance(gate, Tensor) for gate in run.gates):
             return "gates that are tensors"
@@ -371,9 +371,9 @@ class Graphs:
 
     def _replay(self, run: Run, ids: Ids) -> Tensor | str:
         device = ids.words.device
-        if self.fingerprint is None or not self.fingerprint.holds(run.encoder):
+        if self.fingerprint is None or not self.fingerprint.holds(run.inspection):
             self._clear()
-            self.fingerprint = Fingerprint(run.encoder)
+            self.fingerprint = Fingerprint(run.inspection)
         if self.fingerprint.refusal:
             return self.fingerprint.refusal
         if self.fingerprint.device != device:

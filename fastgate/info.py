@@ -76,7 +76,8 @@ def _processor() -> str:
     """The processor's name, its family and model where several go by that name, the instruction set that
     torch uses on it, and AMX if it has that."""
     cpuinfo = Path("/proc/cpuinfo")
-    first = cpuinfo.read_text().split("\n\n")[0].splitlines() if cpuinfo.is_file() else []
+    text = cpuinfo.read_text(encoding="utf-8", errors="replace") if cpuinfo.is_file() else ""
+    first = text.split("\n\n")[0].splitlines()
     known = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first)}
     names = [known["model name"]] if "model name" in known else []
     if {"cpu family", "model"} <= set(known):

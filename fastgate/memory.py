@@ -1,31 +1,12 @@
-"""Memory of training: the bytes that autograd keeps for a backward; the products that oneDNN keeps."""
+"""Memory of training: the bytes that autograd keeps for a backward."""
 
 from __future__ import annotations
 
-import os
 import weakref
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-
-# oneDNN's own cache, and those of torch's layer above it, one a thread and kind of product; of 1,024 each.
-PRODUCT_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
-COMPILED_PRODUCTS = 64
-
-
-def bound_compiled_products() -> None:
-    """Keep at most 64 compiled products a cache, here and in children. Call it before the first product.
-
-    On the CPU oneDNN compiles a product for each number of rows, which after packing is another one in nearly
-    every batch, and keeps it: 0.3 MB a product and cache, which lie between the activations, so that the
-    memory of those cannot be used again either. A training on long texts grows by tens of megabytes a step
-    that way. To compile a product anew takes a millisecond. A variable of PRODUCT_CACHES that is set stays.
-
-    Not for a process that times or serves models: other models' products are kept there too.
-    """
-    for name in PRODUCT_CACHES:
-        os.environ.setdefault(name, str(COMPILED_PRODUCTS))
 
 
 class _Kept:

@@ -1,16 +1,44 @@
-"""PackedLinear: a Linear whose weight lies as the CPU's product wants it. `freeze` puts it in."""
+"""PackedLinear: a Linear whose weight lies as the CPU's product wants it. `freeze` makes Linears it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils.weak import TensorWeakRef
 
 from .errors import Unsupported, say
 from .ops.linear import ONEDNN_DTYPES, Packed, pack
 
 _REMEDY = "call fastgate.thaw(model) first"
+
+
+def pack_linear(module: nn.Linear, packed: Packed | None = None) -> None:
+    """Make `module`, a plain Linear, a PackedLinear: the module stays, its weight parameter goes.
+
+    The parameter is not held, so that its memory is free unless somebody else holds it, such as an optimizer.
+    """
+    weight = module._parameters.pop("weight")
+    assert weight is not None
+    state = {"packed": packed or pack(weight), "weight_requires_grad": weight.requires_grad}
+    module.__dict__.update(state, parameter=TensorWeakRef(weight))
+    module.__class__ = PackedLinear  # type: ignore[assignment]
+
+
+def unpack_linear(module: PackedLinear) -> None:
+    """Make `module` the Linear again that it was, with the parameter that it had if somebody holds that."""
+    there = module.__dict__.pop("parameter", None)
+    flag, dense = module.__dict__.pop("weight_requires_grad"), module.__dict__.pop("packed").dense()
+    weight = None if there is None else there()
+    if weight is None:
+        weight = nn.Parameter(dense, requires_grad=flag)
+    elif weight.dtype != dense.dtype or not torch.equal(weight.detach(), dense):
+        weight.data = dense
+    bias = module._parameters.pop("bias")
+    module._parameters.update(weight=weight, bias=bias)  # in a Linear's order
+    module.__class__ = nn.Linear  # type: ignore[assignment]
 
 
 class PackedLinear(nn.Module):
@@ -20,22 +48,16 @@ class PackedLinear(nn.Module):
     there is no `weight` to change in place, which would go unnoticed. `to` another dtype packs anew.
     """
 
-    def __init__(self, module: nn.Linear, packed: Packed | None = None):
-        super().__init__()
-        self.in_features, self.out_features = module.in_features, module.out_features
-        self.packed = packed or pack(module.weight)
-        self.bias = module.bias
-        self.train(module.training)
+    in_features: int
+    out_features: int
+    packed: Packed
+    bias: nn.Parameter | None
+    weight_requires_grad: bool  # of the parameter that the weight was
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and (x.requires_grad or asks_for_gradients(self)):
+            return without_gradients(self.training, lambda: self.packed.product(x, self.bias))
         return self.packed.product(x, self.bias)
-
-    def thawed(self) -> nn.Linear:
-        """The Linear it was made of."""
-        module = nn.Linear(self.in_features, self.out_features, self.bias is not None, "meta")
-        module.weight = nn.Parameter(self.packed.dense())
-        module.bias = self.bias
-        return module.train(self.training)
 
     def extra_repr(self) -> str:
         return (
@@ -49,7 +71,12 @@ class PackedLinear(nn.Module):
         self.packed = pack(weight)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        self._put(fn(self.packed.dense()))
+        weight = self.packed.dense()
+        applied = fn(weight)
+        if applied is not weight:
+            self._put(applied)
+        elif self.packed.in_panels:
+            fn(self.packed.data)  # which stays where it is, or is moved in place, to shared memory
         return super()._apply(fn, recurse)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -74,11 +101,65 @@ class PackedLinear(nn.Module):
             wanted = (self.out_features, self.in_features)
             error_msgs.append(f"size mismatch for {name}: got {tuple(weight.shape)}, wanted {wanted}")
         else:
-            self._put(weight.to(self.packed.dtype))
+            assigns = local_metadata.get("assign_to_params_buffers", False)
+            self._put(weight if assigns else weight.to(self.packed.data.device, self.packed.dtype))
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles: oneDNN's layout cannot be copied, and is another on another machine."""
-        return {**self.__dict__, "packed": self.packed.dense()}
+        """For copies and pickles: which parameter the weight was is of no meaning elsewhere."""
+        return {name: value for name, value in self.__dict__.items() if name != "parameter"}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__({**state, "packed": pack(state["packed"])})
+
+def asks_for_gradients(module: nn.Module) -> bool:
+    """Whether a parameter in `module` asks for a gradient, or one that a packed weight was."""
+    return any(p.requires_grad for p in module.parameters()) or any(
+        m.weight_requires_grad for m in module.modules() if isinstance(m, PackedLinear)
+    )
+
+
+def without_gradients(training: bool, compute: Callable[[], Any]) -> Any:
+    """What `compute` returns, computed without a graph; a backward through it raises Unsupported, and so does
+    this call in training."""
+    if training:
+        raise Unsupported(
+            say(
+                "forward",
+                "model",
+                "a frozen one in training mode",
+                "one that is not frozen, or eval mode",
+                "call fastgate.thaw(model) to train it, or model.eval() to infer",
+            )
+        )
+    with torch.no_grad():
+        found = compute()
+    return _guarded(found)
+
+
+def _guarded(found: Any) -> Any:
+    if isinstance(found, Tensor):
+        return _NoBackward.apply(found, torch.empty(0, requires_grad=True))
+    if isinstance(found, dict):  # a ModelOutput
+        return type(found)(**{name: _guarded(value) for name, value in found.items()})
+    if isinstance(found, (list, tuple)):
+        return type(found)(_guarded(value) for value in found)
+    return found
+
+
+class _NoBackward(torch.autograd.Function):
+    """An output that would have had a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, found: Tensor, asks: Tensor) -> Tensor:
+        return found.view_as(found)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        raise Unsupported(
+            say(
+                "backward",
+                "model",
+                "a frozen one, whose parameters ask for gradients",
+                "one that is not frozen",
+                "call fastgate.thaw(model) to train it; to train only what reads its outputs, "
+                "call model.requires_grad_(False) before fastgate.freeze(model)",
+            )
+        )

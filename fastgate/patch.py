@@ -8,15 +8,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from . import sentence
 from .errors import ArgumentError, NothingPatched, Unsupported, say
 from .families import FAMILIES, Family, Found, base_class, find_encoders, verify
 from .forward import forward_encoder
-from .freeze import thaw
+from .freeze import forward_frozen, thaw
 from .graphs import Graphs
 from .heads import masked_lm, rows_read
-from .state import POOLING_KEY, POOLINGS, EncoderState, Runtime
+from .state import POOLING_KEY, POOLINGS, EncoderState, Runtime, check_module
 
 
 def patch(
@@ -53,6 +54,7 @@ def patch(
     modules and hooks that would not run, and a pooling that the model's head does not read, ArgumentError for
     a demand that leaves out rows that are read.
     """
+    check_module("patch", model)
     found = list(find_encoders(model))
     if not found:
         raise NothingPatched(
@@ -76,7 +78,36 @@ def patch(
         if graphs is not None:
             runtime: Runtime = item.encoder.fastgate_runtime  # type: ignore[assignment]
             runtime.graphs = (runtime.graphs or Graphs()) if graphs else None
+    for module in _around(model, found):
+        module.__dict__.setdefault("save_pretrained", SaveAround(module))
     return model
+
+
+class SaveAround:
+    """`save_pretrained` of a model whose class is the user's own, over a patched encoder.
+
+    Its class would write a pruned encoder as if it were whole. pretrained.py sets the function.
+    """
+
+    function: Any = None
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return type(self).function(self.model, *args, **kwargs)
+
+
+def _around(model: nn.Module, found: list[Found]) -> list[nn.Module]:
+    """Models of transformers or the user's own classes that have an encoder inside and are not swapped."""
+    encoders = {item.encoder for item in found}
+    return [
+        module
+        for module in model.modules()
+        if isinstance(module, PreTrainedModel)
+        and type(module) not in SWAPPED.values()
+        and not encoders.isdisjoint(module.modules())
+    ]
 
 
 def _pooling(found: Found, pooled: str | None, pooling: str | None) -> str:
@@ -136,6 +167,7 @@ def unpatch(model: nn.Module) -> nn.Module:
     Raises Unsupported if attention was pruned or is gated, or a pooler reads the mean: transformers' classes
     cannot run such a model.
     """
+    check_module("unpatch", model)
     found = [item for item in find_encoders(model) if hasattr(item.encoder, "fastgate_runtime")]
     for item in found:
         state = EncoderState(item.encoder)
@@ -154,6 +186,8 @@ def unpatch(model: nn.Module) -> nn.Module:
             got, remedy = "a pooler that reads the mean", 'call fastgate.patch(model, pooling="first") before'
             raise Unsupported(say("unpatch", "model", got, "one that reads token 0, as theirs do", remedy))
     thaw(model)
+    for around in _around(model, found):
+        around.__dict__.pop("save_pretrained", None)
     for item in found:
         EncoderState(item.encoder).remove_replacements()
         del item.encoder.fastgate_runtime
@@ -170,41 +204,50 @@ _uncompiled = torch.compiler.disable(forward_encoder, reason="fastgate's encoder
 
 def _swapped_class(family: Family, hf: type[nn.Module], demand: str) -> type[nn.Module]:
     """A subclass under the same name, so that pipelines, configs and pickles see the old class."""
-    original = hf.forward
-    names = list(inspect.signature(original).parameters)
-
+    body: dict[str, Any] = {"fastgate_demand": demand, "__module__": __name__, "__doc__": hf.__doc__}
     if hf.__name__ == family.prefix + "Model":
-
-        @functools.wraps(original)
-        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-            run = _uncompiled if torch.compiler.is_compiling() else forward_encoder
-            return run(self, *args, **kwargs)
-
-    else:
-
-        @functools.wraps(original)
-        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-            given = dict(zip(names[1:], args, strict=False)) | kwargs
-            rows = rows_read(self, getattr(self, family.attribute).fastgate_runtime, given)
-            if hf.__name__.endswith(("ForMaskedLM", "ForPreTraining")):
-                return masked_lm(self, family, rows, given, return_dict=given.pop("return_dict", None))
-            if rows is not None:
-                kwargs["rows"] = rows
-            return original(self, *args, **kwargs)
-
-    body = {"forward": forward, "fastgate_demand": demand, "__module__": __name__, "__doc__": hf.__doc__}
+        body["forward"] = _encoder_forward(hf.forward)
+    elif demand == "labelled":
+        body["forward"] = _head_forward(family, hf.__name__, hf.forward)
     return type(hf.__name__, (hf,), body)
 
 
+def _encoder_forward(original: Any) -> Any:
+    @functools.wraps(original)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        run = _uncompiled if torch.compiler.is_compiling() else forward_encoder
+        if self.fastgate_runtime.frozen:
+            return forward_frozen(run, self, *args, **kwargs)
+        return run(self, *args, **kwargs)
+
+    return forward
+
+
+def _head_forward(family: Family, name: str, original: Any) -> Any:
+    """The forward of a head whose labels decide which rows are read."""
+    names = list(inspect.signature(original).parameters)
+
+    @functools.wraps(original)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = dict(zip(names[1:], args, strict=False)) | kwargs
+        rows = rows_read(self, getattr(self, family.attribute).fastgate_runtime, given)
+        if name.endswith(("ForMaskedLM", "ForPreTraining")):
+            return masked_lm(self, family, rows, given, return_dict=given.pop("return_dict", None))
+        if rows is not None:
+            kwargs["rows"] = rows
+        return original(self, *args, **kwargs)
+
+    return forward
+
+
 def _swapped_classes() -> dict[type[nn.Module], type[nn.Module]]:
-    """Encoders, and heads whose labels decide the demand; each in this module by name, for pickle."""
+    """Encoders and heads: a model of such a class is patched. Each is in this module by name, for pickle."""
     swapped = {}
     for family in FAMILIES:
         for name, demand in family.heads().items():
-            if demand in ("attended", "labelled"):
-                hf = getattr(family.module, name)
-                swapped[hf] = globals()[name] = _swapped_class(family, hf, demand)
+            hf = getattr(family.module, name)
+            swapped[hf] = globals()[name] = _swapped_class(family, hf, demand)
     return swapped
 
 
-SWAPPED = _swapped_classes()
+SWAPPED = _swapped_classes()  # the class of transformers -> that of a patched model

@@ -129,7 +129,8 @@ class Sizes:
     """What costs depend on: widths of the encoder and rows of a batch.
 
     packed, keys: rows in all; within: those up to so many links away from the demanded ones, which are
-    within[0]; pairs: sum over sequences of queries x keys; sequences: their number.
+    within[0]; pairs: sum over sequences of queries x keys; sequences: their number. attention: the width of
+    all heads together, None: `hidden`.
     """
 
     hidden: int
@@ -139,6 +140,7 @@ class Sizes:
     within: tuple[int, ...]
     pairs: int
     sequences: int
+    attention: int | None = None
 
     @property
     def demanded(self) -> int:
@@ -168,17 +170,18 @@ def sizes_of(
 def products(step: Step, sizes: Sizes, heads: int) -> list[tuple[int, int, int]]:
     """The matrix products of a step as (rows, inner, outer), each 2 * rows * inner * outer FLOPs."""
     h, rows = sizes.hidden, sizes.live(step)
+    a = h if sizes.attention is None else sizes.attention
     if step.op == "project_qkv":
-        return [(rows, h, h), (sizes.keys, h, h), (sizes.keys, h, h)]
+        return [(rows, h, a), (sizes.keys, h, a), (sizes.keys, h, a)]
     if step.op == "project_query":
-        return [(rows, h, h)]
+        return [(rows, h, a)]
     if step.op == "attention":
         pairs = sizes.pairs if not step.narrow else sizes.pairs * rows // max(sizes.packed, 1)
-        return [(pairs, h, 1), (pairs, h, 1)]
+        return [(pairs, a, 1), (pairs, a, 1)]
     if step.op == "absorbed_attention":
-        return [(rows, h, h), (sizes.keys, h, heads), (sizes.keys, heads, h), (rows, h, h)]
+        return [(rows, a, h), (sizes.keys, h, heads), (sizes.keys, heads, h), (rows, h, a)]
     if step.op == "project_output":
-        return [(rows, h, h)]
+        return [(rows, a, h)]
     if step.op in ("intermediate", "project_down"):
         return [(rows, h, sizes.intermediate)]
     return []

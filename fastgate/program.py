@@ -10,10 +10,11 @@ from collections.abc import Callable
 from itertools import chain, groupby
 from typing import Any, TypeGuard
 
+import torch
 from torch import Tensor
 
 from .fingerprint import Fingerprint
-from .layer import Parts, biases, drop, fold, is_linear_gelu, joint, norm_and_drop, shift_vectors, weight_of
+from .layer import Layer
 from .ops import packed_layers
 from .ops.linear import Packed
 from .ops.packed_layers import Half, Norm, Product, Stretch
@@ -31,11 +32,11 @@ class Program:
     kept: it serves again, while the encoder stays as it is; so there are no hooks in it.
     """
 
-    def __init__(self, run: Run, kept: bool):
+    def __init__(self, run: Run, dtype: torch.dtype, kept: bool):
         self.kept = kept
         self.plan = run.plan  # kept alive: its id is a key
         halves = [(i, steps) for i in range(len(run.layers)) for steps in run.plan.halves(i)]
-        ready = [_half(run, i, Parts.of(run.layers[i]), steps) for i, steps in halves]
+        ready = [_half(run, i, run.layers[i], steps, dtype) for i, steps in halves]
         self.pieces: list[Piece | Stretch] = []
         for compiled, group in groupby(zip(halves, ready, strict=True), lambda pair: pair[1] is not None):
             if compiled:
@@ -59,26 +60,31 @@ class Programs:
     """Those of one encoder, while it is made of the same things."""
 
     def __init__(self) -> None:
-        self.fingerprint: Fingerprint | None = None
-        self.made: dict[tuple[Any, ...], Program] = {}
+        # Together, so that two threads see what belongs together.
+        self.held: tuple[Fingerprint, dict[tuple[Any, ...], Program]] | None = None
+
+    @property
+    def made(self) -> dict[tuple[Any, ...], Program]:
+        """The programs of the encoder as it was last, by plan."""
+        return {} if self.held is None else self.held[1]
 
     def find(self, run: Run, h: Tensor) -> Program | None:
         """The program of a run whose embeddings are h (rows, hidden); None where no half can be compiled."""
-        if run.record is not None or run.probabilities is not None or not packed_layers.runs(h):
+        if run.observed or not packed_layers.runs(h):
             return None
-        held = self.fingerprint
-        if held is None or not held.holds(run.encoder):
-            self.made, held = {}, Fingerprint(run.encoder)
-            self.fingerprint = held
-        if held.refusal or held.drops():
-            return Program(run, kept=False)
+        held = self.held
+        if held is None or not held[0].holds(run.inspection):
+            held = self.held = Fingerprint(run.inspection), {}
+        fingerprint, made = held
+        if fingerprint.refusal or fingerprint.drops():
+            return Program(run, h.dtype, kept=False)
         gated = tuple(isinstance(gate, Tensor) for gate in run.gates)
         key = (id(run.plan), run.packing.key_rows is None, gated)
-        found = self.made.get(key)
+        found = made.get(key)
         if found is None:
-            if len(self.made) >= MOST:
-                self.made = {}
-            found = self.made[key] = Program(run, kept=True)
+            if len(made) >= MOST:
+                made.clear()
+            found = made[key] = Program(run, h.dtype, kept=True)
         return found
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Programs:
@@ -88,58 +94,76 @@ class Programs:
         return Programs, ()
 
 
-def _in_panels(weight: Tensor | Packed | None) -> TypeGuard[Packed]:
-    return isinstance(weight, Packed) and weight.in_panels
+def _in_panels(weight: Tensor | Packed | None, dtype: torch.dtype) -> TypeGuard[Packed]:
+    """Whether compiled halves multiply rows of this dtype with this weight."""
+    return isinstance(weight, Packed) and weight.in_panels and weight.dtype == dtype
 
 
-def _half(run: Run, i: int, parts: Parts, steps: tuple[Step, ...]) -> Half | None:
+def _half(run: Run, i: int, layer: Layer, steps: tuple[Step, ...], dtype: torch.dtype) -> Half | None:
     if steps[0].op == "shift_norm":
         narrow, widened = steps[0].narrow, run.packing.widened
-        return None if narrow and not widened else _shift_half(parts, steps[0].reach if narrow else None)
+        return (
+            None if narrow and not widened else _shift_half(layer, dtype, steps[0].reach if narrow else None)
+        )
     if steps[-1].op == "skip_norm":
         return None
-    return (_feed_forward_half if steps[0].op == "intermediate" else _attention_half)(run, i, parts, steps)
+    return (_feed_forward_half if steps[0].op == "intermediate" else _attention_half)(
+        run, i, layer, steps, dtype
+    )
 
 
-def _attention_half(run: Run, i: int, parts: Parts, steps: tuple[Step, ...]) -> Half | None:
-    at, out = parts.at, parts.out._modules["dense"]
-    output, (norm, p) = weight_of(out), norm_and_drop(parts.out)
-    soft, drops = isinstance(run.gates[i], Tensor), p or drop(at._modules["dropout"])
-    if not _in_panels(output) or run.packing.key_rows is not None or soft or drops:
+def _attention_half(
+    run: Run, i: int, layer: Layer, steps: tuple[Step, ...], dtype: torch.dtype
+) -> Half | None:
+    query, key, value, dense, end = layer.query, layer.key, layer.value, layer.dense, layer.attention_end
+    assert query is not None and key is not None and value is not None and dense is not None
+    soft, output = isinstance(run.gates[i], Tensor), dense.weight
+    if not _in_panels(output, dtype) or run.packing.key_rows is not None or soft or not end.fuses:
         return None
-    after, ending = Product(output, out._parameters["bias"]), Norm(norm.weight, norm.bias, norm.eps)
-    shape = (at.num_attention_heads, at.scaling)
+    if end.rate or layer.rate:
+        return None
+    after, ending = Product(output, dense.bias), _norm(end.norm)
     if steps[0].op == "project_query":
-        query, key, value = (at._modules[name] for name in ("query", "key", "value"))
-        weight = weight_of(query)
-        if not _in_panels(weight):
+        weight = query.weight
+        operands = key.module.weight, value.module.weight, value.bias
+        if not _in_panels(weight, dtype) or {operands[0].dtype, operands[1].dtype} != {dtype}:
             return None
-        first = Product(weight, query._parameters["bias"])
-        return packed_layers.absorbed_half(first, key.weight, value.weight, value.bias, *shape, after, ending)
-    together = None if steps[0].narrow else joint(at._modules)
-    if together is None:
+        first, shape = Product(weight, query.bias), (layer.heads_in(weight.shape[0]), layer.at.scaling)
+        return packed_layers.absorbed_half(first, *operands, *shape, after, ending)
+    together = None if steps[0].narrow else layer.joint
+    if not _in_panels(together, dtype):
         return None
-    return packed_layers.attention_half(together, biases(at._modules), *shape, after, ending)
+    shape = (layer.heads_in(together.shape[0] // 3), layer.at.scaling)
+    return packed_layers.attention_half(together, layer.biases, *shape, after, ending)
 
 
-def _shift_half(parts: Parts, reach: int | None) -> Half | None:
+def _norm(norm: Any) -> Norm:
+    return Norm(norm.weight, norm.bias, norm.eps)
+
+
+def _shift_half(layer: Layer, dtype: torch.dtype, reach: int | None) -> Half | None:
     """By itself it gains nothing: only before a half that is compiled."""
-    if not _in_panels(weight_of(parts.intermediate._modules["dense"])):
+    if layer.gelu is None or not _in_panels(layer.gelu.weight, dtype) or not layer.attention_end.plain_norm:
         return None
-    norm = parts.out._modules["LayerNorm"]
-    return packed_layers.shift_half(shift_vectors(parts.layer), Norm(norm.weight, norm.bias, norm.eps), reach)
+    return packed_layers.shift_half(layer.shift_vectors, _norm(layer.attention_end.norm), reach)
 
 
-def _feed_forward_half(run: Run, i: int, parts: Parts, steps: tuple[Step, ...]) -> Half | None:
-    up, down = parts.intermediate._modules["dense"], parts.output._modules["dense"]
-    first, then, (norm, p) = weight_of(up), weight_of(down), norm_and_drop(parts.output)
-    if p or not is_linear_gelu(parts.intermediate) or not (_in_panels(first) and _in_panels(then)):
+def _feed_forward_half(
+    run: Run, i: int, layer: Layer, steps: tuple[Step, ...], dtype: torch.dtype
+) -> Half | None:
+    up, down, end = layer.gelu, layer.down, layer.output_end
+    if up is None or not end.fuses or end.rate:
         return None
-    products = Product(first, up._parameters["bias"]), Product(then, down._parameters["bias"])
+    first, then = up.weight, down.weight
+    if not (_in_panels(first, dtype) and _in_panels(then, dtype)):
+        return None
+    products = Product(first, up.bias), Product(then, down.bias)
     if not steps[-1].chained:
-        return packed_layers.feed_forward_half(*products, Norm(norm.weight, norm.bias, norm.eps))
-    following = run.layers[i + 1]
-    weight, bias, second = fold(following, norm)
+        return packed_layers.feed_forward_half(*products, _norm(end.norm))
+    following, norm = run.layers[i + 1], end.norm
+    if not following.attention_end.plain_norm:
+        return None
+    weight, bias, second = following.fold(norm)
     computed = weight is not norm.weight or bias is not norm.bias
-    anew = (lambda: fold(following, norm)[:2]) if computed else None
+    anew = (lambda: following.fold(norm)[:2]) if computed else None
     return packed_layers.feed_forward_half(*products, Norm(weight, bias, norm.eps, **second), anew)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 
-from .errors import ArgumentError, say
+from .errors import ArgumentError, Unsupported, say
 from .patch import patch
 from .replacement import KINDS, Removed
-from .state import encoder_state
+from .state import check_module, encoder_state
 
 
 def prune(model: nn.Module, keep: Iterable[int], replacement: str = "zero") -> nn.Module:
@@ -21,24 +23,16 @@ def prune(model: nn.Module, keep: Iterable[int], replacement: str = "zero") -> n
     beside; values already learned are kept, others start at zero. A `shift` is the one that costs a step of
     its own, and the rows it looks at are computed with those it is computed for. Returns the model.
 
-    Raises ArgumentError for indices outside the encoder, an unknown replacement, or a layer pruned before.
+    keep: integers of Python, numpy or torch.
+
+    Raises ArgumentError for indices outside the encoder, an unknown replacement, or a layer pruned before,
+    Unsupported for a model with adapters of PEFT, or layers dropped that are one module with layers kept.
     """
+    check_module("prune", model)
+    refuse_adapters("prune", model)
     patch(model)
     state = encoder_state(model)
-    kept = sorted(set(keep))
-    wrong = [
-        i for i in kept if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < state.num_layers
-    ]
-    if wrong:
-        raise ArgumentError(
-            say(
-                "prune",
-                "keep",
-                wrong,
-                f"layer indices from 0 to {state.num_layers - 1}",
-                "drop or correct them",
-            )
-        )
+    kept = _indices(keep, state.num_layers)
     if replacement not in KINDS:
         raise ArgumentError(
             say("prune", "replacement", repr(replacement), " | ".join(KINDS), "pass one of these")
@@ -50,6 +44,11 @@ def prune(model: nn.Module, keep: Iterable[int], replacement: str = "zero") -> n
         )
 
     dropped = [i for i in range(state.num_layers) if i not in kept]
+    at = [id(view.attention) for view in state.layers]
+    shared = [i for i in dropped if at[i] in {at[j] for j in kept}]
+    if shared:
+        got, remedy = f"layers {shared} that share their attention with others", "copy.deepcopy each layer"
+        raise Unsupported(say("prune", "keep", got, "layers of their own to drop", remedy))
     state.add_replacements(replacement, layers=dropped)
     for view in state.layers:
         if view.index in kept:
@@ -59,3 +58,44 @@ def prune(model: nn.Module, keep: Iterable[int], replacement: str = "zero") -> n
             view.attention.output.dense = Removed()
     state.set_gates([1.0 if i in kept else 0.0 for i in range(state.num_layers)])
     return model
+
+
+def refuse_adapters(where: str, model: nn.Module) -> None:
+    """Refuse modules of PEFT: what PEFT saves of such a model would lack the pruning."""
+    for name, module in model.named_modules():
+        if type(module).__module__.partition(".")[0] == "peft":
+            got = f"{name or 'the model'}, a {type(module).__name__} of PEFT"
+            remedy = "merge the adapter first: model = model.merge_and_unload(); then prune and fastgate.save"
+            raise Unsupported(say(where, "model", got, "a model without adapters", remedy))
+
+
+def _indices(keep: Any, layers: int) -> list[int]:
+    """The layers to keep, in order."""
+    wanted, remedy = f"layer indices from 0 to {layers - 1}", "pass a list, such as keep=[0, 3]"
+    if isinstance(keep, str | bytes) or not isinstance(keep, Iterable):
+        raise ArgumentError(say("prune", "keep", repr(keep), wanted, remedy))
+    try:
+        given = list(keep)
+    except TypeError as error:  # a tensor without a dimension
+        raise ArgumentError(say("prune", "keep", repr(keep), wanted, remedy)) from error
+    found, wrong = set(), []
+    for one in given:
+        index = _index(one)
+        if index is None or not 0 <= index < layers:
+            wrong.append(one)
+        else:
+            found.add(index)
+    if wrong:
+        raise ArgumentError(say("prune", "keep", wrong[:5], wanted, "drop or correct them"))
+    return sorted(found)
+
+
+def _index(value: Any) -> int | None:
+    """An integer of Python, numpy or torch; None for anything else, booleans too."""
+    kind = str(getattr(value, "dtype", type(value).__name__))
+    if "bool" in kind or getattr(value, "is_complex", lambda: False)():
+        return None
+    try:
+        return operator.index(value)
+    except (TypeError, ValueError):
+        return None

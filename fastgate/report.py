@@ -89,11 +89,26 @@ def write_report(
         f"Scores on {rows} rows that were not trained on{spread}. Speed is against {contenders[0].name}.",
         "",
     ]
-    lines += [f"Attention kept in layers {result['pruned']['kept']}.", "", "![gates](gates.png)", ""]
+    lines += [f"Attention kept in layers {result['pruned']['kept']}. {how_chosen(result['pruned'])}", ""]
+    lines += ["![gates](gates.png)", ""]
     lines += [f"- {note}" for note in notes]
     lines += [f"- {key}: {value}" for key, value in result["settings"].items() if value not in (None, {})]
     lines += [f"- {key}: {value}" for key, value in result["environment"].items()]
-    path.write_text("\n".join(lines) + "\n")
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def how_chosen(pruned: Mapping[str, Any]) -> str:
+    """A sentence on whether the search has told the layers kept from the next best choice. pruned: that part
+    of finetune's result."""
+    margin = pruned.get("margin")
+    if margin is None:
+        return "There was no other choice to tell these layers from."
+    if pruned["separated"]:
+        return f"The search has told them from the next best choice, by {margin:.2f} in P(open)."
+    return (
+        f"The search has NOT told them from the next best choice, which is within {margin:.3f} in P(open): "
+        "do not read them as learned. Search for more steps, or with another gate_lr."
+    )
 
 
 def gate_picture(history: Sequence[Mapping[str, Any]], kept: Sequence[int], path: Path) -> None:

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from .layer import Gate, is_skipped
+from .inspection import Inspection
+from .layer import Gate, Layer, is_skipped
 from .packing import Packing
 from .plan import Plan, make_plan
 
@@ -31,18 +32,29 @@ class Record:
 
 @dataclass
 class Run:
-    """One forward: what stays the same from step to step."""
+    """One forward: what stays the same from step to step.
+
+    states: (batch, length, hidden) of the embeddings and of each layer, where a call asks for them.
+    probabilities: those of each attention that runs, likewise.
+    """
 
     encoder: Any
+    inspection: Inspection
     gates: list[Gate]
     packing: Packing
     plan: Plan
     record: Record | None = None
+    states: list[Tensor] | None = None
     probabilities: dict[int, Tensor] | None = None
-    layers: tuple[Any, ...] = field(init=False)
+    layers: tuple[Layer, ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.layers = tuple(self.encoder.encoder.layer)
+        self.layers = self.inspection.layers
+
+    @property
+    def observed(self) -> bool:
+        """Whether something is kept of what lies between the embeddings and the result."""
+        return self.record is not None or self.states is not None or self.probabilities is not None
 
 
 class Ids(NamedTuple):

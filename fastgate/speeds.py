@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from .errors import DataError, say
 from .info import environment
 from .tasks.sweep import Line
 
@@ -42,7 +43,14 @@ def this_processor() -> str:
 
 
 def read_speeds(path: Path) -> Speeds:
-    return dict(json.loads(path.read_text())) if path.is_file() else {}
+    """Those in the file, none without one. Raises DataError for a damaged file."""
+    if not path.is_file():
+        return {}
+    try:
+        return {name: dict(known) for name, known in json.loads(path.read_text(encoding="utf-8")).items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        got, wanted = f"{path} ({str(error)[:80]})", "speeds that `fastgate report --measure` wrote"
+        raise DataError(say("report", "speeds", got, wanted, "mend the file, or move it away")) from error
 
 
 def measured(
@@ -73,6 +81,6 @@ def measured(
         known[key] = compare(ours, reference, batches, against=["sdpa"]).ratio("sdpa")
         console.print(f"{line['task']} kept {line['kept']}: {known[key]:.2f}x", highlight=False)
         aside = path.with_name(f".{path.name}.writing")
-        aside.write_text(json.dumps(speeds, indent=1) + "\n")
+        aside.write_text(json.dumps(speeds, indent=1) + "\n", encoding="utf-8")
         aside.replace(path)
     return speeds

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from .errors import ArgumentError, NothingPatched, say
 from .families import find_encoders
 from .graphs import DEVICES, Graphs
+from .inspection import Inspections
 from .layer import Gate, is_skipped, replacement_of
 from .program import Programs
 from .replacement import Replacement
@@ -30,7 +32,8 @@ class Runtime:
     an encoder layer: 1.0 the attention runs, 0.0 it is skipped, a 0-d tensor it is gated. record: where to
     write what is computed, while recording. asked: the demand `patch` was called with, if any. graphs: those
     captured for inference on a GPU; None: never. programs: what its layers run once they are frozen.
-    pooling: one of POOLINGS.
+    inspections: what its modules were found to be. pooling: one of POOLINGS. unfinished: the gates are being
+    learned, so their values now are no result. frozen: whether `freeze` has packed weights.
     """
 
     reads: str | None
@@ -39,7 +42,10 @@ class Runtime:
     asked: str | None = None
     graphs: Graphs | None = None
     programs: Programs = field(default_factory=Programs)
+    inspections: Inspections = field(default_factory=Inspections)
     pooling: str = "first"
+    unfinished: bool = False
+    frozen: bool = False
 
     @property
     def demand(self) -> str:
@@ -134,11 +140,13 @@ class EncoderState:
         """Give each layer (or those named) a replacement; one of the same kind keeps its values."""
         for i, layer in enumerate(self.encoder.encoder.layer):
             if layers is None or i in layers:
-                present, norm = replacement_of(layer), layer.attention.output.LayerNorm
+                present = replacement_of(layer)
                 if present is None or present.kind != kind:
-                    layer.attention.replacement = Replacement(
-                        kind, norm.weight.shape[0], norm.weight.dtype, norm.weight.device
-                    )
+                    # The LayerNorm may be wrapped, or have no weight of its own.
+                    norm = layer.attention.output.LayerNorm
+                    like = next(itertools.chain(norm.parameters(), layer.parameters()))
+                    hidden = self.encoder.config.hidden_size
+                    layer.attention.replacement = Replacement(kind, hidden, like.dtype, like.device)
 
     def remove_replacements(self) -> None:
         for layer in self.encoder.encoder.layer:
@@ -155,11 +163,19 @@ class EncoderState:
             self.runtime.record = None
 
 
+def check_module(where: str, model: object) -> None:
+    """Refuse a name, a path or another object where a model is expected."""
+    if not isinstance(model, nn.Module):
+        remedy = "load it first: transformers.AutoModel.from_pretrained(name), or fastgate.load(path)"
+        raise ArgumentError(say(where, "model", repr(model)[:80], "a torch.nn.Module", remedy))
+
+
 def encoder_state(model: nn.Module) -> EncoderState:
     """The handle on the patched encoder inside `model`.
 
     Raises NothingPatched if there is none, ArgumentError if there are several.
     """
+    check_module("encoder_state", model)
     encoders = [item.encoder for item in find_encoders(model) if hasattr(item.encoder, "fastgate_runtime")]
     if not encoders:
         raise NothingPatched(

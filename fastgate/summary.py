@@ -14,6 +14,7 @@ from typing import Any
 from rich.console import Console
 
 from .errors import DataError, say
+from .pruning.pruner import SEPARATED
 from .speeds import BFLOAT16, FLOAT32, Speeds, mean_speed, measured, pooling_of, read_speeds
 from .tasks.settings import read_recipe
 from .tasks.sweep import Line, read_lines
@@ -43,6 +44,7 @@ class Row:
     gap: float
     interval: float | None
     kept: tuple[tuple[int, ...], ...]
+    choices: tuple[str, ...]
     speedups: tuple[float | None, ...]
     pooling: str
     settings: Line
@@ -78,6 +80,7 @@ def rows(lines: Sequence[Line], speeds: Speeds | None = None) -> list[Row]:
                 statistics.mean(gaps),
                 interval(gaps),
                 tuple(tuple(r["kept"]) for r in group),
+                tuple(choice(r) for r in group),
                 tuple(mean_speed(group, known) for known in (speeds or {}).values()),
                 pooling_of(first),
                 first["settings"],
@@ -126,6 +129,19 @@ def times(speedup: float | None) -> str:
     return "" if speedup is None else f"{speedup:.1f}x"
 
 
+def choice(line: Line, between: str = " ") -> str:
+    """The layers kept: `0 5`, with a star where the search did not tell them from the next best choice. Lines
+    of earlier versions do not say."""
+    margin = line.get("margin")
+    return between.join(map(str, line["kept"])) + ("*" if margin is not None and margin < SEPARATED else "")
+
+
+def starred(lines: Sequence[Line]) -> list[str]:
+    """The line under a table that says what a star stands for; without a star, no line."""
+    text = "* The search did not tell these layers from the next best choice: they are not a learned choice."
+    return ["", text] if any(choice(line).endswith("*") for line in lines) else []
+
+
 def processors(speeds: Speeds) -> list[str]:
     """The line under a table that says which processor a number in its header stands for; none, no line."""
     named = "; ".join(f"[{i}] {name}" for i, name in enumerate(speeds, 1))
@@ -144,7 +160,7 @@ def tables(lines: Sequence[Line], speeds: Speeds) -> str:
         parts += ["| method | removed | kept | score | spread | of dense | gap to dense |" + timed]
         parts += ["| --- | ---: | --- | ---: | ---: | ---: | ---: |" + " ---: |" * len(speeds)]
         for row in mine:
-            kept = "; ".join(" ".join(map(str, k)) for k in row.kept) if row.removed else "all"
+            kept = "; ".join(row.choices) if row.removed else "all"
             gap = f"{row.gap:+.4f}" + ("" if row.interval is None else f" ± {row.interval:.4f}")
             method = f"{row.method}, {row.replacement}" if row.removed else row.method
             method += told_apart(row, mine)
@@ -159,7 +175,8 @@ def tables(lines: Sequence[Line], speeds: Speeds) -> str:
                 *map(times, row.speedups),
             ]
             parts.append(f"| {' | '.join(cells)} |")
-        parts += [*processors(speeds), ""]
+        there = [line for line in lines if line["task"] == task]
+        parts += [*processors(speeds), *starred(there), ""]
     rivals = [m for m in dict.fromkeys(line["method"] for line in lines) if m not in ("learned", "dense")]
     said = []
     for rival in rivals:
@@ -208,11 +225,11 @@ def by_task(lines: Sequence[Line], speeds: Speeds) -> str:
                 f"{statistics.mean(dense):.4f}" + (f" ± {statistics.stdev(dense):.4f}" if dense[1:] else ""),
                 f"{removed:.0%}",
                 f"{statistics.mean(shares):.1%}{around}{some}",
-                " ".join(dict.fromkeys("{" + ",".join(map(str, line["kept"])) + "}" for line in cut)),
+                " ".join(dict.fromkeys("{" + choice(line, ",") + "}" for line in cut)),
                 *(times(mean_speed(cut, known, dtype)) for _, known, dtype in timed),
             ]
             parts.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*parts, *processors(speeds)]) + "\n"
+    return "\n".join([*parts, *processors(speeds), *starred(lines)]) + "\n"
 
 
 def plots(lines: Sequence[Line], speeds: Speeds, folder: Path) -> list[Path]:
@@ -322,5 +339,6 @@ def write(
     path = lines_path.with_name("speeds.json")
     speeds = measured(lines, path, data_dir, console, dtype) if measure else read_speeds(path)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "tables.md").write_text(tables(lines, speeds) if recipe is None else by_task(lines, speeds))
+    text = tables(lines, speeds) if recipe is None else by_task(lines, speeds)
+    (out / "tables.md").write_text(text, encoding="utf-8")
     plots(lines, speeds, out)

@@ -77,4 +77,4 @@ def test_finetune_within_a_budget(tmp_path, drop, kept):
         "dense", "pruned", "result.json", "run.json", "history.json",
     }  # fmt: skip
     message = run(*command[:-1], tmp_path / "other", "--target-sparsity", 0.5, code=1).stderr
-    assert "got sparsity and max_drop, wanted one of" in " ".join(message.split())
+    assert "got --target-sparsity and --max-drop, wanted one of" in " ".join(message.split())

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from encoders import ALL, batch, make
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import fastgate
-from fastgate import checkpoint
+from fastgate import checkpoint, commit
 from fastgate.checkpoint import CONFIG, META, WEIGHTS
 
 
@@ -89,11 +91,13 @@ def test_save_does_not_overwrite_what_is_no_checkpoint(saved, tmp_path):
     model, _ = saved
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years")
+    (tmp_path / "mine" / WEIGHTS).write_text("of somebody else")
     (tmp_path / "file").write_text("x")
     for path in (tmp_path / "mine", tmp_path / "file"):
         with pytest.raises(fastgate.ArgumentError, match="path"):
             fastgate.save(model, path)
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years"
+    assert (tmp_path / "mine" / WEIGHTS).read_text() == "of somebody else"
     with pytest.raises(fastgate.NothingPatched):
         fastgate.save(make("Bert", "Model"), tmp_path / "z")
 
@@ -109,7 +113,7 @@ def with_tensors(path, change):
     tensors = load_file(path / WEIGHTS)
     change(tensors)
     save_file(tensors, path / WEIGHTS)
-    rewrite(path, sha256=_digest(path / WEIGHTS))
+    rewrite(path, sha256={name: _digest(path / name) for name in (CONFIG, WEIGHTS)})
 
 
 def truncated(path):
@@ -126,7 +130,7 @@ def flipped(path):
 DAMAGE = {
     "checksum": truncated,
     "checksum ": flipped,
-    "upgrade": lambda path: rewrite(path, format=2),
+    "upgrade": lambda path: rewrite(path, format=3),
     "wrong fields": lambda path: rewrite(path, kept="all"),
     "wrong fields ": lambda path: rewrite(path, demand="last"),
     "shapes": lambda path: with_tensors(path, lambda t: t.update({"classifier.bias": torch.zeros(7)})),
@@ -159,3 +163,140 @@ def test_tokenizer_goes_along(saved, tmp_path, minilm_path):
     model, _ = saved
     path = fastgate.save(model, tmp_path / "with", tokenizer=AutoTokenizer.from_pretrained(minilm_path))
     assert AutoTokenizer.from_pretrained(path)("gate")["input_ids"]
+
+
+def tree(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_files_of_others_stay(saved, tmp_path, minilm_path):
+    model, path = saved
+    mine = {".git/HEAD": "ref", "README.md": "card", "onnx/model.onnx": "o", "tokenizer.json": "{}"}
+    for name, text in mine.items():
+        (path / name).parent.mkdir(exist_ok=True)
+        (path / name).write_text(text)
+    for again in (fastgate.save, lambda m, p: m.save_pretrained(p)):
+        again(model, path)
+        assert {name: (path / name).read_text() for name in mine} == mine
+        assert set(os.listdir(path)) == {CONFIG, META, WEIGHTS, ".git", "README.md", "onnx", "tokenizer.json"}
+    clone = tmp_path / "clone"  # of a new repository
+    (clone / ".git").mkdir(parents=True)
+    (clone / ".gitattributes").write_text("*.safetensors filter=lfs")
+    fastgate.load(fastgate.save(model, clone))
+
+
+def test_a_model_of_transformers_is_not_overwritten(saved, tmp_path):
+    model, _ = saved
+    make("Bert", "Model").save_pretrained(tmp_path / "theirs")
+    before = tree(tmp_path / "theirs")
+    with pytest.raises(fastgate.ArgumentError, match=r"a config\.json that fastgate did not write"):
+        fastgate.save(model, tmp_path / "theirs")
+    assert tree(tmp_path / "theirs") == before
+
+
+def test_paths_of_every_kind(saved, tmp_path, monkeypatch):
+    model, _ = saved
+    (tmp_path / "here").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path / "here")
+    (tmp_path / "link").symlink_to(tmp_path / "here", target_is_directory=True)
+    for path in (".", "~/models/x", "relative/y/", tmp_path / "link", f"{tmp_path}/link/", "../up"):
+        for _ in range(2):
+            fastgate.load(fastgate.save(model, path))
+            fastgate.load(path)
+    assert sorted(os.listdir(tmp_path / "here")) == [CONFIG, META, WEIGHTS, "relative"]
+    assert (tmp_path / "home" / "models" / "x" / WEIGHTS).is_file()
+    assert (tmp_path / "link").is_symlink()
+    for wrong in (3, None, "", b""):
+        with pytest.raises(fastgate.ArgumentError, match="path"):
+            fastgate.save(model, wrong)
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027, 0o077])
+def test_modes_follow_the_umask(saved, tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        paths = [fastgate.save(saved[0], tmp_path / "x"), tmp_path / "y"]
+        saved[0].save_pretrained(paths[1])
+    finally:
+        os.umask(before)
+    for path in paths:
+        assert {file.stat().st_mode & 0o777 for file in path.iterdir()} == {0o666 & ~mask}
+        assert path.stat().st_mode & 0o777 == 0o777 & ~mask
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+@pytest.mark.parametrize("file", [CONFIG, META, WEIGHTS, "interrupted.json"])
+def test_a_full_disk_changes_nothing(saved, tmp_path, monkeypatch, file):
+    """Whatever file it is that does not fit."""
+    model, path = saved
+    before = tree(path)
+    write_text, save_file = Path.write_text, checkpoint.save_file
+
+    def full(target, *args, **kwargs):
+        if target.name == file:
+            target = Path("/dev/full")
+        return write_text(target, *args, **kwargs)
+
+    def full_file(tensors, target, metadata):
+        if target.name == file:
+            raise SafetensorError("I/O error: No space left on device (os error 28)")
+        save_file(tensors, target, metadata)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(checkpoint, "save_file", full_file)
+    for target in (path, tmp_path / "new" / "x"):
+        with pytest.raises(OSError, match="No space left"):
+            fastgate.save(model, target)
+    assert tree(path) == before and sorted(os.listdir(path)) == [CONFIG, META, WEIGHTS]
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_interrupted_save_is_the_new_model_or_an_error(saved, tmp_path, monkeypatch):
+    """Committed, and killed while files moved: fastgate reads the new model, transformers an error."""
+    model, path = saved
+    torch.nn.init.normal_(model.classifier.bias)
+    moved = []
+
+    def move(source, target, name):
+        moved.append(name)
+        if len(moved) > 2:
+            raise KeyboardInterrupt
+        original(source, target, name)
+
+    original = commit._move
+    monkeypatch.setattr(commit, "_move", move)
+    with pytest.raises(KeyboardInterrupt):
+        fastgate.save(model, path)
+    monkeypatch.undo()
+    assert commit.is_interrupted(path)
+    names = tree(path)
+    assert torch.equal(fastgate.load(path).classifier.bias, model.classifier.bias)
+    assert tree(path) == names  # a folder that cannot be written is read the same
+    for _ in range(2):
+        with pytest.raises(ValueError, match="fastgate"):
+            transformers.BertForSequenceClassification.from_pretrained(path)
+        if commit.is_interrupted(path):
+            with pytest.raises(fastgate.CheckpointError, match="load it again"):
+                transformers.AutoModelForSequenceClassification.from_pretrained(path)
+    again = transformers.AutoModelForSequenceClassification.from_pretrained(path)
+    assert torch.equal(again.classifier.bias, model.classifier.bias)
+    assert sorted(os.listdir(path)) == [CONFIG, META, WEIGHTS]
+
+
+def test_a_reader_beside_a_writer_finds_one_model_or_the_other(tmp_path):
+    models = [fastgate.prune(make("Bert", "ForSequenceClassification"), keep=keep) for keep in ([1], [0, 2])]
+    torch.nn.init.ones_(models[1].classifier.bias)
+    fastgate.save(models[0], tmp_path)
+    writer = os.fork()
+    if writer == 0:
+        for i in range(60):
+            fastgate.save(models[i % 2], tmp_path)
+        os._exit(0)
+    seen = set()
+    while os.waitpid(writer, os.WNOHANG)[0] == 0:
+        model = fastgate.load(tmp_path)
+        last = torch.equal(model.classifier.bias, models[1].classifier.bias)
+        assert model.bert.fastgate_runtime.gates == ([1.0, 0.0, 1.0] if last else [0.0, 1.0, 0.0])
+        seen.add(last)
+    assert seen and sorted(os.listdir(tmp_path)) == [CONFIG, META, WEIGHTS]

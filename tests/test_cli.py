@@ -126,7 +126,7 @@ def test_finetune_with_a_mean_for_a_pooler(world, tmp_path):
         timed = run("bench", "--model", out / phase, *data, "--batches", 1, "--against", "sdpa", "--json")
         assert json.loads(timed.stdout)["max_difference"] < 1e-5
     message = run("finetune", *options(world), "--out", out, "--resume", code=1).stderr
-    assert "got pooling 'first', wanted pooling 'mean'" in message
+    assert "got --pooling first, wanted --pooling mean" in message
 
 
 def test_finetune_in_bfloat16(world, tmp_path):
@@ -198,7 +198,7 @@ def test_a_finished_run_is_read_again_and_another_one_is_refused(world):
     message = run("finetune", *options(world), "--out", world / "out", code=1).stderr
     assert "which holds a run" in message and "--resume" in message
     message = run("finetune", *options(world, seed=1), "--out", world / "out", "--resume", code=1).stderr
-    assert "got seed 1, wanted seed 0" in message
+    assert "got --seed 1, wanted --seed 0" in message
     message = run("finetune", *options(world), "--out", world / "data", code=1).stderr
     assert "not empty" in message
 
@@ -208,7 +208,8 @@ def test_explain_shows_the_layers(world):
     assert text.count("removed") == 2 and "FLOPs" in text
     found = json.loads(run("explain", world / "model", "--json").stdout)
     assert found["kept"] == [0, 1, 2]
-    assert "wanted a fastgate checkpoint" in run("explain", world / "nothing", code=1).stderr
+    message = run("explain", world / "nothing", code=1).stderr
+    assert "(no such folder), wanted a folder with a fastgate checkpoint" in message
 
 
 def test_info_is_json_on_demand():
@@ -296,9 +297,8 @@ def test_bench_gives_no_figure_for_outputs_that_differ(world, monkeypatch):
                 "--target-speedup",
                 "2",
             ],
-            "got sparsity and speedup, wanted one of a sparsity, a speedup and a largest drop",
+            "got --target-sparsity and --target-speedup, wanted one of",
         ),
-        (["finetune", "--task", "sst2", "--data-dir", "DATA", "--target-sparsity", "1.5"], "1.5"),
         (
             ["finetune", "--task", "sst2", "--data-dir", "DATA", "--max-length", "24", "--pooling", "max"],
             "got 'max'",

@@ -11,7 +11,16 @@ from transformers import BertForTokenClassification
 import fastgate
 from fastgate.errors import ArgumentError
 from fastgate.pruning import Distill
-from fastgate.pruning.distill import SelfTeacher, Teacher, hidden_loss, logits_loss, scored_rows
+from fastgate.pruning.distill import (
+    MULTI_LABEL,
+    ONE_LABEL,
+    REGRESSION,
+    SelfTeacher,
+    Teacher,
+    hidden_loss,
+    scored_rows,
+    scores_loss,
+)
 from fastgate.state import encoder_state
 
 
@@ -23,7 +32,9 @@ def test_hidden_rows_are_matched_by_index():
     with state.record() as record:
         student(**inputs)
     expected = teacher(**inputs, output_hidden_states=True).hidden_states
-    lesson = Teacher(teacher, 4)(inputs, want_hidden=True)
+    taught = Teacher(teacher, student, Distill())
+    taught.engage()
+    lesson = taught(inputs, want_hidden=True)
     terms = []
     for layer in range(4):
         index, mine = record.hidden[layer + 1]
@@ -38,10 +49,11 @@ def test_logits_loss_is_the_softened_divergence():
     mine, theirs = torch.randn(5, 3), torch.randn(5, 3)
     p, q = F.softmax(theirs / 2, -1), F.softmax(mine / 2, -1)
     expected = 4 * (p * (p / q).log()).sum(-1).mean()
-    torch.testing.assert_close(logits_loss([mine], [theirs], 2.0), expected)
-    torch.testing.assert_close(
-        logits_loss([mine[:, :1]], [theirs[:, :1]], 2.0), F.mse_loss(mine[:, :1], theirs[:, :1])
-    )
+    torch.testing.assert_close(scores_loss(mine, theirs, 2.0, ONE_LABEL), expected)
+    torch.testing.assert_close(scores_loss(mine, theirs, 2.0, REGRESSION), F.mse_loss(mine, theirs))
+    p, q = torch.sigmoid(theirs / 2), torch.sigmoid(mine / 2)
+    expected = 4 * (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()).mean()
+    torch.testing.assert_close(scores_loss(mine, theirs, 2.0, MULTI_LABEL), expected)
 
 
 def test_token_scores_are_compared_on_labelled_rows_only():
@@ -49,7 +61,8 @@ def test_token_scores_are_compared_on_labelled_rows_only():
     labels = torch.tensor([[-100, 1, -100, 2], [0, -100, -100, -100]])
     rows = scored_rows({"labels": labels})
     torch.testing.assert_close(
-        logits_loss([mine], [theirs], 2.0, rows), logits_loss([mine[rows]], [theirs[rows]], 2.0)
+        scores_loss(mine, theirs, 2.0, ONE_LABEL, rows),
+        scores_loss(mine[rows], theirs[rows], 2.0, ONE_LABEL),
     )
     mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
     assert torch.equal(scored_rows({"attention_mask": mask}), mask.bool())
@@ -81,9 +94,9 @@ def test_the_model_as_its_own_teacher_is_left_as_it_was():
     state.set_gates([gate, 0.0, 1.0, 0.0])
     lesson = SelfTeacher(model)(inputs, want_hidden=True)
     assert state.gates == [gate, 0.0, 1.0, 0.0] and model.training
-    assert not lesson.logits[0].requires_grad and len(lesson.hidden) == 5
+    assert not lesson.outputs.logits.requires_grad and len(lesson.hidden) == 5
     dense = bert(dropout=0.5).eval()
-    torch.testing.assert_close(lesson.logits[0], dense(**inputs).logits, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(lesson.outputs.logits, dense(**inputs).logits, rtol=1e-4, atol=1e-5)
 
 
 def test_self_distillation_prunes_and_ends_at_hardening():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 from unittest import mock
 
 import encoders
@@ -60,11 +62,10 @@ def test_what_is_packed():
     assert [n for n, module in masked.named_modules() if is_plain(module)] == ["cls.predictions.decoder"]
 
 
-def test_the_weights_are_there_once_and_ask_for_no_gradient():
+def test_the_weights_are_there_once():
     plain, ours = frozen("ForTokenClassification")
     left = {name for name, _ in ours.named_parameters()}
     assert not any(name.endswith("dense.weight") for name in left)
-    assert not any(p.requires_grad for p in ours.parameters())
     assert len(packed(ours)) == sum(isinstance(m, nn.Linear) for m in plain.modules())
 
 
@@ -177,14 +178,213 @@ def test_what_freeze_refuses():
 def test_what_a_frozen_model_refuses():
     plain, ours = frozen()
     batch = encoders.batch(plain, "ForSequenceClassification")
-    ours.requires_grad_(True)
-    with pytest.raises(fastgate.Unsupported, match=r"training.*fastgate\.thaw"):
-        ours(**batch)
-    ours.requires_grad_(False)
-    with pytest.raises(fastgate.Unsupported, match=r"autocast.*fastgate\.thaw"), torch.autocast("cpu"):
-        ours(**batch)
+    with pytest.raises(fastgate.Unsupported, match=r"autocast.*fastgate\.thaw"):  # noqa: SIM117
+        with torch.no_grad(), torch.autocast("cpu"):
+            ours(**batch)
     with pytest.raises(fastgate.Unsupported, match=r"freeze: model: got torch\.float64"):
         ours.double()
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_training_a_frozen_model_is_refused(head):
+    """In training mode by the forward; in eval mode, which infers outside no_grad too, by the backward."""
+    plain, ours = frozen(head)
+    batch = encoders.batch(plain, head)
+    out = ours(**batch)[0]
+    torch.testing.assert_close(out.detach(), outputs(ours, batch)[0])
+    with pytest.raises(fastgate.Unsupported, match=r"backward: model: got a frozen one.*fastgate\.thaw"):
+        out.sum().backward()
+    with pytest.raises(fastgate.Unsupported, match=r"forward: model: got a frozen one in training.*\.thaw"):
+        ours.train()(**batch)
+    with torch.no_grad():
+        ours(**batch)
+    fastgate.thaw(ours)(**batch)[0].sum().backward()
+
+
+def test_every_output_refuses_a_backward():
+    _, ours = frozen("Model")
+    batch = encoders.batch(ours, "Model")
+    for options in ({"output_hidden_states": True}, {"return_dict": False}):
+        out = ours(**batch, **options)
+        values = out if isinstance(out, tuple) else (*out.to_tuple()[:2], *out.hidden_states)
+        for value in values:
+            with pytest.raises(fastgate.Unsupported, match=r"fastgate\.thaw"):
+                value.sum().backward(retain_graph=True)
+    embeds = torch.randn(2, 5, 32, requires_grad=True)
+    with pytest.raises(fastgate.Unsupported, match=r"fastgate\.thaw"):
+        ours.requires_grad_(False)(inputs_embeds=embeds)[0].sum().backward()
+
+
+def test_what_reads_a_frozen_models_outputs_can_be_trained():
+    """Where none of the model's own parameters asks for a gradient."""
+    model = fastgate.patch(encoders.make("Bert", "Model")).requires_grad_(False)
+    ours, head = fastgate.freeze(model), nn.Linear(32, 2)
+    out = ours(**encoders.batch(model, "Model"))
+    assert not out.last_hidden_state.requires_grad
+    head(out.pooler_output).sum().backward()
+    assert head.weight.grad.abs().sum() > 0
+
+
+CHANGES = {
+    "nothing": lambda model: model,
+    "frozen twice": fastgate.freeze,
+    "copied": copy.deepcopy,
+    "pickled": lambda model: pickle.loads(pickle.dumps(model)),
+    "run": lambda model: (model(**encoders.batch(model, "ForTokenClassification")), model)[1],
+    "another dtype": lambda model: model.to(torch.bfloat16),
+    "loaded": lambda model: (model.load_state_dict(model.state_dict()), model)[1],
+}
+
+
+@pytest.mark.parametrize("back", [fastgate.thaw, fastgate.unpatch], ids=["thaw", "unpatch"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_requires_grad_stays_as_it_was(change, back):
+    model = fastgate.patch(encoders.make("Bert", "ForTokenClassification"))
+    for i, parameter in enumerate(model.parameters()):
+        parameter.requires_grad_(i % 3 > 0)
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    fastgate.freeze(model)
+    assert {name: p.requires_grad for name, p in model.named_parameters()}.items() <= before.items()
+    model = back(CHANGES[change](model))
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == before
+
+
+def test_an_optimizer_made_before_freeze_trains_after_thaw():
+    """Modules and parameters are the ones they were, in their order."""
+    model = fastgate.patch(encoders.make("Bert", "ForSequenceClassification"))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    modules, parameters = list(model.named_modules()), list(model.named_parameters())
+    fastgate.thaw(fastgate.freeze(model))
+    for before, after in ((modules, model.named_modules()), (parameters, model.named_parameters())):
+        for (name, one), (same, other) in zip(before, after, strict=True):
+            assert name == same and one is other
+    batch = encoders.batch(model, "ForSequenceClassification", labels=True)
+    first = model(**batch).loss
+    first.backward()
+    optimizer.step()
+    assert model(**batch).loss < first
+
+
+def test_a_parameter_that_is_held_has_what_the_frozen_model_had():
+    plain, ours = frozen("ForTokenClassification")
+    fastgate.thaw(ours)
+    held = dict(ours.named_parameters())
+    fastgate.freeze(ours)
+    new = {name: t + 1 for name, t in plain.state_dict().items()}
+    ours.load_state_dict(new)
+    fastgate.thaw(ours)
+    for name, parameter in ours.named_parameters():
+        assert parameter is held[name] and torch.equal(parameter, new[name])
+    fastgate.freeze(ours.to(torch.bfloat16))
+    assert {p.dtype for p in fastgate.thaw(ours.float()).parameters()} == {torch.float32}
+
+
+def test_weights_are_freed_that_nobody_holds():
+    plain, _ = frozen("ForTokenClassification")
+    weight = weakref.ref(plain.classifier.weight)
+    fastgate.freeze(plain)
+    gc.collect()
+    assert weight() is None
+
+
+def test_a_linear_in_two_places_stays_one():
+    model = fastgate.patch(encoders.make("Bert", "ForSequenceClassification"))
+    layers = model.bert.encoder.layer
+    layers[1].intermediate.dense = layers[0].intermediate.dense
+    layers[1].attention.self.key = layers[1].attention.self.query
+    batch = encoders.batch(model, "ForSequenceClassification")
+    want = outputs(model, batch)[0]
+    fastgate.freeze(model)
+    torch.testing.assert_close(outputs(model, batch)[0], want, rtol=1e-4, atol=1e-5)
+    assert isinstance(layers[0].intermediate.dense, PackedLinear)
+    fastgate.thaw(model)
+    assert layers[1].intermediate.dense is layers[0].intermediate.dense
+    assert layers[1].attention.self.key is layers[1].attention.self.query
+    torch.testing.assert_close(outputs(model, batch)[0], want)
+
+
+def test_assigned_weights_have_the_dtype_they_come_in():
+    plain, ours = frozen("ForTokenClassification")
+    state = {name: t.to(torch.bfloat16) for name, t in plain.state_dict().items()}
+    ours.load_state_dict(state, assign=True)
+    assert {module.packed.dtype for module in packed(ours)} == {torch.bfloat16}
+    fastgate.thaw(ours)
+    assert {p.dtype for p in ours.parameters()} == {torch.bfloat16}
+    assert all(torch.equal(t, state[name]) for name, t in ours.state_dict().items())
+
+
+def test_moves_that_change_nothing_leave_the_packed_weights():
+    """Query, key and value are one product still."""
+    _, ours = frozen("ForTokenClassification")
+    before = [module.packed for module in packed(ours)]
+    ours.to("cpu").float().share_memory()
+    assert all(module.packed is one for module, one in zip(packed(ours), before, strict=True))
+    if before[0].in_panels:
+        assert all(one.data.is_shared() for one in before)
+
+
+def test_a_frozen_model_in_a_file(tmp_path):
+    plain, ours = frozen()
+    torch.save(ours, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    batch = encoders.batch(plain, "ForSequenceClassification")
+    assert torch.equal(outputs(loaded, batch)[0], outputs(ours, batch)[0])
+    fastgate.thaw(loaded)
+    assert all(torch.equal(t, plain.state_dict()[name]) for name, t in loaded.state_dict().items())
+
+
+def test_panels_are_packed_anew_for_a_processor_without_them():
+    _, ours = frozen("ForTokenClassification")
+    state = pickle.dumps(ours)
+    with mock.patch("fastgate.ops.linear._together", return_value=0):
+        there = pickle.loads(state)
+        assert not any(module.packed.in_panels for module in packed(there))
+        again = pickle.dumps(there)
+    back = pickle.loads(again)
+    for model in (there, back):
+        assert all(torch.equal(t, ours.state_dict()[name]) for name, t in model.state_dict().items())
+
+
+def answer(models, batch, queue):
+    queue.put({name: outputs(model, batch)[0].numpy() for name, model in models.items()})
+
+
+def sent():
+    """Models by name, plain, pruned and frozen, in both layouts of packed weights."""
+    models = {}
+    for keep in (None, [1]):
+        for layout in ("plain", "panels", "onednn"):
+            model = fastgate.patch(encoders.make("Bert", "ForSequenceClassification"))
+            if keep is not None:
+                fastgate.prune(model, keep=keep, replacement="shift")
+            if layout == "panels":
+                fastgate.freeze(model)
+            if layout == "onednn":
+                with mock.patch("fastgate.ops.linear._together", return_value=0):
+                    fastgate.freeze(model)
+            models[f"{layout}, {keep}"] = model
+    return models
+
+
+@pytest.mark.parametrize("strategy", sorted(torch.multiprocessing.get_all_sharing_strategies()))
+def test_models_go_to_a_spawned_process(strategy):
+    before = torch.multiprocessing.get_sharing_strategy()
+    torch.multiprocessing.set_sharing_strategy(strategy)
+    try:
+        models = sent()
+        batch = encoders.batch(models["plain, None"], "ForSequenceClassification")
+        want = {name: outputs(model, batch)[0] for name, model in models.items()}
+        context = torch.multiprocessing.get_context("spawn")
+        queue = context.SimpleQueue()
+        process = context.Process(target=answer, args=(models, batch, queue))
+        process.start()
+        got = queue.get()
+        process.join(60)
+        assert process.exitcode == 0
+        for name, logits in want.items():
+            torch.testing.assert_close(torch.from_numpy(got[name]), logits, rtol=1e-5, atol=1e-5)
+    finally:
+        torch.multiprocessing.set_sharing_strategy(before)
 
 
 def attention_of(model, layer):

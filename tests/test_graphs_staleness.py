@@ -92,5 +92,6 @@ def test_the_bench_of_a_fingerprint(stand_in):
     model, plain = patched()
     found = captured(model, plain, batch(model, ""))
     with Tape() as tape:
-        assert found.fingerprint.holds(model.bert) and not found.fingerprint.drops()
+        inspection = model.bert.fastgate_runtime.inspections.of(model.bert)
+        assert found.fingerprint.holds(inspection) and not found.fingerprint.drops()
     assert not tape.steps

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from fastgate import backends
 from fastgate.errors import Unsupported
+from fastgate.ops import row_counts
 from fastgate.ops.linear import Packed, linear, missing_for_onednn, pack, product, takes
 
 ONEDNN = pytest.mark.skipif(missing_for_onednn() != "", reason=f"no oneDNN: {missing_for_onednn()}")
@@ -257,3 +258,55 @@ def test_compiling_sees_torchs_own():
     x, weight, _ = make(4, 8, 6, FP32)
     counted = torch.compile(linear, backend="eager", fullgraph=True)
     torch.testing.assert_close(counted(x, weight), F.linear(x, weight))
+
+
+@pytest.fixture
+def in_pieces(monkeypatch):
+    """As in a process that has compiled products for many numbers of rows."""
+    monkeypatch.setattr(row_counts, "EXACT", 0)
+    monkeypatch.setattr(row_counts, "_compiled", set())
+
+
+@ONEDNN
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, (1100, 64, 96), (513, 5, 3)], ids=str)
+def test_pieces_are_as_exact_as_torch(shape, dtype, poisoned, in_pieces):
+    check(shape, dtype)
+
+
+@ONEDNN
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("rows", [0, 1, 2, 7, 64, 65, 200, 511, 512, 513, 778, 1100])
+def test_pieces_have_the_bits_of_the_whole(rows, dtype, monkeypatch, poisoned):
+    """Of products, with a bias and the GELU too, and of both gradients."""
+    x, weight, grad = make(rows, 96, 80, dtype)
+    bias = torch.linspace(-1, 1, 80).to(dtype)
+    found = []
+    for exact in (10**9, 0):
+        monkeypatch.setattr(row_counts, "EXACT", exact)
+        monkeypatch.setattr(row_counts, "_compiled", set())
+        gelu = product(x.view(1, rows, 96), weight, bias, gelu=True)
+        assert gelu.shape == (1, rows, 80) and gelu.is_contiguous()
+        assert gelu.untyped_storage().nbytes() == gelu.nbytes  # rows of zeros are not kept
+        found.append((gelu, *gradients(linear, x, weight, grad)))
+    for whole, pieces in zip(*found, strict=True):
+        assert torch.equal(whole, pieces)
+
+
+@given(rows=st.integers(2, 20_000))
+def test_pieces_are_of_few_sizes_and_cover_all_rows(rows):
+    rounded = row_counts.round_up(rows)
+    assert rows <= rounded <= max(rows + 3, 1.25 * rows) and rounded % 4 == 0
+    assert len({row_counts.round_up(n) for n in range(2, row_counts.PIECE + 1)}) <= 24
+    if rows > row_counts.PIECE:
+        pieces = list(row_counts.pieces(rows))
+        covered = {row for begin, end in pieces for row in range(begin, end)}
+        assert covered == set(range(rows))
+        sizes = {end - begin for begin, end in pieces}
+        assert all(row_counts.round_up(size) == size <= row_counts.PIECE for size in sizes)
+
+
+def test_the_first_products_are_compiled_as_they_are(monkeypatch):
+    monkeypatch.setattr(row_counts, "EXACT", 2)
+    monkeypatch.setattr(row_counts, "_compiled", set())
+    assert [row_counts.is_exact(n, 8) for n in (5, 6, 7, 5, 6)] == [True, True, False, True, True]

@@ -286,7 +286,7 @@ def test_what_is_refused_before_anything_is_touched():
     hooked = make("Bert", "Model")
     hooked.encoder.layer[1].attention.self.register_forward_hook(lambda *a: None)
     replaced = make("Bert", "Model")
-    replaced.encoder.layer[2].output.LayerNorm = nn.Identity()
+    replaced.encoder.layer[2].output = nn.Identity()
     for model, reason in (
         (decoder, "is_decoder"),
         (cross, "add_cross_attention"),

@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from encoders import VECTORS, batch, make
@@ -72,3 +73,52 @@ def test_explain_adds_up():
     assert "replaced by mean" in text and "absorbed" in text and data["layers"][1]["gate"] == 1.0
     with pytest.raises(fastgate.NothingPatched):
         fastgate.explain(make("Bert", "Model"))
+
+
+@pytest.mark.parametrize(
+    "keep",
+    [[np.int64(0), np.int32(2)], torch.tensor([0, 2]), np.array([0, 2]), [torch.tensor(0), 2], {0, 2},
+     range(0, 3, 2), (i for i in (0, 2))],
+)  # fmt: skip
+def test_integers_of_any_library_are_layers(keep):
+    model = fastgate.prune(make("Bert", "Model"), keep=keep)
+    assert encoder_state(model).gates == [1.0, 0.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    "keep",
+    [3, "02", None, torch.tensor(2), np.array(2), [True], [np.bool_(True)], [torch.tensor(True)], [1.0],
+     torch.tensor([0.5]), [9], [-1], [None], [[0]]],
+    ids=repr,
+)  # fmt: skip
+def test_what_is_no_list_of_layers_is_refused_and_nothing_changed(keep):
+    model = fastgate.patch(make("Bert", "Model"))
+    with pytest.raises(fastgate.ArgumentError, match=r"prune: keep: got .* from 0 to 2"):
+        fastgate.prune(model, keep=keep)
+    assert encoder_state(model).gates == [1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("call", [fastgate.patch, fastgate.unpatch, lambda m: fastgate.prune(m, keep=[0])])
+def test_a_name_is_no_model(call):
+    with pytest.raises(fastgate.ArgumentError, match=r"got 'bert-base-uncased', wanted a torch.nn.Module"):
+        call("bert-base-uncased")
+
+
+def test_layers_that_are_one_module_are_pruned_together_or_not_at_all():
+    model = make("Bert", "Model")
+    model.encoder.layer[2] = model.encoder.layer[0]
+    with pytest.raises(fastgate.Unsupported, match=r"layers \[2\] that share"):
+        fastgate.prune(model, keep=[0, 1])
+    assert encoder_state(model).gates == [1.0, 1.0, 1.0]
+    fastgate.prune(model, keep=[1])
+
+
+def test_adapters_of_peft_are_merged_first(tmp_path):
+    """As get_peft_model leaves them: a module of PEFT in the place of a Linear."""
+    model = fastgate.patch(make("Bert", "Model"))
+    lora = type("Linear", (torch.nn.Linear,), {"__module__": "peft.tuners.lora.layer"})
+    model.encoder.layer[0].attention.self.query = lora(32, 32)
+    for call in (lambda: fastgate.prune(model, keep=[1]), lambda: fastgate.save(model, tmp_path / "x")):
+        with pytest.raises(fastgate.Unsupported, match=r"a Linear of PEFT.*merge_and_unload\(\)"):
+            call()
+    assert not (tmp_path / "x").exists() and encoder_state(model).gates == [1.0, 1.0, 1.0]

@@ -16,7 +16,15 @@ import fastgate
 from fastgate import timing
 from fastgate.display import Display
 from fastgate.floor import Floor
-from fastgate.report import Contender, gate_picture, markdown_table, standard_error, table, write_report
+from fastgate.report import (
+    Contender,
+    gate_picture,
+    how_chosen,
+    markdown_table,
+    standard_error,
+    table,
+    write_report,
+)
 from fastgate.tasks.training import Progress
 from fastgate.timing import interleave
 
@@ -53,6 +61,24 @@ def test_the_report_says_what_was_measured_and_how_sure_it_is(tmp_path):
     assert "layers [1, 4]" in text and "- a note" in text and "- lr: 0.0001" in text and "speedup" not in text
     assert standard_error("accuracy", 0.5, 100) == pytest.approx(0.05)
     assert standard_error("spearman", 0.5, 100) is None
+
+
+@pytest.mark.parametrize(
+    ("pruned", "said"),
+    [
+        ({"margin": 0.41, "separated": True}, "has told them from the next best choice, by 0.41"),
+        (
+            {"margin": 0.004, "separated": False},
+            "has NOT told them from the next best choice, which is within 0.004",
+        ),
+        ({"margin": None, "separated": None}, "no other choice"),
+    ],
+)
+def test_the_report_says_whether_the_choice_was_learned(tmp_path, pruned, said):
+    assert said in how_chosen(pruned)
+    result = {**RESULT, "pruned": {"kept": [1, 4], **pruned}}
+    write_report(tmp_path / "report.md", "demo", CONTENDERS, result, [])
+    assert f"layers [1, 4]. {how_chosen(pruned)}" in (tmp_path / "report.md").read_text()
 
 
 def test_the_picture_shows_one_line_a_layer(tmp_path):

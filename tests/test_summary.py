@@ -127,6 +127,17 @@ def test_one_table_of_a_recipe(tmp_path):
     ]
 
 
+def test_a_choice_that_was_not_learned_has_a_star():
+    unsure = [line(seed=0, kept=(0,)) | {"margin": 0.01}, line(seed=1, kept=(1,)) | {"margin": 0.5}]
+    dense = [line("dense", seed, (0, 1, 2), 0.9) for seed in (0, 1)]
+    for shown, kept in (
+        (summary.tables([*unsure, *dense], {}), "| 0*; 1 |"),
+        (summary.by_task([*unsure, *dense], {}), "| {0*} {1} |"),
+    ):
+        assert kept in shown and "* The search did not tell these layers from the next best choice" in shown
+    assert "*" not in summary.tables([*LINES, unsure[1]], {})  # earlier versions did not say
+
+
 def test_another_pooling_is_another_row_and_another_speed():
     lines = [*LINES[:3], *(line(seed=s, kept=(s,), score=0.5, pooling="mean") for s in range(3))]
     first, mean = summary.rows(lines)

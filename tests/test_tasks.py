@@ -111,10 +111,15 @@ def test_labels_of_any_type_become_ids_in_sorted_order(files, labels, names, ids
             "row 1: got 'c', wanted a known label (a, b)",
         ),
         ("text", text_rows("a", "a"), text_rows("a"), "one label only ('a')"),
-        ("text", text_rows("a", None), text_rows("a"), "column label: row 1: got null"),
+        ("text", text_rows("a", None), text_rows("a"), "column label: line 2, row 1: got null"),
         ("text", text_rows("a", ""), text_rows("a"), "got an empty label"),
-        ("text", text_rows(0.5, 1.0), text_rows(1.0), "task type regression"),
-        ("text", [{"text": None, "label": 1}, *text_rows(0)], text_rows(0), "column text: row 0: got null"),
+        ("text", text_rows(0.5, 1.0), text_rows(1.0), "--task-type regression"),
+        (
+            "text",
+            [{"text": None, "label": 1}, *text_rows(0)],
+            text_rows(0),
+            "column text: line 1, row 0: got null",
+        ),
         (
             "text",
             [{"text": 3, "label": 1}, {"text": 4, "label": 0}],
@@ -147,7 +152,8 @@ def test_bad_rows_are_refused_with_the_place_and_the_remedy(files, kind, train, 
         load_files(kind, *files(train, validation))
     message = str(caught.value)
     assert said in message
-    assert message.startswith("load_task: ") and ", wanted " in message and message.count(";") >= 1
+    assert message.startswith(("--train ", "--validation ", "fastgate: --task-type: "))
+    assert ", wanted " in message and message.count(";") >= 1
 
 
 @pytest.mark.parametrize(
@@ -164,10 +170,10 @@ def test_bad_rows_are_refused_with_the_place_and_the_remedy(files, kind, train, 
         ("rows.jsonl", b"[1]\n[2]\n", "a list, not an object"),
         ("rows.json", b'{"text": "a", "label": 1}\n{"text": \n', "line 2"),
         ("rows.json", b'[{"text": "a", "label": 1},\n{"text": "b" "label": 1}]', "line 2"),
-        ("rows.json", b'[{"text": "a", "label": 1}, 3]', "row 1: a int, not an object"),
+        ("rows.json", b'[{"text": "a", "label": 1}, 3]', "row 1: got a int, not an object"),
         ("rows.json", b"[]", "no rows"),
         ("rows.jsonl.gz", b"this is no gzip", "damaged gzip"),
-        ("rows.csv", b"text,label\na,1\nb,2,3\n", "line 3 with 3 fields under a header of 2"),
+        ("rows.csv", b"text,label\na,1\nb,2,3\n", "line 3: got 3 fields under a header of 2"),
         ("rows.csv", b"text,label\n", "no rows"),
         ("rows.csv", b"text,label\n\xff\xfe,1\n", "not UTF-8"),
         ("rows.txt", b"a\n", "JSON lines (.jsonl, .jsonl.gz), .json (lines, or one list), .csv or .tsv"),
@@ -302,7 +308,7 @@ def test_every_task_of_the_catalogue_is_read_from_files_of_its_form(name, tmp_pa
 
 
 def test_data_that_only_its_owners_give_away_is_asked_for_in_a_folder():
-    with pytest.raises(DataError, match=r"data_dir: got none, wanted a folder with ptb/train\.jsonl\.gz"):
+    with pytest.raises(DataError, match=r"--data-dir: got none, wanted a folder with ptb/train\.jsonl\.gz"):
         load_task("ptb")
 
 

@@ -9,6 +9,7 @@ import children
 import pytest
 import torch
 from transformers import (
+    AutoModelForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
     Trainer,
@@ -125,6 +126,51 @@ def test_the_finished_model_is_saved_and_loaded(uninterrupted, tmp_path):
     loaded = fastgate.load(tmp_path / "out")
     model, ids = uninterrupted.model.eval(), torch.stack([row["input_ids"] for row in rows(4)])
     torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
+
+
+def test_checkpoints_of_a_search_are_refused_and_hardened_ones_are_pruned_models(uninterrupted):
+    folder = Path(uninterrupted.args.output_dir)
+    for step in (2, 6):
+        for load in (fastgate.load, AutoModelForSequenceClassification.from_pretrained):
+            with pytest.raises(CheckpointError, match=r"still being learned.*resume with"):
+                load(folder / f"checkpoint-{step}")
+        with pytest.raises(ValueError, match="pip install fastgate"):
+            BertForSequenceClassification.from_pretrained(folder / f"checkpoint-{step}")
+    last = folder / f"checkpoint-{STEPS}"
+    ids = torch.stack([row["input_ids"] for row in rows(4)])
+    want = uninterrupted.model.eval()(ids).logits
+    for load in (fastgate.load, AutoModelForSequenceClassification.from_pretrained):
+        torch.testing.assert_close(load(last)(ids).logits, want)
+    with pytest.raises(ValueError, match="pip install fastgate"):
+        BertForSequenceClassification.from_pretrained(last)
+
+
+def test_exact_gates_are_unfinished_too(tmp_path):
+    found = trainer(tmp_path, teacher=False, pruning=config(gates="exact"), max_steps=4, num_train_epochs=4)
+    for gates in ([1.0, 1.0, 1.0], [1.0, 0.0, 1.0]):
+        found.pruner.state.set_gates(gates)
+        found.save_model(tmp_path / "x")
+        with pytest.raises(CheckpointError, match="still being learned"):
+            fastgate.load(tmp_path / "x")
+        with pytest.raises(ArgumentError, match="still being learned"):
+            fastgate.save(found.model, tmp_path / "y")
+
+
+def test_a_plain_trainer_goes_on_with_a_pruned_model(tmp_path):
+    model = fastgate.prune(bert(), keep=[1], replacement="affine")
+    whole = Trainer(model, arguments(tmp_path, max_steps=4), train_dataset=rows())
+    whole.train()
+    for folder in ("checkpoint-2", "checkpoint-4"):
+        again = AutoModelForSequenceClassification.from_pretrained(tmp_path / folder)
+        assert [again.bert.fastgate_runtime.gates] == [[0.0, 1.0, 0.0]]
+    resumed = Trainer(
+        fastgate.prune(bert(4), keep=[1], replacement="affine"),
+        arguments(tmp_path, max_steps=4),
+        train_dataset=rows(),
+    )
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[name], tensor), name
 
 
 class Counting(Trainer):

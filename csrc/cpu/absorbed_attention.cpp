@@ -309,7 +309,7 @@ std::tuple<Tensor, Tensor> absorbed_attention_backward(
   PreparedAbsorbed p = prepare(probe, x, cu_seqlens, scale, dropout_p, seed);
   const Problem& o = p.problem;
   STD_TORCH_CHECK(
-      grad.scalar_type() == x.scalar_type() && grad.dim() == 3 && grad.numel() == probe.numel() &&
+      grad.scalar_type() == x.scalar_type() && has_sizes_of(grad, probe) &&
           (!grad_total || grad_total->numel() == o.sequences * o.heads),
       "absorbed_attention_backward: grads: got another shape or dtype, wanted the outputs'; pass the gradients of "
       "the outputs");

@@ -207,7 +207,7 @@ Tensor attention(FASTGATE_ATTENTION_OPERANDS) {
 std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor grad, FASTGATE_ATTENTION_OPERANDS) {
   PreparedAttention p = prepare(q, k, v, q_bias, k_bias, v_bias, cu_q, cu_k, heads, scale, dropout_p, seed);
   STD_TORCH_CHECK(
-      grad.scalar_type() == q.scalar_type() && grad.dim() == 2 && grad.numel() == q.numel(),
+      grad.scalar_type() == q.scalar_type() && has_sizes_of(grad, q),
       "attention_backward: grad: got another shape or dtype, wanted the output's; pass the gradient of the output");
   Tensor dq = empty_like(q, q.scalar_type()), dk = empty_like(k, k.scalar_type()), dv = empty_like(v, v.scalar_type());
   const AttentionGradients g{operand_of(p.kept_alive, grad), dq.data_ptr(), dk.data_ptr(), dv.data_ptr()};

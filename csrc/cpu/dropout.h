@@ -18,7 +18,10 @@ struct Dropout {
 
 // op: whom a missing seed is blamed on.
 inline Dropout dropout_of(const char* op, double dropout_p, const OptionalTensor& seed) {
-  if (dropout_p <= 0.0) return {};
+  STD_TORCH_CHECK(
+      dropout_p >= 0.0 && dropout_p < 1.0, op, ": dropout_p: got ", dropout_p, ", wanted 0 <= dropout_p < 1; "
+      "pass a gate of 0 to drop everything");
+  if (dropout_p == 0.0) return {};
   STD_TORCH_CHECK(
       seed && seed->numel() == 1 && seed->scalar_type() == ScalarType::Long, op,
       ": seed: got none, wanted an int64 tensor of one element with dropout_p > 0; pass a seed");

@@ -214,7 +214,10 @@ PreparedEmbedding prepare(FASTGATE_EMBED_NORM_OPERANDS) {
   take_ids(p, 1, positions);
   if (types) take_ids(p, 2, *types);
   o.weight = floats(p, weight), o.norm_bias = floats(p, norm_bias);
-  if (weight2 && norm_bias2) o.weight2 = floats(p, *weight2), o.norm_bias2 = floats(p, *norm_bias2);
+  STD_TORCH_CHECK(
+      weight2.has_value() == norm_bias2.has_value(),
+      "embed_norm: weight2, norm_bias2: got one of them, wanted both or neither; pass the other too");
+  if (weight2) o.weight2 = floats(p, *weight2), o.norm_bias2 = floats(p, *norm_bias2);
   o.eps = static_cast<float>(eps), o.eps2 = static_cast<float>(eps2);
   o.dropout = dropout_of("embed_norm", dropout_p, seed);
   p.half = dtype == ScalarType::BFloat16;

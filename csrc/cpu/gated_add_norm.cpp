@@ -218,11 +218,16 @@ Prepared prepare(const Tensor& x, const Tensor& residual, FASTGATE_GATED_ADD_NOR
   o.eps2 = static_cast<float>(eps2);
   o.weight = floats(p, weight, "weight");
   o.norm_bias = floats(p, norm_bias, "norm_bias");
+  STD_TORCH_CHECK(
+      weight2.has_value() == norm_bias2.has_value(),
+      "gated_add_norm: weight2, norm_bias2: got one of them, wanted both or neither; pass the other too");
   if (weight2) {
-    STD_TORCH_CHECK(norm_bias2, "gated_add_norm: norm_bias2: got None, wanted a tensor; pass both or neither");
     o.weight2 = floats(p, *weight2, "weight2");
     o.norm_bias2 = floats(p, *norm_bias2, "norm_bias2");
   }
+  STD_TORCH_CHECK(
+      !gate || gate->numel() == 1, "gated_add_norm: gate: got ", gate ? gate->numel() : 0,
+      " elements, wanted one; pass a number as a tensor");
   o.gate = gate ? *static_cast<const float*>(p.kept_alive.emplace_back(as_float(*gate)).data_ptr()) : 1.0f;
   const float* zeros = p.copies.emplace_back(o.hidden, 0.0f).data();
   const float* ones = p.copies.emplace_back(o.hidden, 1.0f).data();

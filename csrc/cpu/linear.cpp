@@ -111,8 +111,15 @@ void linear_pairs(const Pairs& o) {
   });
 }
 
+// Of x (..., K), also where K is 0.
+int64_t rows_of(const Tensor& x) {
+  int64_t rows = 1;
+  for (int64_t d = 0; d + 1 < x.dim(); ++d) rows *= x.size(d);
+  return rows;
+}
+
 Tensor packed_linear_pairs(const Tensor& x, const Tensor& panels, const OptionalTensor& bias, int64_t columns, bool gelu) {
-  const int64_t k = 2 * panels.size(1), m = k > 0 ? x.numel() / k : 0;
+  const int64_t k = 2 * panels.size(1), m = rows_of(x);
   const Tensor from = dense(x), added = bias ? as_float(*bias) : x;
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
   shape.back() = columns;
@@ -139,15 +146,15 @@ Tensor packed_linear(Tensor x, Tensor panels, OptionalTensor bias, int64_t colum
       "convert them first");
   STD_TORCH_CHECK(
       x.dim() > 0 && panels.dim() == 3 && panels.size(2) == (pairs ? 2 : 1) * kPanel &&
-          x.size(x.dim() - 1) == (pairs ? 2 : 1) * panels.size(1) && columns > kPanel * (panels.size(0) - 1) &&
-          columns <= kPanel * panels.size(0) && (!bias || bias->numel() == columns),
+          x.size(x.dim() - 1) == (pairs ? 2 : 1) * panels.size(1) && columns >= 0 &&
+          panels.size(0) == columns / kPanel + (columns % kPanel > 0) && (!bias || bias->numel() == columns),
       "packed_linear: x, panels, bias: got shapes that do not fit, wanted (..., K), (columns / 32 rounded up, K, 32), "
       "bfloat16 (columns / 32 rounded up, K / 2, 64), (columns,); reshape them");
   STD_TORCH_CHECK(
       panels.is_contiguous(), "packed_linear: panels: got a view that is not contiguous, wanted panels one after another; "
       "call contiguous() once");
   if (pairs) return packed_linear_pairs(x, panels, bias, columns, gelu);
-  const int64_t count = panels.size(0), k = panels.size(1), n = columns, m = k > 0 ? x.numel() / k : 0;
+  const int64_t count = panels.size(0), k = panels.size(1), n = columns, m = rows_of(x);
   const Tensor from = dense(x), added = bias ? dense(*bias) : x;
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
   shape.back() = n;

@@ -188,7 +188,7 @@ Tensor feed_forward_half(const Tensor& h, Operands& operands, int64_t inner, dou
 Tensor shift_half(
     const Tensor& h, Operands& operands, const std::vector<Tensor>& links, int64_t reach, double eps) {
   const bool fewer = reach >= 0;
-  const size_t place = fewer ? 2 * reach : 0;
+  const size_t place = fewer ? 2 * static_cast<size_t>(reach) : 0;
   STD_TORCH_CHECK(
       links.size() > place + fewer && (!fewer || links[place + 1].scalar_type() == ScalarType::Long),
       "packed_layers: links: got ", links.size(), " tensors or rows of another dtype, wanted (rows,) bool, or that and "
@@ -236,6 +236,9 @@ Tensor packed_layers(
       h.dim() == 2 && kinds.size() % 2 == 0 && numbers.size() == kinds.size(),
       "packed_layers: h, kinds, numbers: got ", h.dim(), " dimensions, ", kinds.size(), " and ", numbers.size(),
       " numbers, wanted (rows, H), two and two a half; reshape h, pass two a half");
+  STD_TORCH_CHECK(
+      is_float(h) || h.scalar_type() == ScalarType::BFloat16,
+      "packed_layers: h: got another dtype, wanted float32 or bfloat16; convert it first");
   const Halves halves = {operands, kinds, numbers};
   bool single = false;
   for (size_t half = 0; half < kinds.size(); half += 2) single = single || kinds[half] == kAbsorbed;

@@ -242,4 +242,11 @@ def _differentiate(ctx: Any, grad: Tensor | None, grad_total: Tensor | None, *_:
     return dprobe, dx, None, None, None, None
 
 
-_trained = slots.with_gradient("absorbed_attention", _forward, _differentiate, _keep_for_backward)
+def _operands(ctx: Any) -> tuple[Any, ...]:
+    *_, probe, x, cu_seqlens, seed = ctx.saved_tensors
+    return probe, x, cu_seqlens, *ctx.numbers, seed
+
+
+_trained = slots.with_gradient(
+    "absorbed_attention", _forward, _differentiate, _reference_forward, _keep_for_backward, _operands
+)

@@ -79,7 +79,8 @@ def torch_attention(
         # A gradient of zeros and not a missing one, as DDP and Adam expect.
         q_bias = 0.0 * k_bias if q_bias is None else q_bias + 0.0 * k_bias
     q, v = _with_bias(q, q_bias), _with_bias(v, v_bias)
-    if dropout_p or keys.longest == 0:
+    if dropout_p or keys.longest == 0 or (q.dtype == torch.float64 and slots.needs_gradient(q, k, v)):
+        # float64 is for derivatives of every order, which torch's own attention does not have.
         return _openly(q, k, v, queries, keys, heads, scale, dropout_p, seed)
     if queries.equal and keys.equal:
         one, two, three = (_heads(t, len(queries.lengths), heads) for t in (q, k, v))
@@ -235,7 +236,19 @@ def _over_rows(gradient: Tensor, bias: Tensor | None) -> Tensor | None:
     return gradient.sum(0, dtype=torch.promote_types(gradient.dtype, bias.dtype)).to(bias.dtype)
 
 
-_trained = slots.with_gradient("attention", _forward, _differentiate, _keep_for_backward)
+def _operands(ctx: Any) -> tuple[Any, ...]:
+    _, _, *tensors, seed = ctx.saved_tensors
+    return *tensors, ctx.heads, ctx.scale, ctx.dropout_p, seed
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor, *operands: Any) -> Tensor:
+    """The op by way of its probabilities: torch's own attention has no second derivative everywhere."""
+    q_bias, k_bias, v_bias, cu_q, cu_k, heads, scale, dropout_p, seed = operands
+    q, k, v = _with_bias(q, q_bias), _with_bias(k, k_bias), _with_bias(v, v_bias)
+    return _openly(q, k, v, Ragged.of(cu_q), Ragged.of(cu_k), heads, scale, dropout_p, seed)
+
+
+_trained = slots.with_gradient("attention", _forward, _differentiate, _plain, _keep_for_backward, _operands)
 
 
 def attention_probabilities(

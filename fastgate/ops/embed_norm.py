@@ -153,7 +153,18 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return tuple(found.get(name) for name in OPERANDS)
 
 
-_trained = slots.with_gradient("embed_norm", _forward, _differentiate)
+def _plain(*operands: Any) -> Tensor:
+    """The op in plain torch, where rows of padding get no gradient."""
+    given = dict(zip(OPERANDS, operands, strict=True))
+    for table, padding in (("word_table", "padding_idx"), ("position_table", "position_padding_idx")):
+        if given[padding] >= 0:
+            rows = torch.arange(len(given[table]), device=given[table].device)
+            padded = (rows == given[padding])[:, None]
+            given[table] = torch.where(padded, given[table].detach(), given[table])
+    return _reference_forward(*given.values())
+
+
+_trained = slots.with_gradient("embed_norm", _forward, _differentiate, _plain)
 
 
 def embed_norm(

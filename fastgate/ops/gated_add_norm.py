@@ -126,7 +126,7 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return tuple(found.get(name) for name in OPERANDS)
 
 
-_trained = slots.with_gradient("gated_add_norm", _forward, _differentiate)
+_trained = slots.with_gradient("gated_add_norm", _forward, _differentiate, _reference_forward)
 
 
 def gated_add_norm(

@@ -10,15 +10,15 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from multiprocessing.context import get_spawning_popen
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from fastgate.errors import Unsupported, say
-from fastgate.ops import slots
+from fastgate.ops import derivatives, row_counts, slots
 
 ONEDNN_DTYPES = (torch.float32, torch.bfloat16)
 PANELS = "packed_linear"  # the compiled product
@@ -53,6 +53,19 @@ class Packed:
         split = self.data.view(len(self.data), -1, PANEL, together).transpose(1, 2)
         return split.reshape(-1, self.shape[1])[: self.shape[0]].contiguous()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For copies and pickles: panels as such; oneDNN's layout, which cannot be copied, as the weight."""
+        if self.in_panels:
+            return _unpickled, (self.data, self.shape, self.joint)
+        return pack, (self._kept_dense(),)
+
+    def _kept_dense(self) -> Tensor:
+        """The weight. A process that is being spawned reads it from shared memory after it was pickled."""
+        weight = self.dense()
+        if get_spawning_popen() is not None:
+            object.__setattr__(self, "_sent", weight)
+        return weight
+
     def product(self, x: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
         """x W^T + b, with the exact GELU of it if asked. x: (..., K) in the weight's dtype, on the CPU.
 
@@ -83,6 +96,12 @@ def pack(weight: Tensor) -> Packed:
         panels = padded.transpose(1, 2).contiguous()
         return Packed(panels.view(len(panels), -1, PANEL * together), (rows, depth))
     return Packed(torch.ops.mkldnn._reorder_linear_weight(weight, ONEDNN_ROWS), (rows, depth))
+
+
+def _unpickled(data: Tensor, shape: tuple[int, int], joint: Packed | None) -> Packed:
+    """What was in panels, packed anew where this process multiplies with another layout."""
+    packed = Packed(data, shape, joint)
+    return packed if _together(data.dtype, shape[1]) == data.shape[2] // PANEL else pack(packed.dense())
 
 
 def _together(dtype: torch.dtype, depth: int) -> int:
@@ -145,9 +164,29 @@ def missing_for_onednn() -> str:
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
-    """oneDNN's x W^T + b, with the exact GELU of it if asked: one call, no gradient."""
+    """oneDNN's x W^T + b, with the exact GELU of it if asked: no gradient."""
+    rows, columns = x.shape[:-1].numel(), weight.shape[0]
+    if rows < 2 or row_counts.is_exact(rows, *weight.shape, x.dtype, gelu):
+        return _compiled_product(x, weight, bias, gelu)
+    flat, y = x.reshape(rows, -1), x.new_empty(rows, columns)
+    if rows <= row_counts.PIECE:
+        padded = _pad_rows(flat, row_counts.round_up(rows))
+        y.copy_(_compiled_product(padded, weight, bias, gelu)[:rows])
+    else:
+        for begin, end in row_counts.pieces(rows):
+            y[begin:end] = _compiled_product(flat[begin:end], weight, bias, gelu)
+    return y.view(*x.shape[:-1], columns)
+
+
+def _compiled_product(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
+    """The product as one call, for which oneDNN compiles and keeps code for x's number of rows."""
     call = torch.ops.mkldnn._linear_pointwise.default
     return call(x, weight, bias, "gelu" if gelu else "none", [], "none")
+
+
+def _pad_rows(x: Tensor, rows: int) -> Tensor:
+    """x (n, K) with rows of zeros below, (rows, K)."""
+    return F.pad(x, (0, 0, 0, rows - len(x)))
 
 
 def rows_gradient(grad: Tensor, weight: Tensor) -> Tensor:
@@ -158,7 +197,13 @@ def rows_gradient(grad: Tensor, weight: Tensor) -> Tensor:
 def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
     """grad^T x over all rows: (N, K) from grad (..., N) and x (..., K)."""
     grad, x = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
-    return product(grad.t(), x.t()) if len(x) and takes(grad, x) else torch.mm(grad.t(), x)
+    rows = len(x)
+    if not rows or not takes(grad, x):
+        return torch.mm(grad.t(), x)
+    if not row_counts.is_exact("weight gradient", rows, grad.shape[1], x.shape[1], x.dtype):
+        rows = row_counts.round_up(rows)
+        grad, x = _pad_rows(grad, rows), _pad_rows(x, rows)
+    return _compiled_product(grad.t(), x.t())
 
 
 class _Linear(torch.autograd.Function):
@@ -168,8 +213,9 @@ class _Linear(torch.autograd.Function):
         return product(x, weight)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         dx, dweight = ctx.needs_input_grad
+        if derivatives.needs_torch((grad,)):
+            return derivatives.differentiate_by_torch(F.linear, (x, weight), (dx, dweight), (grad,))
         return rows_gradient(grad, weight) if dx else None, weight_gradient(grad, x) if dweight else None

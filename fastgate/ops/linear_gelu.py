@@ -8,10 +8,9 @@ from typing import Any, NoReturn
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastgate.errors import ArgumentError, say
-from fastgate.ops import linear, slots
+from fastgate.ops import derivatives, linear, slots
 
 # Bits of the backward's `wanted`.
 DX, DWEIGHT, DBIAS = 1, 2, 4
@@ -250,8 +249,12 @@ class _LinearGelu(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        if grad is not None and derivatives.needs_torch((grad,)):
+            operands = ctx.saved_tensors[1:]
+            return derivatives.differentiate_by_torch(
+                _reference_forward, operands, ctx.needs_input_grad, (grad,)
+            )
         return _differentiate(ctx, grad)
 
 

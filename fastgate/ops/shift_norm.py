@@ -90,7 +90,7 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return tuple(found.get(name) for name in OPERANDS)
 
 
-_trained = slots.with_gradient("shift_norm", _forward, _differentiate)
+_trained = slots.with_gradient("shift_norm", _forward, _differentiate, reference.shift_norm)
 
 
 def shift_norm(

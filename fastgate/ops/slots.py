@@ -7,15 +7,16 @@ microseconds a call where no gradient is wanted, and for gated_add_norm's many a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastgate.errors import ArgumentError, say
+from fastgate.ops import derivatives
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 schemas = torch.library.Library("fastgate", "DEF")
@@ -44,20 +45,29 @@ REFERENCE: dict[str, Implementation] = {}
 # (op, device type) -> implementation; fastgate.backends fills it once. What is not in it runs the reference.
 SLOTS: dict[tuple[str, str], Implementation] = {}
 _fill: Callable[[], None] | None = None
+_filling = threading.RLock()
 
 
 def fill_with(fill: Callable[[], None]) -> None:
-    """Leave a function that fills SLOTS, to be called before the first op runs."""
+    """Leave a function that fills SLOTS, to be called before the first op runs. An op raises what it raises,
+    and the next op calls it again."""
     global _fill
     _fill = fill
 
 
+def _fill_slots() -> None:
+    """Call the function that was left, once, whichever thread comes first; the others wait for it."""
+    global _fill
+    with _filling:
+        if _fill is not None:
+            _fill()
+            _fill = None
+
+
 def implementation(op: str, device_type: str, *dtypes: torch.dtype) -> Implementation:
     """The implementation that runs `op` on tensors of these dtypes on this kind of device."""
-    global _fill
     if _fill is not None:
-        fill, _fill = _fill, None
-        fill()
+        _fill_slots()
     found = SLOTS.get((op, device_type))
     if found is None or not found.dtypes.issuperset(dtypes):
         return REFERENCE[op]
@@ -104,10 +114,12 @@ def with_gradient(
     op: str,
     forward: Callable[..., Any],
     differentiate: Callable[..., Any],
+    plain: Callable[..., Any],
     keep: Callable[[Any, tuple[Any, ...], Any], None] = keep_operands,
+    operands_of: Callable[[Any], Sequence[Any]] = kept_operands,
 ) -> Callable[..., Any]:
     """Register an op's autograd formula; returns `forward` with the same formula for eager training, without
-    the registration's cost."""
+    the registration's cost. plain: the op in plain torch, for second derivatives."""
     torch.library.register_autograd(f"fastgate::{op}", differentiate, setup_context=keep, lib=schemas)
 
     def run(ctx: Any, *operands: Any) -> Any:
@@ -115,8 +127,9 @@ def with_gradient(
         keep(ctx, operands, output)
         return output
 
-    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
+        if derivatives.needs_torch(grads):
+            return derivatives.differentiate_by_torch(plain, operands_of(ctx), ctx.needs_input_grad, grads)
         return differentiate(ctx, *grads)
 
     functions = {"forward": staticmethod(run), "backward": staticmethod(backward)}

@@ -8,6 +8,7 @@ import re
 import shutil
 from pathlib import Path
 
+from ..commit import flush
 from ..errors import CheckpointError, say
 
 MANIFEST = "fastgate_files.json"  # written last: every other file of the checkpoint and its size in bytes
@@ -20,10 +21,10 @@ def seal(folder: Path) -> None:
     sizes = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST):
         sizes[str(path.relative_to(folder))] = path.stat().st_size
-        _flush(path)
+        flush(path)
     manifest = folder / MANIFEST
     manifest.write_text(json.dumps(sizes, indent=1))
-    _flush(manifest)
+    flush(manifest)
 
 
 def publish(folder: Path, target: Path) -> None:
@@ -31,7 +32,7 @@ def publish(folder: Path, target: Path) -> None:
     if target.exists():
         shutil.rmtree(target)
     os.replace(folder, target)
-    _flush(target.parent)
+    flush(target.parent)
 
 
 def is_complete(folder: Path) -> bool:
@@ -84,13 +85,3 @@ def rotate(output_dir: Path, limit: int | None, best: str | None) -> None:
     excess = len(found) - max(limit, len(safe))
     for path in [p for p in found if p.resolve() not in safe][: max(excess, 0)]:
         shutil.rmtree(path, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError:
-        pass  # some file systems refuse it for folders; the rename is still atomic
-    finally:
-        os.close(descriptor)

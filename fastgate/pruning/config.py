@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ..errors import ArgumentError, say
 from ..replacement import KINDS
 from .distill import Distill
+from .numbers import integer, number
 from .objective import Speedup, Target
 from .schedule import make_schedule
 
@@ -47,15 +49,24 @@ class PruningConfig:
             self._refuse("replacement", " | ".join(KINDS), "pass one of these")
         if self.distill is not None and not isinstance(self.distill, Distill):
             self._refuse("distill", "a Distill or None", "pass Distill(logits=1.0)")
-        if not self.gate_lr > 0.0:
-            self._refuse("gate_lr", "a number above 0", "0.05 suits some hundred steps of search")
-        if not self.replacement_lr > 0.0:
-            self._refuse("replacement_lr", "a number above 0", "1.0 is the weights' own rate")
+        above = "a number above 0"
+        self._number("gate_lr", above, "0.05 suits some hundred steps of search", lambda x: x > 0.0)
+        self._number("replacement_lr", above, "1.0 is the weights' own rate", lambda x: x > 0.0)
+        for name in ("warm", "ramp", "harden"):
+            remedy = "0.3 is three tenths of all steps"
+            self._number(name, "a share of all steps", remedy, lambda x: True)  # make_schedule checks more
+        whole, remedy = "a whole number from -2**63 to 2**64 - 1", "pass e.g. 0"
+        seed = integer("PruningConfig", "seed", self.seed, whole, remedy, lambda x: -(2**63) <= x < 2**64)
+        object.__setattr__(self, "seed", seed)
         if self.gates not in GATES:
             self._refuse("gates", " | ".join(GATES), "pass one of these")
         if self.gates == "exact" and isinstance(self.target, Speedup):
             self._refuse("target", "a Sparsity with exact gates", "pass Sparsity, or gates='hard_concrete'")
         make_schedule(100, self.warm, self.ramp, self.harden)
+
+    def _number(self, name: str, wanted: str, remedy: str, fits: Callable[[float], bool]) -> None:
+        checked = number("PruningConfig", name, getattr(self, name), wanted, remedy, fits)
+        object.__setattr__(self, name, checked)
 
     def _refuse(self, field_name: str, wanted: str, remedy: str) -> None:
         got = repr(getattr(self, field_name))

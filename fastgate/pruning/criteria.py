@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 
 from ..errors import ArgumentError, say
 from ..state import encoder_state
+from .modes import evaluating
+from .numbers import integer
 
 
 def random_choice(layers: int, keep: int, seed: int) -> list[int]:
@@ -44,26 +47,31 @@ def greedy_by_loss(model: nn.Module, batches: Sequence[Mapping[str, Tensor]], ke
         raise ArgumentError(
             say("greedy_by_loss", "batches", 0, "one or more", "pass labelled batches of training data")
         )
-    before, was_training = state.gates, model.training
+    before = state.gates
     kept = list(range(state.num_layers))
-    model.eval()
     try:
-        while len(kept) > keep:
-            losses = {drop: _loss(model, state, batches, [i for i in kept if i != drop]) for drop in kept}
-            kept.remove(min(kept, key=lambda i: (losses[i], i)))
+        with evaluating(model):
+            while len(kept) > keep:
+                losses = {drop: _loss(model, state, batches, [i for i in kept if i != drop]) for drop in kept}
+                kept.remove(min(kept, key=lambda i: (losses[i], i)))
     finally:
         state.set_gates(before)
-        model.train(was_training)
     return kept
 
 
 def _loss(model: nn.Module, state: Any, batches: Sequence[Mapping[str, Tensor]], kept: list[int]) -> float:
+    """The mean loss with only `kept` running. Raises ArgumentError if it is not a number: no layer would then
+    be better than another."""
     state.set_gates([1.0 if i in kept else 0.0 for i in range(state.num_layers)])
-    return sum(float(model(**batch).loss) for batch in batches) / len(batches)
+    losses = [model(**batch).loss for batch in batches]
+    mean = math.nan if None in losses else sum(float(loss) for loss in losses) / len(losses)
+    if not math.isfinite(mean):
+        got = "no loss" if None in losses else f"a loss of {mean}"
+        remedy = "pass batches with labels, and a model whose weights are finite"
+        raise ArgumentError(say("greedy_by_loss", "batches", got, "a finite loss", remedy))
+    return mean
 
 
 def _check(layers: int, keep: int) -> None:
-    if not 0 < keep <= layers:
-        raise ArgumentError(
-            say("criteria", "keep", keep, f"1 to {layers}", "keep at least one attention, at most all")
-        )
+    remedy = "keep at least one attention, at most all"
+    integer("criteria", "keep", keep, f"1 to {layers}", remedy, lambda k: 0 < k <= layers)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .. import gates
 from ..errors import ArgumentError, say
+from .finite import OVERFLOWS, raise_not_finite
 from .measure import mean_over_ranks
 from .objective import Costs, Objective, lagrangian
 
@@ -47,6 +48,7 @@ class GateLearner:
         self._optimizer = torch.optim.Adam([self.log_alpha], lr=lr)
         self._ascent = torch.optim.Adam([self.multipliers], lr=lr, maximize=True)
         self._target = 0.0
+        self._overflows = 0  # steps without finite gradients, one after the other
         self._set(torch.ones(layers), torch.zeros(layers, layers), 0.0, torch.device("cpu"))
 
     @property
@@ -85,7 +87,10 @@ class GateLearner:
 
     @torch.enable_grad()
     def learn(self, grad_scale: float) -> None:
-        """Move log-alpha down and the multipliers up, by the gradients that backward left in the leaves."""
+        """Move log-alpha down and the multipliers up, by the gradients that backward left in the leaves.
+
+        Raises ArgumentError if they are not finite: at once for an unscaled loss, else after OVERFLOWS steps.
+        """
         if self._probe.grad is None:
             raise ArgumentError(
                 say(
@@ -102,7 +107,12 @@ class GateLearner:
         weight, *on_draw = (mean_over_ranks(grads) / grad_scale).unbind()
         on_gates = self._jacobian.t() @ torch.stack(on_draw)
         if not bool(torch.isfinite(on_gates).all() & torch.isfinite(weight)):
-            return  # a scaled loss overflowed: the optimizer of the weights skips this step too
+            # A scaled loss overflows now and then: the optimizer of the weights skips such a step too.
+            self._overflows += 1
+            if grad_scale == 1.0 or self._overflows > OVERFLOWS:
+                raise_not_finite("the gradients of the gates")
+            return
+        self._overflows = 0
         slopes = torch.autograd.grad(self._lagrangian(), (self.log_alpha, self.multipliers))
         self.log_alpha.grad = on_gates + weight * slopes[0]
         self.multipliers.grad = weight * slopes[1]
@@ -110,6 +120,8 @@ class GateLearner:
         self._ascent.step()
         with torch.no_grad():
             self.log_alpha.clamp_(LEAST, LOG_ALPHA)
+        if not bool(torch.isfinite(self.log_alpha).all() & torch.isfinite(self.multipliers).all()):
+            raise_not_finite("the gates or the Lagrangian's multipliers")
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import ArgumentError, say
 from ..plan import Sizes
 from ..run import Record
 from .objective import Costs, costs_of
@@ -51,9 +52,17 @@ class Measured:
     @torch.no_grad()
     def start(self, state: Any) -> None:
         """Start each replacement at the least-squares fit to its attention's output, as far as its kind can
-        express that, and price the layers; on every rank alike."""
+        express that, and price the layers; on every rank alike.
+
+        Raises ArgumentError if no row was measured, or what was measured is not finite.
+        """
         parts = (self.gram, self.right, self.sizes)
         total = sum_over_ranks(torch.cat([part.flatten() for part in parts]))
+        if not bool(torch.isfinite(total).all()) or not float(total[-self.sizes.numel()]):
+            got = "no row" if bool(torch.isfinite(total).all()) else "NaN or infinity"
+            remedy = "call pruner.loss(outputs, inputs) after each forward, and check the model's weights"
+            needed = "finite hidden states of the warm phase"
+            raise ArgumentError(say("Pruner.step", "measured", got, needed, remedy))
         found = total.split([part.numel() for part in parts])
         self.gram, self.right, self.sizes = (a.view_as(b) for a, b in zip(found, parts, strict=True))
         for layer in range(state.num_layers):

@@ -9,7 +9,7 @@ in the gates and exact where every p is 0 or 1.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from ..errors import ArgumentError, say
 from ..gates import harden
 from ..plan import Sizes, flops, make_plan
+from .numbers import integer, number
 
 
 @dataclass(frozen=True)
@@ -27,10 +28,9 @@ class Sparsity:
     share: float
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.share < 1.0:
-            raise ArgumentError(
-                say("Sparsity", "share", self.share, "a number between 0 and 1", "0.8 removes 80%")
-            )
+        wanted, remedy = "a number between 0 and 1", "0.8 removes 80%"
+        share = number("Sparsity", "share", self.share, wanted, remedy, lambda x: 0.0 < x < 1.0)
+        object.__setattr__(self, "share", share)
 
 
 @dataclass(frozen=True)
@@ -40,16 +40,9 @@ class Speedup:
     factor: float
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.factor) and self.factor > 1.0):
-            raise ArgumentError(
-                say(
-                    "Speedup",
-                    "factor",
-                    self.factor,
-                    "a number above 1",
-                    "4.0 asks for a quarter of the FLOPs",
-                )
-            )
+        wanted, remedy = "a number above 1", "4.0 asks for a quarter of the FLOPs"
+        factor = number("Speedup", "factor", self.factor, wanted, remedy, lambda x: x > 1.0)
+        object.__setattr__(self, "factor", factor)
 
 
 @dataclass(frozen=True)
@@ -57,6 +50,13 @@ class Fixed:
     """Keep these layers' attention, chosen by hand or by a control of `criteria`; no gate is learned."""
 
     keep: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        wanted, remedy = "indices of layers", "pass e.g. Fixed((0, 5))"
+        if isinstance(self.keep, str | bytes) or not isinstance(self.keep, Iterable):
+            raise ArgumentError(say("Fixed", "keep", repr(self.keep), wanted, remedy))
+        keep = tuple(integer("Fixed", "keep", i, wanted, remedy, lambda i: i >= 0) for i in self.keep)
+        object.__setattr__(self, "keep", keep)
 
 
 Target = Sparsity | Speedup | Fixed
@@ -121,6 +121,9 @@ class Objective:
         self.target, self.layers = target, layers
         if isinstance(target, Sparsity):
             self.removed = math.floor(target.share * layers + 0.5)
+            if not self.removed:
+                got, wanted = f"{target.share}, which removes none of {layers}", f"{0.5 / layers:.3g} or more"
+                raise ArgumentError(say("Sparsity", "share", got, wanted, "ask for one attention at least"))
         if isinstance(target, Fixed):
             wrong = [i for i in target.keep if not 0 <= i < layers]
             if wrong or len(set(target.keep)) != len(target.keep):
@@ -161,10 +164,33 @@ class Objective:
             raise ArgumentError(
                 say("Speedup", "costs", "none yet", "batches measured in the warm phase", remedy)
             )
-        return self._choose_within(p, costs, 1.0 / self.target.factor)
+        return max(self._within(p, costs, 1.0 / self.target.factor))[2]
 
-    def _choose_within(self, p: Tensor, costs: Costs, budget: float) -> list[int]:
-        """Costs depend on the topmost kept layer and the number below: one of layers ** 2 sets."""
+    def margin(self, p: Tensor, costs: Costs | None) -> float | None:
+        """By how much the sum of p over the chosen layers is above that of the next choice that keeps a layer
+        which the first does not; for Sparsity P(open) of the last layer kept minus that of the first dropped.
+
+        None where there is no other choice: a Fixed one, or one that keeps or drops every layer.
+        """
+        if isinstance(self.target, Fixed):
+            return None
+        if isinstance(self.target, Sparsity):
+            keep = self.layers - self.removed
+            ordered = p.sort(descending=True).values
+            return float(ordered[keep - 1] - ordered[keep]) if 0 < keep < self.layers else None
+        assert costs is not None
+        first, *others = sorted(self._within(p, costs, 1.0 / self.target.factor, True), reverse=True)
+        rivals = [total for total, _, keep in others if not set(keep) <= set(first[2])]
+        return first[0] - rivals[0] if rivals else None
+
+    def _within(
+        self, p: Tensor, costs: Costs, budget: float, exchanged: bool = False
+    ) -> list[tuple[float, float, list[int]]]:
+        """(sum of p, -cost, layers kept) of sets within the budget. Costs depend on the topmost kept layer
+        and the number below: of these layers ** 2 kinds of set the one with the largest sum is in it.
+
+        exchanged: the set is in it too whose least likely layer below the top is exchanged for the next.
+        """
         candidates: list[tuple[float, float, list[int]]] = []
         for top in range(-1, self.layers):
             for below in range(max(top, 0) + 1):
@@ -172,12 +198,17 @@ class Objective:
                 cost = float(costs.share(_indicator(keep, self.layers)))
                 if cost <= budget + 1e-9:
                     candidates.append((float(p[keep].sum()), -cost, keep))
+                    if exchanged and 0 < below < top:
+                        more = [i for i in harden(p[:top], below + 1) if i not in keep]
+                        least = min(keep[:-1], key=lambda i: (float(p[i]), -i))
+                        other = sorted([i for i in keep if i != least] + more)
+                        candidates.append((float(p[other].sum()), -cost, other))
         if not candidates:
             floor = float(1.0 / costs.share(_indicator([], self.layers)))
             wanted = f"at most {floor:.2f}, the factor with no attention left"
             remedy = "ask for less: the rest is feed-forward layers"
             raise ArgumentError(say("Speedup", "factor", round(1.0 / budget, 4), wanted, remedy))
-        return max(candidates)[2]
+        return candidates
 
 
 def _indicator(keep: Sequence[int], layers: int) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..errors import ArgumentError, say
+from .numbers import integer
 
 WARM, SEARCH, RECOVER = "warm", "search", "recover"
 
@@ -39,10 +40,8 @@ def make_schedule(total: int, warm: float, ramp: float, harden: float) -> Schedu
 
     There is at least one warm step to measure in, and at least one step to recover in.
     """
-    if total < 3:
-        raise ArgumentError(
-            say("Pruner", "total_steps", total, "3 or more", "train for more steps or use smaller batches")
-        )
+    remedy = "train for more steps or use smaller batches"
+    total = integer("Pruner", "total_steps", total, "3 or more: one a phase", remedy, lambda n: n >= 3)
     if not 0.0 <= warm <= ramp <= harden < 1.0:
         wanted, remedy = "0 <= warm <= ramp <= harden < 1", "give each as a share of all steps"
         raise ArgumentError(say("PruningConfig", "warm, ramp, harden", (warm, ramp, harden), wanted, remedy))

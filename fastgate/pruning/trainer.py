@@ -8,14 +8,18 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainerCallback
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 
+from .. import checkpoint
 from ..errors import ArgumentError, Unsupported, say
 from . import checkpoints
 from .config import PruningConfig
+from .finite import TASK
 from .pruner import Pruner
+from .sentences import is_sentence_model, watching
 
 STATE_FILE = "pruning.pt"
+LEFT_OUT = "left_out"  # its entry for weights that the model's own file has not
 
 
 class SelfPruningMixin:
@@ -25,7 +29,12 @@ class SelfPruningMixin:
     gates do is logged beside the loss. Evaluations before hardening do not count for the best model.
     Checkpoints appear whole or not at all, and resuming continues the same run: gates, multipliers and
     generators are as they were. After `train()` the model is pruned (`fastgate.save(trainer.model, path)`
-    saves it); `trainer.pruner` has the history.
+    saves it); `trainer.pruner` has the history. A training that ends before the gates are hardened raises
+    ArgumentError.
+
+    Trainers of sentence-transformers are known too: what their losses run of the model is distilled forward
+    by forward, hidden states and embeddings or scores. Losses that cache gradients need
+    `PruningConfig(distill=None)`.
 
     pruning: a PruningConfig. teacher: a dense model fine-tuned on the task, to distil from; None: the model
     itself.
@@ -45,15 +54,34 @@ class SelfPruningMixin:
         super().__init__(*args, **kwargs)
         trainer: Any = self
         self._refuse_settings()
-        if trainer.args.ddp_find_unused_parameters is None:
-            trainer.args.ddp_find_unused_parameters = True  # a skipped attention has no gradient in that step
+        self._find_unused_parameters()
         self._pruning, self._teacher = pruning, teacher
         self._aside = False
         self._attach()
+        if trainer.optimizer is not None and self.pruner.misses(trainer.optimizer):
+            got = "an optimizer without the replacements' parameters, which the trainer has just added"
+            remedy = "pass optimizer_cls_and_kwargs=(torch.optim.AdamW, {...}), or override create_optimizer"
+            self.pruner.detach()
+            wanted = "none, or one made after them"
+            raise ArgumentError(say("SelfPruningTrainer", "optimizers", got, wanted, remedy))
         trainer.add_callback(_StepGates(self))
+
+    def _find_unused_parameters(self) -> None:
+        """A skipped attention has no gradient in that step: DistributedDataParallel must not wait for one.
+
+        The accelerator is made by now and has its own copy of the setting, which transformers turns off under
+        activation checkpointing.
+        """
+        trainer: Any = self
+        trainer.args.ddp_find_unused_parameters = True
+        handler = getattr(trainer.accelerator, "ddp_handler", None)
+        if handler is not None:
+            handler.find_unused_parameters = True
 
     def _refuse_settings(self) -> None:
         trainer: Any = self
+        if trainer.args.world_size > 1:
+            self._refuse_distributed_settings()
         sharded = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
         for name, bad, remedy in (
             (
@@ -68,6 +96,36 @@ class SelfPruningMixin:
                 wanted = "one whole model a process and a number of steps known from the start"
                 raise Unsupported(say("SelfPruningTrainer", name, "set", wanted, remedy))
 
+    def _refuse_distributed_settings(self) -> None:
+        args: Any = self.args  # type: ignore[attr-defined]
+        # transformers has renamed gradient checkpointing.
+        kind = "activation" if hasattr(args, "activation_checkpointing") else "gradient"
+        checkpointing = getattr(args, f"{kind}_checkpointing")
+        settings = getattr(args, f"{kind}_checkpointing_kwargs") or {}
+        for name, bad, wanted, remedy in (
+            (
+                "args.ddp_find_unused_parameters",
+                args.ddp_find_unused_parameters is False,
+                "None or True: a skipped attention has no gradient",
+                "leave it out",
+            ),
+            (
+                "args.ddp_static_graph",
+                args.ddp_static_graph,
+                "None or False: which attention runs changes from step to step",
+                "leave it out",
+            ),
+            (
+                f"args.{kind}_checkpointing_kwargs",
+                checkpointing and settings.get("use_reentrant", False),
+                "checkpointing that is not reentrant: DistributedDataParallel looks for unused parameters",
+                'pass {"use_reentrant": False}',
+            ),
+        ):
+            if bad:
+                got = "use_reentrant=True" if "kwargs" in name else getattr(args, name.split(".")[1])
+                raise Unsupported(say("SelfPruningTrainer", name, got, wanted, remedy))
+
     def _attach(self) -> None:
         trainer: Any = self
         if self._teacher is not None:
@@ -77,6 +135,7 @@ class SelfPruningMixin:
     def call_model_init(self, trial: Any = None) -> nn.Module:
         model: nn.Module = super().call_model_init(trial)  # type: ignore[misc]
         if hasattr(self, "_pruning"):  # a new model for a new trial: it needs gates of its own
+            self.pruner.release()
             self.pruner = Pruner(model, self._pruning, None, self._teacher).attach()
         return model
 
@@ -92,10 +151,26 @@ class SelfPruningMixin:
             raise ArgumentError(
                 say("train", "model", "pruned by an earlier train()", "a dense model", "make a new trainer")
             )
-        result = super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
-        if self.pruner.kept is not None:
-            self.pruner.finalize()
+        self.pruner.engage()
+        try:
+            result = super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+            self._check_hardened()
+        except BaseException:
+            self.pruner.release()
+            raise
+        self.pruner.finalize()
         return result
+
+    def _check_hardened(self) -> None:
+        pruner, state = self.pruner, self.state  # type: ignore[attr-defined]
+        if pruner.kept is None:
+            got = f"an end after step {pruner.steps} of {state.max_steps}"
+            wanted = f"{pruner.schedule.harden} steps or more, after which the gates are hardened"
+            remedy = (
+                "go on with train(resume_from_checkpoint=True), check the callback or the data that ended "
+                "it, or call trainer.pruner.harden() and trainer.pruner.finalize() to prune as far as it is"
+            )
+            raise ArgumentError(say("train", "steps", got, wanted, remedy))
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, *args: Any, **kwargs: Any
@@ -105,12 +180,20 @@ class SelfPruningMixin:
         below = super().compute_loss  # type: ignore[misc]
         if not model.training:
             return below(model, inputs, return_outputs, *args, **kwargs)
-        inputs = self.pruner.prepare(inputs)
-        batch = dict(inputs)  # some Trainers take the labels out
-        loss, outputs = below(model, inputs, True, *args, **kwargs)
+        if is_sentence_model(trainer.model):
+            with watching(trainer.model, self.pruner) as forwards:
+                loss, outputs = below(model, inputs, True, *args, **kwargs)
+        else:
+            inputs = self.pruner.prepare(inputs)
+            batch = dict(inputs)  # some Trainers take the labels out
+            loss, outputs = below(model, inputs, True, *args, **kwargs)
+        self.pruner.finite.note(TASK, loss)
         with trainer.accelerator.autocast():  # which it puts around the model's forward alone
-            added = self.pruner.loss(outputs, batch) / self._loss_divisor(*args, **kwargs)
-        loss = self.pruner.task_weight * loss + added
+            if is_sentence_model(trainer.model):
+                added = self.pruner.loss_of(forwards)
+            else:
+                added = self.pruner.loss(outputs, batch)
+        loss = self.pruner.task_weight * loss + added / self._loss_divisor(*args, **kwargs)
         return (loss, outputs) if return_outputs else loss
 
     def _loss_divisor(self, num_items_in_batch: Any = None) -> int:
@@ -164,12 +247,12 @@ class SelfPruningMixin:
         finally:
             self._aside = False
         trainer.accelerator.wait_for_everyone()
+        if trainer.state.best_global_step:  # on every rank, since each of them loads it
+            best = run_dir / f"checkpoint-{trainer.state.best_global_step}"
+            if best.name == name or best.is_dir():
+                trainer.state.best_model_checkpoint = str(best)
         if trainer.args.should_save:
-            torch.save(self.pruner.state_dict(), aside / STATE_FILE)
-            if trainer.state.best_global_step:
-                best = run_dir / f"checkpoint-{trainer.state.best_global_step}"
-                if best.name == name or best.is_dir():
-                    trainer.state.best_model_checkpoint = str(best)
+            torch.save(self.pruner.state_dict() | {LEFT_OUT: self._left_out()}, aside / STATE_FILE)
             trainer.state.save_to_json(str(aside / "trainer_state.json"))
             checkpoints.seal(aside)
             checkpoints.publish(aside, run_dir / name)
@@ -177,10 +260,39 @@ class SelfPruningMixin:
             checkpoints.rotate(run_dir, trainer.args.save_total_limit, trainer.state.best_model_checkpoint)
         trainer.accelerator.wait_for_everyone()
 
+    def _left_out(self) -> dict[str, torch.Tensor]:
+        """What the model has in training and its checkpoint leaves out; all of it where the model is no
+        model of transformers, whose own loader would refuse an unfinished one."""
+        model = self.pruner.model
+        names: tuple[str, ...] = ("",)
+        if isinstance(model, PreTrainedModel):
+            names = checkpoint.unused_names(model, checkpoint.layout_of(self.pruner.state))
+        state = model.state_dict()
+        return {name: tensor.cpu().clone() for name, tensor in state.items() if name.startswith(names)}
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
-        state = torch.load(Path(resume_from_checkpoint) / STATE_FILE, map_location="cpu", weights_only=True)
-        self.pruner.load_state_dict(state)
+        if isinstance(self.pruner.model, PreTrainedModel):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+        self.pruner.load_state_dict(self._load_left_out(resume_from_checkpoint))
+
+    def _load_left_out(self, folder: str) -> dict[str, Any]:
+        """Give the model the weights of `_left_out`; returns the rest of the Pruner's file."""
+        state: dict[str, Any] = torch.load(Path(folder) / STATE_FILE, map_location="cpu", weights_only=True)
+        self.pruner.model.load_state_dict(state.get(LEFT_OUT, {}), strict=False)
+        return state
+
+    def _load_best_model(self) -> None:
+        if isinstance(self.pruner.model, PreTrainedModel):
+            super()._load_best_model()  # type: ignore[misc]
+        else:
+            self._load_left_out(self.state.best_model_checkpoint)  # type: ignore[attr-defined]
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """As in Trainer, but for what a checkpoint of a hardened model leaves out."""
+        parts = (".attention.self.", ".attention.output.dense.", ".attention.replacement.")
+        missing = [name for name in load_result.missing_keys if not any(part in name for part in parts)]
+        load_result.missing_keys[:] = missing
+        super()._issue_warnings_after_load(load_result)  # type: ignore[misc]
 
 
 class _StepGates(TrainerCallback):

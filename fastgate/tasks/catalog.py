@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from ..errors import DataError, say
+
 KINDS = ("text", "pair", "regression", "tokens")
 
 
@@ -14,9 +16,9 @@ class Spec:
     kind: `text` (one text, one class), `pair` (two texts, one class), `regression` (one or two texts, a
     number), `tokens` (a list of words, one tag each). columns: the input columns; target: the label column.
     evaluate_on: splits that are scored together, as far as they are there and carry labels. labels: class
-    names in the order of the ids, where the data set fixes them. named: labels are matched by these names
-    alone, so no training rows are needed to know them. hub: None for data that only its owners may give away.
-    folder: where the files are, if not under the task's own name.
+    names in the order of the ids, where the data set fixes them. named: labels can only be these names
+    or their ids, so no training rows are needed to know them. hub: None for data that only its owners may
+    give away. folder: where the files are, if not under the task's own name.
     """
 
     kind: str
@@ -88,6 +90,13 @@ CATALOG: dict[str, Spec] = {
     "ud_ewt": _UD_EWT,
     "ud_ewt_xpos": replace(_UD_EWT, target="xpos", folder="ud_ewt"),
 }
+
+
+def check_kind(kind: str) -> None:
+    """Refuse a kind of task that there is not."""
+    if kind not in KINDS:
+        remedy = "choose what fits the label column"
+        raise DataError(say("fastgate", "--task-type", repr(kind), "one of " + ", ".join(KINDS), remedy))
 
 
 def hub_config(name: str, spec: Spec) -> str | None:

@@ -1,20 +1,29 @@
-"""Load a task by name or from the user's own files, and check every row before any training starts."""
+"""Load a task by name or from the user's own files, and check every row before any training starts.
+
+Messages name the options of the command line: `--train F` is the argument `train`, and so on.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-from ..errors import DataError, say
-from .catalog import CATALOG, KINDS, Spec, hub_config
-from .files import read_file, read_folder, read_hub
+from .catalog import CATALOG, Spec, check_kind, hub_config
+from .files import Table, read_file, read_folder, read_hub
+from .formats import refuse
+from .labels import Classes, class_keys
+from .lists import words_of
 from .metrics import is_iob2
 from .task import Task
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+_NUMBER = re.compile(r"\s*[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?\s*")
+_HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # half of a surrogate pair, which no tokenizer takes
 
 _DEFAULT_COLUMNS = {
     "text": ("text",),
@@ -31,10 +40,6 @@ _DEFAULT_METRIC = {
 }
 
 
-def _fail(argument: str, got: object, wanted: str, remedy: str) -> NoReturn:
-    raise DataError(say("load_task", argument, got, wanted, remedy))
-
-
 def load_task(
     name: str,
     data_dir: str | Path | None = None,
@@ -48,19 +53,26 @@ def load_task(
 
     With `data_dir` its splits are `<data_dir>/<name>/<split>.jsonl.gz` (or .jsonl, .json, .csv, .tsv),
     without it the hub's data set of that name. `evaluate_on` overrides the splits that are scored (together).
-    `max_train_rows` and `max_eval_rows` keep that many rows, drawn by a shuffle with `seed`.
+    `max_train_rows` and `max_eval_rows` keep that many rows, drawn by a shuffle with `seed`; each of
+    several splits keeps its share.
     """
     if name not in CATALOG:
-        remedy = "pick one of them, or pass your own files with a task type"
-        _fail("name", repr(name), "one of " + ", ".join(CATALOG), remedy)
+        remedy = "pick one of them, or pass your own files with --task-type, --train and --validation"
+        refuse("fastgate", "--task", repr(name), "one of " + ", ".join(CATALOG), remedy)
     spec = CATALOG[name]
     if data_dir is not None:
         raw = read_folder(data_dir, spec.folder or name, {"train", *(evaluate_on or spec.evaluate_on)})
     elif spec.hub is None:
         wanted = f"a folder with {name}/train.jsonl.gz and a split to score on: its owners give it away alone"
-        _fail("data_dir", "none", wanted, f"write rows of {spec.columns[0]} and {spec.target} there")
+        refuse(
+            "fastgate",
+            "--data-dir",
+            "none",
+            wanted,
+            f"write rows of {spec.columns[0]} and {spec.target} there",
+        )
     else:
-        raw = read_hub(spec.hub, hub_config(name, spec), spec.hub_revision)
+        raw = read_hub(name, spec.hub, hub_config(name, spec), spec.hub_revision)
     return _build(name, spec, raw, evaluate_on, max_train_rows, max_eval_rows, seed)
 
 
@@ -76,38 +88,52 @@ def load_files(
     max_eval_rows: int | None = None,
     seed: int = 0,
 ) -> Task:
-    """A task from the user's own files (.jsonl, .jsonl.gz, .json, .csv, .tsv).
+    """A task from the user's own files (.jsonl, .jsonl.gz, .json, .csv, .tsv; formats.py says how they are
+    read).
 
     kind: `text`, `pair`, `regression` (one or two text columns and a number) or `tokens` (lists of words and
-    tags, or strings of them separated by blanks). columns: the input columns, by default `text` (`text_pair`)
-    or `tokens`; target: the label column, by default `label` or `tags`. labels: the class names in the order
-    of the ids, by default those of the training rows, sorted; `train` may be None where they are given.
+    tags; in a table JSON or Python lists, or words separated by blanks). columns: the input columns, by
+    default `text` (`text_pair`) or `tokens`; target: the label column, by default `label` or `tags`. labels:
+    the class names in the order of the ids, by default those of the training rows, numbers in their order and
+    before words; where they are given the rows hold these names, or all of them ids, and `train` may be None.
     Raises DataError as `load_task` does.
     """
-    if kind not in KINDS:
-        _fail("kind", repr(kind), "one of " + ", ".join(KINDS), "choose what fits the label column")
+    check_kind(kind)
     spec = Spec(
         kind,
         tuple(columns) or _DEFAULT_COLUMNS[kind],
         target or _DEFAULT_TARGET[kind],
         _DEFAULT_METRIC[kind],
         labels=tuple(labels),
-        named=train is None,
+        named=bool(labels) or kind == "regression",
     )
-    allowed = {"text": (1,), "pair": (2,), "regression": (1, 2), "tokens": (1,)}[kind]
-    if len(spec.columns) not in allowed:
-        wanted = " or ".join(map(str, allowed)) + f" input column(s) for {kind}"
-        _fail("columns", ", ".join(spec.columns), wanted, "name the input columns again")
-    raw = {} if train is None else {"train": read_file(train)}
-    raw["validation"] = read_file(validation)
+    _check_spec(spec)
+    if train is None and not spec.named:
+        refuse("fastgate", "--train", "none", "training rows, or the class names", "pass --train")
+    raw = {} if train is None else {"train": read_file(train, "--train")}
+    raw["validation"] = read_file(validation, "--validation")
     name = Path(train or validation).name.split(".")[0]
     return _build(name, spec, raw, (), max_train_rows, max_eval_rows, seed)
+
+
+def _check_spec(spec: Spec) -> None:
+    allowed = {"text": (1,), "pair": (2,), "regression": (1, 2), "tokens": (1,)}[spec.kind]
+    given = ", ".join(spec.columns)
+    if len(spec.columns) not in allowed:
+        wanted = " or ".join(map(str, allowed)) + f" input column(s) for --task-type {spec.kind}"
+        refuse("fastgate", "--columns", given, wanted, "name the input columns again")
+    if len({*spec.columns, spec.target}) <= len(spec.columns):
+        got = f"{given} with --label-column {spec.target}"
+        refuse("fastgate", "--columns", got, "different columns", "name each column once")
+    twice = sorted({label for label in spec.labels if spec.labels.count(label) > 1})
+    if twice:
+        refuse("fastgate", "labels", f"{twice[0]!r} twice", "every class name once", "rename one in id2label")
 
 
 def _build(
     name: str,
     spec: Spec,
-    raw: dict[str, Dataset],
+    raw: dict[str, Table],
     evaluate_on: Sequence[str],
     max_train_rows: int | None,
     max_eval_rows: int | None,
@@ -115,205 +141,201 @@ def _build(
 ) -> Task:
     import datasets
 
-    always = () if spec.named else ("train",)
-    missing = [split for split in (*always, *evaluate_on) if split not in raw]
+    _check_count("--max-train-rows", max_train_rows)
+    _check_count("--max-eval-rows", max_eval_rows)
+    if len(set(evaluate_on)) < len(evaluate_on):
+        refuse("fastgate", "--evaluate-on", ", ".join(evaluate_on), "every split once", "name each once")
+    there = ", ".join(sorted(raw)) or "none"
+    trained = ("train",) if "train" in raw or not spec.named else ()
+    missing = [split for split in (*trained, *evaluate_on) if split not in raw]
     if missing:
-        _fail(
-            "splits", ", ".join(sorted(raw)), f"{', '.join(missing)} among them", "name splits that are there"
-        )
+        option = "--evaluate-on" if missing[0] in evaluate_on else f"--task {name}"
+        refuse(option, "splits", there, f"{', '.join(missing)} among them", "name splits that are there")
     wanted = [split for split in (evaluate_on or spec.evaluate_on) if split in raw]
-    used = {split: raw[split] for split in (*always, *wanted)}
-    for split, rows in used.items():
-        _need_columns(rows, spec, f"{name} {split}")
-    for split in wanted:
-        if _unlabelled(used[split], spec):
-            if evaluate_on:
-                _fail(f"{name} {split}", "labels that are all -1", "gold labels", "evaluate on another split")
-            del used[split]
-    wanted = [split for split in wanted if split in used]
+    used = {split: raw[split] for split in (*trained, *wanted)}
+    for rows in used.values():
+        if len(rows) == 0:
+            refuse(rows.where, "rows", "none", "at least one row", "use another split")
+        _need_columns(rows, spec)
+    unlabelled = tuple(split for split in wanted if _unlabelled(used[split], spec))
+    if unlabelled and evaluate_on:
+        where = used[unlabelled[0]].where
+        refuse(
+            where,
+            f"column {spec.target}",
+            "labels that are all -1",
+            "gold labels",
+            "evaluate on another split",
+        )
+    wanted = [split for split in wanted if split not in unlabelled]
+    used = {split: rows for split, rows in used.items() if split not in unlabelled}
     if not wanted:
         needed = f"a labelled split out of {', '.join(evaluate_on or spec.evaluate_on)}"
-        _fail("splits", ", ".join(sorted(raw)), needed, "add one, or name another to evaluate on")
+        refuse(f"--task {name}", "splits", there, needed, "add one, or name another with --evaluate-on")
     if spec.kind == "tokens":
-        plain, labels = _tokens(name, used, spec)
+        plain, labels = _tokens(used, spec)
     elif spec.kind == "regression":
-        plain, labels = {s: _numbers(rows, spec, f"{name} {s}") for s, rows in used.items()}, ()
+        plain, labels = (
+            {s: {**_texts(rows, spec), "label": _numbers(rows, spec)} for s, rows in used.items()},
+            (),
+        )
     else:
-        plain, labels = _classes(name, used, spec)
+        plain, labels = _classes(used, spec)
     splits = {split: datasets.Dataset.from_dict(columns) for split, columns in plain.items()}
     if max_train_rows is not None and "train" in splits:
-        splits["train"] = _draw(splits["train"], max_train_rows, seed, "max_train_rows")
+        splits["train"] = _draw(splits["train"], max_train_rows, seed)
     if max_eval_rows is not None:
-        share = [
-            math.ceil(max_eval_rows * len(splits[s]) / sum(len(splits[t]) for t in wanted)) for s in wanted
-        ]
-        for split, rows in zip(wanted, share, strict=True):
-            splits[split] = _draw(splits[split], rows, seed, "max_eval_rows")
+        shares = _shares(max_eval_rows, [len(splits[split]) for split in wanted])
+        for split, share in zip(wanted, shares, strict=True):
+            splits[split] = _draw(splits[split], share, seed)
+        wanted = [split for split, share in zip(wanted, shares, strict=True) if share]
     metric = spec.metric
     if spec.kind == "tokens":
         metric = "entity_f1" if is_iob2(labels) else "token_accuracy"
-    return Task(name, spec.kind, splits, labels, metric, tuple(wanted), (*spec.columns, spec.target))
+    columns = (*spec.columns, spec.target)
+    return Task(name, spec.kind, splits, labels, metric, tuple(wanted), columns, unlabelled)
 
 
-def _draw(rows: Dataset, count: int, seed: int, argument: str) -> Dataset:
-    if count < 1:
-        _fail(argument, count, "at least 1", "raise it or leave it out")
+def _check_count(option: str, count: int | None) -> None:
+    if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
+        refuse("fastgate", option, repr(count), "at least 1", "raise it or leave it out")
+
+
+def _shares(count: int, sizes: Sequence[int]) -> list[int]:
+    """How many of `count` rows each split gives, by its size: `count` together, or all if there are fewer."""
+    if count >= sum(sizes):
+        return list(sizes)
+    exact = [count * size / sum(sizes) for size in sizes]
+    found = [math.floor(share) for share in exact]
+    largest = sorted(range(len(sizes)), key=lambda place: found[place] - exact[place])
+    for place in largest[: count - sum(found)]:
+        found[place] += 1
+    return found
+
+
+def _draw(rows: Dataset, count: int, seed: int) -> Dataset:
     return rows if count >= len(rows) else rows.shuffle(seed=seed).select(range(count))
 
 
-def _need_columns(rows: Dataset, spec: Spec, where: str) -> None:
+def _need_columns(rows: Table, spec: Spec) -> None:
     missing = [column for column in (*spec.columns, spec.target) if column not in rows.column_names]
     if missing:
-        got = ", ".join(rows.column_names)
-        _fail(
-            f"{where}: columns",
-            got,
-            f"{', '.join(missing)} among them",
-            "name the columns that hold the data",
+        names = [name if name == name.strip() else repr(name) for name in rows.column_names]
+        got = ", ".join(names[:20])[:300] + (", ..." if len(names) > 20 else "")
+        remedy = (
+            "name the columns that hold the data with --columns and --label-column; tables need a header line"
         )
+        refuse(rows.where, "columns", got, f"{', '.join(missing)} among them", remedy)
 
 
-def _unlabelled(rows: Dataset, spec: Spec) -> bool:
+def _unlabelled(rows: Table, spec: Spec) -> bool:
     """GLUE's test sets on the hub carry -1 in place of every label."""
-    return spec.kind in ("text", "pair") and all(value == -1 for value in rows[spec.target][:])
+    return spec.kind in ("text", "pair") and all(value in (-1, "-1") for value in rows.column(spec.target))
 
 
-def _texts(rows: Dataset, spec: Spec, where: str) -> dict[str, list]:
+def _check_characters(text: str, rows: Table, column: str, number: int) -> None:
+    if _HALF_CHARACTER.search(text):
+        got = "half of a surrogate pair, which is no character"
+        refuse(rows.where, rows.place(column, number), got, "a text", "write the character as UTF-8")
+
+
+def _texts(rows: Table, spec: Spec) -> dict[str, list]:
     found = {}
     for ours, column in zip(("text", "text_pair"), spec.columns, strict=False):
-        values = rows[column][:]
+        values = rows.column(column)
         for number, value in enumerate(values):
             if not isinstance(value, str):
                 got = "null" if value is None else f"a {type(value).__name__}"
-                _fail(f"{where}: column {column}: row {number}", got, "a text", "drop or fill such rows")
+                refuse(rows.where, rows.place(column, number), got, "a text", "drop or fill such rows")
+            _check_characters(value, rows, column, number)
         if not any(value.strip() for value in values):
-            _fail(
-                f"{where}: column {column}", "blank in every row", "texts", "name the column with the texts"
-            )
+            remedy = "name the column with the texts"
+            refuse(rows.where, f"column {column}", "blank in every row", "texts", remedy)
         found[ours] = values
     return found
 
 
-def _targets(rows: Dataset, spec: Spec, where: str) -> list:
-    values = rows[spec.target][:]
+def _targets(rows: Table, spec: Spec) -> list:
+    values = rows.column(spec.target)
     for number, value in enumerate(values):
-        if value is None or value == "" or (value == -1 and spec.kind != "regression"):
-            got = {None: "null", "": "an empty label"}.get(value, "-1 (no label)")
-            _fail(f"{where}: column {spec.target}: row {number}", got, "a label", "drop or fill such rows")
+        blank = isinstance(value, str) and not value.strip()
+        if value is None or blank or (spec.kind != "regression" and value in (-1, "-1")):
+            got = "null" if value is None else "an empty label" if blank else "-1 (no label)"
+            refuse(rows.where, rows.place(spec.target, number), got, "a label", "drop or fill such rows")
     return values
 
 
-def _numbers(rows: Dataset, spec: Spec, where: str) -> dict[str, list]:
+def _numbers(rows: Table, spec: Spec) -> list[float]:
     found = []
-    for number, value in enumerate(_targets(rows, spec, where)):
+    for number, value in enumerate(_targets(rows, spec)):
         try:
-            if isinstance(value, bool):
+            if isinstance(value, bool) or (isinstance(value, str) and not _NUMBER.fullmatch(value)):
                 raise ValueError
             found.append(float(value))
             if not math.isfinite(found[-1]):
                 raise ValueError
-        except (TypeError, ValueError):
-            place = f"{where}: column {spec.target}: row {number}"
-            _fail(place, repr(value), "a finite number", "mend it, or choose the task type text for classes")
-    return {**_texts(rows, spec, where), "label": found}
+        except (TypeError, ValueError, OverflowError):
+            got, remedy = repr(value)[:80], "mend it, or choose --task-type text for classes"
+            refuse(rows.where, rows.place(spec.target, number), got, "a finite number", remedy)
+    return found
 
 
-def _class_names(feature: Any, spec: Spec) -> tuple[str, ...]:
-    """Names the data set itself fixes for its integer labels, or those of the catalogue."""
-    feature = getattr(feature, "feature", feature)
-    return tuple(getattr(feature, "names", ())) or spec.labels
-
-
-def _as_class(value: object, place: str) -> int | str:
-    if isinstance(value, bool):
-        return str(value)
-    if isinstance(value, float):
-        if not value.is_integer():
-            _fail(
-                place, value, "a class (text or whole number)", "choose the task type regression for numbers"
-            )
-        return int(value)
-    if isinstance(value, int | str):
-        return value
-    return _fail(
-        place, f"a {type(value).__name__}", "a class (text or whole number)", "name the label column"
-    )
-
-
-def _class_table(
-    train: Iterable[int | str], names: tuple[str, ...], where: str, named: bool
-) -> dict[int | str, int]:
-    """Label as found in the data -> id."""
-    seen = sorted(set(train), key=lambda value: (isinstance(value, str), value))
-    if names and all(isinstance(value, int) for value in seen):
-        return {i: i for i in range(len(names))}
-    if names and (named or all(value in names for value in seen)):
-        return {name: i for i, name in enumerate(names)}
-    if len(seen) < 2:
-        _fail(where, f"one label only ({seen[0]!r})", "two or more", "add rows of the other classes")
-    return {value: i for i, value in enumerate(seen)}
-
-
-def _lookup(value: int | str, table: dict[int | str, int], place: str) -> int:
-    if value not in table:
-        known = ", ".join(map(str, list(table)[:20])) + (", ..." if len(table) > 20 else "")
-        _fail(
-            place,
-            repr(value),
-            f"a known label ({known})",
-            "mend it, or add such training rows",
-        )
-    return table[value]
-
-
-def _classes(
-    name: str, used: dict[str, Dataset], spec: Spec
-) -> tuple[dict[str, dict[str, list]], tuple[str, ...]]:
-    found: dict[str, dict[str, list]] = {}
-    table: dict[int | str, int] = {}
-    names = _class_names(next(iter(used.values())).features[spec.target], spec)
-    for split, rows in used.items():
-        where = f"{name} {split}"
-        texts = _texts(rows, spec, where)
-        place = f"{where}: column {spec.target}"
-        values = [_as_class(v, f"{place}: row {i}") for i, v in enumerate(_targets(rows, spec, where))]
-        values = list(map(str, values)) if spec.named else values
-        table = table or _class_table(values, names, place, spec.named)
-        found[split] = {
-            **texts,
-            "label": [_lookup(v, table, f"{place}: row {i}") for i, v in enumerate(values)],
+def _classes(used: dict[str, Table], spec: Spec) -> tuple[dict[str, dict[str, list]], tuple[str, ...]]:
+    texts = {split: _texts(rows, spec) for split, rows in used.items()}
+    keys = {
+        split: class_keys(rows, spec.target, _targets(rows, spec), range(len(rows)))
+        for split, rows in used.items()
+    }
+    classes = Classes.of(used, keys, spec)
+    found: dict[str, dict[str, list]] = {
+        split: {
+            **texts[split],
+            "label": [classes.id(key, rows, spec.target, n) for n, key in enumerate(keys[split])],
         }
-    return found, _names(table, names)
+        for split, rows in used.items()
+    }
+    return found, classes.names
 
 
-def _names(table: dict[int | str, int], names: tuple[str, ...]) -> tuple[str, ...]:
-    return names if names and len(names) == len(table) else tuple(map(str, table))
-
-
-def _tokens(
-    name: str, used: dict[str, Dataset], spec: Spec
-) -> tuple[dict[str, dict[str, list]], tuple[str, ...]]:
+def _tokens(used: dict[str, Table], spec: Spec) -> tuple[dict[str, dict[str, list]], tuple[str, ...]]:
     (words_column,) = spec.columns
-    found: dict[str, dict[str, list]] = {}
-    table: dict[int | str, int] = {}
-    names = _class_names(next(iter(used.values())).features[spec.target], spec)
+    words, tags, numbers, keys = {}, {}, {}, {}
     for split, rows in used.items():
-        where = f"{name} {split}"
-        words, tags = rows[words_column][:], rows[spec.target][:]
-        for number, (row, marks) in enumerate(zip(words, tags, strict=True)):
-            place = f"{where}: row {number}"
-            row, marks = (v.split() if isinstance(v, str) else v for v in (row, marks))
-            if not row or not marks or None in row or None in marks:
-                wanted = f"words in {words_column} and tags in {spec.target}"
-                _fail(place, "null or nothing", wanted, "drop or fill such rows")
-            if len(row) != len(marks):
-                got = f"{len(row)} words and {len(marks)} tags"
-                _fail(place, got, "one tag a word", f"mend {words_column} or {spec.target}")
-            marks = [_as_class(mark, place) for mark in marks]
-            words[number], tags[number] = list(map(str, row)), list(map(str, marks)) if spec.named else marks
-        if not table:
-            place = f"{where}: column {spec.target}"
-            table = _class_table((tag for marks in tags for tag in marks), names, place, spec.named)
-        ids = [[_lookup(tag, table, f"{where}: row {i}") for tag in marks] for i, marks in enumerate(tags)]
-        found[split] = {"tokens": words, "tags": ids}
-    return found, _names(table, names)
+        words[split], tags[split] = _words_and_tags(rows, words_column, spec.target)
+        numbers[split] = [number for number, marks in enumerate(tags[split]) for _ in marks]
+        flat = [mark for marks in tags[split] for mark in marks]
+        keys[split] = class_keys(rows, spec.target, flat, numbers[split])
+    classes = Classes.of(used, keys, spec)
+    found: dict[str, dict[str, list]] = {}
+    for split, rows in used.items():
+        ids = iter(
+            [classes.id(k, rows, spec.target, n) for k, n in zip(keys[split], numbers[split], strict=True)]
+        )
+        found[split] = {"tokens": words[split], "tags": [[next(ids) for _ in marks] for marks in tags[split]]}
+    return found, classes.names
+
+
+def _words_and_tags(
+    rows: Table, words_column: str, tags_column: str
+) -> tuple[list[list[str]], list[list[Any]]]:
+    """The lists of every row, as long as each other and without gaps."""
+    words, tags = rows.column(words_column), rows.column(tags_column)
+    for number, pair in enumerate(zip(words, tags, strict=True)):
+        row = words_of(pair[0], rows.where, rows.place(words_column, number))
+        marks = words_of(pair[1], rows.where, rows.place(tags_column, number))
+        place = rows.place(tags_column, number)
+        if not row or not marks or any(mark in (None, "") for mark in (*row, *marks)):
+            wanted = f"words in {words_column} and tags in {tags_column}"
+            refuse(rows.where, place, "null or nothing", wanted, "drop or fill such rows")
+        if len(row) != len(marks):
+            got, remedy = f"{len(row)} words and {len(marks)} tags", f"mend {words_column} or {tags_column}"
+            refuse(rows.where, place, got, "one tag a word", remedy)
+        if any(mark in (-1, -100, "-1", "-100") for mark in marks):
+            refuse(rows.where, place, "-1 or -100 (no tag)", "a tag for every word", "drop or fill such rows")
+        for word in row:
+            if isinstance(word, bool) or not isinstance(word, str | int | float):
+                got, remedy = f"a {type(word).__name__} among the words", "write every word as text"
+                refuse(rows.where, rows.place(words_column, number), got, "words", remedy)
+            _check_characters(str(word), rows, words_column, number)
+        words[number], tags[number] = list(map(str, row)), marks
+    return words, tags

@@ -10,15 +10,25 @@ import numpy as np
 IGNORED = -100  # the label of tokens that are not scored: special tokens, padding, later sub-words
 
 
+def _undefined(metric: str, reason: str) -> None:
+    warnings.warn(f"{metric} is undefined and counts as 0: {reason}", RuntimeWarning, stacklevel=3)
+
+
 def _f1_average(labels: Sequence[str]) -> str:
     return "binary" if len(labels) == 2 else "macro"
 
 
 def classification(logits: np.ndarray, gold: np.ndarray, labels: Sequence[str]) -> dict[str, float]:
-    """Accuracy, F1 (of class 1 of two, macro of more), Matthews correlation; logits (rows, classes)."""
+    """Accuracy, F1 (of class 1 of two, macro of more), Matthews correlation; logits (rows, classes).
+
+    Matthews is undefined where gold labels or predictions are of one class: it counts as 0, with a warning.
+    """
     from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
     predicted = logits.argmax(-1)
+    for what, ids in (("gold labels", gold), ("predictions", predicted)):
+        if len(np.unique(ids)) < 2:
+            _undefined("Matthews correlation", f"the {what} are of one class")
     return {
         "accuracy": float(accuracy_score(gold, predicted)),
         "f1": float(f1_score(gold, predicted, average=_f1_average(labels), zero_division=0)),
@@ -27,18 +37,23 @@ def classification(logits: np.ndarray, gold: np.ndarray, labels: Sequence[str]) 
 
 
 def regression(predicted: np.ndarray, gold: np.ndarray) -> dict[str, float]:
-    """Spearman and Pearson correlation (0 for constant predictions) and mean squared error."""
+    """Spearman and Pearson correlation and mean squared error.
+
+    A correlation is undefined where gold numbers or predictions are all equal: it counts as 0,
+    with a warning.
+    """
     from scipy.stats import pearsonr, spearmanr
 
     predicted, gold = predicted.reshape(-1).astype(np.float64), gold.reshape(-1).astype(np.float64)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        spearman, pearson = (float(f(predicted, gold).statistic) for f in (spearmanr, pearsonr))
-    return {
-        "spearman": 0.0 if np.isnan(spearman) else spearman,
-        "pearson": 0.0 if np.isnan(pearson) else pearson,
-        "mse": float(np.mean((predicted - gold) ** 2)),
-    }
+    spearman = pearson = 0.0
+    flat = [w for w, v in (("gold numbers", gold), ("predictions", predicted)) if np.ptp(v) == 0.0]
+    if flat:
+        _undefined("correlation", f"the {flat[0]} are all equal")
+    else:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # nearly equal numbers
+            spearman, pearson = (float(f(predicted, gold).statistic) for f in (spearmanr, pearsonr))
+    return {"spearman": spearman, "pearson": pearson, "mse": float(np.mean((predicted - gold) ** 2))}
 
 
 def is_iob2(labels: Sequence[str]) -> bool:
@@ -60,6 +75,8 @@ def tokens(logits: np.ndarray, gold: np.ndarray, labels: Sequence[str]) -> dict[
         def words(ids: np.ndarray) -> list[list[str]]:
             return [[labels[i] for i in row[mask]] for row, mask in zip(ids, scored, strict=True)]
 
+        if not any(labels[i] != "O" for i in np.unique(gold[scored])):
+            _undefined("entity F1", "there is no entity in the gold tags")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             found = {"entity_f1": float(f1_score(words(gold), words(predicted), zero_division=0)), **found}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,16 +15,20 @@ from ..info import environment
 from ..patch import patch
 from ..pruning import PruningConfig
 from ..pruning.objective import Target
+from ..state import POOLINGS
 from .budget import MaxDrop, clear_attempts, hold_out, prune_within
+from .disk import full_disk_told, read_json, write_json
+from .feasible import check_length, check_steps, check_target, steps_of
+from .folder import HISTORY, WHERE, check_free, check_same, claim, pruning_has_begun
 from .job import Job
 from .methods import usual_distill
 from .model import dense_model, load_tokenizer
+from .ranges import check_range, option_of
 from .task import Task
-from .training import RESULT, Fit, Listener, Training, read_json, write_json
+from .training import RESULT, Fit, Listener, Training
 
 USUAL_SEARCH = 300  # steps of search that the usual rate of the gates suits
-_RUN, _HISTORY = "run.json", "history.json"
-_OWN = ("dense", "pruned", "work", _RUN, RESULT, _HISTORY, "report.md", "gates.png")
+OTHER_TARGET = "pass --resume with another target"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,10 +49,16 @@ class Recipe(Job):
     def __post_init__(self) -> None:
         if len(self.given) != 1:
             wanted = "one of a sparsity, a speedup and a largest drop"
-            remedy = "pass one of --target-sparsity, --target-speedup and --max-drop"
-            got = " and ".join(self.given) or "none"
-            raise ArgumentError(say("finetune", "target", got, wanted, remedy))
-        self.target  # noqa: B018 - it checks the number
+            remedy = "pass one of these options"
+            got = " and ".join(map(option_of, self.given)) or "none"
+            raise ArgumentError(
+                say(WHERE, "--target-sparsity, --target-speedup, --max-drop", got, wanted, remedy)
+            )
+        for name, value in asdict(self).items():
+            check_range(WHERE, option_of(name), name, value)
+        if self.pooling not in POOLINGS:
+            remedy = "pass one of these"
+            raise ArgumentError(say(WHERE, "--pooling", repr(self.pooling), " or ".join(POOLINGS), remedy))
 
     def fit(self, epochs: float) -> Fit:
         """How a phase of that many epochs trains."""
@@ -67,36 +77,6 @@ def read_result(out: Path) -> dict[str, Any]:
     return dict(read_json(out / RESULT))
 
 
-def clear(out: Path) -> None:
-    """Remove what an earlier run left in `out`, and nothing else."""
-    if (out / _RUN).is_file():
-        for name in _OWN:
-            path = out / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-
-
-def _prepare(out: Path, recipe: Recipe, resume: bool) -> None:
-    """Make the output folder, or see that it holds the same run."""
-    if out.exists() and not out.is_dir():
-        raise ArgumentError(say("finetune", "out", f"{out}, a file", "a folder", "choose another path"))
-    wanted = json.loads(json.dumps(asdict(recipe)))
-    if not (out / _RUN).is_file():
-        if out.is_dir() and any(out.iterdir()):
-            raise ArgumentError(say("finetune", "out", f"{out}, not empty", "a new folder", "choose another"))
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(out / _RUN, wanted)
-        return
-    if not resume:
-        remedy = "pass --resume to go on with it, or choose another folder"
-        raise ArgumentError(say("finetune", "out", f"{out}, which holds a run", "a new folder", remedy))
-    found = {"pooling": "first", "bf16": False, **read_json(out / _RUN)}  # there was no choice once
-    other = [f"{key} {found.get(key)!r}" for key in wanted if found.get(key) != wanted[key]]
-    if other:
-        remedy = "resume with the settings the run began with"
-        now = ", ".join(f"{key} {wanted[key]!r}" for key in wanted if found.get(key) != wanted[key])
-        raise ArgumentError(say("finetune", "resume", now, ", ".join(other), remedy))
-
-
 def finetune(
     recipe: Recipe,
     task: Task,
@@ -104,60 +84,79 @@ def finetune(
     *,
     resume: bool = False,
     listener: Listener | None = None,
+    tell: Callable[[str], None] | None = None,
     save_every: float | None = 0.1,
 ) -> dict[str, Any]:
     """Run the recipe in the folder `out` and return what `result.json` then holds.
 
     Written to `out`: `dense` (Hugging Face's format), `pruned` (fastgate's), `history.json` (the gates over
-    the steps), `result.json`. save_every: share of a phase between two checkpoints, None for none. A run that
-    was killed goes on from its last checkpoint with `resume`. Raises ArgumentError for a folder in other use,
-    DataError for bad data.
+    the steps), `result.json`. tell: hears before training what is cut off the rows, a sentence each.
+    save_every: share of a phase between two checkpoints, None for none. A run that was killed goes on from
+    its last checkpoint with `resume`; until its pruning has begun it may then have another target. All is
+    checked before the folder is made. Raises ArgumentError for a folder in other use and for settings that
+    cannot work, DataError for bad data.
     """
-    from transformers import set_seed
-
     out = Path(out)
-    tokenizer = load_tokenizer(recipe.model, task)
-    set_seed(recipe.seed)  # the head is new
-    model = dense_model(recipe.model, task)
-    _check_length(recipe, model.config)
-    # Before anything is written: it refuses models that fastgate does not know.
-    patch(model, pooling=recipe.pooling)
-    _prepare(out, recipe, resume)
+    settings = json.loads(json.dumps(asdict(recipe)))
+    check_free(out, resume)
+    before = check_same(out, settings)
     if (out / RESULT).is_file():
         return read_result(out)
-    rows = task.tokenize(tokenizer, recipe.max_length, recipe.stride)
+    tokenizer, model, rows = _prepared(recipe, task)
+    claim(out, settings, before, rows)
+    if tell is not None:
+        for note in task.notes:
+            tell(note)
     target = recipe.target
-    if isinstance(target, MaxDrop):
-        rows = hold_out(rows, recipe.seed)
-    steps = math.ceil(math.ceil(len(rows["train"]) / recipe.batch_size) * recipe.prune_epochs)
+    steps = steps_of(len(rows["train"]), recipe.batch_size, recipe.prune_epochs)
     training = Training(task, out, tokenizer, rows, listener, save_every)
     dense = training.dense(model, recipe.fit(recipe.epochs))
     fit = recipe.fit(recipe.prune_epochs)
-    if isinstance(target, MaxDrop):
-        layers = int(model.config.num_hidden_layers)
-        config_of = functools.partial(recipe.pruning, task.kind, steps)
-        pruned = prune_within(training, target, dense, layers, config_of, fit)
-    else:
-        pruned = training.prune(recipe.pruning(task.kind, steps, target), fit)
-    write_json(out / _HISTORY, {"kept": pruned["kept"], "steps": pruned.pop("steps")})
-    result = {
-        "environment": environment(),
-        "settings": json.loads(json.dumps(asdict(recipe))),
-        "rows": {split: len(found) for split, found in rows.items()},
-        "labels": list(task.labels),
-        "metric": task.metric,
-        "dense": dense,
-        "pruned": pruned,
-    }
-    write_json(out / RESULT, result)
+    try:
+        if isinstance(target, MaxDrop):
+            layers = int(model.config.num_hidden_layers)
+            config_of = functools.partial(recipe.pruning, task.kind, steps)
+            pruned = prune_within(training, target, dense, layers, config_of, fit)
+        else:
+            pruned = training.prune(recipe.pruning(task.kind, steps, target), fit)
+    except ArgumentError as error:
+        if pruning_has_begun(out):
+            raise
+        remedy = f"{OTHER_TARGET}: the dense model in {out} is finished and stays"
+        raise ArgumentError(f"{error}; {remedy}") from error
+    with full_disk_told(out):
+        write_json(out / HISTORY, {"kept": pruned["kept"], "steps": pruned.pop("steps")})
+        result = {
+            "environment": environment(),
+            "settings": settings,
+            "rows": {split: len(found) for split, found in rows.items()},
+            "input": dict(task.counts),
+            "labels": list(task.labels),
+            "metric": task.metric,
+            "dense": dense,
+            "pruned": pruned,
+        }
+        write_json(out / RESULT, result)
     clear_attempts(training)
     shutil.rmtree(out / "work", ignore_errors=True)
     return result
 
 
-def _check_length(recipe: Recipe, config: Any) -> None:
-    limit = config.max_position_embeddings - (2 if config.model_type != "bert" else 0)
-    if not 3 <= recipe.max_length <= limit:
-        raise ArgumentError(
-            say("finetune", "max_length", recipe.max_length, f"3 to {limit} tokens", "set --max-length")
-        )
+def _prepared(recipe: Recipe, task: Task) -> tuple[Any, Any, Any]:
+    """(tokenizer, patched dense model, tokenised rows) of a run, found sound: nothing is written before."""
+    from transformers import set_seed
+
+    tokenizer = load_tokenizer(recipe.model, task)
+    set_seed(recipe.seed)  # the head is new
+    model: Any = dense_model(recipe.model, task)
+    patch(model, pooling=recipe.pooling)
+    check_length(WHERE, "--max-length", recipe.max_length, model)
+    rows = task.tokenize(tokenizer, recipe.max_length, recipe.stride)
+    target = recipe.target
+    if isinstance(target, MaxDrop):
+        rows = hold_out(rows, recipe.seed)
+    count = len(rows["train"])
+    check_steps(WHERE, "--prune-epochs", "--batch-size", count, recipe.batch_size, recipe.prune_epochs)
+    option = option_of(recipe.given[0])
+    check_target(WHERE, option, target, model, rows["train"], PruningConfig.replacement)
+    return tokenizer, model, rows

@@ -19,15 +19,20 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
+import reprlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from ..errors import ArgumentError, DataError, say
+from ..pruning.config import GATES
+from ..replacement import KINDS
 from ..state import POOLINGS
 from .catalog import CATALOG
 from .job import TARGETS, Job
+from .ranges import check_range
 from .training import TEACHERS
 
 # Method -> what of its settings may say how much to remove: one of these, and no other.
@@ -41,6 +46,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "greedy": ("sparsity",),  # by the loss on training rows
     "fixed": (),  # `keep` says it
 }
+MOST_BYTES, MOST_RUNS = 1 << 20, 20_000  # of a recipe
 _LISTS = ("tasks", "seeds", "runs", "per_task")
 _DENSE = (
     "task", "seed", "train_rows", "eval_rows", "max_length", "stride", "pooling", "model", "batch_size",
@@ -116,6 +122,9 @@ class Settings(Job):
         return {k: v for k, v in asdict(self).items() if k not in before or v != before[k]}
 
 
+_TYPES = {field.name: str(field.type) for field in fields(Settings)}  # annotations, as they are written
+
+
 def read_recipe(path: str | Path, model: str | None = None) -> list[Settings]:
     """The runs of a recipe, seed by seed and there task by task: a sweep cut off early has seen every task.
 
@@ -126,8 +135,10 @@ def read_recipe(path: str | Path, model: str | None = None) -> list[Settings]:
 
     path = Path(path)
     try:
-        found = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        if path.stat().st_size > MOST_BYTES:
+            raise ValueError(f"more than {MOST_BYTES} bytes")
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         got = f"{path}: {' '.join(str(error).split())[:160]}"
         raise DataError(
             say("sweep", "recipe", got, "a YAML file", "check the path, mend the file")
@@ -142,47 +153,115 @@ def read_recipe(path: str | Path, model: str | None = None) -> list[Settings]:
 def expand(recipe: Mapping[str, Any]) -> list[Settings]:
     """The runs of a recipe that was read."""
     known = {field.name for field in fields(Settings)}
+    _only("recipe", recipe, (known | set(_LISTS)) - {"task", "seed"})
     base = {key: value for key, value in recipe.items() if key not in _LISTS}
-    tasks, seeds = _listed(recipe.get("tasks", [])), _listed(recipe.get("seeds", [0]))
-    runs, per_task = recipe.get("runs") or [{}], recipe.get("per_task") or {}
+    tasks, seeds = _listed(recipe.get("tasks") or []), _listed(recipe.get("seeds", [0]))
+    runs, per_task = ({} if recipe.get(key) is None else recipe[key] for key in ("runs", "per_task"))
+    runs = runs or [{}]
     if not tasks:
         _refuse("tasks", "none", "one or more of " + ", ".join(CATALOG), "name the tasks")
+    if not seeds:
+        _refuse("seeds", "none", "one or more whole numbers", "name the seeds, or leave the key out")
+    for task in tasks:
+        _checked_task(task)
+    if not isinstance(runs, list):
+        _refuse("runs", _short(runs), "a list", "write each run as - {method: learned, sparsity: 0.5}")
+    for place, run in enumerate(runs):
+        _only(f"runs: number {place + 1}", run, known - {"task", "seed"})
+    _only("per_task", per_task, set(CATALOG))
+    for task, changes in per_task.items():
+        if changes is not None:
+            _only(f"per_task: {task}", changes, known - {"task", "seed"})
+    most = len(seeds) * sum(_count({**base, **(per_task.get(t) or {}), **r}) for t in tasks for r in runs)
+    if most > MOST_RUNS:
+        _refuse("recipe", f"{most} runs", f"at most {MOST_RUNS}", "make several recipes of it")
     made: list[Settings] = []
     for seed, task, run in itertools.product(seeds, tasks, runs):
         given = {**base, **(per_task.get(task) or {}), **run, "task": task, "seed": seed}
-        unknown = sorted(set(given) - known)
-        if unknown:
-            _refuse("recipe", ", ".join(unknown), ", ".join(sorted(known | set(_LISTS))), "mend the key")
-        several = {key: value for key, value in given.items() if isinstance(value, list) and key != "keep"}
+        several = _several(given)
         for values in itertools.product(*several.values()):
             one = {**given, **dict(zip(several, values, strict=True))}
-            one["keep"] = None if one.get("keep") is None else tuple(one["keep"])
-            made.append(_checked(Settings(**one)))
+            typed = {key: _typed(key, value) for key, value in one.items()}
+            made.append(_checked(Settings(**typed)))
     return list(dict.fromkeys(made))
 
 
+def _several(given: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """The keys that stand for a run of each of their values."""
+    return {key: value for key, value in given.items() if isinstance(value, list) and key != "keep"}
+
+
+def _count(given: Mapping[str, Any]) -> int:
+    return math.prod(len(value) for value in _several(given).values())
+
+
+def _only(where: str, found: Any, known: set[str]) -> None:
+    """Refuse what is not a mapping with known keys alone."""
+    if not isinstance(found, Mapping):
+        _refuse(where, _short(found), "keys and values", "write key: value")
+    unknown = [key for key in found if not isinstance(key, str) or key not in known]
+    if unknown:
+        got = ", ".join(key[:40] if isinstance(key, str) else _short(key) for key in unknown[:10])
+        _refuse(where, got, ", ".join(sorted(known)), "mend the key")
+
+
+def _typed(key: str, value: Any) -> Any:
+    """The value of a key of Settings, of the type that the field has."""
+    kind = _TYPES[key]
+    if value is None:
+        if "None" not in kind:
+            _refuse(key, "nothing", "a value", "give one, or leave the key out")
+        return None
+    if kind.startswith("tuple"):
+        whole = isinstance(value, list) and all(type(layer) is int and layer >= 0 for layer in value)
+        if not whole:
+            _refuse(key, _short(value), "a list of layers", "write e.g. keep: [1, 4]")
+        return tuple(value)
+    if kind.startswith("str"):
+        if not isinstance(value, str):
+            _refuse(key, _short(value), "a text", "put it in quotes")
+        return value
+    if kind.startswith("bool"):
+        if not isinstance(value, bool):
+            _refuse(key, _short(value), "true or false", "write one of them")
+        return value
+    if kind.startswith("float") and isinstance(value, str):
+        try:
+            value = float(value)  # YAML takes 5e-5, without a point, for a text
+        except ValueError:
+            _refuse(key, _short(value), "a number", "write it as 5.0e-5 or 0.00005")
+    check_range("sweep", key, key, value)
+    return value
+
+
+def _checked_task(task: Any) -> None:
+    if not isinstance(task, str) or task not in CATALOG:
+        _refuse("tasks", _short(task), "one of " + ", ".join(CATALOG), "mend the name")
+
+
 def _checked(settings: Settings) -> Settings:
-    if settings.task not in CATALOG:
-        _refuse("tasks", repr(settings.task), "one of " + ", ".join(CATALOG), "mend the name")
+    _checked_task(settings.task)
     if settings.pooling not in POOLINGS:
-        _refuse("pooling", repr(settings.pooling), "one of " + ", ".join(POOLINGS), "mend the name")
+        _refuse("pooling", _short(settings.pooling), "one of " + ", ".join(POOLINGS), "mend the name")
     if settings.pooling == "mean" and CATALOG[settings.task].kind == "tokens":
         _refuse("pooling", f"mean for {settings.task}", "first for a token task", "set it by per_task")
     if settings.teacher not in TEACHERS:
-        _refuse("teacher", repr(settings.teacher), "one of " + ", ".join(TEACHERS), "mend the name")
+        _refuse("teacher", _short(settings.teacher), "one of " + ", ".join(TEACHERS), "mend the name")
     if settings.method not in METHODS:
-        _refuse("method", repr(settings.method), "one of " + ", ".join(METHODS), "mend the name")
+        _refuse("method", _short(settings.method), "one of " + ", ".join(METHODS), "mend the name")
+    for name, values in (("replacement", KINDS), ("gates", GATES)):
+        given = getattr(settings, name)
+        if given is not None and given not in values:
+            _refuse(name, _short(given), "one of " + ", ".join(values), "mend the name")
     if settings.method == "fixed" and settings.keep is None:
         _refuse("keep", "none", "the layers to keep", "give e.g. keep: [1, 4]")
     if settings.method == "dense":  # nothing of a pruning decides its outcome
         plain = {f.name: f.default for f in fields(Settings) if f.name not in (*_DENSE, "method")}
         return replace(settings, **plain)  # type: ignore[arg-type]
-    targets, given = METHODS[settings.method], settings.given
-    share = settings.sparsity is None or 0.0 < settings.sparsity < 1.0
-    if targets and (len(given) != 1 or given[0] not in targets or not share):
-        got = ", ".join(f"{name} {getattr(settings, name)}" for name in given) or "none"
-        wanted = "one of " + ", ".join(targets) + ", a sparsity in (0, 1)"
-        _refuse("target", got, wanted, f"give it for {settings.method}")
+    targets, chosen = METHODS[settings.method], settings.given
+    if targets and (len(chosen) != 1 or chosen[0] not in targets):
+        got = ", ".join(f"{name} {getattr(settings, name)}" for name in chosen) or "none"
+        _refuse("target", got, "one of " + ", ".join(targets), f"give it for {settings.method}")
     return settings
 
 
@@ -194,5 +273,10 @@ def _digest(data: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
-def _refuse(argument: str, got: object, wanted: str, remedy: str) -> None:
+def _short(value: Any) -> str:
+    """A value from a file, however large or deep: a recipe may be hostile."""
+    return reprlib.repr(value)
+
+
+def _refuse(argument: str, got: object, wanted: str, remedy: str) -> NoReturn:
     raise ArgumentError(say("sweep", argument, got, wanted, remedy))

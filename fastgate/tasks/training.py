@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import time
@@ -16,6 +15,7 @@ import torch
 from ..checkpoint import load, save
 from ..pruning import PruningConfig
 from ..pruning.checkpoints import checkpoints, is_complete, last_complete, seal
+from .disk import full_disk_told, read_json, write_json
 from .model import dense_model, quiet_loading
 from .score import score
 from .task import Task
@@ -56,17 +56,6 @@ class Progress:
 Listener = Callable[[Progress], None]
 
 
-def write_json(path: Path, data: Any) -> None:
-    """Whole or not at all."""
-    aside = path.with_name(f".{path.name}.writing")
-    aside.write_text(json.dumps(data, indent=2) + "\n")
-    os.replace(aside, path)
-
-
-def read_json(path: Path) -> Any:
-    return json.loads(path.read_text())
-
-
 @dataclass
 class Training:
     """A dense model and what is pruned from it, in the folder `out`; what was done before is found again.
@@ -96,10 +85,11 @@ class Training:
         result = {**self._scored(trainer.model, fit), "seconds": seconds}
         aside = self.out / "work" / "dense-model"
         shutil.rmtree(aside, ignore_errors=True)
-        with quiet_loading():
+        with full_disk_told(self.out), quiet_loading():
             trainer.model.save_pretrained(aside)
-        self.tokenizer.save_pretrained(aside)
-        write_json(aside / RESULT, result)
+            self.tokenizer.save_pretrained(aside)
+            write_json(aside / RESULT, result)
+        shutil.rmtree(folder, ignore_errors=True)  # without a result it is not whole
         os.replace(aside, folder)
         return result
 
@@ -125,9 +115,11 @@ class Training:
             seconds = self._train(trainer)
             pruner = trainer.pruner
             noted = {"kept": pruner.kept, "replacement": pruning.replacement, "steps": pruner.history}
-            notes.parent.mkdir(exist_ok=True)
-            write_json(notes, {**noted, "seconds": seconds, "teacher_seconds": pruner.teacher_seconds})
-            save(trainer.model, folder, self.tokenizer)
+            noted |= {"separated": pruner.separated, "margin": pruner.margin}
+            with full_disk_told(self.out):
+                notes.parent.mkdir(exist_ok=True)
+                write_json(notes, {**noted, "seconds": seconds, "teacher_seconds": pruner.teacher_seconds})
+                save(trainer.model, folder, self.tokenizer)
         model: Any = load(folder)
         if torch.cuda.is_available():
             model = model.cuda()
@@ -176,7 +168,7 @@ class Training:
         whole = any(is_complete(found) for found in checkpoints(folder))
         clock = _clock()()
         trainer.add_callback(clock)
-        with quiet_loading():
+        with full_disk_told(self.out), quiet_loading():
             trainer.train(resume_from_checkpoint=str(last_complete(folder)) if whole else None)
         return float(clock.seconds)
 

@@ -1,0 +1,99 @@
+"""Finding what is not finite in a training without waiting for the device in every step."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from ..errors import ArgumentError, say
+from .measure import sum_over_ranks
+
+# Steps one after the other that a scaled loss may overflow in. A GradScaler halves its scale each time: from
+# its usual 2^16 it is at 1 by then.
+OVERFLOWS = 20
+# Steps between two looks, where a look waits for the device or for the other processes.
+EVERY = 25
+SOME = 4096  # scores looked at
+
+
+def raise_not_finite(what: str, step: int | None = None) -> NoReturn:
+    when = "" if step is None else f" of step {step}"
+    remedy = (
+        "lower the learning rate, look for batches whose own loss is NaN (no label at all), or train in "
+        "bfloat16 or float32; then begin anew or resume from a checkpoint"
+    )
+    raise ArgumentError(
+        say("Pruner.step", "loss", f"NaN or infinity in {what}{when}", "finite numbers", remedy)
+    )
+
+
+# What is looked at: noted under these names, so that every rank has the same table.
+TASK, SCORES, LOGITS, HIDDEN, LAGRANGIAN = TERMS = (
+    "the task's loss",
+    "the model's scores",
+    "the distillation of scores",
+    "the distillation of hidden states",
+    "the Lagrangian",
+)
+
+
+class Finite:
+    """Notes on the device which terms of a loss were finite, and looks at the notes now and then.
+
+    A look is taken after each step on the CPU in a single process, else every EVERY steps and when asked.
+    """
+
+    def __init__(self) -> None:
+        self._bad: dict[str, Tensor] = {}  # of the step under way: term -> 0-d bool
+        self._steps: list[tuple[int, float, Tensor | None]] = []  # (step, scale, (terms,) what was bad)
+        self._run = 0  # steps one after the other in which a scaled loss was not finite
+
+    def note(self, term: str, value: Tensor) -> None:
+        """A number of a micro-batch that should be finite."""
+        self._note(term, ~torch.isfinite(value.detach()).all())
+
+    def note_scores(self, scores: Tensor) -> None:
+        """Scores of a micro-batch, which may mask with infinity. The first will do: a weight that is NaN
+        spreads to all of them."""
+        self._note(SCORES, torch.isnan(scores.detach().reshape(-1)[:SOME]).any())
+
+    def _note(self, term: str, bad: Tensor) -> None:
+        before = self._bad.get(term)
+        self._bad[term] = bad if before is None else before | bad
+
+    def end_step(self, step: int, grad_scale: float, look: bool) -> None:
+        """The step numbered `step` is done; look: at the notes now, on every rank alike.
+
+        Raises ArgumentError for the first step in which something was not finite; where the loss is scaled,
+        after OVERFLOWS such steps in turn.
+        """
+        row, waits = None, _several()
+        if self._bad:
+            no = torch.zeros((), dtype=torch.bool, device=next(iter(self._bad.values())).device)
+            row = torch.stack([self._bad.get(term, no) for term in TERMS])
+            waits = waits or row.device.type != "cpu"
+        self._steps.append((step, grad_scale, row))
+        self._bad = {}
+        if look or not waits or len(self._steps) >= EVERY:
+            self._look()
+
+    def _look(self) -> None:
+        steps, self._steps = self._steps, []
+        noted = [row for _, _, row in steps if row is not None]
+        table = torch.zeros(len(steps), len(TERMS))
+        if noted:
+            table[[i for i, (_, _, row) in enumerate(steps) if row is not None]] = (
+                torch.stack(noted).cpu().float()
+            )
+        for (step, scale, _), row in zip(steps, sum_over_ranks(table).tolist(), strict=True):
+            wrong = [name for name, count in zip(TERMS, row, strict=True) if count]
+            self._run = self._run + 1 if wrong else 0
+            if wrong and (scale == 1.0 or self._run > OVERFLOWS):
+                raise_not_finite(" and ".join(wrong), step)
+
+
+def _several() -> bool:
+    there = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return there and torch.distributed.get_world_size() > 1
