@@ -62,7 +62,9 @@ def forward_encoder(
     _verify_layers(runtime, len(layers))
     selection = kwargs.get("output_hidden_states")
     wanted_hidden = _hidden_selection(
-        getattr(config, "output_hidden_states", None) if selection is None else selection, len(layers)
+        getattr(config, "output_hidden_states", None) if selection is None else selection,
+        len(layers),
+        config.num_hidden_layers,
     )
     attentions = kwargs.get("output_attentions")
     attentions = getattr(config, "output_attentions", False) if attentions is None else attentions
@@ -129,9 +131,11 @@ def _mean(hidden: Tensor, attended: Tensor | None) -> Tensor:
     return (total / count[:, None, None]).to(hidden.dtype)
 
 
-def _hidden_selection(selection: Any, layers: int) -> set[int] | None:
-    """The indices that `output_hidden_states` (True, an int or ints, negative from the end) asks for."""
-    if selection is None or selection is False:
+def _hidden_selection(selection: Any, layers: int, counted: int) -> set[int] | None:
+    """The indices that `output_hidden_states` (True, an int or ints) asks for; 0 and an empty list ask for
+    none, as in transformers. counted: how many layers negative indices count from, which is the config's
+    number."""
+    if not selection:
         return None
     if selection is True:
         return set(range(layers + 1))
@@ -146,7 +150,8 @@ def _hidden_selection(selection: Any, layers: int) -> set[int] | None:
                 "pass one of these",
             )
         )
-    return {i % (layers + 1) for i in wanted if -(layers + 1) <= i <= layers}
+    places = (i if i >= 0 else i + counted + 1 for i in wanted)
+    return {i for i in places if 0 <= i <= layers}
 
 
 def reach_of(encoder: Any) -> int:

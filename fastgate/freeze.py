@@ -75,7 +75,14 @@ def thaw(model: nn.Module) -> nn.Module:
 
     They are the modules that they were, with the parameters that they had where somebody still holds those,
     such as an optimizer, and new ones elsewhere. A model that is not frozen stays as it is.
+
+    Raises Unsupported, before anything is changed, for a packed Linear whose forward was replaced.
     """
+    for name, module in model.named_modules():
+        if isinstance(module, PackedLinear) and "forward" in module.__dict__:
+            wanted = "its own forward, as a Linear has another one"
+            remedy = "delete the attribute `forward` of this module first"
+            raise Unsupported(say("thaw", name, "a frozen Linear with a replaced forward", wanted, remedy))
     for module in model.modules():
         if isinstance(module, PackedLinear):
             unpack_linear(module)

@@ -15,6 +15,7 @@ from torch import nn
 
 import fastgate
 from fastgate import backends
+from fastgate.errors import Unsupported
 from fastgate.layer import is_plain
 from fastgate.ops import packed_layers
 from fastgate.ops.linear import Packed
@@ -426,3 +427,15 @@ def test_attention_probabilities_of_one_product():
         model.config._attn_implementation = "eager"
     for one, other in zip(outputs(plain, batch)[-1], outputs(ours, batch)[-1], strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_thaw_refuses_a_frozen_linear_with_a_replaced_forward_and_changes_nothing():
+    model = frozen()
+    dense = model.bert.encoder.layer[1].output.dense
+    dense.forward = dense.forward
+    count = len(packed(model))
+    with pytest.raises(Unsupported, match=r"encoder\.layer\.1\.output\.dense: got a frozen Linear"):
+        fastgate.thaw(model)
+    assert len(packed(model)) == count
+    del dense.forward
+    assert not packed(fastgate.thaw(model))

@@ -36,6 +36,7 @@ def test_a_changed_model_is_what_transformers_has_or_is_refused(case: Case) -> N
 # Faults that were found this way.
 SEEN = (
     '{"hidden_states": 0}',
+    '{"layers": 2, "hidden_states": [0, -1], "changes": [{"kind": "last_layer_gone", "place": 20}]}',
     '{"pooler": false, "save": true}',
     '{"changes": [{"kind": "no_weight", "place": 0, "when": "before"}]}',
     '{"changes": [{"kind": "wrap", "place": 15, "when": "after"}]}',

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
 
-EXACT = 64  # products that are compiled for the number of rows that they have, in the process
+EXACT = 128  # products that are compiled for the number of rows that they have, in the process
 PIECE = 512  # rows of the largest piece
 
 _compiled: set[tuple[Hashable, ...]] = set()
