@@ -15,7 +15,6 @@ from torch import nn
 
 import fastgate
 from fastgate import backends
-from fastgate.errors import Unsupported
 from fastgate.layer import is_plain
 from fastgate.ops import packed_layers
 from fastgate.ops.linear import Packed
@@ -430,11 +429,11 @@ def test_attention_probabilities_of_one_product():
 
 
 def test_thaw_refuses_a_frozen_linear_with_a_replaced_forward_and_changes_nothing():
-    model = frozen()
+    _, model = frozen()
     dense = model.bert.encoder.layer[1].output.dense
     dense.forward = dense.forward
     count = len(packed(model))
-    with pytest.raises(Unsupported, match=r"encoder\.layer\.1\.output\.dense: got a frozen Linear"):
+    with pytest.raises(fastgate.Unsupported, match=r"encoder\.layer\.1\.output\.dense: got a frozen Linear"):
         fastgate.thaw(model)
     assert len(packed(model)) == count
     del dense.forward
