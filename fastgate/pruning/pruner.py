@@ -18,7 +18,7 @@ from ..packed import PackedLinear
 from ..patch import patch
 from ..prune import prune
 from ..run import Record
-from ..state import encoder_state
+from ..state import check_module, encoder_state
 from .config import PruningConfig
 from .distill import SelfTeacher, Teacher, hidden_loss, outputs_loss, scores_of
 from .finite import HIDDEN, LAGRANGIAN, LOGITS, Finite
@@ -36,6 +36,11 @@ SEPARATED = 0.05
 RATED = "fastgate_replacements"  # marks the groups that set_rates has made
 SETTLED = 10  # steps after hardening by which the replacements in use must have moved
 _attached: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Pruner]] = weakref.WeakKeyDictionary()
+
+
+def _set_dropouts(dropouts: Mapping[nn.Dropout, float]) -> None:
+    for module, p in dropouts.items():
+        module.p = p
 
 
 @dataclass
@@ -87,6 +92,7 @@ class Pruner:
         if not isinstance(config, PruningConfig):
             remedy = "pass fastgate.PruningConfig(target=...)"
             raise ArgumentError(say("Pruner", "config", repr(config), "a PruningConfig", remedy))
+        check_module("Pruner", model)
         if teacher is not None and not isinstance(teacher, nn.Module):
             raise ArgumentError(say("Pruner", "teacher", repr(teacher), "a model or None", "load the model"))
         if teacher is model:
@@ -100,8 +106,10 @@ class Pruner:
         self.margin: float | None = None
         self._teacher_model = teacher
         self._schedule: Schedule | None = None
-        self._attached = self._engaged = self._finalized = self._prepared = False
+        self._attached = self._engaged = self._prepared = False
+        self.finalized = False
         self._dropouts: dict[nn.Dropout, float] = {}
+        self._when_lost: weakref.finalize[Any, Pruner] | None = None
         self._starts: dict[int, list[Tensor]] = {}
         self.finite = Finite()
         if total_steps is not None:
@@ -127,6 +135,9 @@ class Pruner:
         """
         if self._attached:
             return self
+        if self.steps:
+            got, remedy = f"detached after {self.steps} steps", "make a new Pruner, and attach that"
+            raise ArgumentError(say("Pruner.attach", "pruner", got, "one that has not begun", remedy))
         self._check_student()
         patch(self.model)
         self.state = encoder_state(self.model)
@@ -163,16 +174,25 @@ class Pruner:
             if any(cls.__module__.partition(".")[0] == "peft" for cls in type(module).__mro__):
                 got = f"{name or type(module).__name__} with an adapter of PEFT"
                 remedy = (
-                    "call model = model.merge_and_unload(), which is exact, and prune that: an adapter has "
-                    "no place for what is pruned. fastgate.save saves the whole pruned model"
+                    "call model = model.merge_and_unload().requires_grad_(True), which is exact, and prune "
+                    "that: an adapter has no place for what is pruned. fastgate.save saves the whole pruned "
+                    "model"
                 )
                 raise Unsupported(say("Pruner", "model", got, "a model without adapters", remedy))
+
+    def _check_trainable(self) -> None:
+        """In the first step: is there a weight that learns?"""
+        own = {id(p) for layer in self._replacements for p in layer.parameters()}
+        if not self.steps and not any(p.requires_grad for p in self.model.parameters() if id(p) not in own):
+            got, wanted = "every weight with requires_grad False", "weights to train"
+            remedy = "call model.requires_grad_(True), which merge_and_unload() of PEFT leaves to you"
+            raise ArgumentError(say("Pruner.loss", "model", got, wanted, remedy))
 
     def _leave_earlier(self) -> None:
         """Undo the attach of a Pruner that never began; refuse a model that another one is training."""
         known = _attached.get(self.state.encoder)
         earlier = None if known is None else known()
-        if earlier is None or earlier is self or not earlier._attached or earlier._finalized:
+        if earlier is None or earlier is self or not earlier._attached or earlier.finalized:
             return
         if earlier.steps:
             got = f"a model that another Pruner has trained for {earlier.steps} steps"
@@ -191,6 +211,9 @@ class Pruner:
         if self._leads:
             assert self.config.distill is not None
             self._dropouts = {m: m.p for m in self.model.modules() if isinstance(m, nn.Dropout)}
+            # A Pruner that is lost without detach() must not leave the model without its dropout.
+            lost = weakref.WeakKeyDictionary(self._dropouts)
+            self._when_lost = weakref.finalize(self, _set_dropouts, lost)
             for module in self._dropouts:
                 module.p = self.config.distill.dropout
 
@@ -200,9 +223,10 @@ class Pruner:
         if not self._engaged:
             return
         self._engaged = False
-        for module, p in self._dropouts.items():
-            module.p = p
+        _set_dropouts(self._dropouts)
         self._dropouts = {}
+        if self._when_lost is not None:
+            self._when_lost.detach()
         if isinstance(self._teacher, Teacher):
             self._teacher.release()
         self.state.runtime.record = None
@@ -233,9 +257,15 @@ class Pruner:
             remedy = "make the optimizer after attach(), from model.parameters(): else they are never trained"
             raise ArgumentError(say("Pruner.set_rates", "optimizer", got, wanted, remedy))
         own = {id(p) for layer in self._replacements for p in layer.parameters()}
+        # accelerate wraps optimizers; a scheduler of torch marks the step of the one it is made for.
+        scheduled = hasattr(getattr(optimizer, "optimizer", optimizer).step, "_wrapped_by_lr_sched")
         for group in list(optimizer.param_groups):
             moved = [p for p in group["params"] if id(p) in own]
             if moved and self.config.replacement_lr != 1.0 and RATED not in group:
+                if scheduled:
+                    got, wanted = "an optimizer that has a scheduler", "one without: groups are added to it"
+                    remedy = "call set_rates before the scheduler is made"
+                    raise ArgumentError(say("Pruner.set_rates", "optimizer", got, wanted, remedy))
                 group["params"] = [p for p in group["params"] if id(p) not in own]
                 settings = {key: value for key, value in group.items() if key != "params"}
                 rate = group["lr"] * self.config.replacement_lr
@@ -290,6 +320,12 @@ class Pruner:
         self._prepared = True
         if not self._swaps:
             return inputs
+        if inputs.get("input_ids") is None:
+            warnings.warn(
+                "Pruner.prepare: no token is swapped although Distill.swap is not 0, as the batch has no "
+                "input_ids. Pass them by that name, or Distill(swap=0.0), which counts every row's label.",
+                stacklevel=2,
+            )
         assert self.config.distill is not None
         return swap_tokens(inputs, self.config.distill.swap, self._swapping)
 
@@ -318,7 +354,7 @@ class Pruner:
         forward = Forward(inputs, outputs, has_gradient=torch.is_grad_enabled())
         if record is not None:
             if self.phase == WARM:
-                self._measured.add(record, inputs)
+                self._measured.add(record)
             if forward.has_gradient:
                 forward.hidden = list(record.hidden)
             record.hidden, record.attention_output = [], []  # the graph is not kept beyond backward
@@ -337,6 +373,7 @@ class Pruner:
                 "loss, or pass Distill(swap=0.0).",
                 stacklevel=3,
             )
+        self._check_trainable()
         total = torch.zeros((), device=self._device)
         if self.phase == SEARCH:
             total = self.learner.term()
@@ -418,7 +455,7 @@ class Pruner:
             remedy = "train to the end, or call harden()"
             raise ArgumentError(say("Pruner.finalize", "gates", "not hardened", "hardened gates", remedy))
         self.release()
-        self._finalized = True
+        self.finalized = True
         return prune(self.model, keep=self.kept, replacement=self.config.replacement)
 
     def metrics(self) -> dict[str, float]:
@@ -585,7 +622,7 @@ class Pruner:
         self.state.runtime.unfinished = self.kept is None
         measuring = self.kept is None and (self._schedule is None or self.phase == WARM)
         matching = self._teaches and self.config.distill is not None and self.config.distill.hidden > 0
-        if not (measuring or matching):
+        if not self._engaged or not (measuring or matching):
             self.state.runtime.record = None
         elif self.state.runtime.record is None:
             self.state.runtime.record = Record()
@@ -617,6 +654,6 @@ class Pruner:
 
     def _check_training(self, call: str) -> None:
         self._check_attached(call)
-        if self._finalized:
+        if self.finalized:
             remedy = "make a new Pruner for a dense model; the pruned one trains as any other model does"
             raise ArgumentError(say(f"Pruner.{call}", "pruner", "finalized", "one that prunes", remedy))
