@@ -104,11 +104,9 @@ class Teacher:
 
     def release(self) -> None:
         """Give every module its mode back, and every parameter its flag, once no other Pruner needs it."""
-        modes, flags, teachers = _at_work.get(self.model, ({}, {}, ()))
-        if self not in teachers:
-            return
+        modes, flags, teachers = _at_work.get(self.model, ({}, {}, weakref.WeakSet()))
         teachers.discard(self)
-        if teachers:
+        if teachers or self.model not in _at_work:
             return
         del _at_work[self.model]
         for name, module in self.model.named_modules():
