@@ -14,7 +14,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 import fastgate
-from fastgate.errors import ArgumentError, Unsupported
+from fastgate.errors import ArgumentError, CheckpointError, Unsupported
 from fastgate.pruning import Distill, Fixed, criteria, finite
 from fastgate.pruning.finite import EVERY, OVERFLOWS, TASK, Finite
 from fastgate.pruning.objective import Costs, Objective
@@ -183,7 +183,7 @@ def test_a_scheduler_is_made_after_the_rates_are_set(made):
     if made == "before":
         torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
         with pytest.raises(
-            ArgumentError, match="got an optimizer that has a scheduler.*before the scheduler"
+            ArgumentError, match=r"got an optimizer that has a scheduler.*before the scheduler"
         ):
             pruner.set_rates(optimizer)
         assert len(optimizer.param_groups) == 1
@@ -494,7 +494,7 @@ def test_a_detached_pruner_does_not_begin_again():
     pruner = attached(model)
     run(pruner, model, 3)
     pruner.detach()
-    with pytest.raises(ArgumentError, match="got detached after 3 steps.*make a new Pruner"):
+    with pytest.raises(ArgumentError, match=r"got detached after 3 steps.*make a new Pruner"):
         pruner.attach()
     unused = attached(model)
     unused.detach()
@@ -550,6 +550,98 @@ def test_inputs_may_have_other_names():
             optimizer.zero_grad()
         measured.append(pruner._measured.sizes[[0, 2, 3]])
     assert torch.equal(*measured)
+
+
+# -- what a run is given
+
+
+@pytest.mark.parametrize("call", ["prepare", "loss"])
+def test_a_batch_is_a_dict(call):
+    model = bert()
+    pruner = attached(model, bert(seed=1))
+    outputs = model.train()(**batch())
+    for inputs in (None, batch()["input_ids"], list(batch().values())):
+        with pytest.raises(ArgumentError, match=rf"Pruner\.{call}: inputs: got"):
+            pruner.prepare(inputs) if call == "prepare" else pruner.loss(outputs, inputs)
+
+
+def test_outputs_of_another_batch_are_refused():
+    model = bert()
+    pruner = attached(model, bert(seed=1))
+    outputs = model.train()(**batch(rows=6))
+    with pytest.raises(ArgumentError, match="inputs: got 4 rows, wanted the 6 that the outputs are of"):
+        pruner.loss(outputs, batch(rows=4))
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), float("inf"), "2", None, True])
+def test_a_scale_is_a_positive_number(scale):
+    with pytest.raises(ArgumentError, match="step: grad_scale: got"):
+        attached().step(scale)
+
+
+@pytest.mark.parametrize("state", [None, {}, {"steps": 1}, {"learner": None}])
+def test_a_state_of_something_else_is_refused(state):
+    with pytest.raises(CheckpointError, match="load_state_dict: state: got no"):
+        attached().load_state_dict(state)
+
+
+def test_gates_hardened_early_are_those_of_the_whole_target():
+    """While the target still rises, exact gates are compared as it asks at its end."""
+    model = bert()
+    pruner = attached(model, gates="exact", total=50, ramp=0.5)
+    run(pruner, model, 8)
+    with torch.no_grad():
+        pruner.learner.log_alpha.copy_(torch.tensor([-3.0, -1.0, 2.0, 3.0]))
+    assert pruner.open_probabilities == [1.0] * 4
+    assert pruner.harden() == [2, 3] and pruner.separated is True
+
+
+@pytest.mark.parametrize(
+    ("steps", "options", "name"),
+    [
+        (1, {"replacement": "mean"}, "replacement"),
+        (5, {"target": fastgate.Sparsity(0.25)}, "target"),
+        (5, {"gates": "exact"}, "gates"),
+        (15, {"target": Fixed((0,))}, "target"),
+    ],
+)
+def test_a_run_is_resumed_with_the_settings_it_began_with(steps, options, name):
+    model = bert()
+    pruner = attached(model)
+    run(pruner, model, steps)
+    with pytest.raises(CheckpointError, match=name):
+        attached(**options).load_state_dict(pruner.state_dict())
+
+
+def test_the_target_may_change_while_nothing_is_learned_and_older_states_are_known():
+    model = bert()
+    pruner = attached(model)
+    run(pruner, model, 1)
+    attached(target=fastgate.Sparsity(0.25)).load_state_dict(pruner.state_dict())
+    run(pruner, model, 4, first=1)
+    older = {name: value for name, value in pruner.state_dict().items() if name != "settings"}
+    attached(target=fastgate.Sparsity(0.25)).load_state_dict(older)
+
+
+@pytest.mark.parametrize(
+    ("mine", "theirs", "same"),
+    [
+        (["NEG", "POS"], ["POS", "NEG"], False),
+        (["NEG", "POS"], ["neg", "pos"], True),
+        (["NEG", "POS"], ["LABEL_0", "LABEL_1"], True),
+        (["LABEL_0", "LABEL_1"], ["LABEL_0", "LABEL_1"], True),
+    ],
+)
+def test_a_teacher_has_the_labels_in_the_same_order(mine, theirs, same):
+    model, teacher = bert(), bert(seed=1)
+    for one, names in ((model, mine), (teacher, theirs)):
+        one.config.id2label = dict(enumerate(names))
+    if same:
+        attached(model, teacher)
+        return
+    with pytest.raises(ArgumentError, match=r"teacher: got the labels \['pos', 'neg'\], wanted"):
+        attached(model, teacher)
+    attached(model, teacher, distill=Distill(logits=0.0))
 
 
 # -- the order of calls

@@ -173,6 +173,17 @@ def _check_alike(teacher: nn.Module, student: nn.Module, distill: Distill) -> No
     if distill.logits and heads[0] != heads[1]:
         remedy = "distil from a model with the student's head, or pass Distill(logits=0.0)"
         raise ArgumentError(say("Pruner", "teacher", heads[0], f"{heads[1]}, as the student has", remedy))
+    names = [_label_names(model) for model in (teacher, student)]
+    if distill.logits and names[0] != names[1] and sorted(names[0]) == sorted(names[1]):
+        remedy = "use a teacher whose config.id2label has the student's order, or pass Distill(logits=0.0)"
+        wanted = f"{names[1]}, as the student has"
+        raise ArgumentError(say("Pruner", "teacher", f"the labels {names[0]}", wanted, remedy))
+
+
+def _label_names(model: nn.Module) -> list[str]:
+    """The names of a head's classes in their order, as its config has them."""
+    names = getattr(getattr(model, "config", None), "id2label", None) or {}
+    return [str(names[i]).lower() for i in sorted(names)]
 
 
 def _head(model: nn.Module) -> str:
@@ -235,6 +246,9 @@ def scores_loss(
     the same of each label's two outcomes, mean over labels. REGRESSION: the mean squared error. rows: (batch,
     length) bool, which rows to compare where there are scores a token; None: all.
     """
+    if mine.shape[0] != theirs.shape[0]:
+        got, wanted = f"{theirs.shape[0]} rows", f"the {mine.shape[0]} that the outputs are of"
+        raise ArgumentError(say("Pruner.loss", "inputs", got, wanted, "pass the batch that the model ran on"))
     if mine.shape != theirs.shape:
         got = f"scores of shape {tuple(theirs.shape)}"
         remedy = "distil from a model with the student's head and labels, or pass Distill(logits=0.0)"

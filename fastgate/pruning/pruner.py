@@ -24,6 +24,7 @@ from .distill import SelfTeacher, Teacher, hidden_loss, outputs_loss, scores_of
 from .finite import HIDDEN, LAGRANGIAN, LOGITS, Finite
 from .learner import GateLearner
 from .measure import Measured
+from .numbers import number
 from .objective import Fixed, Objective
 from .schedule import RECOVER, SEARCH, WARM, Schedule, make_schedule
 from .swap import swap_tokens
@@ -41,6 +42,13 @@ _attached: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Pruner]] = weakref.W
 def _set_dropouts(dropouts: Mapping[nn.Dropout, float]) -> None:
     for module, p in dropouts.items():
         module.p = p
+
+
+def _check_batch(call: str, inputs: Any) -> None:
+    if not isinstance(inputs, Mapping):
+        got, wanted = type(inputs).__name__, "a dict of what the model is called with"
+        remedy = "pass the batch as the model takes it by keywords: model(**batch)"
+        raise ArgumentError(say(f"Pruner.{call}", "inputs", got, wanted, remedy))
 
 
 @dataclass
@@ -317,6 +325,7 @@ class Pruner:
         """The batch to run the model on in this step, and to give to `loss`: `inputs`, with tokens swapped in
         every other step where a dense teacher teaches and `Distill.swap` is not 0."""
         self._check_training("prepare")
+        _check_batch("prepare", inputs)
         self._prepared = True
         if not self._swaps:
             return inputs
@@ -337,6 +346,7 @@ class Pruner:
         `prepare` gave, with its labels. A teacher computes in the dtype of the autocast around this call.
         """
         self._check_training("loss")
+        _check_batch("loss", inputs)
         forward = self.take(outputs, inputs)
         if forward is None:
             remedy = "call loss once after each forward of the model in training"
@@ -398,6 +408,8 @@ class Pruner:
         loss is scaled only if that lasts.
         """
         self._check_training("step")
+        remedy = "pass scaler.get_scale() as it was before scaler.update(), or leave it out"
+        grad_scale = number("Pruner.step", "grad_scale", grad_scale, "above 0", remedy, lambda x: x > 0.0)
         marks = (self.schedule.begin, self.schedule.harden, self.schedule.total)
         self.finite.end_step(self.steps + 1, grad_scale, look=self.steps + 1 in marks)
         if self.phase == SEARCH:
@@ -424,6 +436,7 @@ class Pruner:
         """Fix every gate at 0 or 1 for good, by the target exactly; returns the layers kept."""
         self._check_training("harden")
         if self.kept is None:
+            self.learner.aim(self.objective.goal)
             probabilities, costs = self.learner.p_open, self._measured.costs
             kept = self.objective.choose(probabilities, costs)
             self.margin = self.objective.margin(probabilities, costs)
@@ -485,7 +498,23 @@ class Pruner:
             "history": [dict(entry) for entry in self.history],
             "teacher_seconds": self.teacher_seconds,
             "margin": self.margin,
+            "settings": self._settings,
         }
+
+    @property
+    def _settings(self) -> dict[str, str]:
+        """What a resumed run must have in common with the one that it resumes."""
+        c = self.config
+        return {"replacement": c.replacement, "target": repr(c.target), "gates": c.gates}
+
+    def _check_settings(self, state: Mapping[str, Any]) -> None:
+        now = self._settings
+        for name, had in state.get("settings", now).items():  # states of earlier versions have none
+            # In the warm phase nothing is learned of the gates yet.
+            if had != now[name] and (name == "replacement" or state["steps"] >= self.schedule.begin):
+                remedy = "resume with the settings that the run began with, or start anew"
+                where = "Pruner.load_state_dict"
+                raise CheckpointError(say(where, f"PruningConfig.{name}", now[name], had, remedy))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict()`; the model's weights are loaded apart.
@@ -493,7 +522,8 @@ class Pruner:
         Raises CheckpointError if the state is of another model or of a run of another length.
         """
         self._check_training("load_state_dict")
-        missing = [name for name in STATE if name not in state]
+        given = state if isinstance(state, Mapping) else {}
+        missing = [name for name in STATE if given.get(name) is None and name != "kept"]
         layers = self.state.num_layers
         if missing or state["learner"]["z"].numel() != layers:
             got = f"no {missing}" if missing else f"{state['learner']['z'].numel()} gates"
@@ -502,6 +532,7 @@ class Pruner:
                 say("Pruner.load_state_dict", "state", got, f"the state of {layers} gates", remedy)
             )
         self.plan_steps(state["total"])
+        self._check_settings(state)
         self.engage()
         self.finite, self._starts = Finite(), {}
         self.margin = state.get("margin")  # states of earlier versions have none
