@@ -85,6 +85,7 @@ class Pruner:
 
     A loop that stops before `finalize` calls `detach()`: it undoes what `attach` did to model and teacher.
     Losses, gates and scores that are not finite raise ArgumentError in `step`, at the latest after 25 steps.
+    DistributedDataParallel around the model needs `find_unused_parameters=True`: a gate may be 0.
 
     teacher: a dense model fine-tuned on the task; None: the model itself with every gate open, until
     hardening. total_steps: optimizer steps of the run; None if `plan_steps` will be called before the first.
