@@ -733,13 +733,19 @@ def test_a_model_with_adapters_is_refused(whole):
         attached(model)
 
 
+def test_a_wrapper_that_shares_gradients_comes_after_the_pruner():
+    """It would not share those of the replacements."""
+    with pytest.raises(Unsupported, match="got a model inside DataParallel, wanted the model itself"):
+        attached(nn.DataParallel(bert()))
+
+
 def test_lora_is_refused_and_what_it_is_merged_into_is_not():
     peft = pytest.importorskip("peft")
     made = peft.get_peft_model(bert(), peft.LoraConfig(target_modules=["query", "value"], r=2))
     for model in (made, made.base_model.model):
         with pytest.raises(Unsupported, match="merge_and_unload"):
             attached(model)
-    attached(made.merge_and_unload())
+    attached(made.merge_and_unload().requires_grad_(True))
 
 
 def test_a_frozen_model_is_refused():

@@ -179,6 +179,11 @@ class Pruner:
         if frozen:
             remedy = "call fastgate.thaw(model) first: packed weights cannot be trained"
             raise ArgumentError(say("Pruner", "model", f"{frozen[0]} frozen", "a model to train", remedy))
+        for module in self.model.modules():
+            if isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel):
+                got, wanted = f"a model inside {type(module).__name__}", "the model itself"
+                remedy = "attach to the model before DistributedDataParallel takes it: attach adds parameters"
+                raise Unsupported(say("Pruner", "model", got, wanted, remedy))
         for name, module in self.model.named_modules():
             if any(cls.__module__.partition(".")[0] == "peft" for cls in type(module).__mro__):
                 got = f"{name or type(module).__name__} with an adapter of PEFT"
