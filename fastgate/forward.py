@@ -86,7 +86,7 @@ def forward_encoder(
 
     record = runtime.record
     if record is not None:
-        record.hidden, record.attention_output, record.steps = [], [], []
+        record.hidden, record.attention_output, record.steps, record.length = [], [], [], length
     capture = wanted_hidden is not None or (record is not None and record.whole)
     plan = make_runtime_plan(encoder, inspection, packing, capture)
     run = Run(encoder, inspection, runtime.gates, packing, plan, record)

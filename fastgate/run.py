@@ -20,14 +20,19 @@ class Record:
     hidden: (index, rows) of the embeddings and of each layer in turn: rows (n, hidden), index (n,) int64 row
     b * length + t of the padded batch. attention_output: (layer, rows), a kept attention's output before
     dropout. steps: (op, layer, rows) of every step as it ran.
-    whole: every row is computed that hidden states can be had of; else what runs is what runs unrecorded, and
-    `hidden` stays empty.
+    length: of the padded batch. whole: every row is computed that hidden states can be had of; else what runs
+    is what runs unrecorded, and `hidden` stays empty. A copy is empty.
     """
 
     hidden: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     attention_output: list[tuple[int, Tensor]] = field(default_factory=list)
     steps: list[tuple[str, int, int]] = field(default_factory=list)
+    length: int = 0
     whole: bool = True
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Record:
+        """A model is copied without what it last computed: tensors of a graph cannot be copied."""
+        return Record(whole=self.whole)
 
 
 @dataclass

@@ -1,10 +1,19 @@
 """The self-pruning Trainer in two real processes: both end with the model that one process ends with."""
 
-import socket
+import warnings
 
 import children
 import pytest
 import torch
+from test_trainer import arguments, config, rows, trainer
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
 
 import fastgate
 
@@ -23,27 +32,9 @@ RUNS = {
     },
 }  # fmt: skip
 
-CHILD = """
-import os, sys
-folder, rank, world, port = sys.argv[1], sys.argv[2], sys.argv[3], sys.argv[4]
-if world != "1":
-    os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-import warnings
-warnings.filterwarnings("ignore")
-import torch
-torch.set_num_threads(1)
-import test_ranks
-test_ranks.run_all(folder, int(rank), int(world))
-if world != "1":
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-"""
-
 
 def token_rows(count=48):
     """Each second block of four rows, what rank 1 gets, has no label."""
-    from test_trainer import rows
-
     found = rows(count)
     for i, row in enumerate(found):
         labels = row["input_ids"] % 2
@@ -52,15 +43,6 @@ def token_rows(count=48):
 
 
 def run(folder, name, world):
-    from test_trainer import arguments, config, rows
-    from transformers import (
-        BertConfig,
-        BertForSequenceClassification,
-        BertForTokenClassification,
-        Trainer,
-        set_seed,
-    )
-
     tokens = name == "a rank without labels"
     options = dict(RUNS[name])
     steps = options.get("gradient_accumulation_steps", 1)
@@ -120,28 +102,25 @@ def run(folder, name, world):
     }
 
 
-def run_all(folder, rank, world):
-    ends = {}
-    for name in RUNS:
-        ends[name] = run(f"{folder}/{name}", name, world)
+def run_all(folder, rank, world, port):
+    """What a process does: every run, as a rank of `world`."""
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    if world > 1:
+        children.join(rank, world, port)
+    ends = {name: run(f"{folder}/{name}", name, world) for name in RUNS}
     torch.save(ends, f"{folder}/end-{rank}.pt")
-
-
-def free_port():
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
+    if world > 1:
+        children.leave()
 
 
 @pytest.fixture(scope="module")
 def ends(tmp_path_factory):
     """What each of two ranks, and a process by itself, ended with: run -> (rank 0, rank 1, alone)."""
     together, alone = (tmp_path_factory.mktemp(name) for name in ("together", "alone"))
-    port = free_port()
-    started = [children.start(CHILD, together, rank, 2, port) for rank in (0, 1)]
-    started.append(children.start(CHILD, alone, 0, 1, port))
-    for process in started:
-        children.finish(process)
+    port = children.free_port()
+    calls = [[str(together), rank, 2, port] for rank in (0, 1)]
+    children.fork("test_ranks", "run_all", *calls, [str(alone), 0, 1, port])
     paths = [together / "end-0.pt", together / "end-1.pt", alone / "end-0.pt"]
     loaded = [torch.load(path, weights_only=False) for path in paths]
     return {name: [end[name] for end in loaded] for name in RUNS}
@@ -198,9 +177,6 @@ def test_every_rank_loads_the_best_model_and_not_the_last(ends):
     ],
 )
 def test_settings_that_fail_in_several_processes_are_refused(tmp_path, monkeypatch, settings, message):
-    from test_trainer import trainer
-    from transformers import TrainingArguments
-
     monkeypatch.setattr(TrainingArguments, "world_size", 2)
     with pytest.raises(fastgate.Unsupported, match=message):
         trainer(tmp_path, **settings)

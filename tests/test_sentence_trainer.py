@@ -2,7 +2,7 @@
 
 import copy
 import os
-import socket
+from pathlib import Path
 
 import children
 import pytest
@@ -237,14 +237,18 @@ def ends_alike(first, second):
     assert all(torch.equal(value, other[name]) for name, value in first.model.state_dict().items())
 
 
+@pytest.fixture(scope="module")
+def whole(folder, tmp_path_factory):
+    found = trainer(folder, tmp_path_factory.mktemp("whole"), save_strategy="steps", save_steps=4)
+    found.train()
+    return found
+
+
 @pytest.mark.parametrize("left", [4, 12])
-def test_a_training_of_an_embedding_model_is_resumed(folder, tmp_path, left):
+def test_a_training_of_an_embedding_model_is_resumed(folder, whole, tmp_path, left):
     """In the search, and after hardening."""
-    options = dict(save_strategy="steps", save_steps=4)
-    whole = trainer(folder, tmp_path, **options)
-    whole.train()
-    again = trainer(folder, tmp_path, **options)
-    again.train(resume_from_checkpoint=str(tmp_path / "out" / f"checkpoint-{left}"))
+    again = trainer(folder, tmp_path)
+    again.train(resume_from_checkpoint=f"{whole.args.output_dir}/checkpoint-{left}")
     ends_alike(whole, again)
 
 
@@ -278,29 +282,22 @@ def test_models_of_transformers_are_called_as_ever(folder):
     assert is_sentence_model(embedder(folder)) and not is_sentence_model(bert())
 
 
-CHILD = """
-import os, sys
-rank, port = sys.argv[3], sys.argv[4]
-os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-import torch
-torch.set_num_threads(1)
-from pathlib import Path
-from test_sentence_trainer import *
-found = trainer(Path(sys.argv[1]), Path(sys.argv[2]), teacher=embedder(sys.argv[1], seed=1), max_steps=12)
-found.train()
-torch.save([found.pruner.kept, found.model.state_dict()], f"{sys.argv[2]}/end-{rank}.pt")
-torch.distributed.barrier()
-torch.distributed.destroy_process_group()
-"""
+def train_as_rank(folder, tmp_path, rank, port):
+    torch.set_num_threads(1)
+    children.join(rank, 2, port)
+    folder, tmp_path = Path(folder), Path(tmp_path)
+    found = trainer(folder, tmp_path, teacher=embedder(folder, seed=1), max_steps=12)
+    found.train()
+    torch.save([found.pruner.kept, found.model.state_dict()], tmp_path / f"end-{rank}.pt")
+    children.leave()
 
 
 def test_two_processes_end_with_the_same_embedding_model(folder, tmp_path):
     parts()
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port = one.getsockname()[1]
-    for process in [children.start(CHILD, folder, tmp_path, rank, port) for rank in (0, 1)]:
-        children.finish(process)
+    port = children.free_port()
+    calls = [[str(folder), str(tmp_path), rank, port] for rank in (0, 1)]
+    lazy = "datasets sentence_transformers.cross_encoder sentence_transformers.sentence_transformer.losses"
+    children.fork("test_sentence_trainer", "train_as_rank", *calls, imports=lazy)
     (kept, first), (other, second) = (torch.load(tmp_path / f"end-{rank}.pt") for rank in (0, 1))
     assert kept == other and len(kept) == 1
     assert all(torch.equal(value, second[name]) for name, value in first.items())

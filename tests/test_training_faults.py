@@ -1,17 +1,20 @@
 """What goes wrong in a training is said, and what a training changed is given back."""
 
+import contextlib
 import copy
+import gc
 import warnings
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from loop import batch, bert, run
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
 import fastgate
-from fastgate.errors import ArgumentError, Unsupported
+from fastgate.errors import ArgumentError, CheckpointError, Unsupported
 from fastgate.pruning import Distill, Fixed, criteria, finite
 from fastgate.pruning.finite import EVERY, OVERFLOWS, TASK, Finite
 from fastgate.pruning.objective import Costs, Objective
@@ -172,6 +175,36 @@ def test_an_optimizer_made_before_attach_is_refused():
     attached(replaced, replacement="zero").set_rates(optimizer)  # which has no parameter
 
 
+@pytest.mark.parametrize("made", ["before", "after"])
+def test_a_scheduler_is_made_after_the_rates_are_set(made):
+    model = bert()
+    pruner = attached(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    if made == "before":
+        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+        with pytest.raises(
+            ArgumentError, match=r"got an optimizer that has a scheduler.*before the scheduler"
+        ):
+            pruner.set_rates(optimizer)
+        assert len(optimizer.param_groups) == 1
+        return
+    pruner.set_rates(optimizer)
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    pruner.set_rates(optimizer)  # which changes nothing
+    assert len(optimizer.param_groups) == 2
+
+
+def test_a_model_with_nothing_to_train_is_refused():
+    """As PEFT leaves it after merge_and_unload()."""
+    model = bert().requires_grad_(False)
+    pruner = attached(model)
+    with pytest.raises(ArgumentError, match=r"every weight with requires_grad False.*requires_grad_\(True\)"):
+        run(pruner, model.train(), 1)
+    model = bert()
+    model.bert.requires_grad_(False)
+    run(attached(model), model, 3)
+
+
 def test_rates_are_set_once():
     model = bert()
     pruner = attached(model, replacement_lr=20.0)
@@ -252,7 +285,7 @@ def test_a_training_that_ends_before_hardening_says_so(tmp_path):
     assert found.pruner.state.runtime.record is None
     found.pruner.harden()
     found.pruner.finalize()
-    assert len(found.pruner.kept) == 1
+    assert len(found.pruner.kept) == 1 and found.pruner.state.runtime.record is None
 
 
 def test_a_training_that_ends_after_hardening_is_pruned(tmp_path):
@@ -319,6 +352,75 @@ def test_a_task_loss_that_is_nan_stops_the_trainer(tmp_path):
         found.train()
 
 
+def unlabelled(name):
+    """Rows of which every third batch of 8 has no label: a head, and its data."""
+    from test_trainer import rows
+
+    found = rows()
+    for i, row in enumerate(found):
+        none, ids = i // 8 % 3 == 1, row["input_ids"]
+        if name == "QuestionAnswering":
+            del row["labels"]
+            row["start_positions"], row["end_positions"] = (8, 8) if none else (1, 2)
+        elif name == "SequenceClassification":
+            row["labels"] = -100 if none else row["labels"]
+        else:
+            row["labels"] = torch.full_like(ids, -100) if none else ids % 2
+    return getattr(transformers, f"BertFor{name}"), found
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("TokenClassification", {}),
+        (
+            "TokenClassification",
+            {"gradient_accumulation_steps": 3, "num_train_epochs": 5, "save_strategy": "no"},
+        ),
+        ("TokenClassification", {"label_smoothing_factor": 0.1}),
+        ("MaskedLM", {}),
+        ("SequenceClassification", {}),
+        ("QuestionAnswering", {}),
+    ],
+)
+def test_batches_without_labels_do_not_stop_the_trainer(tmp_path, name, options):
+    """Their loss is NaN and its gradient 0: the Trainer of transformers goes on."""
+    from test_trainer import arguments
+    from test_trainer import bert as small
+    from test_trainer import config as pruning
+
+    head, data = unlabelled(name)
+    given = {"train_sampling_strategy": "sequential", "save_strategy": "no"} | options
+    found = fastgate.SelfPruningTrainer(
+        head(small().config), arguments(tmp_path, **given), pruning=pruning(), train_dataset=data
+    )
+    found.train()
+    assert len(found.pruner.kept) == 1
+    assert all(torch.isfinite(p).all() for p in found.model.parameters())
+
+
+def test_a_nan_beside_labels_is_none_of_a_batch_without_them():
+    noted = Finite()
+    labels = torch.tensor([[-100, -100], [-100, -100]])
+    noted.note_task(torch.tensor(float("nan")), {"labels": labels})
+    noted.end_step(1, 1.0, look=True)
+    labels[0, 0] = 1
+    noted.note_task(torch.tensor(float("nan")), {"labels": labels})
+    with pytest.raises(ArgumentError, match="the task's loss of step 2"):
+        noted.end_step(2, 1.0, look=True)
+
+
+def test_a_second_train_says_whether_the_first_ended(tmp_path):
+    from test_trainer import trainer
+
+    found = trainer(tmp_path, callbacks=[Stop(5, RuntimeError("out of memory"))], save_strategy="no")
+    with pytest.raises(RuntimeError):
+        found.train()
+    message = r"trained for 4 steps by a train\(\) that did not end.*resume_from_checkpoint=True"
+    with pytest.raises(ArgumentError, match=message):
+        found.train()
+
+
 @pytest.mark.parametrize("teaches", [True, False])
 @pytest.mark.parametrize("steps", [0, 1, 6, 15])
 def test_detach_leaves_a_dense_model_with_the_weights_it_has(tmp_path, teaches, steps):
@@ -362,6 +464,184 @@ def test_a_module_the_user_keeps_in_eval_mode_stays_so():
     pruner.detach()
     criteria.greedy_by_loss(model, [batch()], 3)
     assert model.training and not model.bert.embeddings.dropout.training
+
+
+def test_a_teacher_of_two_is_given_back_by_the_second():
+    teacher = bert(seed=1, dropout=0.4).train()
+    before = facts(teacher)
+    models = [bert(), bert()]
+    pruners = [attached(model, teacher) for model in models]
+    for pruner, model in zip(pruners, models, strict=True):
+        assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
+        run(pruner, model, TOTAL)
+        pruner.finalize()
+    assert facts(teacher) == before
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+def test_a_pruner_that_is_lost_gives_dropout_back(steps):
+    model = bert(dropout=0.4)
+    pruner = attached(model, bert(seed=1))
+    run(pruner, model, steps)
+    assert set(facts(model)[0]) == {0.0}
+    del pruner
+    gc.collect()
+    assert set(facts(model)[0]) == {0.4}
+
+
+def test_a_detached_pruner_does_not_begin_again():
+    model = bert()
+    pruner = attached(model)
+    run(pruner, model, 3)
+    pruner.detach()
+    with pytest.raises(ArgumentError, match=r"got detached after 3 steps.*make a new Pruner"):
+        pruner.attach()
+    unused = attached(model)
+    unused.detach()
+    run(unused.attach(), model, TOTAL)
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_a_model_is_copied_between_forward_and_loss(train):
+    model = bert()
+    pruner = attached(model)
+    inputs = batch()
+    outputs = model.train(train)(**inputs)
+    other = copy.deepcopy(model)
+    assert torch.isfinite(pruner.loss(outputs, inputs))
+    torch.testing.assert_close(other(**inputs).logits, outputs.logits)
+
+
+class Named(nn.Module):
+    """A model of the user's own, whose arguments have names of their own."""
+
+    def __init__(self, seed):
+        super().__init__()
+        self.encoder = bert(seed=seed, head=transformers.BertModel)
+        self.head = nn.Linear(16, 2)
+
+    def forward(self, ids, mask, target=None):
+        logits = self.head(self.encoder(ids, attention_mask=mask).last_hidden_state[:, 0])
+        return {"logits": logits, "loss": nn.functional.cross_entropy(logits, target)}
+
+
+def test_inputs_may_have_other_names():
+    """What is measured is what it is under the usual ones; that no token can be swapped is said."""
+    measured = []
+    for named in (True, False):
+        model = Named(0) if named else bert(seed=0)
+        pruner = attached(model, Named(1) if named else bert(seed=1))
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+        for i in range(4):
+            inputs = batch(i)
+            if named:
+                inputs = dict(zip(("ids", "mask", "target"), inputs.values(), strict=True))
+            said = (
+                pytest.warns(UserWarning, match="no token is swapped.*input_ids")
+                if named and i == 3
+                else None
+            )
+            with said or contextlib.nullcontext():
+                inputs = pruner.prepare(inputs)
+            outputs = model(**inputs)
+            (pruner.task_weight * outputs["loss"] + pruner.loss(outputs, inputs)).backward()
+            optimizer.step()
+            pruner.step()
+            optimizer.zero_grad()
+        measured.append(pruner._measured.sizes[[0, 2, 3]])
+    assert torch.equal(*measured)
+
+
+# -- what a run is given
+
+
+@pytest.mark.parametrize("call", ["prepare", "loss"])
+def test_a_batch_is_a_dict(call):
+    model = bert()
+    pruner = attached(model, bert(seed=1))
+    outputs = model.train()(**batch())
+    for inputs in (None, batch()["input_ids"], list(batch().values())):
+        with pytest.raises(ArgumentError, match=rf"Pruner\.{call}: inputs: got"):
+            pruner.prepare(inputs) if call == "prepare" else pruner.loss(outputs, inputs)
+
+
+def test_outputs_of_another_batch_are_refused():
+    model = bert()
+    pruner = attached(model, bert(seed=1))
+    outputs = model.train()(**batch(rows=6))
+    with pytest.raises(ArgumentError, match="inputs: got 4 rows, wanted the 6 that the outputs are of"):
+        pruner.loss(outputs, batch(rows=4))
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), float("inf"), "2", None, True])
+def test_a_scale_is_a_positive_number(scale):
+    with pytest.raises(ArgumentError, match="step: grad_scale: got"):
+        attached().step(scale)
+
+
+@pytest.mark.parametrize("state", [None, {}, {"steps": 1}, {"learner": None}])
+def test_a_state_of_something_else_is_refused(state):
+    with pytest.raises(CheckpointError, match="load_state_dict: state: got no"):
+        attached().load_state_dict(state)
+
+
+def test_gates_hardened_early_are_those_of_the_whole_target():
+    """While the target still rises, exact gates are compared as it asks at its end."""
+    model = bert()
+    pruner = attached(model, gates="exact", total=50, ramp=0.5)
+    run(pruner, model, 8)
+    with torch.no_grad():
+        pruner.learner.log_alpha.copy_(torch.tensor([-3.0, -1.0, 2.0, 3.0]))
+    assert pruner.open_probabilities == [1.0] * 4
+    assert pruner.harden() == [2, 3] and pruner.separated is True
+
+
+@pytest.mark.parametrize(
+    ("steps", "options", "name"),
+    [
+        (1, {"replacement": "mean"}, "replacement"),
+        (5, {"target": fastgate.Sparsity(0.25)}, "target"),
+        (5, {"gates": "exact"}, "gates"),
+        (15, {"target": Fixed((0,))}, "target"),
+    ],
+)
+def test_a_run_is_resumed_with_the_settings_it_began_with(steps, options, name):
+    model = bert()
+    pruner = attached(model)
+    run(pruner, model, steps)
+    with pytest.raises(CheckpointError, match=name):
+        attached(**options).load_state_dict(pruner.state_dict())
+
+
+def test_the_target_may_change_while_nothing_is_learned_and_older_states_are_known():
+    model = bert()
+    pruner = attached(model)
+    run(pruner, model, 1)
+    attached(target=fastgate.Sparsity(0.25)).load_state_dict(pruner.state_dict())
+    run(pruner, model, 4, first=1)
+    older = {name: value for name, value in pruner.state_dict().items() if name != "settings"}
+    attached(target=fastgate.Sparsity(0.25)).load_state_dict(older)
+
+
+@pytest.mark.parametrize(
+    ("mine", "theirs", "same"),
+    [
+        (["NEG", "POS"], ["POS", "NEG"], False),
+        (["NEG", "POS"], ["neg", "pos"], True),
+        (["NEG", "POS"], ["LABEL_0", "LABEL_1"], True),
+        (["LABEL_0", "LABEL_1"], ["LABEL_0", "LABEL_1"], True),
+    ],
+)
+def test_a_teacher_has_the_labels_in_the_same_order(mine, theirs, same):
+    model, teacher = bert(), bert(seed=1)
+    for one, names in ((model, mine), (teacher, theirs)):
+        one.config.id2label = dict(enumerate(names))
+    if same:
+        attached(model, teacher)
+        return
+    with pytest.raises(ArgumentError, match=r"teacher: got the labels \['pos', 'neg'\], wanted"):
+        attached(model, teacher)
+    attached(model, teacher, distill=Distill(logits=0.0))
 
 
 # -- the order of calls
@@ -453,13 +733,19 @@ def test_a_model_with_adapters_is_refused(whole):
         attached(model)
 
 
+def test_a_wrapper_that_shares_gradients_comes_after_the_pruner():
+    """It would not share those of the replacements."""
+    with pytest.raises(Unsupported, match="got a model inside DataParallel, wanted the model itself"):
+        attached(nn.DataParallel(bert()))
+
+
 def test_lora_is_refused_and_what_it_is_merged_into_is_not():
     peft = pytest.importorskip("peft")
     made = peft.get_peft_model(bert(), peft.LoraConfig(target_modules=["query", "value"], r=2))
     for model in (made, made.base_model.model):
         with pytest.raises(Unsupported, match="merge_and_unload"):
             attached(model)
-    attached(made.merge_and_unload())
+    attached(made.merge_and_unload().requires_grad_(True))
 
 
 def test_a_frozen_model_is_refused():
@@ -619,11 +905,21 @@ def test_a_share_that_removes_nothing_is_refused():
         attached(target=fastgate.Sparsity(0.1))
 
 
-@pytest.mark.parametrize(("argument", "value"), [("config", 0.5), ("teacher", "bert-base")])
-def test_arguments_of_another_kind_are_refused(argument, value):
-    given = {"config": config(), "teacher": None} | {argument: value}
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [("config", 0.5), ("teacher", "bert-base"), ("model", "bert-base"), ("model", None)],
+)
+def test_arguments_of_another_kind_are_refused(tmp_path, argument, value):
+    from test_trainer import arguments, rows
+
+    given = {"model": bert(), "config": config(), "teacher": None} | {argument: value}
     with pytest.raises(ArgumentError, match=f"Pruner: {argument}: got {value!r}"):
-        fastgate.Pruner(bert(), given["config"], TOTAL, given["teacher"])
+        fastgate.Pruner(given["model"], given["config"], TOTAL, given["teacher"])
+    if argument == "teacher":
+        with pytest.raises(ArgumentError, match="Pruner: teacher: got 'bert-base'"):
+            fastgate.SelfPruningTrainer(
+                bert(), arguments(tmp_path), pruning=config(), teacher=value, train_dataset=rows()
+            )
 
 
 def test_a_copy_of_a_model_under_a_pruner_is_pruned_by_itself():

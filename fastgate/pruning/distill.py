@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,12 +15,12 @@ from ..errors import ArgumentError, say
 from ..families import base_class
 from ..patch import patch
 from ..state import encoder_state
+from .finite import IGNORED, LABELS
 from .modes import evaluating
 from .numbers import number
 from .sentences import is_sentence_model
 
 Hidden = Sequence[tuple[Tensor, Tensor]]  # (index, rows) of the embeddings and of each layer
-LABELS = ("labels", "start_positions", "end_positions", "next_sentence_label")
 SCORES = ("logits", "start_logits", "end_logits", "prediction_logits", "seq_relationship_logits", "scores")
 EMBEDDING = "sentence_embedding"  # the output of a model of sentence-transformers
 REGRESSION, MULTI_LABEL, ONE_LABEL = (
@@ -92,26 +93,36 @@ class Teacher:
         self.model = patch(model)
         self.state = encoder_state(model)
         _check_alike(model, student, distill)
-        self._modes: list[tuple[nn.Module, bool]] = []
-        self._flags: list[tuple[nn.Parameter, bool]] = []
 
     def engage(self) -> None:
         """Put it in eval mode and freeze it."""
-        self._modes = [(module, module.training) for module in self.model.modules()]
-        self._flags = [(p, p.requires_grad) for p in self.model.parameters()]
+        modes = {name: module.training for name, module in self.model.named_modules()}
+        flags = {name: p.requires_grad for name, p in self.model.named_parameters()}
+        *_, teachers = _at_work.setdefault(self.model, (modes, flags, weakref.WeakSet()))
+        teachers.add(self)
         self.model.eval().requires_grad_(False)
 
     def release(self) -> None:
-        """Give every module its mode back, and every parameter its flag."""
-        for module, training in self._modes:
-            module.training = training
-        for parameter, flag in self._flags:
-            parameter.requires_grad_(flag)
-        self._modes, self._flags = [], []
+        """Give every module its mode back, and every parameter its flag, once no other Pruner needs it."""
+        modes, flags, teachers = _at_work.get(self.model, ({}, {}, weakref.WeakSet()))
+        teachers.discard(self)
+        if teachers or self.model not in _at_work:
+            return
+        del _at_work[self.model]
+        for name, module in self.model.named_modules():
+            module.training = modes.get(name, module.training)
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(flags.get(name, parameter.requires_grad))
 
     @torch.no_grad()
     def __call__(self, inputs: Mapping[str, Any], want_hidden: bool) -> Lesson:
         return _ask(self.model, self.state, inputs, want_hidden)
+
+
+# A model that teaches -> its modes and its flags before it did, by name, and the Teachers at work with it.
+_at_work: weakref.WeakKeyDictionary[
+    nn.Module, tuple[dict[str, bool], dict[str, bool], weakref.WeakSet[Teacher]]
+] = weakref.WeakKeyDictionary()
 
 
 class SelfTeacher:
@@ -162,6 +173,17 @@ def _check_alike(teacher: nn.Module, student: nn.Module, distill: Distill) -> No
     if distill.logits and heads[0] != heads[1]:
         remedy = "distil from a model with the student's head, or pass Distill(logits=0.0)"
         raise ArgumentError(say("Pruner", "teacher", heads[0], f"{heads[1]}, as the student has", remedy))
+    names = [_label_names(model) for model in (teacher, student)]
+    if distill.logits and names[0] != names[1] and sorted(names[0]) == sorted(names[1]):
+        remedy = "use a teacher whose config.id2label has the student's order, or pass Distill(logits=0.0)"
+        wanted = f"{names[1]}, as the student has"
+        raise ArgumentError(say("Pruner", "teacher", f"the labels {names[0]}", wanted, remedy))
+
+
+def _label_names(model: nn.Module) -> list[str]:
+    """The names of a head's classes in their order, as its config has them."""
+    names = getattr(getattr(model, "config", None), "id2label", None) or {}
+    return [str(names[i]).lower() for i in sorted(names)]
 
 
 def _head(model: nn.Module) -> str:
@@ -224,6 +246,9 @@ def scores_loss(
     the same of each label's two outcomes, mean over labels. REGRESSION: the mean squared error. rows: (batch,
     length) bool, which rows to compare where there are scores a token; None: all.
     """
+    if mine.shape[0] != theirs.shape[0]:
+        got, wanted = f"{theirs.shape[0]} rows", f"the {mine.shape[0]} that the outputs are of"
+        raise ArgumentError(say("Pruner.loss", "inputs", got, wanted, "pass the batch that the model ran on"))
     if mine.shape != theirs.shape:
         got = f"scores of shape {tuple(theirs.shape)}"
         remedy = "distil from a model with the student's head and labels, or pass Distill(logits=0.0)"
@@ -282,7 +307,7 @@ def scored_rows(inputs: Mapping[str, Any]) -> Tensor | None:
     """(batch, length) bool, the tokens scored in training: those labelled, else those attended."""
     labels, mask = inputs.get("labels"), inputs.get("attention_mask")
     if isinstance(labels, Tensor) and labels.dim() == 2 and not labels.is_floating_point():
-        rows = labels != -100
+        rows = labels != IGNORED
         # The teacher is not told the labels: it computes no row that is padding, labelled or not.
         return rows & mask.bool() if mask is not None and mask.shape == rows.shape else rows
     return None if mask is None else mask.bool()

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from typing import NoReturn
+from collections.abc import Mapping
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from ..errors import ArgumentError, say
 from .measure import sum_over_ranks
+
+LABELS = ("labels", "start_positions", "end_positions", "next_sentence_label")  # of transformers' heads
+POSITIONS = ("start_positions", "end_positions")
+IGNORED = -100  # a label that transformers' losses leave out
 
 # Steps one after the other that a scaled loss may overflow in. A GradScaler halves its scale each time: from
 # its usual 2^16 it is at 1 by then.
@@ -21,8 +26,8 @@ SOME = 4096  # scores looked at
 def raise_not_finite(what: str, step: int | None = None) -> NoReturn:
     when = "" if step is None else f" of step {step}"
     remedy = (
-        "lower the learning rate, look for batches whose own loss is NaN (no label at all), or train in "
-        "bfloat16 or float32; then begin anew or resume from a checkpoint"
+        "lower the learning rate, look for batches whose own loss is NaN, or train in bfloat16 or float32; "
+        "then begin anew or resume from a checkpoint"
     )
     raise ArgumentError(
         say("Pruner.step", "loss", f"NaN or infinity in {what}{when}", "finite numbers", remedy)
@@ -53,6 +58,12 @@ class Finite:
     def note(self, term: str, value: Tensor) -> None:
         """A number of a micro-batch that should be finite."""
         self._note(term, ~torch.isfinite(value.detach()).all())
+
+    def note_task(self, loss: Tensor, inputs: Mapping[str, Any]) -> None:
+        """The task's loss on `inputs`. Where no row has a label it is NaN, the mean over none, and its
+        gradient is 0: transformers goes on, and so does this."""
+        loss = loss.detach()
+        self._note(TASK, ~(torch.isfinite(loss).all() | _unlabelled(inputs, loss.device)))
 
     def note_scores(self, scores: Tensor) -> None:
         """Scores of a micro-batch, which may mask with infinity. The first will do: a weight that is NaN
@@ -92,6 +103,20 @@ class Finite:
             self._run = self._run + 1 if wrong else 0
             if wrong and (scale == 1.0 or self._run > OVERFLOWS):
                 raise_not_finite(" and ".join(wrong), step)
+
+
+def _unlabelled(inputs: Mapping[str, Any], device: torch.device) -> Tensor:
+    """Whether one of the labels of a batch is to be ignored in every row; 0-d bool."""
+    found = [torch.zeros((), dtype=torch.bool, device=device)]
+    length = inputs["input_ids"].shape[-1] if isinstance(inputs.get("input_ids"), Tensor) else None
+    for name in LABELS:
+        labels = inputs.get(name)
+        if isinstance(labels, Tensor) and not labels.is_floating_point():
+            ignored = labels == IGNORED
+            if name in POSITIONS and length is not None:
+                ignored = labels >= length  # those of answers that were cut off
+            found.append(ignored.all().to(device))
+    return torch.stack(found).any()
 
 
 def _several() -> bool:

@@ -63,6 +63,10 @@ class GateLearner:
         ordered = scores.sort(descending=True).values
         return torch.sigmoid(scores - (ordered[keep - 1] + ordered[keep]) / 2)
 
+    def aim(self, target: float) -> None:
+        """Have `p_open` speak of this target, if no step has been drawn at it."""
+        self._target = target
+
     @torch.enable_grad()
     def draw(self, target: float, device: torch.device) -> None:
         """Draw the next step's gates, for a model on `device` and a reduction asked for of `target`."""

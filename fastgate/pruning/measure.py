@@ -30,13 +30,9 @@ class Measured:
         )  # rows packed, rows demanded, query-key pairs, sequences
         self.costs: Costs | None = None
 
-    def add(self, record: Record, inputs: Mapping[str, Any]) -> None:
+    def add(self, record: Record) -> None:
         """Add a forward that `record` holds."""
-        length = (
-            inputs["input_ids"].shape[-1]
-            if inputs.get("input_ids") is not None
-            else inputs["inputs_embeds"].shape[-2]
-        )
+        length = record.length
         with torch.no_grad():
             for layer, rows in dict(record.attention_output).items():  # recomputed ones come first
                 basis = _basis(*record.hidden[layer], record.hidden[layer + 1][0], length)

@@ -18,12 +18,13 @@ from ..packed import PackedLinear
 from ..patch import patch
 from ..prune import prune
 from ..run import Record
-from ..state import encoder_state
+from ..state import check_module, encoder_state
 from .config import PruningConfig
 from .distill import SelfTeacher, Teacher, hidden_loss, outputs_loss, scores_of
 from .finite import HIDDEN, LAGRANGIAN, LOGITS, Finite
 from .learner import GateLearner
 from .measure import Measured
+from .numbers import number
 from .objective import Fixed, Objective
 from .schedule import RECOVER, SEARCH, WARM, Schedule, make_schedule
 from .swap import swap_tokens
@@ -36,6 +37,18 @@ SEPARATED = 0.05
 RATED = "fastgate_replacements"  # marks the groups that set_rates has made
 SETTLED = 10  # steps after hardening by which the replacements in use must have moved
 _attached: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Pruner]] = weakref.WeakKeyDictionary()
+
+
+def _set_dropouts(dropouts: Mapping[nn.Dropout, float]) -> None:
+    for module, p in dropouts.items():
+        module.p = p
+
+
+def _check_batch(call: str, inputs: Any) -> None:
+    if not isinstance(inputs, Mapping):
+        got, wanted = type(inputs).__name__, "a dict of what the model is called with"
+        remedy = "pass the batch as the model takes it by keywords: model(**batch)"
+        raise ArgumentError(say(f"Pruner.{call}", "inputs", got, wanted, remedy))
 
 
 @dataclass
@@ -72,6 +85,7 @@ class Pruner:
 
     A loop that stops before `finalize` calls `detach()`: it undoes what `attach` did to model and teacher.
     Losses, gates and scores that are not finite raise ArgumentError in `step`, at the latest after 25 steps.
+    DistributedDataParallel around the model needs `find_unused_parameters=True`: a gate may be 0.
 
     teacher: a dense model fine-tuned on the task; None: the model itself with every gate open, until
     hardening. total_steps: optimizer steps of the run; None if `plan_steps` will be called before the first.
@@ -87,6 +101,7 @@ class Pruner:
         if not isinstance(config, PruningConfig):
             remedy = "pass fastgate.PruningConfig(target=...)"
             raise ArgumentError(say("Pruner", "config", repr(config), "a PruningConfig", remedy))
+        check_module("Pruner", model)
         if teacher is not None and not isinstance(teacher, nn.Module):
             raise ArgumentError(say("Pruner", "teacher", repr(teacher), "a model or None", "load the model"))
         if teacher is model:
@@ -100,8 +115,10 @@ class Pruner:
         self.margin: float | None = None
         self._teacher_model = teacher
         self._schedule: Schedule | None = None
-        self._attached = self._engaged = self._finalized = self._prepared = False
+        self._attached = self._engaged = self._prepared = False
+        self.finalized = False
         self._dropouts: dict[nn.Dropout, float] = {}
+        self._when_lost: weakref.finalize[Any, Pruner] | None = None
         self._starts: dict[int, list[Tensor]] = {}
         self.finite = Finite()
         if total_steps is not None:
@@ -127,6 +144,9 @@ class Pruner:
         """
         if self._attached:
             return self
+        if self.steps:
+            got, remedy = f"detached after {self.steps} steps", "make a new Pruner, and attach that"
+            raise ArgumentError(say("Pruner.attach", "pruner", got, "one that has not begun", remedy))
         self._check_student()
         patch(self.model)
         self.state = encoder_state(self.model)
@@ -159,20 +179,34 @@ class Pruner:
         if frozen:
             remedy = "call fastgate.thaw(model) first: packed weights cannot be trained"
             raise ArgumentError(say("Pruner", "model", f"{frozen[0]} frozen", "a model to train", remedy))
+        for module in self.model.modules():
+            if isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel):
+                got, wanted = f"a model inside {type(module).__name__}", "the model itself"
+                remedy = "attach to the model before DistributedDataParallel takes it: attach adds parameters"
+                raise Unsupported(say("Pruner", "model", got, wanted, remedy))
         for name, module in self.model.named_modules():
             if any(cls.__module__.partition(".")[0] == "peft" for cls in type(module).__mro__):
                 got = f"{name or type(module).__name__} with an adapter of PEFT"
                 remedy = (
-                    "call model = model.merge_and_unload(), which is exact, and prune that: an adapter has "
-                    "no place for what is pruned. fastgate.save saves the whole pruned model"
+                    "call model = model.merge_and_unload().requires_grad_(True), which is exact, and prune "
+                    "that: an adapter has no place for what is pruned. fastgate.save saves the whole pruned "
+                    "model"
                 )
                 raise Unsupported(say("Pruner", "model", got, "a model without adapters", remedy))
+
+    def _check_trainable(self) -> None:
+        """In the first step: is there a weight that learns?"""
+        own = {id(p) for layer in self._replacements for p in layer.parameters()}
+        if not self.steps and not any(p.requires_grad for p in self.model.parameters() if id(p) not in own):
+            got, wanted = "every weight with requires_grad False", "weights to train"
+            remedy = "call model.requires_grad_(True), which merge_and_unload() of PEFT leaves to you"
+            raise ArgumentError(say("Pruner.loss", "model", got, wanted, remedy))
 
     def _leave_earlier(self) -> None:
         """Undo the attach of a Pruner that never began; refuse a model that another one is training."""
         known = _attached.get(self.state.encoder)
         earlier = None if known is None else known()
-        if earlier is None or earlier is self or not earlier._attached or earlier._finalized:
+        if earlier is None or earlier is self or not earlier._attached or earlier.finalized:
             return
         if earlier.steps:
             got = f"a model that another Pruner has trained for {earlier.steps} steps"
@@ -191,6 +225,9 @@ class Pruner:
         if self._leads:
             assert self.config.distill is not None
             self._dropouts = {m: m.p for m in self.model.modules() if isinstance(m, nn.Dropout)}
+            # A Pruner that is lost without detach() must not leave the model without its dropout.
+            lost = weakref.WeakKeyDictionary(self._dropouts)
+            self._when_lost = weakref.finalize(self, _set_dropouts, lost)
             for module in self._dropouts:
                 module.p = self.config.distill.dropout
 
@@ -200,9 +237,10 @@ class Pruner:
         if not self._engaged:
             return
         self._engaged = False
-        for module, p in self._dropouts.items():
-            module.p = p
+        _set_dropouts(self._dropouts)
         self._dropouts = {}
+        if self._when_lost is not None:
+            self._when_lost.detach()
         if isinstance(self._teacher, Teacher):
             self._teacher.release()
         self.state.runtime.record = None
@@ -233,9 +271,15 @@ class Pruner:
             remedy = "make the optimizer after attach(), from model.parameters(): else they are never trained"
             raise ArgumentError(say("Pruner.set_rates", "optimizer", got, wanted, remedy))
         own = {id(p) for layer in self._replacements for p in layer.parameters()}
+        # accelerate wraps optimizers; a scheduler of torch marks the step of the one it is made for.
+        scheduled = hasattr(getattr(optimizer, "optimizer", optimizer).step, "_wrapped_by_lr_sched")
         for group in list(optimizer.param_groups):
             moved = [p for p in group["params"] if id(p) in own]
             if moved and self.config.replacement_lr != 1.0 and RATED not in group:
+                if scheduled:
+                    got, wanted = "an optimizer that has a scheduler", "one without: groups are added to it"
+                    remedy = "call set_rates before the scheduler is made"
+                    raise ArgumentError(say("Pruner.set_rates", "optimizer", got, wanted, remedy))
                 group["params"] = [p for p in group["params"] if id(p) not in own]
                 settings = {key: value for key, value in group.items() if key != "params"}
                 rate = group["lr"] * self.config.replacement_lr
@@ -287,9 +331,16 @@ class Pruner:
         """The batch to run the model on in this step, and to give to `loss`: `inputs`, with tokens swapped in
         every other step where a dense teacher teaches and `Distill.swap` is not 0."""
         self._check_training("prepare")
+        _check_batch("prepare", inputs)
         self._prepared = True
         if not self._swaps:
             return inputs
+        if inputs.get("input_ids") is None:
+            warnings.warn(
+                "Pruner.prepare: no token is swapped although Distill.swap is not 0, as the batch has no "
+                "input_ids. Pass them by that name, or Distill(swap=0.0), which counts every row's label.",
+                stacklevel=2,
+            )
         assert self.config.distill is not None
         return swap_tokens(inputs, self.config.distill.swap, self._swapping)
 
@@ -301,6 +352,7 @@ class Pruner:
         `prepare` gave, with its labels. A teacher computes in the dtype of the autocast around this call.
         """
         self._check_training("loss")
+        _check_batch("loss", inputs)
         forward = self.take(outputs, inputs)
         if forward is None:
             remedy = "call loss once after each forward of the model in training"
@@ -318,7 +370,7 @@ class Pruner:
         forward = Forward(inputs, outputs, has_gradient=torch.is_grad_enabled())
         if record is not None:
             if self.phase == WARM:
-                self._measured.add(record, inputs)
+                self._measured.add(record)
             if forward.has_gradient:
                 forward.hidden = list(record.hidden)
             record.hidden, record.attention_output = [], []  # the graph is not kept beyond backward
@@ -337,6 +389,7 @@ class Pruner:
                 "loss, or pass Distill(swap=0.0).",
                 stacklevel=3,
             )
+        self._check_trainable()
         total = torch.zeros((), device=self._device)
         if self.phase == SEARCH:
             total = self.learner.term()
@@ -361,6 +414,8 @@ class Pruner:
         loss is scaled only if that lasts.
         """
         self._check_training("step")
+        remedy = "pass scaler.get_scale() as it was before scaler.update(), or leave it out"
+        grad_scale = number("Pruner.step", "grad_scale", grad_scale, "above 0", remedy, lambda x: x > 0.0)
         marks = (self.schedule.begin, self.schedule.harden, self.schedule.total)
         self.finite.end_step(self.steps + 1, grad_scale, look=self.steps + 1 in marks)
         if self.phase == SEARCH:
@@ -387,6 +442,7 @@ class Pruner:
         """Fix every gate at 0 or 1 for good, by the target exactly; returns the layers kept."""
         self._check_training("harden")
         if self.kept is None:
+            self.learner.aim(self.objective.goal)
             probabilities, costs = self.learner.p_open, self._measured.costs
             kept = self.objective.choose(probabilities, costs)
             self.margin = self.objective.margin(probabilities, costs)
@@ -418,7 +474,7 @@ class Pruner:
             remedy = "train to the end, or call harden()"
             raise ArgumentError(say("Pruner.finalize", "gates", "not hardened", "hardened gates", remedy))
         self.release()
-        self._finalized = True
+        self.finalized = True
         return prune(self.model, keep=self.kept, replacement=self.config.replacement)
 
     def metrics(self) -> dict[str, float]:
@@ -448,7 +504,23 @@ class Pruner:
             "history": [dict(entry) for entry in self.history],
             "teacher_seconds": self.teacher_seconds,
             "margin": self.margin,
+            "settings": self._settings,
         }
+
+    @property
+    def _settings(self) -> dict[str, str]:
+        """What a resumed run must have in common with the one that it resumes."""
+        c = self.config
+        return {"replacement": c.replacement, "target": repr(c.target), "gates": c.gates}
+
+    def _check_settings(self, state: Mapping[str, Any]) -> None:
+        now = self._settings
+        for name, had in state.get("settings", now).items():  # states of earlier versions have none
+            # In the warm phase nothing is learned of the gates yet.
+            if had != now[name] and (name == "replacement" or state["steps"] >= self.schedule.begin):
+                remedy = "resume with the settings that the run began with, or start anew"
+                where = "Pruner.load_state_dict"
+                raise CheckpointError(say(where, f"PruningConfig.{name}", now[name], had, remedy))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict()`; the model's weights are loaded apart.
@@ -456,7 +528,8 @@ class Pruner:
         Raises CheckpointError if the state is of another model or of a run of another length.
         """
         self._check_training("load_state_dict")
-        missing = [name for name in STATE if name not in state]
+        given = state if isinstance(state, Mapping) else {}
+        missing = [name for name in STATE if given.get(name) is None and name != "kept"]
         layers = self.state.num_layers
         if missing or state["learner"]["z"].numel() != layers:
             got = f"no {missing}" if missing else f"{state['learner']['z'].numel()} gates"
@@ -465,6 +538,7 @@ class Pruner:
                 say("Pruner.load_state_dict", "state", got, f"the state of {layers} gates", remedy)
             )
         self.plan_steps(state["total"])
+        self._check_settings(state)
         self.engage()
         self.finite, self._starts = Finite(), {}
         self.margin = state.get("margin")  # states of earlier versions have none
@@ -585,7 +659,7 @@ class Pruner:
         self.state.runtime.unfinished = self.kept is None
         measuring = self.kept is None and (self._schedule is None or self.phase == WARM)
         matching = self._teaches and self.config.distill is not None and self.config.distill.hidden > 0
-        if not (measuring or matching):
+        if not self._engaged or not (measuring or matching):
             self.state.runtime.record = None
         elif self.state.runtime.record is None:
             self.state.runtime.record = Record()
@@ -617,6 +691,6 @@ class Pruner:
 
     def _check_training(self, call: str) -> None:
         self._check_attached(call)
-        if self._finalized:
+        if self.finalized:
             remedy = "make a new Pruner for a dense model; the pruned one trains as any other model does"
             raise ArgumentError(say(f"Pruner.{call}", "pruner", "finalized", "one that prunes", remedy))

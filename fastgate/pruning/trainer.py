@@ -14,7 +14,6 @@ from .. import checkpoint
 from ..errors import ArgumentError, Unsupported, say
 from . import checkpoints
 from .config import PruningConfig
-from .finite import TASK
 from .pruner import Pruner
 from .sentences import is_sentence_model, watching
 
@@ -128,9 +127,10 @@ class SelfPruningMixin:
 
     def _attach(self) -> None:
         trainer: Any = self
+        self.pruner = Pruner(trainer.model, self._pruning, None, self._teacher)
         if self._teacher is not None:
             self._teacher.to(trainer.args.device)
-        self.pruner = Pruner(trainer.model, self._pruning, None, self._teacher).attach()
+        self.pruner.attach()
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         model: nn.Module = super().call_model_init(trial)  # type: ignore[misc]
@@ -148,9 +148,7 @@ class SelfPruningMixin:
         elif resume_from_checkpoint:
             checkpoints.check_complete(Path(resume_from_checkpoint))
         if self.pruner.steps and not resume_from_checkpoint and trainer.model_init is None:
-            raise ArgumentError(
-                say("train", "model", "pruned by an earlier train()", "a dense model", "make a new trainer")
-            )
+            self._refuse_second_training()
         self.pruner.engage()
         try:
             result = super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
@@ -160,6 +158,13 @@ class SelfPruningMixin:
             raise
         self.pruner.finalize()
         return result
+
+    def _refuse_second_training(self) -> None:
+        got, remedy = "pruned by an earlier train()", "make a new trainer"
+        if not self.pruner.finalized:
+            got = f"trained for {self.pruner.steps} steps by a train() that did not end"
+            remedy += " with the dense model, or go on with train(resume_from_checkpoint=True)"
+        raise ArgumentError(say("train", "model", got, "a dense model", remedy))
 
     def _check_hardened(self) -> None:
         pruner, state = self.pruner, self.state  # type: ignore[attr-defined]
@@ -181,13 +186,14 @@ class SelfPruningMixin:
         if not model.training:
             return below(model, inputs, return_outputs, *args, **kwargs)
         if is_sentence_model(trainer.model):
+            batch: dict[str, Any] = {}
             with watching(trainer.model, self.pruner) as forwards:
                 loss, outputs = below(model, inputs, True, *args, **kwargs)
         else:
             inputs = self.pruner.prepare(inputs)
             batch = dict(inputs)  # some Trainers take the labels out
             loss, outputs = below(model, inputs, True, *args, **kwargs)
-        self.pruner.finite.note(TASK, loss)
+        self.pruner.finite.note_task(loss, batch)
         with trainer.accelerator.autocast():  # which it puts around the model's forward alone
             if is_sentence_model(trainer.model):
                 added = self.pruner.loss_of(forwards)
