@@ -123,6 +123,32 @@ def test_damaged_and_missing_files_are_refused(folder, tmp_path, name, content):
             read_model(folder)
 
 
+@pytest.mark.parametrize(
+    "command, option",
+    [("explain", "PATH"), ("evaluate", "PATH"), ("finetune", "--model"), ("bench", "--model")],
+)
+def test_a_name_that_the_hub_does_not_give_is_told_by_its_option(
+    folder, tmp_path, monkeypatch, command, option
+):
+    def unreachable(*_, **__):
+        raise OSError("We couldn't connect\nto the hub")
+
+    for kind in ("AutoConfig", "AutoTokenizer"):
+        monkeypatch.setattr(f"transformers.{kind}.from_pretrained", unreachable)
+    rows = tiny.write_rows(tmp_path / "rows.jsonl", [{"text": "good", "label": i % 2} for i in range(8)])
+    for split in ("train", "validation"):
+        tiny.write_rows(
+            tmp_path / "sst2" / f"{split}.jsonl", [{"sentence": "a", "label": i % 2} for i in (0, 1)]
+        )
+    own = ["--task-type", "text", "--validation", rows]
+    more = {
+        "explain": [], "evaluate": own, "finetune": [*own, "--train", rows, "--out", tmp_path / "out"],
+        "bench": ["--task", "sst2", "--data-dir", tmp_path],
+    }[command]  # fmt: skip
+    named = ["some-bert"] if option == "PATH" else ["--model", "some-bert"]
+    assert f"{option}: got some-bert (We couldn't connect to the hub)" in run(command, *named, *more)
+
+
 def test_the_folder_of_a_run_is_answered_with_the_models_in_it(folder, tmp_path):
     run_folder = tmp_path / "run"
     for part in ("dense", "pruned"):

@@ -173,8 +173,11 @@ def load_tokenizer(model_name: str | Path, task: Task | None = None) -> PreTrain
     return tokenizer
 
 
-def load_quietly(load: Callable[[], Any], model_name: str | Path) -> Any:
-    """What `load` gives; CheckpointError for a damaged folder, ArgumentError for what is not there."""
+def load_quietly(load: Callable[[], Any], model_name: str | Path, option: str = "--model") -> Any:
+    """What `load` gives; CheckpointError for a damaged folder, ArgumentError for what is not there.
+
+    option: what the user typed before it.
+    """
     with quiet_loading():
         try:
             return load()
@@ -185,9 +188,9 @@ def load_quietly(load: Callable[[], Any], model_name: str | Path) -> Any:
             got, wanted = f"{model_name} ({text})", "a BERT or RoBERTa model of the hub or in a folder"
             if os.path.isdir(os.path.expanduser(model_name)):
                 remedy = "the folder is damaged or unfinished: save the model again, or copy it again"
-                raise CheckpointError(say("fastgate", "model", got, wanted, remedy)) from error
+                raise CheckpointError(say("fastgate", option, got, wanted, remedy)) from error
             remedy = "check the name; without a hub give a folder with config.json and the weights"
-            raise ArgumentError(say("fastgate", "model", got, wanted, remedy)) from error
+            raise ArgumentError(say("fastgate", option, got, wanted, remedy)) from error
 
 
 def demo_model_path() -> Path:

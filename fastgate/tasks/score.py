@@ -145,14 +145,14 @@ def read_model(path: str | Path) -> Any:
     if (Path(source) / META).is_file():
         model: Any = load(source)
     else:
-        config = load_quietly(lambda: transformers.AutoConfig.from_pretrained(source), path)
+        config = load_quietly(lambda: transformers.AutoConfig.from_pretrained(source), path, "PATH")
         if is_pruned(source, config):
             model = load(source)
         else:
             names = [name for name in config.architectures or [] if hasattr(transformers, name)]
             kind = getattr(transformers, names[0]) if names else transformers.AutoModel
             options = {"ignore_mismatched_sizes": True, "output_loading_info": True}
-            model, report = load_quietly(lambda: kind.from_pretrained(source, **options), path)
+            model, report = load_quietly(lambda: kind.from_pretrained(source, **options), path, "PATH")
             new = [
                 n
                 for n in new_weights(report)
