@@ -306,7 +306,10 @@ def test_bench_gives_no_figure_for_outputs_that_differ(world, monkeypatch):
         ),
         (["finetune", "--task", "cola", "--data-dir", "DATA"], "without a folder cola"),
         (["bench", "--task", "sst2", "--data-dir", "DATA", "--keep", "a"], "wanted layer indices"),
-        (["bench", "--task", "sst2", "--data-dir", "DATA", "--keep", "7"], "--keep: got 7, wanted layers from 0"),
+        (
+            ["bench", "--task", "sst2", "--data-dir", "DATA", "--keep", "7"],
+            "--keep: got 7, wanted layers from 0",
+        ),
         (
             ["bench", "--task", "sst2", "--data-dir", "DATA", "--against", "flash"],
             "got flash, wanted sdpa or",
