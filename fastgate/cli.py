@@ -219,6 +219,10 @@ def _load(
     """The task that the data options describe: a name, or a type with files."""
     from .tasks import load_files, load_task
 
+    if label_column is not None and not label_column:
+        raise ArgumentError(
+            say(command, "--label-column", "''", "the name of a column", "name it, or leave it out")
+        )
     remedy = "pass --task NAME, or --task-type with --train and --validation"
     rows: dict[str, Any] = {"max_train_rows": max_train_rows, "max_eval_rows": max_eval_rows, "seed": seed}
     own = {

@@ -120,6 +120,7 @@ def test_every_command_has_ranges(world, tmp_path, command, option, value):
         (["--pooling", "max"], "--pooling: got 'max'"),
         (["--evaluate-on", ","], "--evaluate-on: got ','"),
         (["--columns", "sentence"], "--columns: got it with --task"),
+        (["--label-column", ""], "--label-column: got ''"),
         (["--train", "x.jsonl"], "--train: got it with --task"),
         (["--task-type", "text"], "--task, --task-type"),
     ],

@@ -253,6 +253,24 @@ def test_places_that_cannot_be_written_are_found_first(world, tmp_path, option, 
     assert option in message
 
 
+def test_results_that_cannot_be_read_or_written_are_found_first(world, tmp_path, monkeypatch):
+    command = command_of(world, tmp_path)
+    out = tmp_path / "tasks.jsonl"
+    out.touch()
+
+    def forbidden(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda path, mode: Path(path) != out)
+        assert f"--out: got {out}, which cannot be written to" in refused(*command)
+    with monkeypatch.context() as patch:
+        patch.setattr(sweeps.Path, "is_file", forbidden)
+        with pytest.raises(DataError, match="Permission denied"):
+            read_lines(out)
+    assert not (tmp_path / "work").exists()
+
+
 # -- recipes
 
 

@@ -107,6 +107,9 @@ def class_names(model: Any, kind: str) -> list[str]:
         _wrong_kind(model, kind, "one output" if kind == "regression" else "two or more classes")
     if kind == "regression":
         return []
+    problem = getattr(model.config, "problem_type", None)
+    if kind != "tokens" and problem not in (None, "single_label_classification"):
+        _wrong_kind(model, kind, f"one class a row; the problem_type in its config.json is {problem}")
     names = model.config.id2label
     if sorted(names) != list(range(count)):
         got, wanted = f"ids {sorted(names)} in id2label", f"0 to {count - 1}"
