@@ -476,6 +476,8 @@ def sweep(
     runs = read_recipe(recipe, model)
     for name in {settings.model for settings in runs} - {"minilm"}:
         model_source(name, "--model" if model else "model", ("dense",))
+    if not (left or as_worker):
+        sweeps.check_files(out, work)
     todo = sweeps.left(runs, out)
     if left:
         for run in todo:
@@ -491,7 +493,6 @@ def sweep(
         if as_worker:
             sweeps.sweep(runs, data_dir, out, work, tell=tell, listener=display)
             return  # what is left is for the other workers; the process that started them looks
-        sweeps.check_files(out, work)
         tell(f"{len(runs)} runs, {len(runs) - len(todo)} of them in {out}, {len(todo)} left")
         if not todo:
             return

@@ -444,6 +444,7 @@ def test_a_demo_replaces_a_demo_and_nothing_else(world):
     assert before == sorted(path.name for path in (world / "out").iterdir())
     assert "not empty" in refused("demo", "--out", world / "data")
     assert "--data-dir" in refused("demo", "--out", world / "demo", "--data-dir", world / "data")
+    assert "demo: --out: got" in refused("demo", "--out", world / "file" / "in")
 
 
 # -- what is out of reach

@@ -123,14 +123,14 @@ def check_results(path: Path) -> None:
 
 def check_files(out: Path, work: Path) -> None:
     """Raises DataError or ArgumentError unless results can be kept in `out` and models in `work`."""
-    read_lines(out)
+    check_makeable("sweep", "--out", out.parent)
     if out.is_dir():
         got = f"{out}, a folder"
         raise ArgumentError(say("sweep", "--out", got, "a file", "name the file in it"))
     if out.exists() and not os.access(out, os.W_OK):
         got = f"{out}, which cannot be written to"
         raise ArgumentError(say("sweep", "--out", got, "a file that can be", "choose another path"))
-    check_makeable("sweep", "--out", out.parent)
+    read_lines(out)
     check_makeable("sweep", "--work", work)
 
 
