@@ -262,7 +262,7 @@ def test_results_that_cannot_be_read_or_written_are_found_first(tmp_path, monkey
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "access", lambda path, mode: Path(path) != out)
-        with pytest.raises(ArgumentError, match="--out: got .*, which cannot be written to"):
+        with pytest.raises(ArgumentError, match=r"--out: got .*, which cannot be written to"):
             sweeps.check_files(out, tmp_path / "work")
     with monkeypatch.context() as patch:
         patch.setattr(sweeps.Path, "is_file", forbidden)
