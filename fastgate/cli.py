@@ -219,6 +219,10 @@ def _load(
     """The task that the data options describe: a name, or a type with files."""
     from .tasks import load_files, load_task
 
+    if label_column is not None and not label_column:
+        raise ArgumentError(
+            say(command, "--label-column", "''", "the name of a column", "name it, or leave it out")
+        )
     remedy = "pass --task NAME, or --task-type with --train and --validation"
     rows: dict[str, Any] = {"max_train_rows": max_train_rows, "max_eval_rows": max_eval_rows, "seed": seed}
     own = {
@@ -472,6 +476,8 @@ def sweep(
     runs = read_recipe(recipe, model)
     for name in {settings.model for settings in runs} - {"minilm"}:
         model_source(name, "--model" if model else "model", ("dense",))
+    if not (left or as_worker):
+        sweeps.check_files(out, work)
     todo = sweeps.left(runs, out)
     if left:
         for run in todo:
@@ -487,7 +493,6 @@ def sweep(
         if as_worker:
             sweeps.sweep(runs, data_dir, out, work, tell=tell, listener=display)
             return  # what is left is for the other workers; the process that started them looks
-        sweeps.check_files(out, work)
         tell(f"{len(runs)} runs, {len(runs) - len(todo)} of them in {out}, {len(todo)} left")
         if not todo:
             return

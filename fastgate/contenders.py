@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ def contenders(
     for what the source says. replacement: what stands where `keep` leaves attention out
     (fastgate.prune).
     """
-    name, device = str(source), _device()
+    name, device = os.path.expanduser(source), _device()
     if (Path(name) / "fastgate.json").is_file():
         if keep is not None:
             remedy = "leave --keep out, or bench the dense model"
@@ -51,7 +52,11 @@ def contenders(
         ours = load(name).to(device, dtype)
         reference = unpruned(ours).to(device, dtype)
         return ours_at_best(ours), reference, load_tokenizer(name, task)
-    reference, tokenizer = dense(source, task, dtype)
+    reference, tokenizer = dense(name, task, dtype)
+    layers = int(reference.config.num_hidden_layers)
+    if keep is not None and not all(0 <= layer < layers for layer in keep):
+        got, wanted = ",".join(map(str, keep)), f"layers from 0 to {layers - 1}"
+        raise ArgumentError(say("bench", "--keep", got, wanted, "name layers that the model has"))
     return pruned(reference, keep, pooling, replacement), reference, tokenizer
 
 

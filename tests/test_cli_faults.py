@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import shutil
@@ -119,6 +120,7 @@ def test_every_command_has_ranges(world, tmp_path, command, option, value):
         (["--pooling", "max"], "--pooling: got 'max'"),
         (["--evaluate-on", ","], "--evaluate-on: got ','"),
         (["--columns", "sentence"], "--columns: got it with --task"),
+        (["--label-column", ""], "--label-column: got ''"),
         (["--train", "x.jsonl"], "--train: got it with --task"),
         (["--task-type", "text"], "--task, --task-type"),
     ],
@@ -224,14 +226,21 @@ class Interrupting:
         monkeypatch.setattr(Display, "__call__", stop)
 
 
-@pytest.fixture
-def stopped(world, tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def stopped_once(world, tmp_path_factory):
     """The folder of a run that Ctrl-C stopped between its dense fine-tune and its pruning."""
-    with monkeypatch.context() as patch:
+    out = tmp_path_factory.mktemp("stopped") / "out"
+    with pytest.MonkeyPatch.context() as patch:
         Interrupting(patch, "prune", 1, KeyboardInterrupt())
-        message = call(*options(world), "--out", tmp_path / "out", code=130).stderr
+        message = call(*options(world), "--out", out, code=130).stderr
     assert "interrupted" in message and "--resume" in message
-    return tmp_path / "out"
+    return out
+
+
+@pytest.fixture
+def stopped(stopped_once, tmp_path):
+    """A copy of it."""
+    return shutil.copytree(stopped_once, tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -323,6 +332,9 @@ def test_ctrl_c_ends_in_one_line_at_any_moment(world, tmp_path, monkeypatch, mom
         message = call(*options(world), "--out", out, code=130).stderr
     written = moment not in ("load", "tokenize")
     assert ("--resume" in message) == written == out.exists()
+    if not written:
+        assert f"nothing was written to {out}" in message
+        return
     call(*options(world), "--out", out, "--resume")
     kept = [json.loads((f / "result.json").read_text())["pruned"]["kept"] for f in (out, world / "out")]
     assert kept[0] == kept[1]
@@ -370,7 +382,7 @@ def disk(tmp_path):
         subprocess.run(["umount", "-l", place], check=True)  # weights may be mapped still
 
 
-@pytest.mark.parametrize("kilobytes", [4, 200, 600, 1000])
+@pytest.mark.parametrize("kilobytes", [4, 200, 1000])
 def test_a_full_disk_is_told_in_one_line_and_the_run_goes_on_later(world, disk, kilobytes):
     out = disk(kilobytes * 1024) / "out"
     message = call(*options(world), "--out", out, code=1).stderr
@@ -432,17 +444,15 @@ def test_a_demo_replaces_a_demo_and_nothing_else(world):
     assert before == sorted(path.name for path in (world / "out").iterdir())
     assert "not empty" in refused("demo", "--out", world / "data")
     assert "--data-dir" in refused("demo", "--out", world / "demo", "--data-dir", world / "data")
+    assert "demo: --out: got" in refused("demo", "--out", world / "file" / "in")
 
 
 # -- what is out of reach
 
 
-@pytest.mark.parametrize("kind", ["text", "pair", "tokens"])
-@pytest.mark.parametrize("pooling", ["first", "mean"])
+@pytest.mark.parametrize("kind, pooling", [("text", "mean"), ("pair", "first"), ("tokens", "first")])
 def test_the_highest_speedup_is_the_one_that_pruning_counts(world, tmp_path, monkeypatch, kind, pooling):
     """Before training it is told from the lengths of the rows; the Pruner measures forwards."""
-    if (kind, pooling) == ("tokens", "mean"):
-        pytest.skip("a tagger has no pooler")
     from fastgate.pruning import pruner
 
     many, label = range(24), [0, 1] * 12
@@ -489,29 +499,43 @@ def odd(world, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1", "cp1252", "ascii:strict"])
-def test_a_name_is_printed_as_it_is_on_any_console(world, odd, tmp_path, encoding):
-    out = tmp_path / "a[b]" / "[/x] é ☃ :smile:"
-    code = "import sys; from fastgate.cli import app; app(sys.argv[1:])"
-    environment = {
-        **os.environ, "PYTHONIOENCODING": encoding, "PYTHONPATH": children.PACKAGE_PARENT, "COLUMNS": "20",
-        "LC_ALL": "C.UTF-8", "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, options(world)), "--out", out], capture_output=True,
-        env=environment, timeout=300,
-    )  # fmt: skip
-    shown = done.stdout.decode(encoding.split(":")[0])
-    assert done.returncode == 0, done.stderr.decode(errors="replace")
+@pytest.fixture(scope="module")
+def odd_out(world, tmp_path_factory):
+    """A finished run in a folder with an odd name: going on with it prints its result again."""
+    out = tmp_path_factory.mktemp("a[b]") / "[/x] é ☃ :smile:"
+    return shutil.copytree(world / "out", out)
+
+
+def _shows_the_name(shown, encoding):
     snowman = "☃" if encoding == "utf-8" else "\\u2603"
     assert "[/x] " in shown and "a[b]" in shown and ":smile:" in shown and snowman in shown
 
 
-@pytest.mark.parametrize("locale", ["C", "POSIX"])
-def test_a_name_that_the_locale_cannot_spell_is_told(world, tmp_path, locale):
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1", "cp1252"])
+def test_a_name_is_printed_as_it_is_on_any_console(world, odd_out, monkeypatch, encoding):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding, errors="strict"))
+    monkeypatch.setenv("COLUMNS", "20")
+    app([str(a) for a in (*options(world), "--out", odd_out, "--resume")], standalone_mode=False)
+    sys.stdout.flush()
+    _shows_the_name(written.getvalue().decode(encoding), encoding)
+
+
+def test_a_process_whose_console_is_not_utf_8_prints_the_name(world, odd_out):
+    environment = {
+        **os.environ, "PYTHONIOENCODING": "ascii:strict", "PYTHONPATH": children.PACKAGE_PARENT,
+        "COLUMNS": "20", "LC_ALL": "C.UTF-8", "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    command = [sys.executable, "-m", "fastgate.cli", *map(str, options(world)), "--resume", "--out", odd_out]
+    done = subprocess.run(command, capture_output=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr.decode(errors="replace")
+    _shows_the_name(done.stdout.decode("ascii"), "ascii")
+
+
+def test_a_name_that_the_locale_cannot_spell_is_told(world, tmp_path):
     out = os.fsencode(str(tmp_path)) + b"/caf\xe9"
     environment = {
-        **os.environ, "PYTHONPATH": children.PACKAGE_PARENT, "LC_ALL": locale, "PYTHONUTF8": "0",
+        **os.environ, "PYTHONPATH": children.PACKAGE_PARENT, "LC_ALL": "C", "PYTHONUTF8": "0",
         "PYTHONCOERCECLOCALE": "0", "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     command = [sys.executable, "-m", "fastgate.cli", *map(str, options(world)), "--out", out]
@@ -544,7 +568,7 @@ def test_names_with_brackets_reach_the_screen(world, odd, tmp_path):
     assert "x] :smile: é" in call("bench", "--model", odd / "pruned", *data).stdout
 
 
-@pytest.mark.parametrize("redirected", ["| head -c 1", ">&-", "2>&- >&-", "> /dev/full"])
+@pytest.mark.parametrize("redirected", ["| head -c 1", "2>&- >&-", "> /dev/full"])
 def test_an_output_that_nobody_reads_is_no_fault(world, redirected):
     command = f"'{sys.executable}' -m fastgate.cli explain '{world / 'out' / 'pruned'}' {redirected}"
     environment = {**os.environ, "PYTHONPATH": children.PACKAGE_PARENT}

@@ -300,9 +300,24 @@ def test_words_between_blanks_may_be_brackets(tmp_path):
     assert load_files("tokens", path, path).train["tokens"][:] == [["[", "laughter", "]"], ["a", "[x]", "b)"]]
 
 
+def test_tags_between_blanks_may_have_marks(tmp_path):
+    """Of the tag sets of the Penn Treebank, of STTS and of the Spoken Dutch Corpus."""
+    tags = ["$,", ",", "''", "``", ";", "N(soort,ev)", "JJ|VBG", "Case=Nom|Number=Sing", "_"]
+    for written in (" ".join(tags), tags, repr(tags), json.dumps(tags)):
+        path = tiny.write_rows(tmp_path / "rows.jsonl", [{"tokens": ["x"] * len(tags), "tags": written}])
+        assert set(load_files("tokens", path, path).labels) == set(tags)
+
+
 @pytest.mark.parametrize(
     "tokens, tags, said",
     [
+        ("EU,rejects", "B-ORG,O", "wanted tags separated by blanks"),
+        ("EU, rejects", "B-ORG, O", "wanted tags separated by blanks"),
+        ("EU; rejects", "B-ORG; O", "wanted tags separated by blanks"),
+        ("'EU', 'rejects'", "'B-ORG', 'O'", "wanted tags separated by blanks"),
+        ("EU", "'B-ORG'", "wanted tags separated by blanks"),
+        ("list(['EU', 'x'])", "list(['B', 'O'])", "which is no whole list"),
+        ("EU x", "tensor([1, 0])", "which is no whole list"),
         ("['EU' 'rejects']", "['B' 'O']", "which is no whole list"),  # NumPy's; Python would join the two
         ("EU rejects", "[3 0]", "which is no whole list"),
         ("EU rejects", "[3\n 0]", "which is no whole list"),
@@ -325,6 +340,18 @@ def test_what_is_no_list_of_words_is_refused_by_row(tmp_path, tokens, tags, said
     lines = "".join(json.dumps(row) + "\n" for row in (good, {"tokens": tokens, "tags": tags}))
     message = refused(tmp_path / "rows.jsonl", lines, kind="tokens")
     assert said in message and "line 2, row 1" in message
+
+
+@pytest.mark.parametrize("value", ["-1", "-1.0"])
+def test_a_minus_one_is_no_label_however_it_is_written(tmp_path, value):
+    message = refused(tmp_path / "rows.csv", f"text,label\na,1\nb,0\nc,{value}\n")
+    assert "line 4, row 2: got -1 (no label)" in message and "another name if it is one" in message
+    path = tmp_path / "rows.jsonl"
+    tags = f'{{"tokens": ["a", "b"], "tags": ["O", "B"]}}\n{{"tokens": ["a"], "tags": [{value}]}}\n'
+    assert "-1 or -100" in refused(path, tags, kind="tokens")
+    path = tmp_path / "scores.csv"
+    path.write_text(f"text,label\na,{value}\nb,2\n")
+    assert load_files("regression", None, path).evaluation["label"][:] == [-1.0, 2.0]
 
 
 @pytest.mark.parametrize("value", ["4,5", "1_0", "nan", "inf", "\uff11", "0x10", True, [1], 10**400, "high"])

@@ -79,8 +79,9 @@ def wait_until(true, seconds=120):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="it reads /proc")
-@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGINT])
 def test_workers_end_with_their_parent_and_the_sweep_goes_on(world, tmp_path, end):
+    """SIGTERM ends the parent at once, as SIGKILL does: it does nothing any more that could end a worker."""
     command = command_of(world, tmp_path, "--workers", 2, seeds=[0, 1], dense_epochs=400)
     parent = children.start(CODE, *command)
     try:
@@ -129,7 +130,7 @@ def test_what_another_process_holds_is_said_and_is_no_success(world, tmp_path, w
     assert {line["seed"] for line in read_lines(tmp_path / "tasks.jsonl")} == {1}
     holder.kill()
     holder.communicate()
-    said = call(*command).output
+    said = call(*command, "--workers", 1).output
     assert len(read_lines(tmp_path / "tasks.jsonl")) == 4
     assert "4 runs, 2 of them in" in said
     assert "4 of them in" in call(*command).output  # nothing left is a success, and is said
@@ -144,8 +145,7 @@ def test_a_worker_that_is_killed_is_no_success(world, tmp_path, monkeypatch):
 
 
 def test_progress_is_printed_without_a_terminal(world, tmp_path):
-    process = children.start(CODE, *command_of(world, tmp_path))
-    lines = children.finish(process).splitlines()
+    lines = call(*command_of(world, tmp_path)).stdout.splitlines()
     assert lines[0].startswith("2 runs, 0 of them in ") and "group 1 of 1" in lines[1]
     for part in (
         "dense fine-tune: step 3 of 3",
@@ -251,6 +251,24 @@ def test_places_that_cannot_be_written_are_found_first(world, tmp_path, option, 
     (tmp_path / "file").write_text("")
     message = refused(*command_of(world, tmp_path), option, path.replace("FILE", str(tmp_path / "file")))
     assert option in message
+
+
+def test_results_that_cannot_be_read_or_written_are_found_first(tmp_path, monkeypatch):
+    out = tmp_path / "tasks.jsonl"
+    out.touch()
+
+    def forbidden(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda path, mode: Path(path) != out)
+        with pytest.raises(ArgumentError, match=r"--out: got .*, which cannot be written to"):
+            sweeps.check_files(out, tmp_path / "work")
+    with monkeypatch.context() as patch:
+        patch.setattr(sweeps.Path, "is_file", forbidden)
+        with pytest.raises(DataError, match="Permission denied"):
+            read_lines(out)
+    assert not (tmp_path / "work").exists()
 
 
 # -- recipes

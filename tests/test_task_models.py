@@ -123,6 +123,58 @@ def test_damaged_and_missing_files_are_refused(folder, tmp_path, name, content):
             read_model(folder)
 
 
+@pytest.mark.parametrize(
+    "command, option",
+    [("explain", "PATH"), ("evaluate", "PATH"), ("finetune", "--model"), ("bench", "--model")],
+)
+def test_a_name_that_the_hub_does_not_give_is_told_by_its_option(
+    folder, tmp_path, monkeypatch, command, option
+):
+    def unreachable(*_, **__):
+        raise OSError("We couldn't connect\nto the hub")
+
+    for kind in ("AutoConfig", "AutoTokenizer"):
+        monkeypatch.setattr(f"transformers.{kind}.from_pretrained", unreachable)
+    rows = tiny.write_rows(tmp_path / "rows.jsonl", [{"text": "good", "label": i % 2} for i in range(8)])
+    for split in ("train", "validation"):
+        tiny.write_rows(
+            tmp_path / "sst2" / f"{split}.jsonl", [{"sentence": "a", "label": i % 2} for i in (0, 1)]
+        )
+    own = ["--task-type", "text", "--validation", rows]
+    more = {
+        "explain": [], "evaluate": own, "finetune": [*own, "--train", rows, "--out", tmp_path / "out"],
+        "bench": ["--task", "sst2", "--data-dir", tmp_path],
+    }[command]  # fmt: skip
+    named = ["some-bert"] if option == "PATH" else ["--model", "some-bert"]
+    assert f"{option}: got some-bert (We couldn't connect to the hub)" in run(command, *named, *more)
+
+
+@pytest.mark.parametrize("problem", ["regression", "multi_label_classification"])
+def test_a_model_tuned_on_another_problem_starts_a_classifier_and_is_scored_as_none(
+    folder, tmp_path, problem
+):
+    source = classifier(folder, tmp_path / "tuned", problem_type=problem)
+    task = text_task(tmp_path)
+    model = dense_model(source, task).train()
+    ids, labels = torch.tensor([[5, 6, 7], [8, 9, 10]]), torch.tensor([0, 1])
+    output = model(input_ids=ids, labels=labels)
+    assert float(output.loss) == pytest.approx(
+        float(torch.nn.functional.cross_entropy(output.logits, labels))
+    )
+    rows = tiny.write_rows(tmp_path / "tags.jsonl", [{"tokens": ["a", "b"], "tags": ["x", "y"]}])
+    assert dense_model(source, load_files("tokens", rows, rows)).config.problem_type is None
+    data = ["--task-type", "text", "--validation", tmp_path / "rows.jsonl"]
+    assert f"problem_type in its config.json is {problem}" in run("evaluate", source, *data)
+
+
+def test_a_model_that_may_not_be_read_is_told_by_its_option(folder, tmp_path, monkeypatch):
+    def forbidden(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("fastgate.tasks.model.Path.is_file", forbidden)
+    assert "PATH: got model (Permission denied)" in run("explain", "model")
+
+
 def test_the_folder_of_a_run_is_answered_with_the_models_in_it(folder, tmp_path):
     run_folder = tmp_path / "run"
     for part in ("dense", "pruned"):

@@ -43,6 +43,7 @@ def check_free(out: Path, resume: bool) -> None:
 
 def check_replaceable(out: Path) -> None:
     """Raises ArgumentError unless `out` is free for the demo, or holds an earlier one, which it replaces."""
+    check_makeable("demo", "--out", out)
     holds_demo = False
     if (out / RUN).is_file():
         with contextlib.suppress(OSError, ValueError, AttributeError):

@@ -13,7 +13,9 @@ from .formats import refuse
 # two texts into one, which is how NumPy writes arrays.
 _ITEM = r"""(?:'(?:[^'\\\n]|\\.)*'|"(?:[^"\\\n]|\\.)*"|-?[0-9]+(?:\.[0-9]+)?)"""
 _PYTHON_LIST = re.compile(rf"\[\s*(?:{_ITEM}\s*(?:,\s*{_ITEM}\s*)*,?\s*)?\]")
-_BRACKETED = re.compile(r"[\[({]\s*['\"]|\[.*\]$|\(.*\)$|array\(", re.DOTALL)
+_BRACKETED = re.compile(r"[\[({]\s*['\"]|\[.*\]$|\(.*\)$|\w+\(\[", re.DOTALL)
+_SEPARATED = re.compile(r"[\w'\"][,;]|^'.+'$")  # no tag but several, or one that a list was cut into
+_IN_PARENTHESES = re.compile(r"\([^()]*\)")  # where tags such as N(soort,ev) hold commas
 
 
 def words_of(value: Any, where: str, place: str) -> list[Any]:
@@ -40,6 +42,17 @@ def words_of(value: Any, where: str, place: str) -> list[Any]:
         remedy = "write a JSON list (json.dumps), or the words separated by blanks"
         refuse(where, place, f"{text[:60]!r}, which is no whole list", "a list of words or tags", remedy)
     return words
+
+
+def tags_of(value: Any, where: str, place: str) -> list[Any]:
+    """As `words_of`. Raises DataError also for text with commas or semicolons between the tags."""
+    tags = words_of(value, where, place)
+    if isinstance(value, str) and _listed(value.strip()) is None:
+        for tag in tags:
+            if _SEPARATED.search(_IN_PARENTHESES.sub("", tag)):
+                remedy = "write a JSON list (json.dumps), or the words and the tags separated by blanks"
+                refuse(where, place, repr(value.strip()[:60]), "tags separated by blanks, or a list", remedy)
+    return tags
 
 
 def _listed(text: str) -> list[Any] | None:

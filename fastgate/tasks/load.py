@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from .catalog import CATALOG, Spec, check_kind, hub_config
 from .files import Table, read_file, read_folder, read_hub
 from .formats import refuse
-from .labels import Classes, class_keys
-from .lists import words_of
+from .labels import Classes, class_key, class_keys
+from .lists import tags_of, words_of
 from .metrics import is_iob2
 from .task import Task
 
@@ -230,7 +230,9 @@ def _need_columns(rows: Table, spec: Spec) -> None:
 
 def _unlabelled(rows: Table, spec: Spec) -> bool:
     """GLUE's test sets on the hub carry -1 in place of every label."""
-    return spec.kind in ("text", "pair") and all(value in (-1, "-1") for value in rows.column(spec.target))
+    return spec.kind in ("text", "pair") and all(
+        class_key(value) == "-1" for value in rows.column(spec.target)
+    )
 
 
 def _check_characters(text: str, rows: Table, column: str, number: int) -> None:
@@ -259,9 +261,13 @@ def _targets(rows: Table, spec: Spec) -> list:
     values = rows.column(spec.target)
     for number, value in enumerate(values):
         blank = isinstance(value, str) and not value.strip()
-        if value is None or blank or (spec.kind != "regression" and value in (-1, "-1")):
+        missing = spec.kind != "regression" and class_key(value) == "-1"
+        if value is None or blank or missing:
             got = "null" if value is None else "an empty label" if blank else "-1 (no label)"
-            refuse(rows.where, rows.place(spec.target, number), got, "a label", "drop or fill such rows")
+            remedy = "drop or fill such rows"
+            if missing:
+                remedy = "drop such rows, or give the class another name if it is one"
+            refuse(rows.where, rows.place(spec.target, number), got, "a label", remedy)
     return values
 
 
@@ -322,7 +328,7 @@ def _words_and_tags(
     words, tags = rows.column(words_column), rows.column(tags_column)
     for number, pair in enumerate(zip(words, tags, strict=True)):
         row = words_of(pair[0], rows.where, rows.place(words_column, number))
-        marks = words_of(pair[1], rows.where, rows.place(tags_column, number))
+        marks = tags_of(pair[1], rows.where, rows.place(tags_column, number))
         place = rows.place(tags_column, number)
         if not row or not marks or any(mark in (None, "") for mark in (*row, *marks)):
             wanted = f"words in {words_column} and tags in {tags_column}"
@@ -330,7 +336,7 @@ def _words_and_tags(
         if len(row) != len(marks):
             got, remedy = f"{len(row)} words and {len(marks)} tags", f"mend {words_column} or {tags_column}"
             refuse(rows.where, place, got, "one tag a word", remedy)
-        if any(mark in (-1, -100, "-1", "-100") for mark in marks):
+        if any(class_key(mark) in ("-1", "-100") for mark in marks):
             refuse(rows.where, place, "-1 or -100 (no tag)", "a tag for every word", "drop or fill such rows")
         for word in row:
             if isinstance(word, bool) or not isinstance(word, str | int | float):

@@ -57,7 +57,9 @@ def dense_model(model_name: str | Path, task: Task) -> PreTrainedModel:
         head: dict = {"num_labels": 1, "problem_type": "regression"}
     else:
         names = dict(enumerate(task.labels))
+        problem = None if task.kind == "tokens" else "single_label_classification"  # whatever it was tuned on
         head = {"num_labels": len(names), "id2label": names, "label2id": {v: k for k, v in names.items()}}
+        head["problem_type"] = problem
     options = {"ignore_mismatched_sizes": True, "dtype": torch.float32, "output_loading_info": True, **head}
     model, report = load_quietly(lambda: auto.from_pretrained(source, **options), model_name)
     new = new_weights(report)
@@ -119,11 +121,16 @@ def model_source(name: str | Path, option: str, inside: Sequence[str]) -> str:
     """
     path = Path(os.path.expanduser(name))
     wanted = "a folder with config.json and the weights of a BERT or RoBERTa, or one of the hub"
+    try:
+        is_file, is_folder, is_whole = path.is_file(), path.is_dir(), (path / "config.json").is_file()
+    except OSError as error:
+        got, remedy = f"{name} ({error.strerror})", "check the path and the rights"
+        raise ArgumentError(say("fastgate", option, got, wanted, remedy)) from error
     if inside[0] == "pruned":
         wanted = "a folder with a fastgate checkpoint or a model of transformers, or one of the hub"
-    if path.is_file():
+    if is_file:
         got, remedy = f"{name}, a file", "name the folder it is in"
-    elif path.is_dir() and not (path / "config.json").is_file():
+    elif is_folder and not is_whole:
         got, remedy = f"{name}, a folder without config.json", "check the path; a run may be unfinished"
         if not any(path.iterdir()):
             got = f"{name}, an empty folder"
@@ -132,10 +139,10 @@ def model_source(name: str | Path, option: str, inside: Sequence[str]) -> str:
         found = found or sorted(saved, key=lambda part: (len(part.name), part.name))[-1:]
         if found:
             remedy = f"name the model in it: {found[0]}"
-    elif not path.is_dir() and not _HUB_NAME.fullmatch(str(name)):
+    elif not is_folder and not _HUB_NAME.fullmatch(str(name)):
         got, remedy = f"{name} (no such folder)", "check the path"
     else:
-        return str(path) if path.is_dir() else str(name)
+        return str(path) if is_folder else str(name)
     raise ArgumentError(say("fastgate", option, got, wanted, remedy))
 
 
@@ -173,8 +180,11 @@ def load_tokenizer(model_name: str | Path, task: Task | None = None) -> PreTrain
     return tokenizer
 
 
-def load_quietly(load: Callable[[], Any], model_name: str | Path) -> Any:
-    """What `load` gives; CheckpointError for a damaged folder, ArgumentError for what is not there."""
+def load_quietly(load: Callable[[], Any], model_name: str | Path, option: str = "--model") -> Any:
+    """What `load` gives; CheckpointError for a damaged folder, ArgumentError for what is not there.
+
+    option: what the user typed before it.
+    """
     with quiet_loading():
         try:
             return load()
@@ -185,9 +195,9 @@ def load_quietly(load: Callable[[], Any], model_name: str | Path) -> Any:
             got, wanted = f"{model_name} ({text})", "a BERT or RoBERTa model of the hub or in a folder"
             if os.path.isdir(os.path.expanduser(model_name)):
                 remedy = "the folder is damaged or unfinished: save the model again, or copy it again"
-                raise CheckpointError(say("fastgate", "model", got, wanted, remedy)) from error
+                raise CheckpointError(say("fastgate", option, got, wanted, remedy)) from error
             remedy = "check the name; without a hub give a folder with config.json and the weights"
-            raise ArgumentError(say("fastgate", "model", got, wanted, remedy)) from error
+            raise ArgumentError(say("fastgate", option, got, wanted, remedy)) from error
 
 
 def demo_model_path() -> Path:

@@ -107,6 +107,9 @@ def class_names(model: Any, kind: str) -> list[str]:
         _wrong_kind(model, kind, "one output" if kind == "regression" else "two or more classes")
     if kind == "regression":
         return []
+    problem = getattr(model.config, "problem_type", None)
+    if kind != "tokens" and problem not in (None, "single_label_classification"):
+        _wrong_kind(model, kind, f"one class a row; the problem_type in its config.json is {problem}")
     names = model.config.id2label
     if sorted(names) != list(range(count)):
         got, wanted = f"ids {sorted(names)} in id2label", f"0 to {count - 1}"
@@ -145,14 +148,14 @@ def read_model(path: str | Path) -> Any:
     if (Path(source) / META).is_file():
         model: Any = load(source)
     else:
-        config = load_quietly(lambda: transformers.AutoConfig.from_pretrained(source), path)
+        config = load_quietly(lambda: transformers.AutoConfig.from_pretrained(source), path, "PATH")
         if is_pruned(source, config):
             model = load(source)
         else:
             names = [name for name in config.architectures or [] if hasattr(transformers, name)]
             kind = getattr(transformers, names[0]) if names else transformers.AutoModel
             options = {"ignore_mismatched_sizes": True, "output_loading_info": True}
-            model, report = load_quietly(lambda: kind.from_pretrained(source, **options), path)
+            model, report = load_quietly(lambda: kind.from_pretrained(source, **options), path, "PATH")
             new = [
                 n
                 for n in new_weights(report)

@@ -44,9 +44,9 @@ def read_lines(path: Path) -> list[Line]:
 
     Raises DataError for a file that holds anything else.
     """
-    if not path.is_file():
-        return []
     try:
+        if not path.is_file():
+            return []
         text = path.read_text(encoding="utf-8", errors="strict")
     except (OSError, UnicodeDecodeError) as error:
         _refuse_file(path, str(error)[:120], error)
@@ -123,11 +123,14 @@ def check_results(path: Path) -> None:
 
 def check_files(out: Path, work: Path) -> None:
     """Raises DataError or ArgumentError unless results can be kept in `out` and models in `work`."""
-    read_lines(out)
+    check_makeable("sweep", "--out", out.parent)
     if out.is_dir():
         got = f"{out}, a folder"
         raise ArgumentError(say("sweep", "--out", got, "a file", "name the file in it"))
-    check_makeable("sweep", "--out", out.parent)
+    if out.exists() and not os.access(out, os.W_OK):
+        got = f"{out}, which cannot be written to"
+        raise ArgumentError(say("sweep", "--out", got, "a file that can be", "choose another path"))
+    read_lines(out)
     check_makeable("sweep", "--work", work)
 
 
