@@ -45,6 +45,10 @@ def forward_encoder(
         got, wanted = "torch.func or forward-mode differentiation", "autograd's backward"
         remedy = "call fastgate.unpatch(model) first"
         raise Unsupported(say("forward", "derivatives", got, wanted, remedy))
+    if torch._C._is_tracing() or torch.compiler.is_exporting():
+        got, wanted = "torch.jit.trace or torch.export", "eager mode or torch.compile"
+        remedy = "export an unpruned model, after fastgate.unpatch(model)"
+        raise Unsupported(say("forward", "model", got, wanted, remedy))
     if (input_ids is None) == (inputs_embeds is None):
         raise ArgumentError(
             say("forward", "input_ids, inputs_embeds", "both or neither", "exactly one", "pass one of them")
@@ -112,6 +116,7 @@ def forward_encoder(
         output["hidden_states"] = tuple(h if i in wanted_hidden else None for i, h in enumerate(states))
     if run.probabilities is not None:
         output["attentions"] = tuple(run.probabilities.get(i) for i in range(len(layers)))
+        output["cross_attentions"] = ()  # as in transformers
     return_dict = kwargs.get("return_dict")
     return_dict = getattr(config, "return_dict", True) if return_dict is None else return_dict
     return output if return_dict else output.to_tuple()
@@ -131,7 +136,7 @@ def _mean(hidden: Tensor, attended: Tensor | None) -> Tensor:
 
 def _hidden_selection(selection: Any, layers: int) -> set[int] | None:
     """The indices that `output_hidden_states` (True, an int or ints, negative from the end) asks for."""
-    if selection is None or selection is False:
+    if not selection:  # False, None, 0 and an empty list, as in transformers
         return None
     if selection is True:
         return set(range(layers + 1))

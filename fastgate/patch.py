@@ -17,6 +17,7 @@ from .forward import forward_encoder
 from .freeze import forward_frozen, thaw
 from .graphs import Graphs
 from .heads import masked_lm, rows_read
+from .packed import check_apply
 from .state import POOLING_KEY, POOLINGS, EncoderState, Runtime, check_module
 
 
@@ -55,6 +56,8 @@ def patch(
     a demand that leaves out rows that are read.
     """
     check_module("patch", model)
+    if graphs is not None and not isinstance(graphs, bool):
+        raise ArgumentError(say("patch", "graphs", repr(graphs), "True, False or None", "pass one of these"))
     found = list(find_encoders(model))
     if not found:
         raise NothingPatched(
@@ -206,7 +209,11 @@ def _swapped_class(family: Family, hf: type[nn.Module], demand: str) -> type[nn.
     """A subclass under the same name, so that pipelines, configs and pickles see the old class."""
     body: dict[str, Any] = {"fastgate_demand": demand, "__module__": __name__, "__doc__": hf.__doc__}
     if hf.__name__ == family.prefix + "Model":
-        body["forward"] = _encoder_forward(hf.forward)
+        body |= {
+            "forward": _encoder_forward(hf.forward),
+            "_apply": _apply,
+            "_load_from_state_dict": _load_from_state_dict,
+        }
     elif demand == "labelled":
         body["forward"] = _head_forward(family, hf.__name__, hf.forward)
     return type(hf.__name__, (hf,), body)
@@ -221,6 +228,18 @@ def _encoder_forward(original: Any) -> Any:
         return run(self, *args, **kwargs)
 
     return forward
+
+
+def _apply(self: Any, fn: Any, recurse: bool = True) -> Any:
+    """`to` and the like, once it is known that all weights can be where they would be then."""
+    check_apply(self, fn)
+    return base_class(self)._apply(self, fn, recurse)
+
+
+def _load_from_state_dict(self: Any, state_dict: Any, prefix: str, *rest: Any) -> None:
+    """As in torch, which without `strict` would not say that attention is missing."""
+    EncoderState(self).check_state_dict(state_dict, prefix)
+    base_class(self)._load_from_state_dict(self, state_dict, prefix, *rest)
 
 
 def _head_forward(family: Family, name: str, original: Any) -> Any:

@@ -31,7 +31,7 @@ def prune(model: nn.Module, keep: Iterable[int], replacement: str = "zero") -> n
     check_module("prune", model)
     refuse_adapters("prune", model)
     patch(model)
-    state = encoder_state(model)
+    state = encoder_state(model, "prune")
     kept = _indices(keep, state.num_layers)
     if replacement not in KINDS:
         raise ArgumentError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import ArgumentError, NothingPatched, say
+from .errors import ArgumentError, CheckpointError, NothingPatched, say
 from .families import find_encoders
 from .graphs import DEVICES, Graphs
 from .inspection import Inspections
@@ -67,6 +67,10 @@ class LayerView:
 
     index: int
     attention: Any
+
+
+class PrunedOtherwise(CheckpointError, RuntimeError):
+    """A state dict has attention in other layers than the model; a RuntimeError, as torch's own are."""
 
 
 class EncoderState:
@@ -133,6 +137,29 @@ class EncoderState:
         """Whether `prune` has dropped the weights of this layer's attention."""
         return hasattr(self.encoder.encoder.layer[layer].attention.self, "fastgate_removed")
 
+    def check_state_dict(self, names: Collection[str], prefix: str) -> None:
+        """Refuse a state dict of a model that was pruned otherwise, before anything of it is loaded.
+
+        names: its names. prefix: of this encoder among them. While gates are learned, what is open now says
+        nothing. Raises PrunedOtherwise.
+        """
+        if self.runtime.unfinished:
+            return
+        kept = [i for i, gate in enumerate(self.gates) if not is_skipped(gate)]
+        layers = [f"{prefix}encoder.layer.{i}." for i in range(self.num_layers)]
+        there = [i for i, at in enumerate(layers) if any(n.startswith(f"{at}attention.self.") for n in names)]
+        lacking = [
+            i
+            for i, at in enumerate(layers)
+            if i in kept and i not in there and f"{at}output.dense.weight" in names
+        ]
+        if there and lacking:
+            got = f"attention of layers {there} and none of layers {lacking}"
+            remedy = "load it into a model that was pruned with the same layers to keep"
+            raise PrunedOtherwise(
+                say("load_state_dict", "state_dict", got, f"that of layers {kept}", remedy)
+            )
+
     def replacement(self, layer: int) -> Replacement | None:
         return replacement_of(self.encoder.encoder.layer[layer])
 
@@ -167,20 +194,21 @@ def check_module(where: str, model: object) -> None:
     """Refuse a name, a path or another object where a model is expected."""
     if not isinstance(model, nn.Module):
         remedy = "load it first: transformers.AutoModel.from_pretrained(name), or fastgate.load(path)"
-        raise ArgumentError(say(where, "model", repr(model)[:80], "a torch.nn.Module", remedy))
+        got = " ".join(repr(model).split())[:80]
+        raise ArgumentError(say(where, "model", got, "a torch.nn.Module", remedy))
 
 
-def encoder_state(model: nn.Module) -> EncoderState:
-    """The handle on the patched encoder inside `model`.
+def encoder_state(model: nn.Module, where: str = "encoder_state") -> EncoderState:
+    """The handle on the patched encoder inside `model`. where: the call that an error names.
 
     Raises NothingPatched if there is none, ArgumentError if there are several.
     """
-    check_module("encoder_state", model)
+    check_module(where, model)
     encoders = [item.encoder for item in find_encoders(model) if hasattr(item.encoder, "fastgate_runtime")]
     if not encoders:
         raise NothingPatched(
             say(
-                "encoder_state",
+                where,
                 "model",
                 f"unpatched {type(model).__name__}",
                 "a patched model",
@@ -189,6 +217,6 @@ def encoder_state(model: nn.Module) -> EncoderState:
         )
     if len(encoders) > 1:
         raise ArgumentError(
-            say("encoder_state", "model", f"{len(encoders)} encoders", "one", "pass the encoder you mean")
+            say(where, "model", f"{len(encoders)} encoders", "one", "pass the encoder you mean")
         )
     return EncoderState(encoders[0])

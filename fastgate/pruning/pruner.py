@@ -18,7 +18,7 @@ from ..packed import PackedLinear
 from ..patch import patch
 from ..prune import prune
 from ..run import Record
-from ..state import encoder_state
+from ..state import check_module, encoder_state
 from .config import PruningConfig
 from .distill import SelfTeacher, Teacher, hidden_loss, outputs_loss, scores_of
 from .finite import HIDDEN, LAGRANGIAN, LOGITS, Finite
@@ -127,6 +127,7 @@ class Pruner:
         """
         if self._attached:
             return self
+        check_module("Pruner", self.model)
         self._check_student()
         patch(self.model)
         self.state = encoder_state(self.model)
