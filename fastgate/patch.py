@@ -36,7 +36,9 @@ def patch(
     demand: the rows of a bare encoder that you read: "first" token 0 of each sequence, "all" (the default)
     every attended one. A head and a sentence-transformers model know theirs: CLS pooling reads one row, any
     other pooling all. "all" computes the attended rows there too; fewer than are read is refused. The demand
-    stays until `patch` is called with another; after a change of the pooling, call it again.
+    stays until `patch` is called with another. `encode` of a sentence-transformers model that asks for the
+    tokens, or whose pooling was changed, has all attended rows computed from then on; other calls of a model
+    whose pooling was changed need `patch` once more.
 
     Heads for tokens and bare encoders also take the rows of one call: `model(**batch, rows=mask)`, mask
     (batch, length) bool. Labelled rows are always among them; in training they are the only ones by default.
@@ -83,6 +85,7 @@ def patch(
             runtime.graphs = (runtime.graphs or Graphs()) if graphs else None
     for module in _around(model, found):
         module.__dict__.setdefault("save_pretrained", SaveAround(module))
+    sentence.watch(model)
     return model
 
 
@@ -189,6 +192,7 @@ def unpatch(model: nn.Module) -> nn.Module:
             got, remedy = "a pooler that reads the mean", 'call fastgate.patch(model, pooling="first") before'
             raise Unsupported(say("unpatch", "model", got, "one that reads token 0, as theirs do", remedy))
     thaw(model)
+    sentence.unwatch(model)
     for around in _around(model, found):
         around.__dict__.pop("save_pretrained", None)
     for item in found:
