@@ -58,8 +58,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], tokenizer: Any = None) 
     too. Returns the path.
 
     Raises NothingPatched for a model that is not patched, ArgumentError if a gate is not hardened, `path`
-    holds a model that fastgate did not write, or `tokenizer` is none, Unsupported for a model that its config does not describe,
-    which `load` could not build.
+    holds a model that fastgate did not write, or `tokenizer` is none, Unsupported for a model that its config
+    does not describe, which `load` could not build.
     """
     check_module("save", model)
     refuse_adapters("save", model)
@@ -110,6 +110,7 @@ def known_class(model: nn.Module) -> type[nn.Module]:
 
 def layout_of(state: EncoderState) -> Layout:
     """What the weights of a patched model mean."""
+    state.check_layers("save")
     gates = state.gates
     closed = [i for i, gate in enumerate(gates) if not isinstance(gate, torch.Tensor) and gate == 0.0]
     found = [state.replacement(i) for i in closed]
@@ -386,7 +387,9 @@ def _folder_to_read(path: str | os.PathLike[str]) -> Path:
     try:
         found = folder.is_dir()
     except OSError as error:
-        raise CheckpointError(say("load", str(folder)[:80], _one_line(error)[:80], wanted, "check the path")) from error
+        raise CheckpointError(
+            say("load", str(folder)[:80], _one_line(error)[:80], wanted, "check the path")
+        ) from error
     if found:
         if not commit.find(folder, META).is_file():
             got = "an empty folder" if not any(folder.iterdir()) else "a folder without fastgate.json"

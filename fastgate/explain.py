@@ -79,6 +79,7 @@ def explain(model: nn.Module, lengths: Sequence[int] = (32,) * 8) -> Explanation
         raise ArgumentError(say("explain", "model", repr(model), "a patched model", remedy))
     lengths = _checked(lengths)
     state = encoder_state(model, "explain")
+    state.check_layers("explain")
     encoder = state.encoder
     batch, longest = len(lengths), max(lengths)
     attended = torch.arange(longest) < torch.tensor(lengths)[:, None]

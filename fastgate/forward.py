@@ -18,7 +18,7 @@ from .ops.slots import is_direct
 from .packing import HOST, Packing, on_device, on_host, pack_rows, unpadded
 from .plan import Plan
 from .run import Ids, Run, plan_for
-from .state import Runtime
+from .state import EncoderState, Runtime
 
 
 def forward_encoder(
@@ -63,7 +63,8 @@ def forward_encoder(
     runtime: Runtime = encoder.fastgate_runtime
     inspection = runtime.inspections.of(encoder)
     layers = inspection.layers
-    _verify_layers(runtime, len(layers))
+    if len(layers) != len(runtime.gates) or inspection.removed != runtime.removed:
+        EncoderState(encoder).check_layers("forward")
     selection = kwargs.get("output_hidden_states")
     wanted_hidden = _hidden_selection(
         getattr(config, "output_hidden_states", None) if selection is None else selection, len(layers)
@@ -171,13 +172,6 @@ def make_runtime_plan(encoder: Any, inspection: Inspection, packing: Packing, ca
     absorbable = top is not None and inspection.layers[top].absorbable
     shifts = shifts_of(encoder.encoder.layer, gates)
     return plan_for(gates, shifts, absorbable, packing, capture)
-
-
-def _verify_layers(runtime: Runtime, layers: int) -> None:
-    if layers != len(runtime.gates):
-        remedy = "call fastgate.unpatch(model) before layers are added or removed, and fastgate.patch after"
-        wanted = f"{len(runtime.gates)}, as when the model was patched"
-        raise Unsupported(say("forward", "encoder.layer", f"{layers} layers", wanted, remedy))
 
 
 def _refuse(states: Any, mask: Any, cache: Any, use_cache: Any, kwargs: dict[str, Any]) -> None:

@@ -67,7 +67,9 @@ def freeze(model: nn.Module) -> nn.Module:
     for module in packable:
         pack_linear(module, together.get(module))
     for encoder in encoders:
-        EncoderState(encoder).runtime.frozen = True
+        runtime = EncoderState(encoder).runtime
+        runtime.frozen = True
+        runtime.forget()
     return model
 
 

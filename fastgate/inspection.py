@@ -52,6 +52,7 @@ class Inspection:
         _verify_attention(encoder.config)
         self.roots = (encoder.embeddings, encoder.encoder, encoder.config)
         self.layers = tuple(Layer.of(layer) for layer in encoder.encoder.layer)
+        self.removed = tuple(i for i, layer in enumerate(self.layers) if layer.query is None)
         self.tables = _tables(encoder.embeddings)
         self.hooked_tables = [table for table in self.tables if foreign_hooks(table)]
         self.modules: list[nn.Module] = list(

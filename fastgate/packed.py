@@ -69,7 +69,7 @@ class PackedLinear(nn.Module):
 
     @property
     def flags_changed(self) -> bool:
-        """Whether `requires_grad` was set on the bias since: on the weight, which is none now, it cannot be."""
+        """Whether `requires_grad` was set on the bias since: there is no weight that it could be set on."""
         return self.bias is not None and self.bias.requires_grad != self.bias_required_grad
 
     @property
@@ -78,10 +78,12 @@ class PackedLinear(nn.Module):
         return self.bias.requires_grad if self.flags_changed else self.weight_requires_grad  # type: ignore[union-attr]
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "weight":  # nobody would read it
-            got = f"a {type(value).__name__} for a frozen Linear"
-            raise Unsupported(say("weight", "Linear.weight", got, "a Linear that is not frozen", _REMEDY))
+        _refuse_weight(name, value)
         super().__setattr__(name, value)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        _refuse_weight(name, param)
+        super().register_parameter(name, param)
 
     def __getattr__(self, name: str) -> Any:
         if name == "weight":
@@ -140,6 +142,13 @@ class PackedLinear(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: which parameter the weight was is of no meaning elsewhere."""
         return {name: value for name, value in self.__dict__.items() if name != "parameter"}
+
+
+def _refuse_weight(name: str, value: Any) -> None:
+    """Nobody would read a weight that is set on a PackedLinear."""
+    if name == "weight":
+        got = f"a {type(value).__name__} for a frozen Linear"
+        raise Unsupported(say("weight", "Linear.weight", got, "a Linear that is not frozen", _REMEDY))
 
 
 def _check_place(weight: Tensor) -> None:

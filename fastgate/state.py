@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import ArgumentError, CheckpointError, NothingPatched, say
+from .errors import ArgumentError, CheckpointError, NothingPatched, Unsupported, say
 from .families import find_encoders
 from .graphs import DEVICES, Graphs
 from .inspection import Inspections
@@ -33,7 +33,8 @@ class Runtime:
     write what is computed, while recording. asked: the demand `patch` was called with, if any. graphs: those
     captured for inference on a GPU; None: never. programs: what its layers run once they are frozen.
     inspections: what its modules were found to be. pooling: one of POOLINGS. unfinished: the gates are being
-    learned, so their values now are no result. frozen: whether `freeze` has packed weights.
+    learned, so their values now are no result. frozen: whether `freeze` has packed weights. removed: the
+    layers whose attention `prune` has dropped.
     """
 
     reads: str | None
@@ -46,6 +47,11 @@ class Runtime:
     pooling: str = "first"
     unfinished: bool = False
     frozen: bool = False
+    removed: tuple[int, ...] = ()
+
+    def forget(self) -> None:
+        """Let go of what was found in the modules, so that weights that were dropped are freed at once."""
+        self.inspections, self.programs = Inspections(), Programs()
 
     @property
     def demand(self) -> str:
@@ -137,6 +143,23 @@ class EncoderState:
         """Whether `prune` has dropped the weights of this layer's attention."""
         return hasattr(self.encoder.encoder.layer[layer].attention.self, "fastgate_removed")
 
+    def check_layers(self, where: str) -> None:
+        """Refuse layers added, removed or put in the place of others since `patch` and `prune`: the gates are
+        not theirs."""
+        if self.num_layers != len(self.runtime.gates):
+            remedy = (
+                "call fastgate.unpatch(model) before layers are added or removed, and fastgate.patch after"
+            )
+            wanted = f"{len(self.runtime.gates)}, as when the model was patched"
+            raise Unsupported(say(where, "encoder.layer", f"{self.num_layers} layers", wanted, remedy))
+        now = tuple(i for i in range(self.num_layers) if self.is_removed(i))
+        if now != self.runtime.removed:
+            got, wanted = f"attention pruned in layers {list(now)}", f"in layers {list(self.runtime.removed)}"
+            remedy = "put the layers back that were there, or change them before fastgate.prune"
+            raise Unsupported(
+                say(where, "encoder.layer", got, f"{wanted}, as fastgate.prune left it", remedy)
+            )
+
     def check_state_dict(self, names: Collection[str], prefix: str) -> None:
         """Refuse a state dict of a model that was pruned otherwise, before anything of it is loaded.
 
@@ -156,9 +179,7 @@ class EncoderState:
         if there and lacking:
             got = f"attention of layers {there} and none of layers {lacking}"
             remedy = "load it into a model that was pruned with the same layers to keep"
-            raise PrunedOtherwise(
-                say("load_state_dict", "state_dict", got, f"that of layers {kept}", remedy)
-            )
+            raise PrunedOtherwise(say("load_state_dict", "state_dict", got, f"that of layers {kept}", remedy))
 
     def replacement(self, layer: int) -> Replacement | None:
         return replacement_of(self.encoder.encoder.layer[layer])

@@ -153,7 +153,9 @@ def test_a_pooling_of_ones_own_reads_every_token(folder):
     torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("copied", [lambda model: model, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+@pytest.mark.parametrize(
+    "copied", [lambda model: model, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))]
+)
 def test_token_embeddings_of_a_cls_model_are_there_when_asked_for(folder, copied):
     model = build(folder, "cls")
     patched = copied(fastgate.patch(copy.deepcopy(model)))
