@@ -156,7 +156,7 @@ def folder_to_write(path: str | os.PathLike[str]) -> Path:
         got = f"{str(target)[:80]!r} ({_one_line(error)[:80]})"
         raise ArgumentError(say("save", "path", got, "a path of this system", remedy)) from error
     if not there.is_dir():
-        got = target if there == target else f"{target}, under the file {there}"
+        got = str(target) if there == target else f"{target}, under the file {there}"
         raise ArgumentError(say("save", "path", got, "a folder or a new path", remedy))
     return target
 

@@ -180,10 +180,16 @@ def _tables(embeddings: Any) -> tuple[Any, ...]:
         all(_only_gathers(table) for table in tables)
         and not any(t.max_norm is not None or t.scale_grad_by_freq or t.sparse for t in tables)
         and tables[2].padding_idx is None
+        and _are_zeros(embeddings._buffers.get("token_type_ids"))
         and is_plain_norm(inside["LayerNorm"])
         and is_plain_dropout(inside["dropout"])
     )
     return tables if plain else ()
+
+
+def _are_zeros(types: Tensor | None) -> bool:
+    """Whether every token is of type 0 where a call does not say, as transformers makes it."""
+    return types is None or types.is_meta or not bool(types.any())
 
 
 def _only_gathers(table: Any) -> bool:

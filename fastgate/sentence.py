@@ -43,7 +43,7 @@ class EncodeAround:
         self.model = model
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        encode: Any = type(self.model).encode
+        encode: Any = type(self.model).encode  # type: ignore[attr-defined]
         if self._reads_more(encode, args, kwargs):
             for module in self.model.modules():
                 runtime = module.__dict__.get("fastgate_runtime")

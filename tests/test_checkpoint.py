@@ -330,3 +330,12 @@ def test_errors_name_the_call_that_was_made(saved, tmp_path):
     }.items():
         with pytest.raises(fastgate.NothingPatched, match=rf"^{name}: model: got unpatched"):
             call()
+
+
+@torch.no_grad()
+def test_loaded_on_the_cpu_whatever_the_default_device_is(saved):
+    model, path = saved
+    with torch.device("meta"):
+        again = fastgate.load(path)
+    inputs = batch(model, "ForSequenceClassification")
+    assert torch.equal(again(**inputs).logits, model(**inputs).logits)
