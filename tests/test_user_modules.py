@@ -821,9 +821,9 @@ def test_modules_without_a_gradient(place, keep):
     inputs = batch(theirs, "ForTokenClassification")
     for model in (theirs, ours):
         for layer in model.bert.encoder.layer:
-            module = layer.get_submodule(place)
-            if isinstance(module, nn.Linear):
-                module.forward = functools.partial(lambda module, x: _NoGradient.apply(x, module), module)
+            for name, module in layer.named_modules():
+                if name == place and isinstance(module, nn.Linear):
+                    module.forward = functools.partial(lambda module, x: _NoGradient.apply(x, module), module)
         logits = model(**inputs).logits
         logits[inputs["attention_mask"].bool()].square().sum().backward()
     if keep is None:
