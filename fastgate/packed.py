@@ -92,6 +92,8 @@ class PackedLinear(nn.Module):
         return super().__getattr__(name)
 
     def forward(self, x: Tensor) -> Tensor:
+        if type(self) is nn.Linear:  # thawed, and what was put around this method holds it still
+            return nn.Linear.forward(self, x)
         if torch.is_grad_enabled() and (x.requires_grad or asks_for_gradients(self)):
             return without_gradients(self.training, lambda: self.packed.product(x, self.bias))
         return self.packed.product(x, self.bias)
