@@ -315,7 +315,7 @@ def call_of(case: Case, dtype: torch.dtype) -> Call:
 
 def read_rows(case: Case, call: Call) -> Tensor | None:
     """(batch, length) bool: the rows of the last hidden state, or of a token head's logits, that are read."""
-    if case.hidden_states is not None or case.attentions:
+    if case.hidden_states or case.attentions:
         return None
     if case.head == "Model":
         if call.asked is not None:
