@@ -57,13 +57,13 @@ def save(model: nn.Module, path: str | os.PathLike[str], tokenizer: Any = None) 
     the former checkpoint as it was. With fastgate imported the Auto classes of transformers read the folder
     too. Returns the path.
 
-    Raises NothingPatched for a model that is not patched, ArgumentError if a gate is not hardened or `path`
-    holds a model that fastgate did not write, Unsupported for a model that its config does not describe,
-    which `load` could not build.
+    Raises NothingPatched for a model that is not patched, ArgumentError if a gate is not hardened, `path`
+    holds a model that fastgate did not write, or `tokenizer` is none, Unsupported for a model that its config
+    does not describe, which `load` could not build.
     """
     check_module("save", model)
     refuse_adapters("save", model)
-    state, hf = encoder_state(model), known_class(model)
+    state, hf = encoder_state(model, "save"), known_class(model)
     layout = layout_of(state)
     if layout.unfinished:
         soft = [i for i, gate in enumerate(state.gates) if isinstance(gate, torch.Tensor)]
@@ -71,6 +71,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], tokenizer: Any = None) 
         remedy = "harden the gates (Pruner.harden) first"
         raise ArgumentError(say("save", "model", got, "gates of 0 or 1", remedy))
     check_hooks(model)
+    _check_tokenizer(tokenizer)
     target = folder_to_write(path)
     _refuse_foreign(target)
     _write(model, hf, layout, target.resolve(), tokenizer)
@@ -109,6 +110,7 @@ def known_class(model: nn.Module) -> type[nn.Module]:
 
 def layout_of(state: EncoderState) -> Layout:
     """What the weights of a patched model mean."""
+    state.check_layers("save")
     gates = state.gates
     closed = [i for i, gate in enumerate(gates) if not isinstance(gate, torch.Tensor) and gate == 0.0]
     found = [state.replacement(i) for i in closed]
@@ -145,10 +147,28 @@ def folder_to_write(path: str | os.PathLike[str]) -> Path:
     if not isinstance(path, str | os.PathLike) or not os.fspath(path):
         remedy = 'pass a path, such as "pruned"'
         raise ArgumentError(say("save", "path", repr(path), "the path of a folder", remedy))
-    target = Path(os.fsdecode(path)).expanduser()
-    if target.exists() and not target.is_dir():
-        raise ArgumentError(say("save", "path", target, "a folder or a new path", "choose another path"))
+    target, remedy = Path(os.fsdecode(path)).expanduser(), "choose another path"
+    try:
+        if "\0" in str(target):
+            raise ValueError("a null character")
+        there = next(one for one in (target, *target.absolute().parents) if one.exists())
+    except (OSError, ValueError) as error:  # too long, or with a character that no path has
+        got = f"{str(target)[:80]!r} ({_one_line(error)[:80]})"
+        raise ArgumentError(say("save", "path", got, "a path of this system", remedy)) from error
+    if not there.is_dir():
+        got = str(target) if there == target else f"{target}, under the file {there}"
+        raise ArgumentError(say("save", "path", got, "a folder or a new path", remedy))
     return target
+
+
+def _check_tokenizer(tokenizer: Any) -> None:
+    """Refuse what would write no tokenizer, or files in the place of the model's."""
+    if tokenizer is None:
+        return
+    files = callable(getattr(tokenizer, "save_pretrained", None))
+    if not files or isinstance(tokenizer, type | nn.Module | PreTrainedConfig):
+        got, remedy = type(tokenizer).__name__, "load it: transformers.AutoTokenizer.from_pretrained(name)"
+        raise ArgumentError(say("save", "tokenizer", got, "a tokenizer of transformers", remedy))
 
 
 def _refuse_foreign(target: Path) -> None:
@@ -364,7 +384,13 @@ def _folder_to_read(path: str | os.PathLike[str]) -> Path:
         raise ArgumentError(say("load", "path", repr(path)[:80], "the path of a folder", remedy))
     folder = Path(os.fsdecode(path)).expanduser()
     wanted = "the folder of a checkpoint written by fastgate.save"
-    if folder.is_dir():
+    try:
+        found = folder.is_dir()
+    except OSError as error:
+        raise CheckpointError(
+            say("load", str(folder)[:80], _one_line(error)[:80], wanted, "check the path")
+        ) from error
+    if found:
         if not commit.find(folder, META).is_file():
             got = "an empty folder" if not any(folder.iterdir()) else "a folder without fastgate.json"
             remedy = "check the path"

@@ -78,7 +78,8 @@ def explain(model: nn.Module, lengths: Sequence[int] = (32,) * 8) -> Explanation
         remedy = "pass what fastgate.patch or fastgate.load returned"
         raise ArgumentError(say("explain", "model", repr(model), "a patched model", remedy))
     lengths = _checked(lengths)
-    state = encoder_state(model)
+    state = encoder_state(model, "explain")
+    state.check_layers("explain")
     encoder = state.encoder
     batch, longest = len(lengths), max(lengths)
     attended = torch.arange(longest) < torch.tensor(lengths)[:, None]

@@ -18,7 +18,7 @@ from .ops.slots import is_direct
 from .packing import HOST, Packing, on_device, on_host, pack_rows, unpadded
 from .plan import Plan
 from .run import Ids, Run, plan_for
-from .state import Runtime
+from .state import EncoderState, Runtime
 
 
 def forward_encoder(
@@ -45,6 +45,10 @@ def forward_encoder(
         got, wanted = "torch.func or forward-mode differentiation", "autograd's backward"
         remedy = "call fastgate.unpatch(model) first"
         raise Unsupported(say("forward", "derivatives", got, wanted, remedy))
+    if torch._C._is_tracing() or torch.compiler.is_exporting():
+        got, wanted = "torch.jit.trace or torch.export", "eager mode or torch.compile"
+        remedy = "export an unpruned model, after fastgate.unpatch(model)"
+        raise Unsupported(say("forward", "model", got, wanted, remedy))
     if (input_ids is None) == (inputs_embeds is None):
         raise ArgumentError(
             say("forward", "input_ids, inputs_embeds", "both or neither", "exactly one", "pass one of them")
@@ -59,7 +63,8 @@ def forward_encoder(
     runtime: Runtime = encoder.fastgate_runtime
     inspection = runtime.inspections.of(encoder)
     layers = inspection.layers
-    _verify_layers(runtime, len(layers))
+    if len(layers) != len(runtime.gates) or inspection.removed != runtime.removed:
+        EncoderState(encoder).check_layers("forward")
     selection = kwargs.get("output_hidden_states")
     wanted_hidden = _hidden_selection(
         getattr(config, "output_hidden_states", None) if selection is None else selection,
@@ -114,6 +119,7 @@ def forward_encoder(
         output["hidden_states"] = tuple(h if i in wanted_hidden else None for i, h in enumerate(states))
     if run.probabilities is not None:
         output["attentions"] = tuple(run.probabilities.get(i) for i in range(len(layers)))
+        output["cross_attentions"] = ()  # as in transformers
     return_dict = kwargs.get("return_dict")
     return_dict = getattr(config, "return_dict", True) if return_dict is None else return_dict
     return output if return_dict else output.to_tuple()
@@ -171,13 +177,6 @@ def make_runtime_plan(encoder: Any, inspection: Inspection, packing: Packing, ca
     absorbable = top is not None and inspection.layers[top].absorbable
     shifts = shifts_of(encoder.encoder.layer, gates)
     return plan_for(gates, shifts, absorbable, packing, capture)
-
-
-def _verify_layers(runtime: Runtime, layers: int) -> None:
-    if layers != len(runtime.gates):
-        remedy = "call fastgate.unpatch(model) before layers are added or removed, and fastgate.patch after"
-        wanted = f"{len(runtime.gates)}, as when the model was patched"
-        raise Unsupported(say("forward", "encoder.layer", f"{layers} layers", wanted, remedy))
 
 
 def _refuse(states: Any, mask: Any, cache: Any, use_cache: Any, kwargs: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from .families import find_encoders
 from .layer import is_plain, is_skipped, shifts_of
 from .ops.linear import ONEDNN_DTYPES, Packed, missing_for_onednn, pack_together
 from .packed import PackedLinear, asks_for_gradients, pack_linear, unpack_linear, without_gradients
-from .state import EncoderState
+from .state import EncoderState, check_module
 
 
 def freeze(model: nn.Module) -> nn.Module:
@@ -31,6 +31,7 @@ def freeze(model: nn.Module) -> nn.Module:
     Raises NothingPatched for a model that is not patched, ArgumentError for one in training mode or with soft
     gates, Unsupported for other devices and dtypes or a torch without oneDNN.
     """
+    check_module("freeze", model)
     encoders = [item.encoder for item in find_encoders(model) if hasattr(item.encoder, "fastgate_runtime")]
     if not encoders:
         got = f"unpatched {type(model).__name__}"
@@ -66,7 +67,9 @@ def freeze(model: nn.Module) -> nn.Module:
     for module in packable:
         pack_linear(module, together.get(module))
     for encoder in encoders:
-        EncoderState(encoder).runtime.frozen = True
+        runtime = EncoderState(encoder).runtime
+        runtime.frozen = True
+        runtime.forget()
     return model
 
 
@@ -75,14 +78,8 @@ def thaw(model: nn.Module) -> nn.Module:
 
     They are the modules that they were, with the parameters that they had where somebody still holds those,
     such as an optimizer, and new ones elsewhere. A model that is not frozen stays as it is.
-
-    Raises Unsupported, before anything is changed, for a packed Linear whose forward was replaced.
     """
-    for name, module in model.named_modules():
-        if isinstance(module, PackedLinear) and "forward" in module.__dict__:
-            wanted = "its own forward, as a Linear has another one"
-            remedy = "delete the attribute `forward` of this module first"
-            raise Unsupported(say("thaw", name, "a frozen Linear with a replaced forward", wanted, remedy))
+    check_module("thaw", model)
     for module in model.modules():
         if isinstance(module, PackedLinear):
             unpack_linear(module)

@@ -52,6 +52,7 @@ class Inspection:
         _verify_attention(encoder.config)
         self.roots = (encoder.embeddings, encoder.encoder, encoder.config)
         self.layers = tuple(Layer.of(layer) for layer in encoder.encoder.layer)
+        self.removed = tuple(i for i, layer in enumerate(self.layers) if layer.query is None)
         self.tables = _tables(encoder.embeddings)
         self.hooked_tables = [table for table in self.tables if foreign_hooks(table)]
         self.modules: list[nn.Module] = list(
@@ -179,10 +180,16 @@ def _tables(embeddings: Any) -> tuple[Any, ...]:
         all(_only_gathers(table) for table in tables)
         and not any(t.max_norm is not None or t.scale_grad_by_freq or t.sparse for t in tables)
         and tables[2].padding_idx is None
+        and _are_zeros(embeddings._buffers.get("token_type_ids"))
         and is_plain_norm(inside["LayerNorm"])
         and is_plain_dropout(inside["dropout"])
     )
     return tables if plain else ()
+
+
+def _are_zeros(types: Tensor | None) -> bool:
+    """Whether every token is of type 0 where a call does not say, as transformers makes it."""
+    return types is None or types.is_meta or not bool(types.any())
 
 
 def _only_gathers(table: Any) -> bool:

@@ -22,7 +22,11 @@ def pack_linear(module: nn.Linear, packed: Packed | None = None) -> None:
     """
     weight = module._parameters.pop("weight")
     assert weight is not None
-    state = {"packed": packed or pack(weight), "weight_requires_grad": weight.requires_grad}
+    state = {
+        "packed": packed or pack(weight),
+        "weight_requires_grad": weight.requires_grad,
+        "bias_required_grad": None if module.bias is None else module.bias.requires_grad,
+    }
     module.__dict__.update(state, parameter=TensorWeakRef(weight))
     module.__class__ = PackedLinear  # type: ignore[assignment]
 
@@ -30,15 +34,23 @@ def pack_linear(module: nn.Linear, packed: Packed | None = None) -> None:
 def unpack_linear(module: PackedLinear) -> None:
     """Make `module` the Linear again that it was, with the parameter that it had if somebody holds that."""
     there = module.__dict__.pop("parameter", None)
-    flag, dense = module.__dict__.pop("weight_requires_grad"), module.__dict__.pop("packed").dense()
+    flag, changed, dense = module.asks_for_gradient, module.flags_changed, module.packed.dense()
+    for name in ("packed", "weight_requires_grad", "bias_required_grad"):
+        del module.__dict__[name]
     weight = None if there is None else there()
     if weight is None:
         weight = nn.Parameter(dense, requires_grad=flag)
-    elif weight.dtype != dense.dtype or not torch.equal(weight.detach(), dense):
+    elif changed:
+        weight.requires_grad_(flag)
+    if weight.dtype != dense.dtype or not torch.equal(weight.detach(), dense):
         weight.data = dense
     bias = module._parameters.pop("bias")
     module._parameters.update(weight=weight, bias=bias)  # in a Linear's order
     module.__class__ = nn.Linear  # type: ignore[assignment]
+
+
+class FrozenWeight(Unsupported, AttributeError):
+    """The weight of a Linear that `freeze` packed was asked for; `hasattr` says that there is none."""
 
 
 class PackedLinear(nn.Module):
@@ -53,8 +65,35 @@ class PackedLinear(nn.Module):
     packed: Packed
     bias: nn.Parameter | None
     weight_requires_grad: bool  # of the parameter that the weight was
+    bias_required_grad: bool | None  # of the bias then; None without one
+
+    @property
+    def flags_changed(self) -> bool:
+        """Whether `requires_grad` was set on the bias since: there is no weight that it could be set on."""
+        return self.bias is not None and self.bias.requires_grad != self.bias_required_grad
+
+    @property
+    def asks_for_gradient(self) -> bool:
+        """Whether the weight asks for a gradient: as it did, or as the bias does if that was set since."""
+        return self.bias.requires_grad if self.flags_changed else self.weight_requires_grad  # type: ignore[union-attr]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        _refuse_weight(name, value)
+        super().__setattr__(name, value)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        _refuse_weight(name, param)
+        super().register_parameter(name, param)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight":
+            wanted = "a Linear that is not frozen, or state_dict(), which has the weight"
+            raise FrozenWeight(say("weight", "Linear.weight", "a packed weight", wanted, _REMEDY))
+        return super().__getattr__(name)
 
     def forward(self, x: Tensor) -> Tensor:
+        if type(self) is nn.Linear:  # thawed, and what was put around this method holds it still
+            return nn.Linear.forward(self, x)
         if torch.is_grad_enabled() and (x.requires_grad or asks_for_gradients(self)):
             return without_gradients(self.training, lambda: self.packed.product(x, self.bias))
         return self.packed.product(x, self.bias)
@@ -65,9 +104,7 @@ class PackedLinear(nn.Module):
         )
 
     def _put(self, weight: Tensor) -> None:
-        if weight.device.type != "cpu" or weight.dtype not in ONEDNN_DTYPES:
-            got = f"{weight.dtype} on {weight.device}"
-            raise Unsupported(say("freeze", "model", got, "float32 or bfloat16 on the CPU", _REMEDY))
+        _check_place(weight)
         self.packed = pack(weight)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
@@ -109,10 +146,29 @@ class PackedLinear(nn.Module):
         return {name: value for name, value in self.__dict__.items() if name != "parameter"}
 
 
+def _refuse_weight(name: str, value: Any) -> None:
+    """Nobody would read a weight that is set on a PackedLinear."""
+    if name == "weight":
+        got = f"a {type(value).__name__} for a frozen Linear"
+        raise Unsupported(say("weight", "Linear.weight", got, "a Linear that is not frozen", _REMEDY))
+
+
+def _check_place(weight: Tensor) -> None:
+    if weight.device.type != "cpu" or weight.dtype not in ONEDNN_DTYPES:
+        got = f"{weight.dtype} on {weight.device}"
+        raise Unsupported(say("freeze", "model", got, "float32 or bfloat16 on the CPU", _REMEDY))
+
+
+def check_apply(module: nn.Module, fn: Callable[[Tensor], Tensor]) -> None:
+    """Refuse what would move packed weights to where they cannot be, before anything has moved."""
+    for dtype in {m.packed.dtype for m in module.modules() if isinstance(m, PackedLinear)}:
+        _check_place(fn(torch.empty(0, dtype=dtype)))
+
+
 def asks_for_gradients(module: nn.Module) -> bool:
     """Whether a parameter in `module` asks for a gradient, or one that a packed weight was."""
     return any(p.requires_grad for p in module.parameters()) or any(
-        m.weight_requires_grad for m in module.modules() if isinstance(m, PackedLinear)
+        m.asks_for_gradient for m in module.modules() if isinstance(m, PackedLinear)
     )
 
 

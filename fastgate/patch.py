@@ -17,6 +17,7 @@ from .forward import forward_encoder
 from .freeze import forward_frozen, thaw
 from .graphs import Graphs
 from .heads import masked_lm, rows_read
+from .packed import check_apply
 from .state import POOLING_KEY, POOLINGS, EncoderState, Runtime, check_module
 
 
@@ -35,7 +36,9 @@ def patch(
     demand: the rows of a bare encoder that you read: "first" token 0 of each sequence, "all" (the default)
     every attended one. A head and a sentence-transformers model know theirs: CLS pooling reads one row, any
     other pooling all. "all" computes the attended rows there too; fewer than are read is refused. The demand
-    stays until `patch` is called with another; after a change of the pooling, call it again.
+    stays until `patch` is called with another. `encode` of a sentence-transformers model that asks for the
+    tokens, or whose pooling was changed, has all attended rows computed from then on; other calls of a model
+    whose pooling was changed need `patch` once more.
 
     Heads for tokens and bare encoders also take the rows of one call: `model(**batch, rows=mask)`, mask
     (batch, length) bool. Labelled rows are always among them; in training they are the only ones by default.
@@ -55,6 +58,8 @@ def patch(
     a demand that leaves out rows that are read.
     """
     check_module("patch", model)
+    if graphs is not None and not isinstance(graphs, bool):
+        raise ArgumentError(say("patch", "graphs", repr(graphs), "True, False or None", "pass one of these"))
     found = list(find_encoders(model))
     if not found:
         raise NothingPatched(
@@ -80,6 +85,7 @@ def patch(
             runtime.graphs = (runtime.graphs or Graphs()) if graphs else None
     for module in _around(model, found):
         module.__dict__.setdefault("save_pretrained", SaveAround(module))
+    sentence.watch(model)
     return model
 
 
@@ -186,6 +192,7 @@ def unpatch(model: nn.Module) -> nn.Module:
             got, remedy = "a pooler that reads the mean", 'call fastgate.patch(model, pooling="first") before'
             raise Unsupported(say("unpatch", "model", got, "one that reads token 0, as theirs do", remedy))
     thaw(model)
+    sentence.unwatch(model)
     for around in _around(model, found):
         around.__dict__.pop("save_pretrained", None)
     for item in found:
@@ -206,7 +213,11 @@ def _swapped_class(family: Family, hf: type[nn.Module], demand: str) -> type[nn.
     """A subclass under the same name, so that pipelines, configs and pickles see the old class."""
     body: dict[str, Any] = {"fastgate_demand": demand, "__module__": __name__, "__doc__": hf.__doc__}
     if hf.__name__ == family.prefix + "Model":
-        body["forward"] = _encoder_forward(hf.forward)
+        body |= {
+            "forward": _encoder_forward(hf.forward),
+            "_apply": _apply,
+            "_load_from_state_dict": _load_from_state_dict,
+        }
     elif demand == "labelled":
         body["forward"] = _head_forward(family, hf.__name__, hf.forward)
     return type(hf.__name__, (hf,), body)
@@ -221,6 +232,18 @@ def _encoder_forward(original: Any) -> Any:
         return run(self, *args, **kwargs)
 
     return forward
+
+
+def _apply(self: Any, fn: Any, recurse: bool = True) -> Any:
+    """`to` and the like, once it is known that all weights can be where they would be then."""
+    check_apply(self, fn)
+    return base_class(self)._apply(self, fn, recurse)
+
+
+def _load_from_state_dict(self: Any, state_dict: Any, prefix: str, *rest: Any) -> None:
+    """As in torch, which without `strict` would not say that attention is missing."""
+    EncoderState(self).check_state_dict(state_dict, prefix)
+    base_class(self)._load_from_state_dict(self, state_dict, prefix, *rest)
 
 
 def _head_forward(family: Family, name: str, original: Any) -> Any:

@@ -9,9 +9,10 @@ from typing import Any
 from torch import nn
 
 from .errors import ArgumentError, Unsupported, say
+from .families import find_encoders
 from .patch import patch
 from .replacement import KINDS, Removed
-from .state import check_module, encoder_state
+from .state import EncoderState, check_module, encoder_state
 
 
 def prune(model: nn.Module, keep: Iterable[int], replacement: str = "zero") -> nn.Module:
@@ -30,8 +31,11 @@ def prune(model: nn.Module, keep: Iterable[int], replacement: str = "zero") -> n
     """
     check_module("prune", model)
     refuse_adapters("prune", model)
-    patch(model)
-    state = encoder_state(model)
+    found = list(find_encoders(model))
+    if len(found) != 1:  # which of these raises says how many there are
+        patch(model)
+        encoder_state(model, "prune")
+    state = EncoderState(found[0].encoder)
     kept = _indices(keep, state.num_layers)
     if replacement not in KINDS:
         raise ArgumentError(
@@ -49,6 +53,7 @@ def prune(model: nn.Module, keep: Iterable[int], replacement: str = "zero") -> n
     if shared:
         got, remedy = f"layers {shared} that share their attention with others", "copy.deepcopy each layer"
         raise Unsupported(say("prune", "keep", got, "layers of their own to drop", remedy))
+    patch(model)
     state.add_replacements(replacement, layers=dropped)
     for view in state.layers:
         if view.index in kept:
@@ -56,6 +61,8 @@ def prune(model: nn.Module, keep: Iterable[int], replacement: str = "zero") -> n
         else:
             view.attention.self = Removed()
             view.attention.output.dense = Removed()
+    state.runtime.removed = tuple(dropped)
+    state.runtime.forget()
     state.set_gates([1.0 if i in kept else 0.0 for i in range(state.num_layers)])
     return model
 

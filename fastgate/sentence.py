@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from typing import Any
 
@@ -29,6 +30,47 @@ def rows_read(model: nn.Module) -> dict[int, str]:
         if _is(module, "Transformer") and getattr(module, "query_expansion", None) is not None:
             found |= {id(inside): "every" for inside in module.modules()}
     return found
+
+
+class EncodeAround:
+    """`encode` of a model of sentence-transformers whose encoder computes one row a sequence.
+
+    A call that reads more, because it asks for the tokens or the pooling was changed, has all attended rows
+    computed from then on.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        encode: Any = type(self.model).encode  # type: ignore[attr-defined]
+        if self._reads_more(encode, args, kwargs):
+            for module in self.model.modules():
+                runtime = module.__dict__.get("fastgate_runtime")
+                if runtime is not None and runtime.demand in ("first", "start"):
+                    runtime.asked = "all"
+        return encode(self.model, *args, **kwargs)
+
+    def _reads_more(self, encode: Any, args: Any, kwargs: Any) -> bool:
+        names = list(inspect.signature(encode).parameters)[1:]
+        given = dict(zip(names, args, strict=False)) | kwargs
+        return given.get("output_value", "sentence_embedding") != "sentence_embedding" or not _pools_cls(
+            self.model
+        )
+
+
+def watch(model: nn.Module) -> None:
+    """Put an EncodeAround on every model of sentence-transformers in `model` that pools one row."""
+    for module in model.modules():
+        if _is(module, "SentenceTransformer") and _pools_cls(module):
+            module.__dict__.setdefault("encode", EncodeAround(module))
+
+
+def unwatch(model: nn.Module) -> None:
+    """Take the EncodeArounds away."""
+    for module in model.modules():
+        if isinstance(module.__dict__.get("encode"), EncodeAround):
+            del module.__dict__["encode"]
 
 
 def _is(module: Any, name: str) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import ArgumentError, NothingPatched, say
+from .errors import ArgumentError, CheckpointError, NothingPatched, Unsupported, say
 from .families import find_encoders
 from .graphs import DEVICES, Graphs
 from .inspection import Inspections
@@ -33,7 +33,8 @@ class Runtime:
     write what is computed, while recording. asked: the demand `patch` was called with, if any. graphs: those
     captured for inference on a GPU; None: never. programs: what its layers run once they are frozen.
     inspections: what its modules were found to be. pooling: one of POOLINGS. unfinished: the gates are being
-    learned, so their values now are no result. frozen: whether `freeze` has packed weights.
+    learned, so their values now are no result. frozen: whether `freeze` has packed weights. removed: the
+    layers whose attention `prune` has dropped.
     """
 
     reads: str | None
@@ -46,6 +47,11 @@ class Runtime:
     pooling: str = "first"
     unfinished: bool = False
     frozen: bool = False
+    removed: tuple[int, ...] = ()
+
+    def forget(self) -> None:
+        """Let go of what was found in the modules, so that weights that were dropped are freed at once."""
+        self.inspections, self.programs = Inspections(), Programs()
 
     @property
     def demand(self) -> str:
@@ -67,6 +73,10 @@ class LayerView:
 
     index: int
     attention: Any
+
+
+class PrunedOtherwise(CheckpointError, RuntimeError):
+    """A state dict has attention in other layers than the model; a RuntimeError, as torch's own are."""
 
 
 class EncoderState:
@@ -133,6 +143,44 @@ class EncoderState:
         """Whether `prune` has dropped the weights of this layer's attention."""
         return hasattr(self.encoder.encoder.layer[layer].attention.self, "fastgate_removed")
 
+    def check_layers(self, where: str) -> None:
+        """Refuse layers added, removed or put in the place of others since `patch` and `prune`: the gates are
+        not theirs."""
+        if self.num_layers != len(self.runtime.gates):
+            remedy = (
+                "call fastgate.unpatch(model) before layers are added or removed, and fastgate.patch after"
+            )
+            wanted = f"{len(self.runtime.gates)}, as when the model was patched"
+            raise Unsupported(say(where, "encoder.layer", f"{self.num_layers} layers", wanted, remedy))
+        now = tuple(i for i in range(self.num_layers) if self.is_removed(i))
+        if now != self.runtime.removed:
+            got, wanted = f"attention pruned in layers {list(now)}", f"in layers {list(self.runtime.removed)}"
+            remedy = "put the layers back that were there, or change them before fastgate.prune"
+            raise Unsupported(
+                say(where, "encoder.layer", got, f"{wanted}, as fastgate.prune left it", remedy)
+            )
+
+    def check_state_dict(self, names: Collection[str], prefix: str) -> None:
+        """Refuse a state dict of a model that was pruned otherwise, before anything of it is loaded.
+
+        names: its names. prefix: of this encoder among them. While gates are learned, what is open now says
+        nothing. Raises PrunedOtherwise.
+        """
+        if self.runtime.unfinished:
+            return
+        kept = [i for i, gate in enumerate(self.gates) if not is_skipped(gate)]
+        layers = [f"{prefix}encoder.layer.{i}." for i in range(self.num_layers)]
+        there = [i for i, at in enumerate(layers) if any(n.startswith(f"{at}attention.self.") for n in names)]
+        lacking = [
+            i
+            for i, at in enumerate(layers)
+            if i in kept and i not in there and f"{at}output.dense.weight" in names
+        ]
+        if there and lacking:
+            got = f"attention of layers {there} and none of layers {lacking}"
+            remedy = "load it into a model that was pruned with the same layers to keep"
+            raise PrunedOtherwise(say("load_state_dict", "state_dict", got, f"that of layers {kept}", remedy))
+
     def replacement(self, layer: int) -> Replacement | None:
         return replacement_of(self.encoder.encoder.layer[layer])
 
@@ -167,20 +215,21 @@ def check_module(where: str, model: object) -> None:
     """Refuse a name, a path or another object where a model is expected."""
     if not isinstance(model, nn.Module):
         remedy = "load it first: transformers.AutoModel.from_pretrained(name), or fastgate.load(path)"
-        raise ArgumentError(say(where, "model", repr(model)[:80], "a torch.nn.Module", remedy))
+        got = " ".join(repr(model).split())[:80]
+        raise ArgumentError(say(where, "model", got, "a torch.nn.Module", remedy))
 
 
-def encoder_state(model: nn.Module) -> EncoderState:
-    """The handle on the patched encoder inside `model`.
+def encoder_state(model: nn.Module, where: str = "encoder_state") -> EncoderState:
+    """The handle on the patched encoder inside `model`. where: the call that an error names.
 
     Raises NothingPatched if there is none, ArgumentError if there are several.
     """
-    check_module("encoder_state", model)
+    check_module(where, model)
     encoders = [item.encoder for item in find_encoders(model) if hasattr(item.encoder, "fastgate_runtime")]
     if not encoders:
         raise NothingPatched(
             say(
-                "encoder_state",
+                where,
                 "model",
                 f"unpatched {type(model).__name__}",
                 "a patched model",
@@ -189,6 +238,6 @@ def encoder_state(model: nn.Module) -> EncoderState:
         )
     if len(encoders) > 1:
         raise ArgumentError(
-            say("encoder_state", "model", f"{len(encoders)} encoders", "one", "pass the encoder you mean")
+            say(where, "model", f"{len(encoders)} encoders", "one", "pass the encoder you mean")
         )
     return EncoderState(encoders[0])

@@ -25,8 +25,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _NUMBERS = ("eps", "num_attention_heads", "attention_head_size", "scaling", "padding_idx")
 # Buffers that are not saved, from one of the same shape.
 _BUFFERS = {
-    "position_ids": lambda like: torch.arange(like.shape[-1]).expand(like.shape),
-    "token_type_ids": lambda like: torch.zeros(like.shape, dtype=torch.long),
+    "position_ids": lambda like: torch.arange(like.shape[-1], device="cpu").expand(like.shape),
+    "token_type_ids": lambda like: torch.zeros(like.shape, dtype=torch.long, device="cpu"),
 }
 _REMEDY = "undo the change before saving, or save the weights with torch.save(model.state_dict(), path)"
 
@@ -74,7 +74,18 @@ def check(model: nn.Module, wanted: nn.Module, unused: tuple[str, ...]) -> None:
             value, other = getattr(got, number, None), getattr(expected, number, None)
             if value != other:
                 raise Unsupported(say("save", f"{name}.{number}", value, f"{other}, as in config", _REMEDY))
+        _check_buffers(name, got)
     _check_tensors(_tensors(model, unused), _tensors(wanted, unused))
+
+
+def _check_buffers(name: str, module: nn.Module | None) -> None:
+    """Refuse other values in buffers that are not saved than those that `fill` gives them."""
+    for key in () if module is None else module._non_persistent_buffers_set & _BUFFERS.keys():
+        buffer = module._buffers[key]  # type: ignore[union-attr]
+        if buffer is None or buffer.is_meta or torch.equal(buffer.cpu(), _BUFFERS[key](buffer)):
+            continue
+        remedy = f"pass {key} to each call instead"
+        raise Unsupported(say("save", f"{name}.{key}", "other values", "those of transformers", remedy))
 
 
 def check_hooks(model: nn.Module) -> None:

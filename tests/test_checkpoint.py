@@ -300,3 +300,42 @@ def test_a_reader_beside_a_writer_finds_one_model_or_the_other(tmp_path):
         assert model.bert.fastgate_runtime.gates == ([1.0, 0.0, 1.0] if last else [0.0, 1.0, 0.0])
         seen.add(last)
     assert seen and sorted(os.listdir(tmp_path)) == [CONFIG, META, WEIGHTS]
+
+
+@pytest.mark.parametrize("tokenizer", ["bert", 3, True, "model", "config", "class"])
+def test_what_is_no_tokenizer_is_refused_before_anything_is_written(saved, tmp_path, tokenizer):
+    """The files of a model or a config would take the place of the checkpoint's own."""
+    model, _ = saved
+    kinds = {"model": model, "config": model.config, "class": transformers.BertTokenizerFast}
+    with pytest.raises(fastgate.ArgumentError, match=r"save: tokenizer: got .*AutoTokenizer"):
+        fastgate.save(model, tmp_path / "new", kinds.get(tokenizer, tokenizer))
+    assert not (tmp_path / "new").exists()
+
+
+def test_paths_that_cannot_be_are_refused(saved, tmp_path):
+    model, path = saved
+    for wrong in (path / META / "x", tmp_path / ("a" * 500), "a\0b"):
+        with pytest.raises(fastgate.ArgumentError, match="save: path: got"):
+            fastgate.save(model, wrong)
+    with pytest.raises(fastgate.CheckpointError, match="load: aaa"):
+        fastgate.load("a" * 5000)
+
+
+def test_errors_name_the_call_that_was_made(saved, tmp_path):
+    dense = make("Bert", "ForSequenceClassification")
+    for name, call in {
+        "save": lambda: fastgate.save(dense, tmp_path / "x"),
+        "explain": lambda: fastgate.explain(dense),
+        "freeze": lambda: fastgate.freeze(dense),
+    }.items():
+        with pytest.raises(fastgate.NothingPatched, match=rf"^{name}: model: got unpatched"):
+            call()
+
+
+@torch.no_grad()
+def test_loaded_on_the_cpu_whatever_the_default_device_is(saved):
+    model, path = saved
+    with torch.device("meta"):
+        again = fastgate.load(path)
+    inputs = batch(model, "ForSequenceClassification")
+    assert torch.equal(again(**inputs).logits, model(**inputs).logits)

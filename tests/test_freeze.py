@@ -428,13 +428,65 @@ def test_attention_probabilities_of_one_product():
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
-def test_thaw_refuses_a_frozen_linear_with_a_replaced_forward_and_changes_nothing():
-    _, model = frozen()
-    dense = model.bert.encoder.layer[1].output.dense
-    dense.forward = dense.forward
-    count = len(packed(model))
-    with pytest.raises(fastgate.Unsupported, match=r"encoder\.layer\.1\.output\.dense: got a frozen Linear"):
-        fastgate.thaw(model)
-    assert len(packed(model)) == count
-    del dense.forward
-    assert not packed(fastgate.thaw(model))
+@pytest.mark.parametrize("call", [fastgate.freeze, fastgate.thaw])
+@pytest.mark.parametrize("model", ["x", None, 3, nn.Linear, {}], ids=str)
+def test_what_is_no_model_is_one_error(call, model):
+    with pytest.raises(
+        fastgate.ArgumentError, match=rf"{call.__name__}: model: got .* wanted a torch.nn.Module"
+    ):
+        call(model)
+
+
+def test_a_weight_set_on_a_frozen_linear_is_refused():
+    """Nobody would read it."""
+    plain, model = frozen()
+    dense = model.bert.encoder.layer[0].output.dense
+    weight = torch.zeros(32, 64)
+    for value in (weight, nn.Parameter(weight)):
+        with pytest.raises(fastgate.Unsupported, match=r"frozen Linear.*fastgate.thaw"):
+            dense.weight = value
+    with pytest.raises(fastgate.Unsupported, match=r"frozen Linear.*fastgate.thaw"):
+        dense.register_parameter("weight", nn.Parameter(weight))
+    batch = encoders.batch(plain, "ForSequenceClassification")
+    given = {name: p.detach() * 1.1 for name, p in plain.named_parameters()}
+    with pytest.raises(fastgate.Unsupported, match=r"frozen Linear.*fastgate.thaw"):
+        torch.func.functional_call(model, given, (), batch)
+    torch.testing.assert_close(outputs(model, batch), outputs(plain, batch), rtol=0, atol=1e-5)
+
+
+def test_asking_for_a_frozen_weight_says_what_to_do():
+    dense = frozen()[1].bert.encoder.layer[0].output.dense
+    assert not hasattr(dense, "weight") and getattr(dense, "weight", None) is None
+    with pytest.raises(fastgate.Unsupported, match=r"Linear.weight: got a packed weight.*fastgate.thaw"):
+        _ = dense.weight.shape
+    with pytest.raises(AttributeError, match="has no attribute 'gain'"):
+        _ = dense.gain
+
+
+@pytest.mark.parametrize("flag", [False, True])
+@pytest.mark.parametrize("how", ["model", "each"])
+@pytest.mark.parametrize("held", [False, True])
+def test_requires_grad_set_while_frozen_holds_after_thaw(flag, how, held):
+    model = fastgate.patch(encoders.make("Bert", "ForSequenceClassification")).requires_grad_(not flag)
+    parameters = list(model.parameters()) if held else []
+    fastgate.freeze(model)
+    if how == "model":
+        model.requires_grad_(flag)
+    else:
+        for parameter in model.parameters():
+            parameter.requires_grad = flag
+    assert model(**encoders.batch(model, "ForSequenceClassification")).logits.requires_grad is flag
+    fastgate.thaw(model)
+    assert {p.requires_grad for p in model.parameters()} == {flag}
+    assert not held or all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("move", ["half", "double", "meta"])
+def test_a_move_that_is_refused_moves_nothing(move):
+    plain, model = frozen()
+    batch = encoders.batch(plain, "ForSequenceClassification")
+    want = outputs(model, batch)
+    with pytest.raises(fastgate.Unsupported, match=r"fastgate.thaw"):
+        model.to("meta") if move == "meta" else getattr(model, move)()
+    assert {(p.dtype, p.device.type) for p in model.parameters()} == {(torch.float32, "cpu")}
+    assert all(torch.equal(a, b) for a, b in zip(outputs(model, batch), want, strict=True))

@@ -348,3 +348,42 @@ def test_adapted_linears_are_called_not_bypassed():
     inputs = batch(model, "ForSequenceClassification", lengths=(14, 14))
     assert_same(model(**inputs), patched(**inputs), inputs["attention_mask"])
     assert "called as Adapted" in str(fastgate.explain(patched))
+
+
+@pytest.mark.parametrize("graphs", ["yes", 1, torch.zeros(3)], ids=["text", "one", "tensor"])
+def test_graphs_is_a_flag(graphs):
+    with pytest.raises(fastgate.ArgumentError, match=r"patch: graphs: got .* wanted True, False or None"):
+        fastgate.patch(make("Bert", "Model"), graphs=graphs)
+
+
+@pytest.mark.parametrize("family", ["Bert", "Roberta"])
+@pytest.mark.parametrize("head", ["Model", "ForSequenceClassification"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"output_hidden_states": 0},
+        {"output_hidden_states": []},
+        {"output_hidden_states": ()},
+        {"output_attentions": True},
+        {"output_attentions": 1, "output_hidden_states": True},
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_the_same_entries_as_in_transformers(family, head, options):
+    model, patched = pair(family, head, attention="eager")
+    inputs = batch(model, head)
+    assert list(patched(**inputs, **options)) == list(model(**inputs, **options))
+    theirs, ours = (m(**inputs, **options, return_dict=False) for m in (model, patched))
+    assert [type(x) for x in ours] == [type(x) for x in theirs]
+    assert [len(x) for x in ours] == [len(x) for x in theirs]
+
+
+@torch.no_grad()
+def test_tracing_and_export_are_refused_by_name():
+    patched = fastgate.patch(make("Bert", "Model", return_dict=False))
+    ids = batch(patched, "Model")["input_ids"]
+    with pytest.raises(fastgate.Unsupported, match=r"torch.jit.trace or torch.export.*fastgate.unpatch"):
+        torch.jit.trace(patched, (ids,))
+    with pytest.raises(fastgate.Unsupported, match=r"torch.jit.trace or torch.export.*fastgate.unpatch"):
+        torch.export.export(patched, (ids,))

@@ -1,6 +1,8 @@
 """prune and explain: weights gone, outputs those of closed gates, tables that add up."""
 
 import copy
+import gc
+import weakref
 
 import numpy as np
 import pytest
@@ -109,7 +111,7 @@ def test_layers_that_are_one_module_are_pruned_together_or_not_at_all():
     model.encoder.layer[2] = model.encoder.layer[0]
     with pytest.raises(fastgate.Unsupported, match=r"layers \[2\] that share"):
         fastgate.prune(model, keep=[0, 1])
-    assert encoder_state(model).gates == [1.0, 1.0, 1.0]
+    assert hasattr(model.encoder.layer[0].attention.self, "query")
     fastgate.prune(model, keep=[1])
 
 
@@ -122,3 +124,86 @@ def test_adapters_of_peft_are_merged_first(tmp_path):
         with pytest.raises(fastgate.Unsupported, match=r"a Linear of PEFT.*merge_and_unload\(\)"):
             call()
     assert not (tmp_path / "x").exists() and encoder_state(model).gates == [1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("options", [{"keep": [9]}, {"keep": None}, {"keep": [1], "replacement": "none"}])
+def test_a_refused_prune_changes_nothing(options):
+    model = make("Bert", "ForSequenceClassification")
+    kind = type(model)
+    with pytest.raises(fastgate.ArgumentError, match="prune"):
+        fastgate.prune(model, **options)
+    assert type(model) is kind and not hasattr(model.bert, "fastgate_runtime")
+
+
+@torch.no_grad()
+def test_what_was_dropped_is_freed_at_once():
+    model = fastgate.patch(make("Bert", "Model"))
+    model(**batch(model, "Model"))
+    attention = model.encoder.layer[0].attention
+    query, dense = (
+        weakref.ref(m.weight) for m in (attention.self.query, model.encoder.layer[1].output.dense)
+    )
+    del attention
+    fastgate.prune(model, keep=[1])
+    model(**batch(model, "Model"))
+    fastgate.freeze(model)
+    gc.collect()
+    assert query() is None and dense() is None
+
+
+@pytest.mark.parametrize("change", ["dense layer", "dense attention", "swap"])
+@torch.no_grad()
+def test_layers_put_in_the_place_of_pruned_ones_are_refused(change, tmp_path):
+    """Their gates are those of the layers before: attention would not run, or is not there."""
+    model = fastgate.prune(make("Bert", "Model"), keep=[1])
+    inputs = batch(model, "Model")
+    want = model(**inputs).last_hidden_state
+    layers, dense = model.encoder.layer, make("Bert", "Model").encoder.layer
+    before = layers[0], layers[0].attention, layers[1]
+    if change == "dense layer":
+        layers[0] = dense[0]
+    elif change == "dense attention":
+        layers[0].attention = dense[0].attention
+    else:
+        layers[0], layers[1] = layers[1], layers[0]
+    calls = (
+        lambda: model(**inputs),
+        lambda: fastgate.explain(model),
+        lambda: fastgate.save(model, tmp_path / "x"),
+    )
+    for call in calls:
+        with pytest.raises(fastgate.Unsupported, match=r"encoder.layer: got attention pruned in layers"):
+            call()
+    layers[0], layers[1] = before[0], before[2]
+    layers[0].attention = before[1]
+    assert torch.equal(model(**inputs).last_hidden_state, want)
+
+
+@pytest.mark.parametrize("keep", [[0], [0, 1, 2]], ids=str)
+def test_weights_of_another_pruning_are_refused(keep):
+    """Without `strict`, as a Trainer resumes, torch would leave the attention as it is and say nothing."""
+    source = fastgate.prune(make("Bert", "ForSequenceClassification"), keep=[1]).state_dict()
+    model = fastgate.prune(make("Bert", "ForSequenceClassification"), keep=keep)
+    weight = model.bert.encoder.layer[0].output.dense.weight
+    with torch.no_grad():
+        weight.add_(1)
+    before = weight.clone()
+    for strict in (True, False):
+        with pytest.raises(
+            fastgate.CheckpointError, match=r"got attention of layers \[1\] and none of layers"
+        ):
+            model.load_state_dict(source, strict=strict)
+    encoder = {name.removeprefix("bert."): tensor for name, tensor in source.items()}
+    with pytest.raises(RuntimeError, match="load_state_dict"):
+        model.bert.load_state_dict(encoder, strict=False)
+    assert torch.equal(weight, before)
+
+
+def test_parts_of_a_state_dict_and_dense_weights_are_loaded():
+    dense = make("Bert", "ForSequenceClassification").state_dict()
+    model = fastgate.prune(make("Bert", "ForSequenceClassification"), keep=[1])
+    model.load_state_dict(dense, strict=False)
+    model.load_state_dict(
+        {n: t for n, t in dense.items() if "LayerNorm" in n or ".layer.1." in n}, strict=False
+    )
+    model.load_state_dict({n: t for n, t in dense.items() if "attention" not in n}, strict=False)

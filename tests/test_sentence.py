@@ -129,6 +129,20 @@ def test_a_changed_pooling_takes_effect_when_patched_again(folder):
     assert_same(model, fastgate.patch(patched))
 
 
+@pytest.mark.parametrize("change", ["pooling", "prompt"])
+def test_encode_notices_a_changed_pooling(folder, change):
+    model = build(folder, "cls")
+    patched = fastgate.patch(copy.deepcopy(model))
+    assert rows(patched) == len(TEXTS)
+    for each in (model, patched):
+        if change == "pooling":
+            each[1].pooling_mode = "mean"
+        else:
+            each.set_pooling_include_prompt(False)
+    assert_same(model, patched, prompt="the plot: ")
+    assert "encode" not in vars(fastgate.unpatch(patched))
+
+
 def test_a_pooling_of_ones_own_reads_every_token(folder):
     first = modules.Transformer(folder)
     model = SentenceTransformer(modules=[first, Reader(32, "cls")], device="cpu")
@@ -139,11 +153,13 @@ def test_a_pooling_of_ones_own_reads_every_token(folder):
     torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
 
 
-def test_token_embeddings_of_a_cls_model_are_there_once_all_are_asked_for(folder):
+@pytest.mark.parametrize(
+    "copied", [lambda model: model, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))]
+)
+def test_token_embeddings_of_a_cls_model_are_there_when_asked_for(folder, copied):
     model = build(folder, "cls")
-    patched = fastgate.patch(copy.deepcopy(model))
-    assert not patched.encode(TEXTS, output_value="token_embeddings")[0][1:].any()
-    fastgate.patch(patched, demand="all")
+    patched = copied(fastgate.patch(copy.deepcopy(model)))
+    assert rows(patched) == len(TEXTS)
     theirs, ours = (m.encode(TEXTS, output_value="token_embeddings") for m in (model, patched))
     for want, got in zip(theirs, ours, strict=True):
         torch.testing.assert_close(got, want, rtol=0, atol=1e-5)

@@ -797,3 +797,57 @@ def test_adapters_of_peft(kind, first):
     for name, grad in grads.items():
         scale = max(float(wanted[name].norm()), 1e-2)
         assert float((grad - wanted[name]).norm()) <= 1e-3 * scale, name
+
+
+class _NoGradient(torch.autograd.Function):
+    """A product without a gradient of its input, as quantised Linears are."""
+
+    @staticmethod
+    def forward(ctx, x, module):
+        return nn.Linear.forward(module, x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None, None
+
+
+@pytest.mark.parametrize("keep", [None, [0]], ids=str)
+@pytest.mark.parametrize("place", ["attention.output.dense", "output.dense", "attention.self.query"])
+def test_modules_without_a_gradient(place, keep):
+    theirs = make("Bert", "ForTokenClassification")
+    ours = fastgate.patch(copy.deepcopy(theirs))
+    if keep is not None:
+        fastgate.prune(ours, keep=keep)
+    inputs = batch(theirs, "ForTokenClassification")
+    for model in (theirs, ours):
+        for layer in model.bert.encoder.layer:
+            for name, module in layer.named_modules():
+                if name == place and isinstance(module, nn.Linear):
+                    module.forward = functools.partial(lambda module, x: _NoGradient.apply(x, module), module)
+        logits = model(**inputs).logits
+        logits[inputs["attention_mask"].bool()].square().sum().backward()
+    if keep is None:
+        for (name, want), got in zip(theirs.named_parameters(), ours.parameters(), strict=True):
+            if want.grad is not None and "key.bias" not in name:
+                torch.testing.assert_close(got.grad, want.grad, rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("name", ["token_type_ids", "position_ids"])
+@pytest.mark.parametrize("order", ["before", "after"])
+@torch.no_grad()
+def test_buffers_of_the_embeddings(name, order, tmp_path):
+    theirs = make("Bert", "ForSequenceClassification")
+    ours = copy.deepcopy(theirs)
+    inputs = {k: v for k, v in batch(theirs, "ForSequenceClassification").items() if k != "token_type_ids"}
+    if order == "after":
+        fastgate.patch(ours)(**inputs)
+    for model in (theirs, ours):
+        embeddings = model.bert.embeddings
+        changed = (
+            embeddings.position_ids.flip(1) if name == "position_ids" else torch.ones(1, 40, dtype=torch.long)
+        )
+        setattr(embeddings, name, changed)
+    fastgate.patch(ours)
+    torch.testing.assert_close(ours(**inputs).logits, theirs(**inputs).logits, rtol=0, atol=1e-5)
+    with pytest.raises(fastgate.Unsupported, match=rf"save: bert.embeddings.{name}: got other values"):
+        fastgate.save(ours, tmp_path / "x")

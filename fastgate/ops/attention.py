@@ -216,7 +216,9 @@ def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if grad is None:  # what reads the rows has no gradient, such as a quantised Linear
+        return (None,) * len(ctx.needs_input_grad)
     out, lse, *tensors, seed = ctx.saved_tensors
     call = _backward if slots.is_direct(grad) else torch.ops.fastgate.attention_backward
     dq, dk, dv = call(grad, out, lse, *tensors, ctx.heads, ctx.scale, ctx.dropout_p, seed)
