@@ -41,7 +41,7 @@ LOW = {
     "sentence": set(),
     "memory": set(),
     "commit": set(),
-    "patch": {"families", "forward", "freeze", "graphs", "heads", "sentence", "state"},
+    "patch": {"families", "forward", "freeze", "graphs", "heads", "packed", "sentence", "state"},
 }
 MODEL = set(LOW) - {"kernels", "backends", "info"}
 MIDDLE = {
