@@ -367,12 +367,14 @@ def _opened(weights: Path) -> Any:
 
 
 def _state_of(folder: Path) -> list[Any]:
-    """What changes when a save puts its files in place."""
+    """What changes when a save puts its files in place: a file that is moved stays the same but for its
+    place."""
     found: list[Any] = []
     for name in (META, CONFIG, WEIGHTS):
         try:
-            stat = commit.find(folder, name).stat()
-            found.append((stat.st_ino, stat.st_size, stat.st_mtime_ns))
+            place = commit.find(folder, name)
+            stat = place.stat()
+            found.append((place, stat.st_ino, stat.st_size, stat.st_mtime_ns))
         except OSError:
             found.append(None)
     return found

@@ -31,6 +31,14 @@ def _threads():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def _no_product_compiled(monkeypatch):
+    """Which ops a product calls depends on how many were compiled before, and not on the tests before."""
+    from fastgate.ops import row_counts
+
+    monkeypatch.setattr(row_counts, "_compiled", set())
+
+
 @pytest.fixture(scope="session")
 def minilm_path() -> str:
     """The folder of the real 6-layer BERT of the demo extra."""
