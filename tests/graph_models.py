@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import threading
 
 import torch
 from encoders import demanded, draw_replacements, make
@@ -51,25 +50,6 @@ def captured(model, plain, inputs):
         same(model, plain, inputs)
     assert graphs_of(model).replays
     return graphs_of(model)
-
-
-def run_in_threads(work, count=4):
-    """Call work(i) in `count` threads at once; the first error of any is raised here."""
-    errors = []
-
-    def guarded(i):
-        try:
-            work(i)
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=guarded, args=(i,)) for i in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise errors[0]
 
 
 def _new_data(one):

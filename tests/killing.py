@@ -408,8 +408,7 @@ def write_world(folder: Path) -> None:
     import tiny
 
     tiny.model_folder(folder / "model", layers=3)
-    for split in ("train", "validation", "test"):
-        tiny.write_rows(folder / "data" / "sst2" / f"{split}.jsonl", tiny.sentiment(16))
+    tiny.sentiment_folder(folder / "data", train=16, validation=16, test=16)
 
 
 def sweep_runs(world: Path) -> list[Any]:

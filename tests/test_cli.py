@@ -11,12 +11,11 @@ import children
 import pytest
 import tiny
 import torch
+from commands import run
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
-from typer.testing import CliRunner
 
 import fastgate
-from fastgate.cli import app
 
 
 @pytest.fixture(autouse=True)
@@ -24,19 +23,12 @@ def _one_call_a_turn(monkeypatch):
     monkeypatch.setattr("fastgate.compare.SECONDS", 0.0)
 
 
-def run(*arguments, code=0):
-    result = CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "200"})
-    assert result.exit_code == code, (result.output, result.exception)
-    return result
-
-
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """A model, the task sst2 in files, and one finished run on it."""
     folder = tmp_path_factory.mktemp("world")
     tiny.model_folder(folder / "model")
-    for split, count in (("train", 160), ("validation", 64)):
-        tiny.write_rows(folder / "data" / "sst2" / f"{split}.jsonl", tiny.sentiment(count))
+    tiny.sentiment_folder(folder / "data", train=160, validation=64)
     run("finetune", *options(folder), "--out", folder / "out")
     return folder
 

@@ -16,6 +16,7 @@ import children
 import pytest
 import tiny
 import torch
+from commands import run
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -28,8 +29,7 @@ from fastgate.tasks.disk import full_disk_told, write_json
 
 def call(*arguments, code=0):
     """The result of a command; anything but 0 has said why in one line."""
-    result = CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "200"})
-    assert result.exit_code == code, (result.output, result.exception)
+    result = run(*arguments, code=code)
     assert "Traceback" not in result.output
     if code:
         last = result.stderr.strip().splitlines()[-1]
@@ -48,8 +48,7 @@ def world(tmp_path_factory):
     """A model, the task sst2 in files, and one finished run on it."""
     folder = tmp_path_factory.mktemp("faults")
     tiny.model_folder(folder / "model")
-    for split, count in (("train", 64), ("validation", 32)):
-        tiny.write_rows(folder / "data" / "sst2" / f"{split}.jsonl", tiny.sentiment(count))
+    tiny.sentiment_folder(folder / "data", train=64, validation=32)
     (folder / "file").write_text("no folder")
     (folder / "empty").mkdir()
     call(*options(folder), "--out", folder / "out")

@@ -6,9 +6,10 @@ import contextlib
 
 import torch
 from encoders import VOCABULARY, batch
-from graph_models import FILLS, captured, graphs_of, patched, run_in_threads, same
+from graph_models import FILLS, captured, graphs_of, patched, same
 from hypothesis import given
 from hypothesis import strategies as st
+from threads import run_in_threads
 
 from fastgate import graphs
 from fastgate.graphs import rounded

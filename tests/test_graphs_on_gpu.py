@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from encoders import batch
-from graph_models import CHANGES, FILLS, HEADS, captured, graphs_of, patched, run_in_threads, same
+from graph_models import CHANGES, FILLS, HEADS, captured, graphs_of, patched, same
+from threads import run_in_threads
 
 from fastgate import graphs
 

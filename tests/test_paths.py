@@ -41,8 +41,8 @@ def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("paths")
     tiny.model_folder(folder / "bert", layers=12)
     tiny.roberta_folder(folder / "roberta")
+    tiny.sentiment_folder(folder / "data")
     for split in ("train", "validation", "test"):
-        tiny.write_rows(folder / "data" / "sst2" / f"{split}.jsonl", tiny.sentiment(48))
         tiny.write_rows(folder / "data" / "conll2003" / f"{split}.jsonl", tagged("ner_tags"))
     return folder
 

@@ -41,8 +41,8 @@ def world(tmp_path_factory):
     tiny.model_folder(folder / "model")
     words, tags = ["she", "went", "to", "paris"], ["O", "O", "O", "B-location"]
     tagged = [{"tokens": words[: 1 + i % 4], "ner_tags": tags[: 1 + i % 4]} for i in range(48)]
+    tiny.sentiment_folder(folder / "data")
     for split in ("train", "validation", "test"):
-        tiny.write_rows(folder / "data" / "sst2" / f"{split}.jsonl", tiny.sentiment(48))
         tiny.write_rows(folder / "data" / "wnut17" / f"{split}.jsonl", tagged)
     return folder
 

@@ -27,8 +27,7 @@ CODE = "import sys; from fastgate.cli import app; app(sys.argv[1:])"
 def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sweep-faults")
     tiny.model_folder(folder / "model")
-    for split in ("train", "validation", "test"):
-        tiny.write_rows(folder / "data" / "sst2" / f"{split}.jsonl", tiny.sentiment(48))
+    tiny.sentiment_folder(folder / "data")
     return folder
 
 

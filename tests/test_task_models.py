@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from commands import run
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForMaskedLM,
@@ -18,10 +19,8 @@ from transformers import (
     AutoTokenizer,
     RobertaConfig,
 )
-from typer.testing import CliRunner
 
 import fastgate
-from fastgate.cli import app
 from fastgate.errors import ArgumentError, CheckpointError, DataError, FastgateError
 from fastgate.tasks import dense_model, load_files, load_tokenizer, metrics
 from fastgate.tasks.model import longest_row
@@ -50,14 +49,11 @@ def classifier(folder, out, auto=AutoModelForSequenceClassification, names=("neg
     return out
 
 
-def run(*arguments, code=1):
-    """What a command prints: one line on stderr where it is refused."""
-    result = CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "200"})
-    assert result.exit_code == code, (result.output, result.exception)
-    if code:
-        assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
-        return result.stderr
-    return result.stdout
+def refused(*arguments, code=1):
+    """The one line that says why a command is refused."""
+    said = run(*arguments, code=code).stderr
+    assert said.startswith("error: ") and said.count("\n") == 1, said
+    return said
 
 
 def test_a_pruned_model_is_not_fine_tuned(folder, tmp_path):
@@ -146,7 +142,7 @@ def test_a_name_that_the_hub_does_not_give_is_told_by_its_option(
         "bench": ["--task", "sst2", "--data-dir", tmp_path],
     }[command]  # fmt: skip
     named = ["some-bert"] if option == "PATH" else ["--model", "some-bert"]
-    assert f"{option}: got some-bert (We couldn't connect to the hub)" in run(command, *named, *more)
+    assert f"{option}: got some-bert (We couldn't connect to the hub)" in refused(command, *named, *more)
 
 
 @pytest.mark.parametrize("problem", ["regression", "multi_label_classification"])
@@ -164,7 +160,7 @@ def test_a_model_tuned_on_another_problem_starts_a_classifier_and_is_scored_as_n
     rows = tiny.write_rows(tmp_path / "tags.jsonl", [{"tokens": ["a", "b"], "tags": ["x", "y"]}])
     assert dense_model(source, load_files("tokens", rows, rows)).config.problem_type is None
     data = ["--task-type", "text", "--validation", tmp_path / "rows.jsonl"]
-    assert f"problem_type in its config.json is {problem}" in run("evaluate", source, *data)
+    assert f"problem_type in its config.json is {problem}" in refused("evaluate", source, *data)
 
 
 def test_a_model_that_may_not_be_read_is_told_by_its_option(folder, tmp_path, monkeypatch):
@@ -172,7 +168,7 @@ def test_a_model_that_may_not_be_read_is_told_by_its_option(folder, tmp_path, mo
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr("fastgate.tasks.model.Path.is_file", forbidden)
-    assert "PATH: got model (Permission denied)" in run("explain", "model")
+    assert "PATH: got model (Permission denied)" in refused("explain", "model")
 
 
 def test_the_folder_of_a_run_is_answered_with_the_models_in_it(folder, tmp_path):
@@ -182,19 +178,19 @@ def test_the_folder_of_a_run_is_answered_with_the_models_in_it(folder, tmp_path)
     rows = tiny.write_rows(tmp_path / "rows.jsonl", [{"text": "good", "label": i} for i in (0, 1)])
     data = ["--task-type", "text", "--validation", rows]
     for command in (["explain", run_folder], ["evaluate", run_folder, *data]):
-        said = run(*command)
+        said = refused(*command)
         assert "PATH: got" in said and f"name the model in it: {run_folder / 'pruned'}" in said
-    said = run("finetune", "--model", run_folder, *data, "--train", rows, "--out", tmp_path / "new")
+    said = refused("finetune", "--model", run_folder, *data, "--train", rows, "--out", tmp_path / "new")
     assert f"name the model in it: {run_folder / 'dense'}" in said and "--model: got" in said
     shutil.rmtree(run_folder)
     for step in (9, 10):
         classifier(folder, run_folder / f"checkpoint-{step}")
-    assert f"{run_folder / 'checkpoint-10'}" in run("explain", run_folder)
+    assert f"{run_folder / 'checkpoint-10'}" in refused("explain", run_folder)
     shutil.rmtree(run_folder)
     run_folder.mkdir()
-    assert "an empty folder" in run("explain", run_folder)
-    assert "rows.jsonl, a file" in run("explain", rows)
-    assert "no such folder" in run("explain", tmp_path / "nothing")
+    assert "an empty folder" in refused("explain", run_folder)
+    assert "rows.jsonl, a file" in refused("explain", rows)
+    assert "no such folder" in refused("explain", tmp_path / "nothing")
 
 
 def test_a_model_without_a_tokenizer_is_refused(folder, tmp_path):
@@ -353,7 +349,7 @@ def test_a_model_is_scored_on_its_own_kind_of_task_only(folder, tmp_path):
                 with pytest.raises(DataError, match=f"model: got {name} with .* wanted a model for {kind}"):
                     call()
             if made_for != "mlm":
-                said = run("evaluate", model_path, "--task-type", kind, "--validation", path)
+                said = refused("evaluate", model_path, "--task-type", kind, "--validation", path)
                 assert f"got {name}" in said
 
 
@@ -376,9 +372,9 @@ def test_evaluate_takes_ids_and_names_in_the_models_order(folder, tmp_path, name
     options = ["--train", file] if train else []
     command = ["evaluate", path, "--task-type", "text", "--validation", file, *options, "--json"]
     if isinstance(accuracy, str):
-        assert accuracy in run(*command)
+        assert accuracy in refused(*command)
         return
-    got = json.loads(run(*command, code=0))["scores"]["accuracy"]
+    got = json.loads(run(*command).stdout)["scores"]["accuracy"]
     model, tokenizer = AutoModelForSequenceClassification.from_pretrained(path).eval(), load_tokenizer(path)
     with torch.no_grad():
         said = [int(model(**tokenizer(r["text"], return_tensors="pt")).logits.argmax()) for r in rows]

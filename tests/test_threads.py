@@ -2,39 +2,15 @@
 
 from __future__ import annotations
 
-import threading
-
 import encoders
 import pytest
 import torch
+from threads import run_in_threads
 
 import fastgate
 from fastgate.ops.linear import pack
 
 THREADS = 6
-
-
-def in_threads(work):
-    """work(i) in THREADS threads that begin together; what they returned."""
-    found, errors = [None] * THREADS, []
-    together = threading.Barrier(THREADS)
-
-    def run(i):
-        try:
-            together.wait()
-            found[i] = work(i)
-        except Exception as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=run, args=(i,)) for i in range(THREADS)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise errors[0]
-    return found
-
 
 MODELS = {
     "patched": lambda model: model,
@@ -58,7 +34,7 @@ def test_one_model_in_many_threads(which, head):
         order = sorted(range(len(batches)), key=lambda b: (b * (2 * i + 1) + i) % len(batches))
         return [{b: model(**batches[b]).logits.clone() for b in order} for _ in range(3)]
 
-    found = in_threads(work)
+    found = run_in_threads(work, THREADS)
     with torch.inference_mode():
         want = [model(**batch).logits for batch in batches]
     for results in found:
@@ -72,5 +48,7 @@ def test_packed_products_in_many_threads(dtype):
     weight = pack(torch.randn(640, 96).to(dtype))
     xs = [torch.randn(100 + i, 96).to(dtype) for i in range(THREADS)]
     want = [weight.product(x, gelu=True) for x in xs]
-    for got, one in zip(in_threads(lambda i: weight.product(xs[i], gelu=True)), want, strict=True):
+    for got, one in zip(
+        run_in_threads(lambda i: weight.product(xs[i], gelu=True), THREADS), want, strict=True
+    ):
         assert torch.equal(got, one)

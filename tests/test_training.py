@@ -22,8 +22,7 @@ def world(tmp_path_factory):
     """(the folder of a model, its tokenizer, a task, the task's rows)."""
     folder = tmp_path_factory.mktemp("training")
     source = tiny.model_folder(folder / "model")
-    for split in ("train", "validation", "test"):
-        tiny.write_rows(folder / "data" / "sst2" / f"{split}.jsonl", tiny.sentiment(4 * STEPS))
+    tiny.sentiment_folder(folder / "data", **dict.fromkeys(("train", "validation", "test"), 4 * STEPS))
     task = load_task("sst2", folder / "data")
     tokenizer = load_tokenizer(source, task)
     return source, tokenizer, task, task.tokenize(tokenizer, 24)

@@ -74,6 +74,13 @@ def write_rows(path: Path, rows: list[dict]) -> Path:
     return path
 
 
+def sentiment_folder(folder: Path, **counts: int) -> Path:
+    """A data folder with the task sst2. counts: split -> number of rows, 48 each if none is named."""
+    for split, count in (counts or dict.fromkeys(("train", "validation", "test"), 48)).items():
+        write_rows(folder / "sst2" / f"{split}.jsonl", sentiment(count))
+    return folder
+
+
 def sentiment(count: int) -> list[dict]:
     """Rows a tiny model can learn: the class is whether `good` or `bad` stands in the sentence."""
     made = []
