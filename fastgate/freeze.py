@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -77,14 +78,21 @@ def thaw(model: nn.Module) -> nn.Module:
     """Make Linears again of what `freeze` packed, in place; returns the model.
 
     They are the modules that they were, with the parameters that they had where somebody still holds those,
-    such as an optimizer, and new ones elsewhere. A model that is not frozen stays as it is.
+    such as an optimizer, and new ones elsewhere. A model that is not frozen stays as it is. Warns if such a
+    parameter was changed in place meanwhile: the frozen model did not have the change, the thawed one has it.
     """
     check_module("thaw", model)
-    for module in model.modules():
+    edited = []
+    for name, module in model.named_modules():
         if isinstance(module, PackedLinear):
-            unpack_linear(module)
+            if unpack_linear(module):
+                edited.append(f"{name}.weight")
         elif hasattr(module, "fastgate_runtime"):
             EncoderState(module).runtime.frozen = False
+    if edited:
+        names = ", ".join(edited[:3]) + (f" and {len(edited) - 3} more" if len(edited) > 3 else "")
+        message = f"thaw: {names} changed while the model was frozen, and its outputs did not follow"
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
     return model
 
 

@@ -48,8 +48,10 @@ class Inspection:
     """
 
     def __init__(self, encoder: Any) -> None:
-        verify_modules("forward", encoder, _family(encoder))
-        _verify_attention(encoder.config)
+        self.family = _family(encoder)
+        verify_modules("forward", encoder, self.family)
+        self.attention = _attention_of(encoder.config, self.family)
+        _verify_attention(*self.attention)
         self.roots = (encoder.embeddings, encoder.encoder, encoder.config)
         self.layers = tuple(Layer.of(layer) for layer in encoder.encoder.layer)
         self.removed = tuple(i for i, layer in enumerate(self.layers) if layer.query is None)
@@ -73,7 +75,8 @@ class Inspection:
         self.unhooked = [of for of in hooks if not of]
         self.hooked = [(of, tuple(of)) for of in hooks if of]
         self.decisive = [(s, name, s[name]) for s in self.states for name in DECISIVE if name in s]
-        self.attention = _attention_of(encoder.config)
+        self.token_type_buffer = encoder.embeddings._buffers.get("token_type_ids")
+        self.changes = _changes(self.token_type_buffer)
         verify_places(encoder)
 
     @property
@@ -104,7 +107,8 @@ class Inspection:
             and all(tuple(of) == keys for of, keys in self.hooked)
             and all(of.get(name) is value for of, name, value in self.decisive)
             and all(kind.forward is own for kind, own in zip(self.classes, self.forwards, strict=True))
-            and _attention_of(self.roots[2]) == self.attention
+            and _attention_of(self.roots[2], self.family) == self.attention
+            and _changes(self.token_type_buffer) == self.changes
         )
 
 
@@ -142,22 +146,28 @@ def _family(encoder: nn.Module) -> Family:
     return next(family for family in FAMILIES if family.module.__name__ == package)
 
 
-def _attention_of(config: Any) -> tuple[str | None, Any]:
-    """The name of the attention that the config asks for, and what transformers calls under it."""
-    name = config.__dict__.get("_attn_implementation_internal")
+def _attention_of(config: Any, family: Family) -> tuple[str, Any]:
+    """The name of the attention that the config asks for, and the function that transformers calls for it."""
+    name = config.__dict__.get("_attn_implementation_internal") or "eager"
+    if name == "eager":
+        return name, family.module.eager_attention_forward
     return name, ALL_ATTENTION_FUNCTIONS.get(name)
 
 
-def _verify_attention(config: Any) -> None:
+def _verify_attention(name: str, function: Any) -> None:
     """Refuse an attention function of the user's own: fastgate would compute the usual one in its place."""
-    name, function = _attention_of(config)
-    if name is None or "/" in name or name == "eager":  # a slash: kernels of the hub, which compute the usual
+    if "/" in name:  # kernels of the hub, which compute the usual
         return
     if not getattr(function, "__module__", "").startswith("transformers."):
         got = f"{name!r}, which is {getattr(function, '__qualname__', function)!r}"
         wanted = "an attention of transformers"
         remedy = f"call model.set_attn_implementation('sdpa'), or {_REMEDY}"
         raise Unsupported(say("forward", "config._attn_implementation", got, wanted, remedy))
+
+
+def _changes(buffer: Tensor | None) -> int | None:
+    """How often a buffer was changed in place, where torch counts that."""
+    return None if buffer is None or buffer.is_inference() else buffer._version
 
 
 def _refuse_global_hooks() -> None:

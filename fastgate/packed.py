@@ -27,17 +27,24 @@ def pack_linear(module: nn.Linear, packed: Packed | None = None) -> None:
         "weight_requires_grad": weight.requires_grad,
         "bias_required_grad": None if module.bias is None else module.bias.requires_grad,
     }
-    module.__dict__.update(state, parameter=TensorWeakRef(weight))
+    module.__dict__.update(state, parameter=TensorWeakRef(weight), parameter_version=_version(weight))
     module.__class__ = PackedLinear  # type: ignore[assignment]
 
 
-def unpack_linear(module: PackedLinear) -> None:
-    """Make `module` the Linear again that it was, with the parameter that it had if somebody holds that."""
-    there = module.__dict__.pop("parameter", None)
+def unpack_linear(module: PackedLinear) -> bool:
+    """Make `module` the Linear again that it was, with the parameter that it had if somebody holds that.
+
+    Returns whether that parameter was changed in place since, which no frozen forward has seen. It then keeps
+    its values, unless other weights were loaded into the frozen module.
+    """
+    there, version = (module.__dict__.pop(name, None) for name in ("parameter", "parameter_version"))
     flag, changed, dense = module.asks_for_gradient, module.flags_changed, module.packed.dense()
     for name in ("packed", "weight_requires_grad", "bias_required_grad"):
         del module.__dict__[name]
     weight = None if there is None else there()
+    anew, edited = module.__dict__.pop("packed_anew", False), False
+    if weight is not None and _version(weight) != version:
+        edited, dense = True, dense if anew else weight.detach()
     if weight is None:
         weight = nn.Parameter(dense, requires_grad=flag)
     elif changed:
@@ -47,6 +54,12 @@ def unpack_linear(module: PackedLinear) -> None:
     bias = module._parameters.pop("bias")
     module._parameters.update(weight=weight, bias=bias)  # in a Linear's order
     module.__class__ = nn.Linear  # type: ignore[assignment]
+    return edited
+
+
+def _version(tensor: Tensor) -> int | None:
+    """Counts the changes in place; None for a tensor that torch counts none of."""
+    return None if tensor.is_inference() else tensor._version
 
 
 class FrozenWeight(Unsupported, AttributeError):
@@ -66,6 +79,7 @@ class PackedLinear(nn.Module):
     bias: nn.Parameter | None
     weight_requires_grad: bool  # of the parameter that the weight was
     bias_required_grad: bool | None  # of the bias then; None without one
+    packed_anew: bool  # whether the module was converted or loaded since; absent if not
 
     @property
     def flags_changed(self) -> bool:
@@ -105,7 +119,7 @@ class PackedLinear(nn.Module):
 
     def _put(self, weight: Tensor) -> None:
         _check_place(weight)
-        self.packed = pack(weight)
+        self.packed, self.packed_anew = pack(weight), True
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         weight = self.packed.dense()
@@ -143,7 +157,7 @@ class PackedLinear(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: which parameter the weight was is of no meaning elsewhere."""
-        return {name: value for name, value in self.__dict__.items() if name != "parameter"}
+        return {name: value for name, value in self.__dict__.items() if not name.startswith("parameter")}
 
 
 def _refuse_weight(name: str, value: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import warnings
 import weakref
 from unittest import mock
 
@@ -277,6 +278,30 @@ def test_a_parameter_that_is_held_has_what_the_frozen_model_had():
         assert parameter is held[name] and torch.equal(parameter, new[name])
     fastgate.freeze(ours.to(torch.bfloat16))
     assert {p.dtype for p in fastgate.thaw(ours.float()).parameters()} == {torch.float32}
+
+
+def test_a_change_of_a_held_parameter_is_kept_and_said():
+    plain = fastgate.patch(encoders.make("Bert", "ForSequenceClassification"))
+    held = plain.bert.encoder.layer[1].output.dense.weight
+    fastgate.freeze(plain)
+    with torch.no_grad():
+        held.add_(1.0)
+    want = held.clone()
+    with pytest.warns(RuntimeWarning, match=r"thaw: bert\.encoder\.layer\.1\.output\.dense\.weight changed"):
+        fastgate.thaw(plain)
+    weight = plain.bert.encoder.layer[1].output.dense.weight
+    assert weight is held and torch.equal(weight, want)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fastgate.thaw(fastgate.freeze(plain))
+    fastgate.freeze(plain)
+    new = {name: t * 2 for name, t in plain.state_dict().items()}
+    with torch.no_grad():
+        held.add_(1.0)
+    plain.load_state_dict(new)
+    with pytest.warns(RuntimeWarning, match="changed while"):
+        fastgate.thaw(plain)
+    assert torch.equal(held, new["bert.encoder.layer.1.output.dense.weight"])
 
 
 def test_weights_are_freed_that_nobody_holds():

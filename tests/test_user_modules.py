@@ -6,6 +6,7 @@ import copy
 import functools
 import gc
 import itertools
+import sys
 import weakref
 
 import pytest
@@ -681,6 +682,23 @@ def test_an_attention_function_of_ones_own_is_refused():
         torch.testing.assert_close(run(model), run(plain()), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("family", ["Bert", "Roberta"])
+def test_an_eager_attention_that_was_replaced_is_refused(family, monkeypatch):
+    def mine(module, query, *args, **kwargs):
+        return query.transpose(1, 2), None
+
+    model = fastgate.patch(make(family, "ForSequenceClassification"))
+    inputs = batch(model, "ForSequenceClassification")
+    model.set_attn_implementation("eager")
+    model(**inputs)
+    module = sys.modules[f"transformers.models.{family.lower()}.modeling_{family.lower()}"]
+    monkeypatch.setattr(module, "eager_attention_forward", mine)
+    with pytest.raises(fastgate.Unsupported, match=r"_attn_implementation.*eager.*mine"):
+        model(**inputs)
+    model.set_attn_implementation("sdpa")
+    model(**inputs)
+
+
 def test_feed_forward_in_chunks_and_outputs_by_config():
     theirs, ours = plain(chunk_size_feed_forward=2), fastgate.patch(plain(chunk_size_feed_forward=2))
     assert_alike(theirs, ours)
@@ -830,6 +848,17 @@ def test_modules_without_a_gradient(place, keep):
         for (name, want), got in zip(theirs.named_parameters(), ours.parameters(), strict=True):
             if want.grad is not None and "key.bias" not in name:
                 torch.testing.assert_close(got.grad, want.grad, rtol=1e-3, atol=1e-4, msg=name)
+
+
+@torch.no_grad()
+def test_a_buffer_filled_in_place_is_seen():
+    theirs = make("Bert", "ForSequenceClassification")
+    ours = fastgate.patch(copy.deepcopy(theirs))
+    inputs = {k: v for k, v in batch(theirs, "ForSequenceClassification").items() if k != "token_type_ids"}
+    for value in (0, 1, 0):
+        for model in (theirs, ours):
+            model.bert.embeddings.token_type_ids.fill_(value)
+        torch.testing.assert_close(ours(**inputs).logits, theirs(**inputs).logits, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["token_type_ids", "position_ids"])
