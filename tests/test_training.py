@@ -10,7 +10,7 @@ import torch
 
 import fastgate
 from fastgate.patch import patch
-from fastgate.pruning import pruner
+from fastgate.pruning import checkpoints, pruner
 from fastgate.tasks import dense_model, load_task, load_tokenizer, training
 
 STEPS = 12
@@ -81,3 +81,38 @@ def test_seconds_are_those_of_every_sitting(world, tmp_path, monkeypatch):
         assert found["prune"]["seconds"] == 12.0 * STEPS
     assert whole["prune"]["kept"] == cut["prune"]["kept"]
     assert whole["dense"]["scores"] == cut["dense"]["scores"]
+
+
+def test_what_a_killed_run_was_writing_is_in_nobodys_way(world, tmp_path):
+    """A checkpoint that is not whole and has a higher number: if it stayed, the new one would be deleted."""
+    source, tokenizer, task, rows = world
+    left = tmp_path / "work" / "dense" / f"checkpoint-{STEPS}"
+    left.mkdir(parents=True)
+    (left / "model.safetensors").write_text("half")
+    own = training.Training(task, tmp_path, tokenizer, rows, save_every=0.25)
+    own.dense(patch(dense_model(source, task)), FIT)
+    assert [path.name for path in checkpoints.checkpoints(left.parent)] == [left.name]
+    assert checkpoints.is_complete(left)
+
+
+def test_there_is_a_whole_dense_checkpoint_at_any_moment(world, tmp_path, monkeypatch):
+    source, tokenizer, task, rows = world
+    folder, seal, seen = tmp_path / "work" / "dense", training.seal, []
+
+    def watching(saved):
+        seen.append(any(map(checkpoints.is_complete, checkpoints.checkpoints(folder))))
+        seal(saved)
+
+    monkeypatch.setattr(training, "seal", watching)
+    training.Training(task, tmp_path, tokenizer, rows, save_every=0.25).dense(
+        patch(dense_model(source, task)), FIT
+    )
+    assert seen == [False, True, True, True]
+    assert len(checkpoints.checkpoints(folder)) == 1
+
+
+def test_a_checkpoint_just_saved_stays_whatever_the_numbers_of_an_earlier_run(tmp_path):
+    for step in (3, 6, 500):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    checkpoints.rotate(tmp_path, 1, None, tmp_path / "checkpoint-6")
+    assert [path.name for path in checkpoints.checkpoints(tmp_path)] == ["checkpoint-6", "checkpoint-500"]

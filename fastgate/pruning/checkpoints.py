@@ -76,12 +76,13 @@ def checkpoints(output_dir: Path) -> list[Path]:
     return [path for _, path in sorted(named)]
 
 
-def rotate(output_dir: Path, limit: int | None, best: str | None) -> None:
-    """Delete the oldest checkpoints beyond `limit`, never the newest nor the best."""
+def rotate(output_dir: Path, limit: int | None, best: str | None, saved: Path) -> None:
+    """Delete the oldest checkpoints beyond `limit`, never the newest, the best, nor the one just `saved`: one
+    of an earlier run may have a higher number."""
     if not limit or limit < 1:
         return
     found = checkpoints(output_dir)
-    safe = {path.resolve() for path in found[-1:]} | ({Path(best).resolve()} if best else set())
+    safe = {path.resolve() for path in (*found[-1:], saved)} | ({Path(best).resolve()} if best else set())
     excess = len(found) - max(limit, len(safe))
     for path in [p for p in found if p.resolve() not in safe][: max(excess, 0)]:
         shutil.rmtree(path, ignore_errors=True)

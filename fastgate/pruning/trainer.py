@@ -263,7 +263,8 @@ class SelfPruningMixin:
             checkpoints.seal(aside)
             checkpoints.publish(aside, run_dir / name)
             shutil.rmtree(aside.parent, ignore_errors=True)
-            checkpoints.rotate(run_dir, trainer.args.save_total_limit, trainer.state.best_model_checkpoint)
+            best = trainer.state.best_model_checkpoint
+            checkpoints.rotate(run_dir, trainer.args.save_total_limit, best, run_dir / name)
         trainer.accelerator.wait_for_everyone()
 
     def _left_out(self) -> dict[str, torch.Tensor]:

@@ -14,7 +14,7 @@ import torch
 
 from ..checkpoint import load, save
 from ..pruning import PruningConfig
-from ..pruning.checkpoints import checkpoints, is_complete, last_complete, seal
+from ..pruning.checkpoints import checkpoints, is_complete, last_complete, rotate, seal
 from .disk import full_disk_told, read_json, write_json
 from .model import dense_model, quiet_loading
 from .score import score
@@ -126,7 +126,7 @@ class Training:
         layers = int(model.config.num_hidden_layers)
         return {**self._scored(model, fit), "layers": layers, **read_json(notes)}
 
-    def _arguments(self, name: str, fit: Fit) -> Any:
+    def _arguments(self, phase: str, name: str, fit: Fit) -> Any:
         from transformers import TrainingArguments
 
         return TrainingArguments(
@@ -141,7 +141,8 @@ class Training:
             use_cpu=not torch.cuda.is_available(),
             save_strategy="no" if self.save_every is None else "steps",
             save_steps=self.save_every or 500,
-            save_total_limit=1,
+            # A dense checkpoint is whole once it is sealed, and only then may the one before go.
+            save_total_limit=None if phase == DENSE else 1,
             logging_steps=10,
             disable_tqdm=True,
             report_to="none",
@@ -153,7 +154,7 @@ class Training:
 
         trainer = kind(
             model=model,
-            args=self._arguments(name, fit),
+            args=self._arguments(phase, name, fit),
             train_dataset=self.rows["train"],
             data_collator=self.task.collator(self.tokenizer),
             **extra,
@@ -165,7 +166,10 @@ class Training:
     def _train(self, trainer: Any) -> float:
         """Train to the end, from the last whole checkpoint if there is one; seconds, up to that included."""
         folder = Path(trainer.args.output_dir)
-        whole = any(is_complete(found) for found in checkpoints(folder))
+        for found in checkpoints(folder):
+            if not is_complete(found):  # what a killed run was writing; its number may be the highest
+                shutil.rmtree(found, ignore_errors=True)
+        whole = bool(checkpoints(folder))
         clock = _clock()()
         trainer.add_callback(clock)
         with full_disk_told(self.out), quiet_loading():
@@ -184,8 +188,8 @@ class Training:
 
 
 def _listening() -> type:
-    """The Trainer callback that tells a listener how far training is and seals the dense phase's
-    checkpoints."""
+    """The Trainer callback that tells a listener how far training is, and that seals and rotates the dense
+    phase's checkpoints."""
     from transformers import TrainerCallback
 
     class Listening(TrainerCallback):
@@ -206,7 +210,9 @@ def _listening() -> type:
 
         def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if self.phase == DENSE:
-                seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+                saved = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+                seal(saved)
+                rotate(saved.parent, 1, None, saved)
 
     return Listening
 
