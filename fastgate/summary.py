@@ -80,7 +80,7 @@ def rows(lines: Sequence[Line], speeds: Speeds | None = None) -> list[Row]:
                 statistics.mean(gaps),
                 interval(gaps),
                 tuple(tuple(r["kept"]) for r in group),
-                tuple(choice(r) for r in group),
+                tuple(" ".join(map(str, r["kept"])) + star(r) for r in group),
                 tuple(mean_speed(group, known) for known in (speeds or {}).values()),
                 pooling_of(first),
                 first["settings"],
@@ -129,17 +129,38 @@ def times(speedup: float | None) -> str:
     return "" if speedup is None else f"{speedup:.1f}x"
 
 
-def choice(line: Line, between: str = " ") -> str:
-    """The layers kept: `0 5`, with a star where the search did not tell them from the next best choice. Lines
-    of earlier versions do not say."""
-    margin = line.get("margin")
-    return between.join(map(str, line["kept"])) + ("*" if margin is not None and margin < SEPARATED else "")
+def star(line: Line) -> str:
+    """A star where the search did not tell the layers kept from the next best choice."""
+    margin = margin_of(line)
+    return "*" if margin is not None and margin < SEPARATED else ""
+
+
+def margin_of(line: Line) -> float | None:
+    """How far the search told the layers kept from the next best choice, in P(open).
+
+    Lines of earlier versions do not say. Where a share was the target, it is taken from the last gates that
+    they recorded before the gates were fixed, some steps earlier. None where it is not known.
+    """
+    if line.get("margin") is not None or line["method"] != "learned":
+        return line.get("margin")
+    kept, soft = set(line["kept"]), [g["open"] for g in line["gates"] if not set(g["open"]) <= {0, 1}]
+    if line["settings"].get("sparsity") is None or not soft or not 0 < len(kept) < line["layers"]:
+        return None
+    last = dict(enumerate(soft[-1]))
+    return float(min(last[i] for i in kept) - max(p for i, p in last.items() if i not in kept))
 
 
 def starred(lines: Sequence[Line]) -> list[str]:
     """The line under a table that says what a star stands for; without a star, no line."""
-    text = "* The search did not tell these layers from the next best choice: they are not a learned choice."
-    return ["", text] if any(choice(line).endswith("*") for line in lines) else []
+    known = [line for line in lines if margin_of(line) is not None]
+    marked = [line for line in known if star(line)]
+    text = (
+        f"* In {len(marked)} of {len(known)} learned runs the search did not tell these layers from the next "
+        "best choice: they are not a learned choice."
+    )
+    if any(line.get("margin") is None for line in marked):
+        text += " Where a run did not record it, the last gates it recorded before it fixed them say so."
+    return ["", text] if marked else []
 
 
 def processors(speeds: Speeds) -> list[str]:
@@ -225,7 +246,7 @@ def by_task(lines: Sequence[Line], speeds: Speeds) -> str:
                 f"{statistics.mean(dense):.4f}" + (f" ± {statistics.stdev(dense):.4f}" if dense[1:] else ""),
                 f"{removed:.0%}",
                 f"{statistics.mean(shares):.1%}{around}{some}",
-                " ".join(dict.fromkeys("{" + choice(line, ",") + "}" for line in cut)),
+                " ".join(dict.fromkeys(f"{{{','.join(map(str, one['kept']))}}}{star(one)}" for one in cut)),
                 *(times(mean_speed(cut, known, dtype)) for _, known, dtype in timed),
             ]
             parts.append(f"| {' | '.join(cells)} |")
