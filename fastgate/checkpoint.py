@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import errno
-import hashlib
 import json
 import os
 import re
@@ -20,30 +19,37 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from . import commit
-from .configs import INTERRUPTED, KEY, MODEL_TYPES, PRUNED, Layout, described, read_layout
+from .checkpoint_files import (
+    ANEW,
+    CONFIG,
+    FORMAT,
+    META,
+    WEIGHTS,
+    check_header,
+    class_named,
+    digest_of,
+    folder_to_read,
+    header_of,
+    layout_in,
+    model_config,
+    one_line,
+    read_json,
+    snapshot,
+)
+from .configs import INTERRUPTED, KEY, MODEL_TYPES, PRUNED, Layout, described
 from .errors import ArgumentError, CheckpointError, Unsupported, say
 from .families import FAMILIES, base_class
 from .prune import refuse_adapters
-from .state import POOLING_KEY, EncoderState, check_module, encoder_state
-from .structure import DTYPES, build, check, check_hooks, fill, shared
+from .state import EncoderState, check_module, encoder_state
+from .structure import build, check, check_hooks, fill, shared
 
-FORMAT = 2
-META, WEIGHTS, CONFIG = "fastgate.json", "model.safetensors", "config.json"
-_LARGEST_JSON = 2**26  # bytes
-# Sizes in a config, which must be positive and small enough to look at.
-_SIZES = (
-    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
-    "max_position_embeddings", "type_vocab_size",
-)  # fmt: skip
-_FOREIGN = ("quantization_config", "per_layer_config", "fusion_config", "distributed_config")
 _LAYER = re.compile(r"encoder\.layer\.(\d+)\.")
-_ANEW = "save the model anew"
 
 
 # -- saving
@@ -153,7 +159,7 @@ def folder_to_write(path: str | os.PathLike[str]) -> Path:
             raise ValueError("a null character")
         there = next(one for one in (target, *target.absolute().parents) if one.exists())
     except (OSError, ValueError) as error:  # too long, or with a character that no path has
-        got = f"{str(target)[:80]!r} ({_one_line(error)[:80]})"
+        got = f"{str(target)[:80]!r} ({one_line(error)[:80]})"
         raise ArgumentError(say("save", "path", got, "a path of this system", remedy)) from error
     if not there.is_dir():
         got = str(target) if there == target else f"{target}, under the file {there}"
@@ -186,7 +192,7 @@ def _refuse_foreign(target: Path) -> None:
 
 def _is_pruned_config(path: Path) -> bool:
     with suppress(OSError, CheckpointError):
-        return _read_json(path).get("model_type") in MODEL_TYPES
+        return read_json(path).get("model_type") in MODEL_TYPES
     return False
 
 
@@ -218,7 +224,7 @@ def _write(
             "format": FORMAT,
             "class": hf.__name__,
             **layout.as_json(),
-            "sha256": {name: _digest(staging / name) for name in (CONFIG, WEIGHTS)},
+            "sha256": {name: digest_of(staging / name) for name in (CONFIG, WEIGHTS)},
         }
         (staging / META).write_text(json.dumps(meta, indent=2) + "\n")
         if tokenizer is not None:
@@ -250,11 +256,11 @@ def _check_buildable(
         wanted = f"{data['num_hidden_layers']}, as in model.config.num_hidden_layers"
         raise Unsupported(say("save", "model", got, wanted, remedy))
     try:
-        rebuilt = build(hf, _model_config(data, hf, "model.config", layers), layout)
+        rebuilt = build(hf, model_config(data, hf, "model.config", layers), layout)
     except Exception as error:
         remedy = "undo the change of the config before saving"
         wanted = "a config that a model can be built from"
-        raise Unsupported(say("save", "model.config", _one_line(error), wanted, remedy)) from error
+        raise Unsupported(say("save", "model.config", one_line(error), wanted, remedy)) from error
     check(model, rebuilt, unused)
 
 
@@ -308,269 +314,24 @@ def load(path: str | os.PathLike[str]) -> nn.Module:
 
     Raises CheckpointError if it is missing, incomplete, damaged, or of a newer format.
     """
-    folder = _folder_to_read(path)
-    meta, data, file = _snapshot(folder)
+    folder = folder_to_read(path)
+    meta, data, file = snapshot(folder)
     weights = folder / WEIGHTS
-    header = _header(file, weights)
-    hf = _class_named(meta["class"], folder)
+    header = header_of(file, weights)
+    hf = class_named(meta["class"], folder)
     layers = len({found[1] for name in header if (found := _LAYER.search(name))})
-    config = _model_config(data, hf, str(folder / CONFIG), layers)
-    layout = _layout(meta, data, folder, config)
+    config = model_config(data, hf, str(folder / CONFIG), layers)
+    layout = layout_in(meta, data, folder, config)
     config.name_or_path = str(folder)
     try:
         model = build(hf, config, layout)
     except Exception as error:
         wanted = "a config and a layout that a model can be built from"
-        raise CheckpointError(say("load", str(folder / CONFIG), _one_line(error), wanted, _ANEW)) from error
-    _check_header(model, header, weights)
+        raise CheckpointError(say("load", str(folder / CONFIG), one_line(error), wanted, ANEW)) from error
+    check_header(model, header, weights)
     try:
         tensors = {name: file.get_tensor(name) for name in header}
     except Exception as error:
         wanted = "a safetensors file"
-        raise CheckpointError(say("load", str(weights), _one_line(error), wanted, _ANEW)) from error
+        raise CheckpointError(say("load", str(weights), one_line(error), wanted, ANEW)) from error
     return fill(model, tensors)
-
-
-def verify(folder: Path) -> None:
-    """Raises CheckpointError if the files of a checkpoint are not those that were saved together."""
-    _check_digests(folder, _checked_meta(folder))
-
-
-def _snapshot(folder: Path) -> tuple[dict[str, Any], dict[str, Any], Any]:
-    """`fastgate.json`, `config.json` and the open weights, which were saved together.
-
-    A save at the same time may replace files between two reads: then they are read again.
-    """
-    for _ in range(20):
-        before = _state_of(folder)
-        try:
-            meta = _checked_meta(folder)
-            data = _read_json(commit.find(folder, CONFIG))
-            _check_digests(folder, meta)
-            file = _opened(commit.find(folder, WEIGHTS))
-        except CheckpointError:
-            if _state_of(folder) == before:
-                raise
-            continue
-        if _state_of(folder) == before:
-            return meta, data, file
-    remedy = "load again when saving has ended"
-    raise CheckpointError(say("load", "path", folder, "a folder that is not saved to all the time", remedy))
-
-
-def _opened(weights: Path) -> Any:
-    try:
-        return safe_open(weights, "pt")
-    except Exception as error:
-        wanted = "a safetensors file"
-        raise CheckpointError(say("load", str(weights), _one_line(error), wanted, _ANEW)) from error
-
-
-def _state_of(folder: Path) -> list[Any]:
-    """What changes when a save puts its files in place: a file that is moved stays the same but for its
-    place."""
-    found: list[Any] = []
-    for name in (META, CONFIG, WEIGHTS):
-        try:
-            place = commit.find(folder, name)
-            stat = place.stat()
-            found.append((place, stat.st_ino, stat.st_size, stat.st_mtime_ns))
-        except OSError:
-            found.append(None)
-    return found
-
-
-def _folder_to_read(path: str | os.PathLike[str]) -> Path:
-    if not isinstance(path, str | os.PathLike) or not os.fspath(path):
-        remedy = 'pass a path, such as "pruned"'
-        raise ArgumentError(say("load", "path", repr(path)[:80], "the path of a folder", remedy))
-    folder = Path(os.fsdecode(path)).expanduser()
-    wanted = "the folder of a checkpoint written by fastgate.save"
-    try:
-        found = folder.is_dir()
-    except OSError as error:
-        raise CheckpointError(
-            say("load", str(folder)[:80], _one_line(error)[:80], wanted, "check the path")
-        ) from error
-    if found:
-        if not commit.find(folder, META).is_file():
-            got = "an empty folder" if not any(folder.iterdir()) else "a folder without fastgate.json"
-            remedy = "check the path"
-            if (folder / CONFIG).is_file():
-                remedy = "load a model of transformers with AutoModel.from_pretrained and call fastgate.patch"
-            elif (folder / "pruned" / META).is_file():
-                remedy = f"load {folder / 'pruned'}"
-            raise CheckpointError(say("load", str(folder), f"{got} (no such file)", wanted, remedy))
-        return folder
-    got = "a file" if folder.exists() else "no such file or folder"
-    remedy = f"pass the folder {folder.parent}" if folder.exists() else "check the path"
-    raise CheckpointError(say("load", str(folder), got, wanted, remedy))
-
-
-def _checked_meta(folder: Path) -> dict[str, Any]:
-    path = commit.find(folder, META)
-    meta = _read_json(path)
-    if meta.get("format") not in (1, FORMAT) or type(meta["format"]) is not int:
-        got, wanted = f"format {str(meta.get('format'))[:20]}", f"format 1 or {FORMAT}"
-        raise CheckpointError(say("load", str(path), got, wanted, "upgrade fastgate"))
-    old = meta["format"] == 1
-    digests: Any = {WEIGHTS: meta.get("sha256")} if old else meta.get("sha256")
-    whole = isinstance(digests, dict) and set(digests) == ({WEIGHTS} if old else {CONFIG, WEIGHTS})
-    if not whole or not all(isinstance(value, str) for value in (*digests.values(), meta.get("class"))):
-        raise CheckpointError(
-            say("load", str(path), "missing or wrong fields", "what fastgate.save writes", _ANEW)
-        )
-    return meta | {"sha256": digests}
-
-
-def _check_digests(folder: Path, meta: dict[str, Any]) -> None:
-    for name, digest in meta["sha256"].items():
-        path = commit.find(folder, name)
-        try:
-            found = _digest(path)
-        except OSError as error:
-            got = "no such file" if isinstance(error, FileNotFoundError) else _one_line(error)
-            remedy = "copy the whole folder again"
-            raise CheckpointError(say("load", str(path), got, "a file that can be read", remedy)) from error
-        if found != digest:
-            remedy = "the file was cut short or changed: copy it again or save the model anew"
-            got = "contents that do not match their checksum"
-            raise CheckpointError(say("load", str(path), got, f"{digest[:12]} of {META}", remedy))
-
-
-def _layout(meta: dict[str, Any], data: dict[str, Any], folder: Path, config: Any) -> Layout:
-    """What fastgate.json says, which config.json must say too."""
-    layers = config.num_hidden_layers
-    pooling = data.get(POOLING_KEY, "first")
-    known = meta if meta["format"] != 1 else {**meta, "pooling": pooling}
-    layout = read_layout(known, str(folder / META), layers)
-    if KEY in data and read_layout(data[KEY], str(folder / CONFIG), layers) != layout:
-        wanted = f"what {META} says"
-        raise CheckpointError(say("load", str(folder / CONFIG), f"another {KEY!r}", wanted, _ANEW))
-    if pooling != layout.pooling:
-        wanted = f"{layout.pooling!r}, as {META} says"
-        raise CheckpointError(say("load", str(folder / CONFIG), f"pooling {pooling!r}", wanted, _ANEW))
-    return layout
-
-
-def _class_named(name: str, folder: Path) -> type[nn.Module]:
-    for family in FAMILIES:
-        if name in family.heads():
-            found: type[nn.Module] = getattr(family.module, name)
-            return found
-    wanted = "an encoder or head of transformers that fastgate knows"
-    remedy = "upgrade fastgate, or make that class, prune it the same, and call load_state_dict"
-    raise CheckpointError(say("load", str(folder / META), f"class {name[:60]!r}", wanted, remedy))
-
-
-def _model_config(data: dict[str, Any], hf: Any, where: str, layers: int) -> PreTrainedConfig:
-    """The config of transformers in a JSON object, once nothing in it can do harm.
-
-    layers: how many the weights have. Raises CheckpointError.
-    """
-
-    def refuse(name: str, wanted: str) -> CheckpointError:
-        return CheckpointError(say("load", where, f"{name} {str(data.get(name))[:60]!r}", wanted, _ANEW))
-
-    for name in _SIZES:
-        if type(data.get(name)) is not int or not 0 < data[name] < 2**31:
-            raise refuse(name, "a positive integer")
-    if data["num_hidden_layers"] != layers:
-        raise refuse("num_hidden_layers", f"{layers}, as the weights have")
-    if type(data.get("num_labels", 0)) is not int or not 0 <= data.get("num_labels", 0) < 10**6:
-        raise refuse("num_labels", "fewer than a million")
-    for name in ("dtype", "torch_dtype"):
-        if data.get(name) not in (None, *(str(dtype).removeprefix("torch.") for dtype in DTYPES)):
-            raise refuse(name, "float32, bfloat16, float16 or float64")
-    for name in _FOREIGN:
-        if data.get(name) is not None:
-            raise refuse(name, "none")
-    for name in ("attn_implementation", "_attn_implementation"):  # the name of a hub's kernel would be run
-        if data.get(name) not in (None, "eager", "sdpa", "flash_attention_2", "flex_attention"):
-            raise refuse(name, "eager or sdpa")
-    model_type = data.get("model_type")
-    plain = MODEL_TYPES.get(model_type) if isinstance(model_type, str) else None
-    if plain is None:
-        plain = next((cls for cls in PRUNED if cls.model_type == model_type), None)
-    if plain is None or not issubclass(hf.config_class, plain):
-        raise refuse("model_type", f"that of a {hf.__name__}")
-    for name in data:
-        if name.startswith("__") or callable(getattr(plain, name, None)):  # it would take a method's place
-            raise refuse(name, "no such entry")
-    rest = {n: v for n, v in data.items() if n not in (KEY, "transformers_weights", "model_type")}
-    try:
-        config = plain.from_dict(rest)
-        config.validate()
-    except Exception as error:
-        wanted = "a configuration that transformers reads"
-        raise CheckpointError(say("load", where, _one_line(error), wanted, _ANEW)) from error
-    return config
-
-
-def _header(file: Any, weights: Path) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Name -> shape and dtype of each tensor in an open safetensors file."""
-    try:
-        parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  it is no dict
-        return {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in parts.items()}
-    except Exception as error:
-        wanted = "a safetensors file"
-        raise CheckpointError(say("load", str(weights), _one_line(error), wanted, _ANEW)) from error
-
-
-def _check_header(model: nn.Module, header: dict[str, tuple[tuple[int, ...], str]], weights: Path) -> None:
-    """Raises CheckpointError unless the file has the tensors of the model in their shapes."""
-    here = model.state_dict(keep_vars=True)
-    groups = shared(here)
-    missing = [name for name in here if not any(other in header for other in groups[name])]
-    unknown = [name for name in header if name not in here]
-    if missing or unknown:
-        got = f"missing {missing[:3]}, unknown {unknown[:3]}"
-        raise CheckpointError(say("load", str(weights), got, "the tensors that the config needs", _ANEW))
-    for name, (shape, dtype) in header.items():
-        if shape != tuple(here[name].shape):
-            got, wanted = f"{name}: {shape}", f"shapes as in config.json, {tuple(here[name].shape)}"
-            raise CheckpointError(say("load", str(weights), got, wanted, _ANEW))
-        if dtype not in ("F32", "BF16", "F16", "F64"):
-            wanted = "float32, bfloat16, float16 or float64"
-            raise CheckpointError(say("load", str(weights), f"{name} of {dtype}", wanted, _ANEW))
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises CheckpointError for anything else, NaN and an entry that comes twice."""
-    try:
-        if path.stat().st_size > _LARGEST_JSON:
-            raise ValueError(f"{path.stat().st_size} bytes, which is too many")
-        data = json.loads(path.read_text("utf-8"), parse_constant=_no_number, object_pairs_hook=_once)
-    except FileNotFoundError as error:
-        wanted = "a checkpoint written by fastgate.save"
-        raise CheckpointError(say("load", str(path), "no such file", wanted, "check the path")) from error
-    except (OSError, ValueError, RecursionError) as error:
-        got = f"damaged JSON ({_one_line(error)})"
-        raise CheckpointError(say("load", str(path), got, "a JSON object", _ANEW)) from error
-    if not isinstance(data, dict):
-        got = f"damaged JSON (a {type(data).__name__})"
-        raise CheckpointError(say("load", str(path), got, "a JSON object", _ANEW))
-    return data
-
-
-def _no_number(name: str) -> None:
-    raise ValueError(f"{name} is no number of JSON")
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    data = dict(pairs)
-    if len(data) != len(pairs):
-        raise ValueError("an entry that comes twice")
-    return data
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(2**20):
-            digest.update(block)
-        return digest.hexdigest()

@@ -18,7 +18,8 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 
 from . import commit
-from .checkpoint import META, layout_of, unused_names, verify, write_pruned
+from .checkpoint import layout_of, unused_names, write_pruned
+from .checkpoint_files import META, verify
 from .configs import KEY, MODEL_TYPES, PRUNED, is_pruned, read_layout
 from .errors import ArgumentError, CheckpointError, Unsupported, say
 from .families import base_class, find_encoders

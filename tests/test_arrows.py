@@ -49,8 +49,9 @@ MIDDLE = {
     "explain": MODEL,
     "configs": MODEL,
     "structure": MODEL | {"prune", "configs"},
-    "checkpoint": MODEL | {"prune", "configs", "structure"},
-    "pretrained": MODEL | {"prune", "configs", "structure", "checkpoint"},
+    "checkpoint_files": MODEL | {"configs", "commit", "structure"},
+    "checkpoint": MODEL | {"prune", "configs", "structure", "checkpoint_files"},
+    "pretrained": MODEL | {"prune", "configs", "structure", "checkpoint", "checkpoint_files"},
     "export": MODEL | {"prune"},
     "pruning": MODEL | {"prune", "checkpoint"},
 }

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import fastgate
 from fastgate import checkpoint, commit
-from fastgate.checkpoint import CONFIG, META, WEIGHTS
+from fastgate.checkpoint_files import CONFIG, META, WEIGHTS
 
 
 @pytest.fixture
@@ -108,12 +108,12 @@ def rewrite(path, **changes):
 
 
 def with_tensors(path, change):
-    from fastgate.checkpoint import _digest
+    from fastgate.checkpoint_files import digest_of
 
     tensors = load_file(path / WEIGHTS)
     change(tensors)
     save_file(tensors, path / WEIGHTS)
-    rewrite(path, sha256={name: _digest(path / name) for name in (CONFIG, WEIGHTS)})
+    rewrite(path, sha256={name: digest_of(path / name) for name in (CONFIG, WEIGHTS)})
 
 
 def truncated(path):

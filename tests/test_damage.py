@@ -11,8 +11,7 @@ from encoders import batch, make
 from safetensors.torch import load_file, save_file
 
 import fastgate
-from fastgate import checkpoint
-from fastgate.checkpoint import CONFIG, META, WEIGHTS
+from fastgate.checkpoint_files import CONFIG, META, WEIGHTS, digest_of
 
 HEAD = "ForSequenceClassification"
 
@@ -25,7 +24,7 @@ def path(tmp_path):
 def seal(path):
     """Have the checksums match again, as one who means harm would."""
     meta = json.loads((path / META).read_text())
-    meta["sha256"] = {name: checkpoint._digest(path / name) for name in (CONFIG, WEIGHTS)}
+    meta["sha256"] = {name: digest_of(path / name) for name in (CONFIG, WEIGHTS)}
     (path / META).write_text(json.dumps(meta))
 
 
@@ -192,7 +191,7 @@ def test_format_1_is_read(tmp_path):
         path = fastgate.save(model, tmp_path / head)
         model.config.to_json_file(path / CONFIG, use_diff=False)
         meta = {"format": 1, "class": f"Bert{head}", "kept": [1], "replacement": "mean", "demand": demand}
-        (path / META).write_text(json.dumps(meta | {"sha256": checkpoint._digest(path / WEIGHTS)}))
+        (path / META).write_text(json.dumps(meta | {"sha256": digest_of(path / WEIGHTS)}))
         again, inputs = fastgate.load(path), batch(model, head)
         assert torch.equal(again(**inputs)[0], model(**inputs)[0])
         assert fastgate.explain(again).demand == fastgate.explain(model).demand

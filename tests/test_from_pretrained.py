@@ -15,7 +15,7 @@ import transformers
 from encoders import ALL, batch, draw_replacements, make
 
 import fastgate
-from fastgate.checkpoint import CONFIG, META, WEIGHTS
+from fastgate.checkpoint_files import CONFIG, META, WEIGHTS
 from fastgate.state import encoder_state
 
 HEAD = "ForSequenceClassification"

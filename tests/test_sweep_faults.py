@@ -84,7 +84,7 @@ def test_workers_end_with_their_parent_and_the_sweep_goes_on(world, tmp_path, en
     command = command_of(world, tmp_path, "--workers", 2, seeds=[0, 1], dense_epochs=400)
     parent = children.start(CODE, *command)
     try:
-        wait_until(lambda: len(list((tmp_path / "work").glob("*/work/dense/checkpoint-*"))) >= 2)
+        wait_until(lambda: len(list((tmp_path / "work").glob("*/*/dense/checkpoint-*"))) >= 2)
         assert len(processes_of(tmp_path)) == 3  # the parent and two workers
         parent.send_signal(end)
         parent.wait(timeout=30)
@@ -99,7 +99,7 @@ def test_workers_end_with_their_parent_and_the_sweep_goes_on(world, tmp_path, en
     else:
         assert parent.returncode == -end
     # No lock is left and what was trained is used.
-    checkpoints = sorted((tmp_path / "work").glob("*/work/dense/checkpoint-*"))
+    checkpoints = sorted((tmp_path / "work").glob("*/*/dense/checkpoint-*"))
     assert checkpoints
     for run in read_recipe(tmp_path / "recipe.yaml"):
         with sweeps._lock(tmp_path / "work", run.dense).acquire(timeout=0):

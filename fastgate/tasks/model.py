@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..checkpoint import META, load
+from ..checkpoint import load
+from ..checkpoint_files import META
 from ..errors import ArgumentError, CheckpointError, FastgateError, say
 from ..state import encoder_state
 from .task import Task

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 import torch
 
-from ..checkpoint import META, load
+from ..checkpoint import load
+from ..checkpoint_files import META
 from ..errors import ArgumentError, DataError, say
 from ..patch import patch
 from .catalog import check_kind
