@@ -70,9 +70,12 @@ def prune(model: nn.Module, keep: Iterable[int], replacement: str = "zero") -> n
 def refuse_adapters(where: str, model: nn.Module) -> None:
     """Refuse modules of PEFT: what PEFT saves of such a model would lack the pruning."""
     for name, module in model.named_modules():
-        if type(module).__module__.partition(".")[0] == "peft":
+        if any(cls.__module__.partition(".")[0] == "peft" for cls in type(module).__mro__):
             got = f"{name or 'the model'}, a {type(module).__name__} of PEFT"
-            remedy = "merge the adapter first: model = model.merge_and_unload(); then prune and fastgate.save"
+            remedy = (
+                "call model = model.merge_and_unload().requires_grad_(True), which is exact, and prune and "
+                "fastgate.save that: an adapter has no place for what is pruned"
+            )
             raise Unsupported(say(where, "model", got, "a model without adapters", remedy))
 
 

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from .. import gates
 from ..errors import ArgumentError, CheckpointError, Unsupported, say
-from ..packed import PackedLinear
 from ..patch import patch
 from ..prune import prune
 from ..run import Record
 from ..state import check_module, encoder_state
+from .checks import check_batch, check_student, check_trainable, check_whole
 from .config import PruningConfig
 from .distill import SelfTeacher, Teacher, hidden_loss, outputs_loss, scores_of
 from .finite import HIDDEN, LAGRANGIAN, LOGITS, Finite
@@ -42,13 +42,6 @@ _attached: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Pruner]] = weakref.W
 def _set_dropouts(dropouts: Mapping[nn.Dropout, float]) -> None:
     for module, p in dropouts.items():
         module.p = p
-
-
-def _check_batch(call: str, inputs: Any) -> None:
-    if not isinstance(inputs, Mapping):
-        got, wanted = type(inputs).__name__, "a dict of what the model is called with"
-        remedy = "pass the batch as the model takes it by keywords: model(**batch)"
-        raise ArgumentError(say(f"Pruner.{call}", "inputs", got, wanted, remedy))
 
 
 @dataclass
@@ -147,14 +140,11 @@ class Pruner:
         if self.steps:
             got, remedy = f"detached after {self.steps} steps", "make a new Pruner, and attach that"
             raise ArgumentError(say("Pruner.attach", "pruner", got, "one that has not begun", remedy))
-        self._check_student()
+        check_student(self.model)
         patch(self.model)
         self.state = encoder_state(self.model)
+        check_whole(self.state)
         layers = self.state.num_layers
-        removed = [i for i in range(layers) if self.state.is_removed(i)]
-        if removed:
-            got = f"attention of layers {removed} pruned"
-            raise ArgumentError(say("Pruner", "model", got, "every attention there", "load the dense model"))
         self.objective = Objective(self.config.target, layers)
         self._teacher: Teacher | SelfTeacher | None = None
         if self.config.distill is not None:
@@ -173,34 +163,6 @@ class Pruner:
         self.engage()
         self._begin_step()
         return self
-
-    def _check_student(self) -> None:
-        frozen = [name for name, m in self.model.named_modules() if isinstance(m, PackedLinear)]
-        if frozen:
-            remedy = "call fastgate.thaw(model) first: packed weights cannot be trained"
-            raise ArgumentError(say("Pruner", "model", f"{frozen[0]} frozen", "a model to train", remedy))
-        for module in self.model.modules():
-            if isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel):
-                got, wanted = f"a model inside {type(module).__name__}", "the model itself"
-                remedy = "attach to the model before DistributedDataParallel takes it: attach adds parameters"
-                raise Unsupported(say("Pruner", "model", got, wanted, remedy))
-        for name, module in self.model.named_modules():
-            if any(cls.__module__.partition(".")[0] == "peft" for cls in type(module).__mro__):
-                got = f"{name or type(module).__name__} with an adapter of PEFT"
-                remedy = (
-                    "call model = model.merge_and_unload().requires_grad_(True), which is exact, and prune "
-                    "that: an adapter has no place for what is pruned. fastgate.save saves the whole pruned "
-                    "model"
-                )
-                raise Unsupported(say("Pruner", "model", got, "a model without adapters", remedy))
-
-    def _check_trainable(self) -> None:
-        """In the first step: is there a weight that learns?"""
-        own = {id(p) for layer in self._replacements for p in layer.parameters()}
-        if not self.steps and not any(p.requires_grad for p in self.model.parameters() if id(p) not in own):
-            got, wanted = "every weight with requires_grad False", "weights to train"
-            remedy = "call model.requires_grad_(True), which merge_and_unload() of PEFT leaves to you"
-            raise ArgumentError(say("Pruner.loss", "model", got, wanted, remedy))
 
     def _leave_earlier(self) -> None:
         """Undo the attach of a Pruner that never began; refuse a model that another one is training."""
@@ -331,7 +293,7 @@ class Pruner:
         """The batch to run the model on in this step, and to give to `loss`: `inputs`, with tokens swapped in
         every other step where a dense teacher teaches and `Distill.swap` is not 0."""
         self._check_training("prepare")
-        _check_batch("prepare", inputs)
+        check_batch("prepare", inputs)
         self._prepared = True
         if not self._swaps:
             return inputs
@@ -352,7 +314,7 @@ class Pruner:
         `prepare` gave, with its labels. A teacher computes in the dtype of the autocast around this call.
         """
         self._check_training("loss")
-        _check_batch("loss", inputs)
+        check_batch("loss", inputs)
         forward = self.take(outputs, inputs)
         if forward is None:
             remedy = "call loss once after each forward of the model in training"
@@ -389,7 +351,8 @@ class Pruner:
                 "loss, or pass Distill(swap=0.0).",
                 stacklevel=3,
             )
-        self._check_trainable()
+        if not self.steps:
+            check_trainable(self.model, self._replacements)
         total = torch.zeros((), device=self._device)
         if self.phase == SEARCH:
             total = self.learner.term()
