@@ -7,7 +7,7 @@ the wheel is `py3-none`.
 
 nvcc takes a minute, so `auto` compiles CUDA only where it is meant: nvcc is found, and CUDA_HOME is set or
 the torch of the build environment is a CUDA build. Elsewhere Triton has the same ops for the GPU.
-What was built, and why not more, is left in fastgate/build.json for `python -m fastgate.info`.
+What was built, and why not more, is left in fastgate/build.json for `python -m fastgate.env`.
 """
 
 from __future__ import annotations

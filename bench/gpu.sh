@@ -7,7 +7,7 @@
 # It needs a CUDA device, nvcc, and a Python ($PYTHON, python3 by default) that has torch, triton, transformers,
 # pytest, pytest-benchmark, pytest-xdist, hypothesis and ninja; nothing is installed or fetched. In FOLDER it
 # leaves the log of each step and, of the ops whose tests pass, kernels.jsonl, kernels.md (times, then aims) and
-# roofline.png; of models models.jsonl, models.md and profiler traces (bench/gpu_models.py). The exit status is 1
+# roofline.png; of models models.jsonl, models.md and profiler traces (bench/models/gpu_models.py). The exit status is 1
 # if a test, a check or a timing failed.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -42,7 +42,7 @@ step() {
   fi
 }
 
-step environment 60 bash -c "nvidia-smi; '$python' -m fastgate.info"
+step environment 60 bash -c "nvidia-smi; '$python' -m fastgate.env"
 step build 200 env FASTGATE_BUILD=cuda "$python" setup.py build_ext --inplace
 
 kernels() {
@@ -50,16 +50,16 @@ kernels() {
   timings=()
   for op in gated_add_norm attention linear_gelu embed_norm absorbed_attention shift_norm; do
     files=("tests/test_triton_$op.py")
-    [[ $op == gated_add_norm ]] && files+=(tests/test_cuda_build.py)
+    [[ $op == gated_add_norm ]] && files+=(tests/ops/test_cuda_build.py)
     step "test_$op" 150 "$python" -m pytest -q -m gpu -n 8 -p no:cacheprovider "${files[@]}" &&
-      timings+=("bench/bench_$op.py")
+      timings+=("bench/kernels/bench_$op.py")
   done
 
   # Small cases under compute-sanitizer, without torch's allocator, whose large blocks hide what is out of bounds.
   if command -v compute-sanitizer >/dev/null; then
     for tool in memcheck racecheck; do
       step "$tool" 100 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 9 \
-        "$python" bench/small_calls.py
+        "$python" bench/kernels/small_calls.py
     done
   else
     echo "compute-sanitizer: not installed, memcheck and racecheck not run"
@@ -69,19 +69,19 @@ kernels() {
     step timings 400 "$python" -m pytest -q -p no:cacheprovider --benchmark-json="$out/kernels.json" "${timings[@]}"
   fi
   if [[ -s $out/kernels.json ]]; then
-    "$python" bench/kernel_table.py lines "$out/kernels.json" >"$out/kernels.jsonl"
+    "$python" bench/kernels/kernel_table.py lines "$out/kernels.json" >"$out/kernels.jsonl"
     rm "$out/kernels.json"
-    "$python" bench/roofline.py "$out/kernels.jsonl" "$out/roofline.png"
-    for part in table aims; do "$python" bench/kernel_table.py $part "$out/kernels.jsonl"; echo; done |
+    "$python" bench/kernels/roofline.py "$out/kernels.jsonl" "$out/roofline.png"
+    for part in table aims; do "$python" bench/kernels/kernel_table.py $part "$out/kernels.jsonl"; echo; done |
       tee "$out/kernels.md"
   fi
 }
 
 # The graphs of small batches first, then whole models beside Hugging Face's.
 models() {
-  step test_models 200 "$python" -m pytest -q -m gpu -n 8 -p no:cacheprovider tests/test_graphs_on_gpu.py \
-    tests/test_syncs.py
-  step models 400 "$python" bench/gpu_models.py --out "$out" && cat "$out/models.md"
+  step test_models 200 "$python" -m pytest -q -m gpu -n 8 -p no:cacheprovider tests/runtime/test_cuda_graphs_on_gpu.py \
+    tests/runtime/test_syncs.py
+  step models 400 "$python" bench/models/gpu_models.py --out "$out" && cat "$out/models.md"
 }
 
 [[ $only == *kernels* ]] && kernels

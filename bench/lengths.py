@@ -22,8 +22,9 @@ def mix(name: str) -> tuple[int, ...]:
 
 
 def count(data_dir: str) -> dict[str, list[int]]:
-    from fastgate.tasks import load_task, load_tokenizer
-    from fastgate.tasks.model import demo_model_path
+    from fastgate.data import load_task
+    from fastgate.training import load_tokenizer
+    from fastgate.training.model import demo_model_path
 
     tokenizer = load_tokenizer(demo_model_path())
     found = {}

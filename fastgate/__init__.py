@@ -4,19 +4,24 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from . import (
-    backends,  # noqa: F401  leaves the compiled kernels where the ops look for them
-    pretrained,  # noqa: F401  tells the Auto classes of transformers about pruned models
+from fastgate.errors import (
+    ArgumentError,
+    CheckpointError,
+    DataError,
+    FastgateError,
+    NothingPatched,
+    Unsupported,
 )
-from .checkpoint import load, save
-from .errors import ArgumentError, CheckpointError, DataError, FastgateError, NothingPatched, Unsupported
-from .explain import explain
-from .freeze import freeze, thaw
-from .patch import patch, unpatch
-from .prune import prune
+from fastgate.models import auto_classes  # noqa: F401  tells the Auto classes of transformers about pruned models
+from fastgate.models.checkpoint import load, save
+from fastgate.models.explanation import explain
+from fastgate.models.freezing import freeze, thaw
+from fastgate.models.patching import patch, unpatch
+from fastgate.models.pruning import prune
+from fastgate.ops import backends  # noqa: F401  leaves the compiled kernels where the ops look for them
 
 if TYPE_CHECKING:
-    from .pruning import (
+    from fastgate.pruning import (
         Distill,
         Pruner,
         PruningConfig,
@@ -57,6 +62,6 @@ def __getattr__(name: str) -> Any:
     """Pruning, on first use: it brings the Trainer along, which a model that only runs does not need."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from . import pruning
+    from fastgate import pruning
 
     return getattr(pruning, name)

@@ -120,7 +120,7 @@ def _ready(
     if probe.dim() != 3 or x.dim() != 2 or probe.shape[2] != x.shape[1] or not fits(probe):
         wanted = f"(sequences, heads, H), (rows, H); at most {MOST_HEADS} heads, H {WIDEST}"
         got = f"{tuple(probe.shape)}, {tuple(x.shape)}"
-        _refuse("probe, x", got, wanted, "use fastgate.reference's torch form")
+        _refuse("probe, x", got, wanted, "use fastgate.ops.reference's torch form")
     if x.dtype not in DTYPES or probe.dtype != x.dtype:
         wanted = "one dtype of bfloat16, float16, float32"
         _refuse("probe, x", f"{probe.dtype}, {x.dtype}", wanted, "convert them first")

@@ -6,7 +6,7 @@ Per head h, its probe a_h = W_k,h^T q_h and the rows x_j of its sequence:
     mixed_h = sum_j M_j P_j x_j / (1 - p)      total_h = sum_j M_j P_j / (1 - p)
 
 M is the dropout mask, p its probability. A row of it has the counter sequence * heads + head; see
-fastgate/reference/dropout.py, keep_mask.
+fastgate/ops/reference/dropout.py, keep_mask.
 """
 
 from __future__ import annotations

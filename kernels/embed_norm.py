@@ -1,4 +1,4 @@
-"""embed_norm in Triton, forward and backward, in fastgate/reference/embed_norm.py's symbols.
+"""embed_norm in Triton, forward and backward, in fastgate/ops/reference/embed_norm.py's symbols.
 
 Forward gathers a row of each table, norms their sum and writes y: what is read of the word table is the only
 large part, the position table stays in the second-level cache and the type table in the first. It keeps

@@ -1,4 +1,4 @@
-"""gated_add_norm in Triton, forward and backward, in fastgate/reference/gated_add_norm.py's symbols.
+"""gated_add_norm in Triton, forward and backward, in fastgate/ops/reference/gated_add_norm.py's symbols.
 
 Forward reads x and residual once and writes y once; both norms' statistics are taken from the row in
 registers, the variance from centred values. It keeps nothing for backward.

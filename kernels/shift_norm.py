@@ -1,4 +1,4 @@
-"""shift_norm in Triton, forward and backward, in fastgate/reference/shift_norm.py's symbols.
+"""shift_norm in Triton, forward and backward, in fastgate/ops/reference/shift_norm.py's symbols.
 
 Forward reads a row and the two beside it, which the program before and after it read too, so all but one come
 out of the cache; it writes y once and keeps nothing for backward.

@@ -8,19 +8,19 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
-# Deterministic algorithms (poison.py) make cuBLAS raise without it; it is read when cuBLAS first runs.
+# Deterministic algorithms (poisoned_memory.py) make cuBLAS raise without it; it is read when cuBLAS first runs.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-import poison
 import pytest
 import torch
+from helpers import poisoned_memory
 
 
 def pytest_report_header() -> list[str]:
-    from fastgate import backends
+    from fastgate.ops import backends
 
     ran = [f"{c.op} on {c.device}: {c.backend} ({c.reason})" for c in backends.candidates() if c.chosen]
-    return [f"fastgate from {os.path.dirname(backends.__file__)}", *ran]
+    return [f"fastgate from {backends.PACKAGE}", *ran]
 
 
 @pytest.fixture(autouse=True)
@@ -49,14 +49,14 @@ def minilm_path() -> str:
 @pytest.fixture
 def poisoned():
     """Fresh memory holds NaN or 3.4e38 while the test runs."""
-    with poison.poisoned():
+    with poisoned_memory.poisoned():
         yield
 
 
 @pytest.fixture
 def stand_in():
     """The device on the CPU that graphs are captured on while the test runs."""
-    import tape
+    from helpers import fake_cuda_graph
 
-    with tape.pretended() as found:
+    with fake_cuda_graph.pretended() as found:
         yield found

@@ -47,20 +47,20 @@ address() {
   local flags="-fsanitize=address,undefined -fno-sanitize-recover=undefined"
   copy address
   # shellcheck disable=SC2086
-  "$CXX" -std=c++17 -O1 -g1 -fopenmp-simd $flags -I csrc tests/tiles_driver.cpp -o "$work/tiles"
+  "$CXX" -std=c++17 -O1 -g1 -fopenmp-simd $flags -I csrc tests/ops/tiles_driver.cpp -o "$work/tiles"
   "$work/tiles"
   build address "$flags" ""
   run_tests address "$(library libasan.so) $(library libubsan.so) $(library libstdc++.so)" \
-    tests/test_compiled_checks.py tests/test_packed_layers.py tests/test_gated_add_norm.py \
-    tests/test_attention.py tests/test_absorbed_attention.py tests/test_embed_norm.py tests/test_shift_norm.py \
-    tests/test_linear.py -k "not compil and not 8192 or compiled_checks"
+    tests/ops/test_compiled_checks.py tests/ops/test_fused_layers.py tests/ops/test_gated_add_norm.py \
+    tests/ops/test_attention.py tests/ops/test_absorbed_attention.py tests/ops/test_embed_norm.py tests/ops/test_shift_norm.py \
+    tests/ops/test_linear.py -k "not compil and not 8192 or compiled_checks"
 }
 
 thread() {
   copy thread
-  cp tests/sanitize_threads.cpp "$work/thread/csrc/cpu/"
+  cp tests/helpers/sanitize_threads.cpp "$work/thread/csrc/cpu/"
   build thread "-fsanitize=thread" ""
-  run_tests thread "$(library libtsan.so) $(library libstdc++.so)" tests/test_threads.py
+  run_tests thread "$(library libtsan.so) $(library libstdc++.so)" tests/runtime/test_threads.py
 }
 
 for kind in "${@:-address thread}"; do

@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastgate import backends, info, ops
+from fastgate import env, ops
+from fastgate.ops import backends
 
 ROOT = Path(__file__).parent.parent
-PACKAGE = Path(backends.__file__).parent
+PACKAGE = backends.PACKAGE
 EMPTY_PATH = {**os.environ, "PATH": "/nonexistent"}
 EMPTY_PATH.pop("CXX", None)
 
@@ -143,7 +144,7 @@ def test_wheel_without_library_serves_everything(tmp_path):
         "from fastgate.ops.gated_add_norm import gated_add_norm\n"
         "y = gated_add_norm(torch.randn(2, 8), torch.randn(2, 8), torch.ones(8), torch.zeros(8), 1e-5)\n"
         "assert abs(float(y.mean())) < 1e-6 and not [s for s in ops.SLOTS.values() if s.backend == 'cpp']\n"
-        "print(json.dumps(info.collect()['ops']))"
+        "print(json.dumps(env.collect()['ops']))"
     )
     found = json.loads(python(code, tmp_path / "installed"))
     compiled = [candidate for candidate in found if candidate["backend"] == "cpp"]
@@ -196,12 +197,12 @@ def test_a_library_without_an_op_is_built_again():
 
 
 def test_info_says_what_runs_and_why():
-    found = info.collect()
+    found = env.collect()
     json.dumps(found)
     assert {op["op"] for op in found["ops"]} == {"linear", *ops.OPS}
     for op in ("linear", *ops.OPS):
         assert any(candidate["chosen"] for candidate in found["ops"] if candidate["op"] == op)
-    text = info.render(found)
+    text = env.render(found)
     assert torch.__version__.split("+")[0] in text
     for candidate in found["ops"]:
         assert f"{candidate['op']} on {candidate['device']}: {candidate['backend']}" in text

@@ -1,4 +1,4 @@
-// Absorbed attention on the CPU, forward and backward: the equations of fastgate/reference/absorbed_attention.py.
+// Absorbed attention on the CPU, forward and backward: the equations of fastgate/ops/reference/absorbed_attention.py.
 //
 // A unit of work is one head of one sequence, and heads of a sequence that come to one thread go together: their scores
 // in one sweep over the sequence's rows, a softmax, and one sweep more for the mix. Backward makes the weights again.

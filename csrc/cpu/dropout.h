@@ -1,4 +1,4 @@
-// Dropout as every backend draws it: Philox words against an integer threshold (fastgate/reference/dropout.py).
+// Dropout as every backend draws it: Philox words against an integer threshold (fastgate/ops/reference/dropout.py).
 #pragma once
 
 #include <algorithm>

@@ -1,4 +1,4 @@
-// embed_norm on the CPU, forward and backward: the equations of fastgate/reference/embed_norm.py, one row at a time.
+// embed_norm on the CPU, forward and backward: the equations of fastgate/ops/reference/embed_norm.py, one row at a time.
 //
 // A row is gathered from the three tables into float32, normed inside the first-level cache, and written once. Backward
 // gathers again. It leaves du of every row, and sums the vectors' gradients over fixed blocks of rows; then the rows of

@@ -1,4 +1,4 @@
-// Registers the CPU ops under fastgate_cpu, a namespace of their own: fastgate/backends.py puts them in their slots.
+// Registers the CPU ops under fastgate_cpu, a namespace of their own: fastgate/ops/backends.py puts them in their slots.
 #include "ops.h"
 
 #define ATTENTION_OPERANDS                                                                              \

@@ -1,4 +1,4 @@
-// Registers the CUDA ops under fastgate_cuda, a namespace of their own: fastgate/backends.py puts them in their slots.
+// Registers the CUDA ops under fastgate_cuda, a namespace of their own: fastgate/ops/backends.py puts them in their slots.
 #include "ops.h"
 
 STABLE_TORCH_LIBRARY(fastgate_cuda, m) {

@@ -4,8 +4,8 @@ slots.py holds what runs them.
 """
 
 # Each leaves its reference and its schema.
-from . import absorbed_attention, attention, embed_norm, gated_add_norm, linear_gelu, shift_norm  # noqa: F401
-from .slots import REFERENCE, SLOTS, Implementation, fill_with, implementation
+from fastgate.ops import absorbed_attention, attention, embed_norm, gated_add_norm, linear_gelu, shift_norm  # noqa: F401
+from fastgate.ops.registry import REFERENCE, SLOTS, Implementation, fill_with, implementation
 
 OPS = tuple(REFERENCE)
 

@@ -8,10 +8,9 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from fastgate import reference
 from fastgate.errors import ArgumentError, say
-from fastgate.ops import slots
-from fastgate.packing import Ragged
+from fastgate.ops import reference, registry
+from fastgate.ops.ragged import Ragged
 
 
 def absorbed_attention(
@@ -41,7 +40,7 @@ def absorbed_attention(
     """
     sequences, hidden = _check(q, x, key, value, value_bias, keys, heads)
     width = hidden // heads
-    seed = slots.draw_seed("absorbed_attention", dropout_p, q.device)
+    seed = registry.draw_seed("absorbed_attention", dropout_p, q.device)
     per_head = q.reshape(sequences, heads, width).transpose(0, 1)
     probe = torch.bmm(per_head, key.to(q.dtype).view(heads, width, -1)).transpose(0, 1)
     mixed, total = _mix(probe, x.to(probe.dtype), keys, scale, dropout_p, seed)  # autocast's, of a product
@@ -50,7 +49,7 @@ def absorbed_attention(
         return torch.bmm(per_head, back).transpose(0, 1).reshape(sequences, hidden)
     bias = value_bias.to(q.dtype).view(heads, 1, width)
     # Weights add up to 1: known of real lengths only, since traced ones may stand for others.
-    if slots.is_direct(q) and not dropout_p and 0 not in keys.lengths:
+    if registry.is_direct(q) and not dropout_p and 0 not in keys.lengths:
         out = torch.baddbmm(bias, per_head, back)
     else:
         out = (torch.bmm(per_head, back) + total.t().unsqueeze(-1) * bias).to(q.dtype)
@@ -63,7 +62,7 @@ def _check(
     if q.dim() != 2 or q.shape[0] != len(keys.lengths) or heads < 1 or q.shape[1] % heads:
         wanted = f"({len(keys.lengths)}, hidden), one query a sequence, {heads} heads in hidden"
         _refuse("q", f"shape {tuple(q.shape)}", wanted, "select one row of each sequence")
-    if q.dtype not in slots.DTYPES or not x.is_floating_point():
+    if q.dtype not in registry.DTYPES or not x.is_floating_point():
         _refuse("q, x", f"{q.dtype}, {x.dtype}", "floating dtypes", "convert them before the call")
     if x.dim() != 2 or x.shape[0] != keys.rows:
         _refuse("x", f"shape {tuple(x.shape)}", f"({keys.rows}, H), the rows of keys", "pack the rows")
@@ -84,11 +83,11 @@ def _mix(
     probe: Tensor, x: Tensor, keys: Ragged, scale: float, dropout_p: float, seed: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """(mixed, total), by the implementation that fits."""
-    direct = slots.is_direct(probe)
+    direct = registry.is_direct(probe)
     if direct and _chosen(probe).backend == "reference":
         return torch_absorbed_attention(probe, x, keys, scale, dropout_p, seed)
     operands = (probe, x, keys.cu_seqlens, scale, dropout_p, seed)
-    if direct and not slots.needs_gradient(probe, x):
+    if direct and not registry.needs_gradient(probe, x):
         return _chosen(probe).forward(*operands)
     call: Callable[..., tuple[Tensor, ...]] = torch.ops.fastgate.absorbed_attention
     if direct:
@@ -130,10 +129,10 @@ _OPERANDS = "Tensor probe, Tensor x, Tensor cu_seqlens, float scale, float dropo
 # total is float32, float64 for float64. lse: the log-sum-exp of every probe's scores, (sequences, heads), and
 # residue, as mixed, what mixed's rounding took away, both in the form that the backend's own backward takes;
 # without elements where it takes none.
-slots.schemas.define(
+registry.schemas.define(
     f"absorbed_attention({_OPERANDS}) -> (Tensor mixed, Tensor total, Tensor lse, Tensor residue)"
 )
-slots.schemas.define(
+registry.schemas.define(
     "absorbed_attention_backward(Tensor grad_mixed, Tensor? grad_total, Tensor mixed, Tensor total, "
     f"Tensor lse, Tensor residue, {_OPERANDS}) -> (Tensor dprobe, Tensor dx)"
 )
@@ -161,14 +160,14 @@ def _reference_backward(
     return dprobe, dx if keys.equal else dx.index_select(0, keys.padded[0])
 
 
-slots.REFERENCE["absorbed_attention"] = slots.Implementation(
-    "reference", _reference_forward, _reference_backward, frozenset(slots.DTYPES)
+registry.REFERENCE["absorbed_attention"] = registry.Implementation(
+    "reference", _reference_forward, _reference_backward, frozenset(registry.DTYPES)
 )
 
 
-def _chosen(probe: Tensor) -> slots.Implementation:
-    found = slots.implementation("absorbed_attention", probe.device.type, probe.dtype)
-    return found if found.fits is None or found.fits(probe) else slots.REFERENCE["absorbed_attention"]
+def _chosen(probe: Tensor) -> registry.Implementation:
+    found = registry.implementation("absorbed_attention", probe.device.type, probe.dtype)
+    return found if found.fits is None or found.fits(probe) else registry.REFERENCE["absorbed_attention"]
 
 
 def _forward(probe: Tensor, *operands: Any) -> tuple[Tensor, ...]:
@@ -194,11 +193,11 @@ def _backward(
     return chosen.backward(grad, grad_total, probe, *operands)
 
 
-slots.schemas.impl("absorbed_attention", _forward, "CompositeExplicitAutograd")
-slots.schemas.impl("absorbed_attention_backward", _backward, "CompositeExplicitAutograd")
+registry.schemas.impl("absorbed_attention", _forward, "CompositeExplicitAutograd")
+registry.schemas.impl("absorbed_attention_backward", _backward, "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake("fastgate::absorbed_attention", lib=slots.schemas)
+@torch.library.register_fake("fastgate::absorbed_attention", lib=registry.schemas)
 def _fake(probe: Tensor, x: Tensor, *operands: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     saving, pairs = _chosen(probe).saving is not None, probe.shape[:2]
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -210,7 +209,7 @@ def _fake(probe: Tensor, x: Tensor, *operands: Any) -> tuple[Tensor, Tensor, Ten
     )
 
 
-@torch.library.register_fake("fastgate::absorbed_attention_backward", lib=slots.schemas)
+@torch.library.register_fake("fastgate::absorbed_attention_backward", lib=registry.schemas)
 def _fake_backward(
     grad: Tensor,
     grad_total: Tensor | None,
@@ -235,7 +234,7 @@ def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 def _differentiate(ctx: Any, grad: Tensor | None, grad_total: Tensor | None, *_: None) -> tuple[Any, ...]:
     *tensors, seed = ctx.saved_tensors
-    direct = slots.is_direct(tensors[0])
+    direct = registry.is_direct(tensors[0])
     call = _backward if direct else torch.ops.fastgate.absorbed_attention_backward
     grad = torch.zeros_like(tensors[0]) if grad is None else grad
     dprobe, dx = call(grad, grad_total, *tensors, *ctx.numbers, seed)
@@ -247,6 +246,6 @@ def _operands(ctx: Any) -> tuple[Any, ...]:
     return probe, x, cu_seqlens, *ctx.numbers, seed
 
 
-_trained = slots.with_gradient(
+_trained = registry.with_gradient(
     "absorbed_attention", _forward, _differentiate, _reference_forward, _keep_for_backward, _operands
 )

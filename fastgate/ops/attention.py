@@ -9,10 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgate import reference
 from fastgate.errors import ArgumentError, say
-from fastgate.ops import slots
-from fastgate.packing import Ragged
+from fastgate.ops import reference, registry
+from fastgate.ops.ragged import Ragged
 
 
 def attention(
@@ -46,7 +45,7 @@ def attention(
                 f"{tuple(q.shape[1:])} on {q.device}",
             )
             raise ArgumentError(say("attention", name, got, wanted, "pass one number a column of q"))
-    seed = slots.draw_seed("attention", dropout_p, q.device)
+    seed = registry.draw_seed("attention", dropout_p, q.device)
     chosen = _chosen(q, heads)
     if chosen.backend == "reference":
         biases = (q_bias, k_bias, v_bias)
@@ -54,8 +53,8 @@ def attention(
     operands = (
         q, k, v, q_bias, k_bias, v_bias, queries.cu_seqlens, keys.cu_seqlens, heads, scale, dropout_p, seed,
     )  # fmt: skip
-    direct = slots.is_direct(q)
-    if direct and not slots.needs_gradient(*operands[:6]):
+    direct = registry.is_direct(q)
+    if direct and not registry.needs_gradient(*operands[:6]):
         return chosen.forward(*operands)
     call: Callable[..., tuple[Tensor, Tensor]] = _trained if direct else torch.ops.fastgate.attention
     return call(*operands)[0]
@@ -75,11 +74,11 @@ def torch_attention(
 ) -> Tensor:
     """`attention` in plain torch, for every device and dtype: the measure of compiled kernels."""
     q_bias, k_bias, v_bias = biases
-    if k_bias is not None and slots.needs_gradient(k_bias):
+    if k_bias is not None and registry.needs_gradient(k_bias):
         # A gradient of zeros and not a missing one, as DDP and Adam expect.
         q_bias = 0.0 * k_bias if q_bias is None else q_bias + 0.0 * k_bias
     q, v = _with_bias(q, q_bias), _with_bias(v, v_bias)
-    if dropout_p or keys.longest == 0 or (q.dtype == torch.float64 and slots.needs_gradient(q, k, v)):
+    if dropout_p or keys.longest == 0 or (q.dtype == torch.float64 and registry.needs_gradient(q, k, v)):
         # float64 is for derivatives of every order, which torch's own attention does not have.
         return _openly(q, k, v, queries, keys, heads, scale, dropout_p, seed)
     if queries.equal and keys.equal:
@@ -144,8 +143,8 @@ _OPERANDS = (
 )
 # lse: the log-sum-exp of every query's scores, (heads, queries), in the form that the backend's own backward
 # takes; without elements where it takes none.
-slots.schemas.define(f"attention({_OPERANDS}) -> (Tensor out, Tensor lse)")
-slots.schemas.define(
+registry.schemas.define(f"attention({_OPERANDS}) -> (Tensor out, Tensor lse)")
+registry.schemas.define(
     f"attention_backward(Tensor grad, Tensor out, Tensor lse, {_OPERANDS}) -> (Tensor, Tensor, Tensor)"
 )
 
@@ -164,15 +163,15 @@ def _reference_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *operands
     return torch.autograd.grad(out, (q, k, v), grad, materialize_grads=True)
 
 
-slots.REFERENCE["attention"] = slots.Implementation(
-    "reference", _reference_forward, _reference_backward, frozenset(slots.DTYPES)
+registry.REFERENCE["attention"] = registry.Implementation(
+    "reference", _reference_forward, _reference_backward, frozenset(registry.DTYPES)
 )
 
 
-def _chosen(q: Tensor, heads: int) -> slots.Implementation:
-    found = slots.implementation("attention", q.device.type, q.dtype)
+def _chosen(q: Tensor, heads: int) -> registry.Implementation:
+    found = registry.implementation("attention", q.device.type, q.dtype)
     fits = found.head_dims is None or q.shape[1] // heads in found.head_dims
-    return found if fits else slots.REFERENCE["attention"]
+    return found if fits else registry.REFERENCE["attention"]
 
 
 def _forward(*operands: Any) -> tuple[Tensor, Tensor]:
@@ -190,8 +189,8 @@ def _backward(grad: Tensor, out: Tensor, lse: Tensor, *operands: Any) -> tuple[T
     return chosen.backward(grad, *operands)
 
 
-slots.schemas.impl("attention", _forward, "CompositeExplicitAutograd")
-slots.schemas.impl("attention_backward", _backward, "CompositeExplicitAutograd")
+registry.schemas.impl("attention", _forward, "CompositeExplicitAutograd")
+registry.schemas.impl("attention_backward", _backward, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("fastgate::attention")
@@ -220,7 +219,7 @@ def _differentiate(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | Non
     if grad is None:  # what reads the rows has no gradient, such as a quantised Linear
         return (None,) * len(ctx.needs_input_grad)
     out, lse, *tensors, seed = ctx.saved_tensors
-    call = _backward if slots.is_direct(grad) else torch.ops.fastgate.attention_backward
+    call = _backward if registry.is_direct(grad) else torch.ops.fastgate.attention_backward
     dq, dk, dv = call(grad, out, lse, *tensors, ctx.heads, ctx.scale, ctx.dropout_p, seed)
     q_bias, k_bias, v_bias = (
         bias if needed else None for bias, needed in zip(tensors[3:6], ctx.needs_input_grad[3:6], strict=True)
@@ -250,7 +249,9 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, *operands: Any) -> Tensor:
     return _openly(q, k, v, Ragged.of(cu_q), Ragged.of(cu_k), heads, scale, dropout_p, seed)
 
 
-_trained = slots.with_gradient("attention", _forward, _differentiate, _plain, _keep_for_backward, _operands)
+_trained = registry.with_gradient(
+    "attention", _forward, _differentiate, _plain, _keep_for_backward, _operands
+)
 
 
 def attention_probabilities(

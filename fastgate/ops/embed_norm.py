@@ -8,9 +8,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from fastgate import reference
 from fastgate.errors import ArgumentError, say
-from fastgate.ops import slots
+from fastgate.ops import reference, registry
 
 _SCHEMA = (
     "Tensor words, Tensor positions, Tensor? types, Tensor word_table, Tensor position_table, "
@@ -24,8 +23,8 @@ TABLES = ("word_table", "position_table", "type_table")
 PARAMETERS = ("weight", "norm_bias", "weight2", "norm_bias2")
 BIT = {name: 1 << place for place, name in enumerate((*TABLES, *PARAMETERS))}
 
-slots.schemas.define(f"embed_norm({_SCHEMA}) -> Tensor")
-slots.schemas.define(
+registry.schemas.define(f"embed_norm({_SCHEMA}) -> Tensor")
+registry.schemas.define(
     f"embed_norm_backward(Tensor grad, {_SCHEMA}, int wanted) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -80,8 +79,8 @@ def _empty_gradients(tables: tuple[Tensor, ...], wanted: int) -> Gradients:
     )
 
 
-slots.REFERENCE["embed_norm"] = slots.Implementation(
-    "reference", _reference_forward, _reference_backward, frozenset(slots.DTYPES)
+registry.REFERENCE["embed_norm"] = registry.Implementation(
+    "reference", _reference_forward, _reference_backward, frozenset(registry.DTYPES)
 )
 
 
@@ -118,34 +117,34 @@ def _refuse_ids(
 
 def _forward(*operands: Any) -> Tensor:
     words, word_table = operands[0], operands[3]
-    return slots.implementation("embed_norm", words.device.type, word_table.dtype).forward(*operands)
+    return registry.implementation("embed_norm", words.device.type, word_table.dtype).forward(*operands)
 
 
 def _backward(grad: Tensor, *operands: Any) -> Gradients:
-    chosen = slots.implementation("embed_norm", grad.device.type, grad.dtype)
+    chosen = registry.implementation("embed_norm", grad.device.type, grad.dtype)
     return chosen.backward(grad, *operands)  # type: ignore[return-value]
 
 
-slots.schemas.impl("embed_norm", _forward, "CompositeExplicitAutograd")
-slots.schemas.impl("embed_norm_backward", _backward, "CompositeExplicitAutograd")
+registry.schemas.impl("embed_norm", _forward, "CompositeExplicitAutograd")
+registry.schemas.impl("embed_norm_backward", _backward, "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake("fastgate::embed_norm", lib=slots.schemas)
+@torch.library.register_fake("fastgate::embed_norm", lib=registry.schemas)
 def _fake(words: Tensor, positions: Tensor, types: Tensor | None, word_table: Tensor, *rest: Any) -> Tensor:
     return word_table.new_empty((words.shape[0], word_table.shape[1]))
 
 
-@torch.library.register_fake("fastgate::embed_norm_backward", lib=slots.schemas)
+@torch.library.register_fake("fastgate::embed_norm_backward", lib=registry.schemas)
 def _fake_backward(grad: Tensor, *operands: Any) -> Gradients:
     return _empty_gradients(operands[3:6], operands[-1])
 
 
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    operands = slots.kept_operands(ctx)
+    operands = registry.kept_operands(ctx)
     given = dict(zip(OPERANDS, operands, strict=True))
     needs = dict(zip(OPERANDS, ctx.needs_input_grad, strict=True))
     wanted = sum(bit for name, bit in BIT.items() if needs[name])
-    call = _backward if slots.is_direct(grad) else torch.ops.fastgate.embed_norm_backward
+    call = _backward if registry.is_direct(grad) else torch.ops.fastgate.embed_norm_backward
     *tables, stacked = call(grad, *operands, wanted)
     found = {name: table for name, table in zip(TABLES, tables, strict=True) if needs[name]}
     for name, row in zip(_asked(wanted), stacked.unbind(0), strict=True):
@@ -164,7 +163,7 @@ def _plain(*operands: Any) -> Tensor:
     return _reference_forward(*given.values())
 
 
-_trained = slots.with_gradient("embed_norm", _forward, _differentiate, _plain)
+_trained = registry.with_gradient("embed_norm", _forward, _differentiate, _plain)
 
 
 def embed_norm(
@@ -205,7 +204,7 @@ def embed_norm(
         got = ", ".join(str(tuple(tensor.shape)) for tensor in (*tables, weight))
         _refuse("tables, weight", f"shapes {got}", "(number > 0, H) thrice, (H,)", "pass tables of one width")
     dtype = word_table.dtype
-    if dtype not in slots.DTYPES or position_table.dtype != dtype or type_table.dtype != dtype:
+    if dtype not in registry.DTYPES or position_table.dtype != dtype or type_table.dtype != dtype:
         got = ", ".join(str(table.dtype) for table in tables)
         _refuse("tables", got, "one floating dtype", "convert them before the call")
     if any(tensor.device != words.device for tensor in (positions, *tables, weight)):
@@ -221,10 +220,10 @@ def embed_norm(
             _refuse("weight2, norm_bias2", got, f"{tuple(shape)}", "match weight's shape")
     padding = _padding("padding_idx", padding_idx, word_table)
     position_padding = _padding("position_padding_idx", position_padding_idx, position_table)
-    seed = slots.draw_seed("embed_norm", dropout_p, words.device)
+    seed = registry.draw_seed("embed_norm", dropout_p, words.device)
     call: Callable[..., Tensor] = torch.ops.fastgate.embed_norm
-    if slots.is_direct(words) and slots.is_direct(word_table.data):
-        trained = slots.needs_gradient(*tables, weight, norm_bias, weight2, norm_bias2)
+    if registry.is_direct(words) and registry.is_direct(word_table.data):
+        trained = registry.needs_gradient(*tables, weight, norm_bias, weight2, norm_bias2)
         call = _trained if trained else _forward
     return call(
         words, positions, types, *tables, weight, norm_bias, eps,

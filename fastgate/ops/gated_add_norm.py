@@ -8,9 +8,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from fastgate import reference
 from fastgate.errors import ArgumentError, say
-from fastgate.ops import slots
+from fastgate.ops import reference, registry
 
 _SCHEMA = (
     "Tensor x, Tensor residual, Tensor weight, Tensor norm_bias, float eps, Tensor? bias, Tensor? gate, "
@@ -23,8 +22,8 @@ DX, DRESIDUAL = 1, 2
 PARAMETERS = ("bias", "gate", "scale", "shift", "weight", "norm_bias", "weight2", "norm_bias2")
 PARAMETER_BIT = {name: 4 << place for place, name in enumerate(PARAMETERS)}
 
-slots.schemas.define(f"gated_add_norm({_SCHEMA}) -> Tensor")
-slots.schemas.define(
+registry.schemas.define(f"gated_add_norm({_SCHEMA}) -> Tensor")
+registry.schemas.define(
     f"gated_add_norm_backward(Tensor grad, {_SCHEMA}, int wanted) -> (Tensor, Tensor, Tensor)"
 )
 
@@ -75,37 +74,37 @@ def _empty_gradients(x: Tensor, residual: Tensor, wanted: int) -> tuple[Tensor, 
     )
 
 
-slots.REFERENCE["gated_add_norm"] = slots.Implementation(
-    "reference", _reference_forward, _reference_backward, frozenset(slots.DTYPES)
+registry.REFERENCE["gated_add_norm"] = registry.Implementation(
+    "reference", _reference_forward, _reference_backward, frozenset(registry.DTYPES)
 )
 
 
 def _forward(x: Tensor, residual: Tensor, *operands: Any) -> Tensor:
-    chosen = slots.implementation("gated_add_norm", x.device.type, x.dtype, residual.dtype)
+    chosen = registry.implementation("gated_add_norm", x.device.type, x.dtype, residual.dtype)
     return chosen.forward(x, residual, *operands)
 
 
 def _backward(grad: Tensor, x: Tensor, residual: Tensor, *operands: Any) -> tuple[Tensor, Tensor, Tensor]:
-    chosen = slots.implementation("gated_add_norm", x.device.type, x.dtype, residual.dtype)
+    chosen = registry.implementation("gated_add_norm", x.device.type, x.dtype, residual.dtype)
     return chosen.backward(grad, x, residual, *operands)  # type: ignore[return-value]
 
 
-slots.schemas.impl("gated_add_norm", _forward, "CompositeExplicitAutograd")
-slots.schemas.impl("gated_add_norm_backward", _backward, "CompositeExplicitAutograd")
+registry.schemas.impl("gated_add_norm", _forward, "CompositeExplicitAutograd")
+registry.schemas.impl("gated_add_norm_backward", _backward, "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake("fastgate::gated_add_norm", lib=slots.schemas)
+@torch.library.register_fake("fastgate::gated_add_norm", lib=registry.schemas)
 def _fake(x: Tensor, residual: Tensor, *operands: Any) -> Tensor:
     return x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
 
 
-@torch.library.register_fake("fastgate::gated_add_norm_backward", lib=slots.schemas)
+@torch.library.register_fake("fastgate::gated_add_norm_backward", lib=registry.schemas)
 def _fake_backward(grad: Tensor, x: Tensor, residual: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     return _empty_gradients(x, residual, rest[-1])
 
 
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    operands = slots.kept_operands(ctx)
+    operands = registry.kept_operands(ctx)
     given = dict(zip(OPERANDS, operands, strict=True))
     needs = dict(zip(OPERANDS, ctx.needs_input_grad, strict=True))
     # Where u adds x and residual alike, one gradient serves both and is written once.
@@ -114,7 +113,7 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     wanted = sum(PARAMETER_BIT[name] for name in PARAMETERS if needs[name])
     wanted |= DX if needs["x"] and not shared else 0
     wanted |= DRESIDUAL if needs["residual"] else 0
-    call = _backward if slots.is_direct(grad) else torch.ops.fastgate.gated_add_norm_backward
+    call = _backward if registry.is_direct(grad) else torch.ops.fastgate.gated_add_norm_backward
     dx, dresidual, stacked = call(grad, *operands, wanted)
     found: dict[str, Tensor] = {}
     if needs["x"]:
@@ -126,7 +125,7 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return tuple(found.get(name) for name in OPERANDS)
 
 
-_trained = slots.with_gradient("gated_add_norm", _forward, _differentiate, _reference_forward)
+_trained = registry.with_gradient("gated_add_norm", _forward, _differentiate, _reference_forward)
 
 
 def gated_add_norm(
@@ -164,7 +163,7 @@ def gated_add_norm(
             "(..., H), (..., H), (H,), (H,)",
             "reshape them",
         )
-    if x.dtype not in slots.DTYPES or residual.dtype not in slots.DTYPES:
+    if x.dtype not in registry.DTYPES or residual.dtype not in registry.DTYPES:
         _refuse(
             "x, residual", f"{x.dtype}, {residual.dtype}", "floating dtypes", "convert them before the call"
         )
@@ -191,11 +190,11 @@ def gated_add_norm(
             _refuse_vector("weight2, norm_bias2", weight2 if weight2.shape != shape else norm_bias2, shape)
     if gate is not None:
         gate = _gate_tensor(gate, x)
-    seed = slots.draw_seed("gated_add_norm", dropout_p, x.device)
+    seed = registry.draw_seed("gated_add_norm", dropout_p, x.device)
     call: Callable[..., Tensor] = torch.ops.fastgate.gated_add_norm
-    if slots.is_direct(x):
+    if registry.is_direct(x):
         tensors = (x, residual, weight, norm_bias, bias, gate, scale, shift, weight2, norm_bias2)
-        call = _trained if slots.needs_gradient(*tensors) else _forward
+        call = _trained if registry.needs_gradient(*tensors) else _forward
     return call(
         x, residual, weight, norm_bias, eps,
         bias, gate, scale, shift, dropout_p, seed, weight2, norm_bias2, eps2,

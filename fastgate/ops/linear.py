@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgate.errors import Unsupported, say
-from fastgate.ops import derivatives, row_counts, slots
+from fastgate.ops import derivatives, registry, row_counts
 
 ONEDNN_DTYPES = (torch.float32, torch.bfloat16)
 PANELS = "packed_linear"  # the compiled product
@@ -72,10 +72,10 @@ class Packed:
         Raises Unsupported under autocast, where torch traces, if a gradient is wanted, or for another dtype.
         """
         if (
-            not slots.is_direct(x)
+            not registry.is_direct(x)
             or x.dtype != self.data.dtype
             or torch.is_autocast_enabled("cpu")
-            or slots.needs_gradient(x)
+            or registry.needs_gradient(x)
         ):
             got, wanted = "a frozen one in training, autocast or torch.compile", "one that is not packed"
             if x.dtype != self.data.dtype:
@@ -106,7 +106,7 @@ def _unpickled(data: Tensor, shape: tuple[int, int], joint: Packed | None) -> Pa
 
 def _together(dtype: torch.dtype, depth: int) -> int:
     """How many numbers of a row lie side by side in a panel; 0 where panels cannot be multiplied with."""
-    slots.implementation("linear_gelu", "cpu")  # the compiled library is loaded with the first op
+    registry.implementation("linear_gelu", "cpu")  # the compiled library is loaded with the first op
     library = torch.ops.fastgate_cpu
     if not hasattr(library, PANELS):
         return 0
@@ -137,7 +137,7 @@ def linear(x: Tensor, weight: Tensor | Packed) -> Tensor:
         return weight.product(x)
     if not takes(x, weight):
         return F.linear(x, weight)
-    return _Linear.apply(x, weight) if slots.needs_gradient(x, weight) else product(x, weight)
+    return _Linear.apply(x, weight) if registry.needs_gradient(x, weight) else product(x, weight)
 
 
 def takes(x: Tensor, weight: Tensor) -> bool:
@@ -147,7 +147,7 @@ def takes(x: Tensor, weight: Tensor) -> bool:
         and x.dtype in ONEDNN_DTYPES
         and x.dtype == weight.dtype
         and type(weight) in (Tensor, nn.Parameter)
-        and slots.is_direct(x)
+        and registry.is_direct(x)
         and not torch.is_autocast_enabled("cpu")
         and not missing_for_onednn()
     )

@@ -10,17 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgate.errors import ArgumentError, say
-from fastgate.ops import derivatives, linear, slots
+from fastgate.ops import derivatives, linear, registry
 
 # Bits of the backward's `wanted`.
 DX, DWEIGHT, DBIAS = 1, 2, 4
 
 _OPERANDS = "Tensor x, Tensor weight, Tensor? bias"
-slots.schemas.define(f"linear_gelu({_OPERANDS}) -> Tensor")
+registry.schemas.define(f"linear_gelu({_OPERANDS}) -> Tensor")
 # v: x W^T + b, which backward then need not make again.
-slots.schemas.define(f"linear_gelu_saving({_OPERANDS}) -> (Tensor y, Tensor v)")
+registry.schemas.define(f"linear_gelu_saving({_OPERANDS}) -> (Tensor y, Tensor v)")
 # v: None to make it again. wanted: the bits above; what is not wanted has no elements. db is float32, or 64.
-slots.schemas.define(
+registry.schemas.define(
     f"linear_gelu_backward(Tensor grad, Tensor? v, {_OPERANDS}, int wanted) -> (Tensor, Tensor, Tensor)"
 )
 
@@ -40,13 +40,13 @@ def linear_gelu(x: Tensor, weight: Tensor | linear.Packed, bias: Tensor | None =
     autocast = torch.is_autocast_enabled(x.device.type)
     _check(x, weight, bias, autocast)
     dtype = _autocast_dtype(x) if autocast else x.dtype
-    chosen = slots.implementation("linear_gelu", x.device.type, dtype)
+    chosen = registry.implementation("linear_gelu", x.device.type, dtype)
     if chosen.backend == "reference" or (chosen.backend == "onednn" and not linear.takes(x, weight)):
         return F.gelu(F.linear(x, weight, bias))
     if autocast:
         x, weight = x.to(dtype), weight.to(dtype)
-    direct = slots.is_direct(x)
-    if not slots.needs_gradient(x, weight, bias):
+    direct = registry.is_direct(x)
+    if not registry.needs_gradient(x, weight, bias):
         return (chosen.forward if direct else torch.ops.fastgate.linear_gelu)(x, weight, bias)
     return (_LinearGelu.apply if direct else torch.ops.fastgate.linear_gelu_saving)(x, weight, bias)[0]
 
@@ -64,8 +64,8 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, autocast: bool) -> No
     if bias is not None and (bias.dim() != 1 or bias.shape[0] != weight.shape[0]):
         _refuse("bias", f"shape {tuple(bias.shape)}", f"shape ({weight.shape[0]},)", "match weight's rows")
     dtypes = (x.dtype, weight.dtype, vector.dtype)
-    alike = dtypes[0] == dtypes[1] == dtypes[2] and dtypes[0] in slots.DTYPES
-    if not alike and not (autocast and slots.REFERENCE["linear_gelu"].dtypes.issuperset(dtypes)):
+    alike = dtypes[0] == dtypes[1] == dtypes[2] and dtypes[0] in registry.DTYPES
+    if not alike and not (autocast and registry.REFERENCE["linear_gelu"].dtypes.issuperset(dtypes)):
         wanted = "floating dtypes" if autocast else "one floating dtype"
         _refuse("x, weight, bias", ", ".join(map(str, dtypes)), wanted, "convert them, or use torch.autocast")
     if not x.device == weight.device == vector.device:
@@ -131,10 +131,10 @@ def _onednn_backward(
     return _from_product(grad, v, x, weight, wanted, linear.rows_gradient)
 
 
-def onednn() -> slots.Implementation:
+def onednn() -> registry.Implementation:
     """The CPU's, where `linear.missing_for_onednn` finds nothing: bias and GELU within the product."""
     saving = (_onednn_saving, _onednn_backward)
-    return slots.Implementation(
+    return registry.Implementation(
         "onednn", _onednn_forward, _onednn_backward, frozenset(linear.ONEDNN_DTYPES), saving
     )
 
@@ -148,17 +148,17 @@ def _empty_gradients(x: Tensor, weight: Tensor, wanted: int) -> tuple[Tensor, Te
     )
 
 
-slots.REFERENCE["linear_gelu"] = slots.Implementation(
+registry.REFERENCE["linear_gelu"] = registry.Implementation(
     "reference",
     _reference_forward,
     _reference_backward,
-    frozenset(slots.DTYPES),
+    frozenset(registry.DTYPES),
     (_reference_saving, _reference_backward),
 )
 
 
-def _chosen(x: Tensor) -> slots.Implementation:
-    return slots.implementation("linear_gelu", x.device.type, x.dtype)
+def _chosen(x: Tensor) -> registry.Implementation:
+    return registry.implementation("linear_gelu", x.device.type, x.dtype)
 
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -175,9 +175,9 @@ def _backward(grad: Tensor, v: Tensor | None, x: Tensor, *rest: Any) -> tuple[Te
     return _chosen(x).backward(grad, v, x, *rest)
 
 
-slots.schemas.impl("linear_gelu", _forward, "CompositeExplicitAutograd")
-slots.schemas.impl("linear_gelu_saving", _saving, "CompositeExplicitAutograd")
-slots.schemas.impl("linear_gelu_backward", _backward, "CompositeExplicitAutograd")
+registry.schemas.impl("linear_gelu", _forward, "CompositeExplicitAutograd")
+registry.schemas.impl("linear_gelu_saving", _saving, "CompositeExplicitAutograd")
+registry.schemas.impl("linear_gelu_backward", _backward, "CompositeExplicitAutograd")
 
 
 def _cast_by_autocast(op: Any) -> Any:
@@ -192,22 +192,24 @@ def _cast_by_autocast(op: Any) -> Any:
 
 
 for _key in ("AutocastCPU", "AutocastCUDA"):
-    slots.schemas.impl("linear_gelu", _cast_by_autocast(torch.ops.fastgate.linear_gelu), _key)
-    slots.schemas.impl("linear_gelu_saving", _cast_by_autocast(torch.ops.fastgate.linear_gelu_saving), _key)
+    registry.schemas.impl("linear_gelu", _cast_by_autocast(torch.ops.fastgate.linear_gelu), _key)
+    registry.schemas.impl(
+        "linear_gelu_saving", _cast_by_autocast(torch.ops.fastgate.linear_gelu_saving), _key
+    )
 
 
-@torch.library.register_fake("fastgate::linear_gelu", lib=slots.schemas)
+@torch.library.register_fake("fastgate::linear_gelu", lib=registry.schemas)
 def _fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-@torch.library.register_fake("fastgate::linear_gelu_saving", lib=slots.schemas)
+@torch.library.register_fake("fastgate::linear_gelu_saving", lib=registry.schemas)
 def _fake_saving(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     y = _fake(x, weight, bias)
     return y, torch.empty_like(y)
 
 
-@torch.library.register_fake("fastgate::linear_gelu_backward", lib=slots.schemas)
+@torch.library.register_fake("fastgate::linear_gelu_backward", lib=registry.schemas)
 def _fake_backward(
     grad: Tensor, v: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None, wanted: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -230,7 +232,7 @@ def _differentiate(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | No
     v, x, weight, bias = ctx.saved_tensors
     needs = ctx.needs_input_grad
     wanted = sum(bit for bit, need in zip((DX, DWEIGHT, DBIAS), needs, strict=True) if need)
-    call = _backward if slots.is_direct(grad) else torch.ops.fastgate.linear_gelu_backward
+    call = _backward if registry.is_direct(grad) else torch.ops.fastgate.linear_gelu_backward
     dx, dweight, dbias = call(grad, v, x, weight, bias, wanted)
     return (
         dx if needs[0] else None,
@@ -259,8 +261,8 @@ class _LinearGelu(torch.autograd.Function):
 
 
 torch.library.register_autograd(
-    "fastgate::linear_gelu", _differentiate, setup_context=_keep_operands, lib=slots.schemas
+    "fastgate::linear_gelu", _differentiate, setup_context=_keep_operands, lib=registry.schemas
 )
 torch.library.register_autograd(
-    "fastgate::linear_gelu_saving", _differentiate, setup_context=_keep_product, lib=slots.schemas
+    "fastgate::linear_gelu_saving", _differentiate, setup_context=_keep_product, lib=registry.schemas
 )

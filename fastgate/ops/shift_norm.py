@@ -8,9 +8,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from fastgate import reference
 from fastgate.errors import ArgumentError, say
-from fastgate.ops import slots
+from fastgate.ops import reference, registry
 
 _SCHEMA = (
     "Tensor x, Tensor linked, Tensor shift, Tensor scale, Tensor before, Tensor after, Tensor weight, "
@@ -22,8 +21,8 @@ DX = 1
 PARAMETERS = ("shift", "scale", "before", "after", "weight", "norm_bias")
 PARAMETER_BIT = {name: 2 << place for place, name in enumerate(PARAMETERS)}
 
-slots.schemas.define(f"shift_norm({_SCHEMA}) -> Tensor")
-slots.schemas.define(f"shift_norm_backward(Tensor grad, {_SCHEMA}, int wanted) -> (Tensor, Tensor)")
+registry.schemas.define(f"shift_norm({_SCHEMA}) -> Tensor")
+registry.schemas.define(f"shift_norm_backward(Tensor grad, {_SCHEMA}, int wanted) -> (Tensor, Tensor)")
 
 
 def _asked(wanted: int) -> list[str]:
@@ -48,41 +47,41 @@ def _reference_backward(grad: Tensor, *operands: Any) -> tuple[Tensor, Tensor]:
     return dx, parameters
 
 
-slots.REFERENCE["shift_norm"] = slots.Implementation(
-    "reference", reference.shift_norm, _reference_backward, frozenset(slots.DTYPES)
+registry.REFERENCE["shift_norm"] = registry.Implementation(
+    "reference", reference.shift_norm, _reference_backward, frozenset(registry.DTYPES)
 )
 
 
 def _forward(x: Tensor, *operands: Any) -> Tensor:
-    chosen = slots.implementation("shift_norm", x.device.type, x.dtype)
+    chosen = registry.implementation("shift_norm", x.device.type, x.dtype)
     return chosen.forward(x, *operands)  # type: ignore[no-any-return]
 
 
 def _backward(grad: Tensor, x: Tensor, *operands: Any) -> tuple[Tensor, Tensor]:
-    chosen = slots.implementation("shift_norm", x.device.type, x.dtype)
+    chosen = registry.implementation("shift_norm", x.device.type, x.dtype)
     return chosen.backward(grad, x, *operands)  # type: ignore[no-any-return]
 
 
-slots.schemas.impl("shift_norm", _forward, "CompositeExplicitAutograd")
-slots.schemas.impl("shift_norm_backward", _backward, "CompositeExplicitAutograd")
+registry.schemas.impl("shift_norm", _forward, "CompositeExplicitAutograd")
+registry.schemas.impl("shift_norm_backward", _backward, "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake("fastgate::shift_norm", lib=slots.schemas)
+@torch.library.register_fake("fastgate::shift_norm", lib=registry.schemas)
 def _fake(x: Tensor, *operands: Any) -> Tensor:
     return x.new_empty(x.shape)
 
 
-@torch.library.register_fake("fastgate::shift_norm_backward", lib=slots.schemas)
+@torch.library.register_fake("fastgate::shift_norm_backward", lib=registry.schemas)
 def _fake_backward(grad: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return _empty_gradients(x, rest[-1])
 
 
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    operands = slots.kept_operands(ctx)
+    operands = registry.kept_operands(ctx)
     given = dict(zip(OPERANDS, operands, strict=True))
     needs = dict(zip(OPERANDS, ctx.needs_input_grad, strict=True))
     wanted = sum(bit for name, bit in PARAMETER_BIT.items() if needs[name]) | (DX if needs["x"] else 0)
-    call = _backward if slots.is_direct(grad) else torch.ops.fastgate.shift_norm_backward
+    call = _backward if registry.is_direct(grad) else torch.ops.fastgate.shift_norm_backward
     dx, stacked = call(grad, *operands, wanted)
     found = {"x": dx} if needs["x"] else {}
     for name, row in zip(_asked(wanted), stacked.unbind(0), strict=True):
@@ -90,7 +89,7 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return tuple(found.get(name) for name in OPERANDS)
 
 
-_trained = slots.with_gradient("shift_norm", _forward, _differentiate, reference.shift_norm)
+_trained = registry.with_gradient("shift_norm", _forward, _differentiate, reference.shift_norm)
 
 
 def shift_norm(
@@ -119,14 +118,14 @@ def shift_norm(
     for name, vector in zip(PARAMETERS, vectors, strict=True):
         if vector.shape != x.shape[1:]:
             _refuse(name, f"shape {tuple(vector.shape)}", f"({x.shape[1]},)", "match x's last dimension")
-    if x.dtype not in slots.DTYPES or linked.dtype != torch.bool:
+    if x.dtype not in registry.DTYPES or linked.dtype != torch.bool:
         _refuse("x, linked", f"{x.dtype}, {linked.dtype}", "a floating dtype, bool", "convert them")
     if x.device != linked.device or x.device != weight.device:
         got = f"{x.device}, {linked.device}, {weight.device}"
         _refuse("x, linked, weight", got, "one device", "move them to x's device")
     call: Callable[..., Tensor] = torch.ops.fastgate.shift_norm
-    if slots.is_direct(x):
-        call = _trained if slots.needs_gradient(x, *vectors) else _forward
+    if registry.is_direct(x):
+        call = _trained if registry.needs_gradient(x, *vectors) else _forward
     return call(x, linked, *vectors, eps)
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .config import PruningConfig
-from .distill import Distill
-from .objective import Fixed, Sparsity, Speedup
-from .pruner import Pruner
+from fastgate.pruning.config import PruningConfig
+from fastgate.pruning.distillation import Distill
+from fastgate.pruning.objective import Fixed, Sparsity, Speedup
+from fastgate.pruning.pruner import Pruner
 
 if TYPE_CHECKING:
-    from .trainer import SelfPruningMixin, SelfPruningTrainer
+    from fastgate.pruning.trainer import SelfPruningMixin, SelfPruningTrainer
 
 __all__ = [
     "Distill",
@@ -28,6 +28,6 @@ def __getattr__(name: str) -> Any:
     """The Trainer of transformers, and accelerate, are imported on first use: a plain loop needs neither."""
     if name not in ("SelfPruningMixin", "SelfPruningTrainer"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from . import trainer
+    from fastgate.pruning import trainer
 
     return getattr(trainer, name)

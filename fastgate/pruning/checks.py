@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import ArgumentError, Unsupported, say
-from ..packed import PackedLinear
-from ..prune import refuse_adapters
-from ..state import EncoderState
+from fastgate.errors import ArgumentError, Unsupported, say
+from fastgate.models.handle import EncoderState
+from fastgate.models.pruning import refuse_adapters
+from fastgate.nn.packed_linear import PackedLinear
 
 
 def check_student(model: nn.Module) -> None:

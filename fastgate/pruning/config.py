@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from ..errors import ArgumentError, say
-from ..replacement import KINDS
-from .distill import Distill
-from .numbers import integer, number
-from .objective import Speedup, Target
-from .schedule import make_schedule
+from fastgate.errors import ArgumentError, say
+from fastgate.nn.replacement import KINDS
+from fastgate.pruning.distillation import Distill
+from fastgate.pruning.numbers import integer, number
+from fastgate.pruning.objective import Speedup, Target
+from fastgate.pruning.schedule import make_schedule
 
 GATES = ("hard_concrete", "exact")
 

@@ -8,8 +8,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from ..errors import ArgumentError, say
-from .measure import sum_over_ranks
+from fastgate.errors import ArgumentError, say
+from fastgate.pruning.calibration import sum_over_ranks
 
 LABELS = ("labels", "start_positions", "end_positions", "next_sentence_label")  # of transformers' heads
 POSITIONS = ("start_positions", "end_positions")

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import gates
-from ..errors import ArgumentError, say
-from .finite import OVERFLOWS, raise_not_finite
-from .measure import mean_over_ranks
-from .objective import Costs, Objective, lagrangian
+from fastgate.errors import ArgumentError, say
+from fastgate.nn import hard_concrete
+from fastgate.pruning.calibration import mean_over_ranks
+from fastgate.pruning.finite import OVERFLOWS, raise_not_finite
+from fastgate.pruning.objective import Costs, Objective, lagrangian
 
 # Where every gate starts, which is the most it can reach, P(open) = 0.98; and the least, 0.01. A gate that is
 # all but certain is drawn the same every time and has no gradient from the task: between several such, chance
@@ -56,7 +56,7 @@ class GateLearner:
         """(layers,) P(open) of each gate; with `exact` how far it is above those that the target closes."""
         scores = self.log_alpha.detach()
         if not self.exact:
-            return gates.p_open(scores)
+            return hard_concrete.p_open(scores)
         keep = self._keep(self._target)
         if keep in (0, scores.numel()):
             return torch.full_like(scores, float(keep > 0))
@@ -72,9 +72,9 @@ class GateLearner:
         """Draw the next step's gates, for a model on `device` and a reduction asked for of `target`."""
         self._target = target
         if self.exact:
-            z = gates.draw_exact(self.log_alpha, self._keep(target), self.generator)
+            z = hard_concrete.draw_exact(self.log_alpha, self._keep(target), self.generator)
         else:
-            z = gates.draw(self.log_alpha, self.generator)
+            z = hard_concrete.draw(self.log_alpha, self.generator)
         rows = [torch.autograd.grad(one, self.log_alpha, retain_graph=True)[0] for one in z.unbind()]
         self._set(z.detach(), torch.stack(rows), float(self._lagrangian().detach()), device)
 
@@ -157,7 +157,7 @@ class GateLearner:
     def _lagrangian(self) -> Tensor:
         if self.exact:
             return 0.0 * (self.log_alpha.sum() + self.multipliers.sum())
-        reduction = self.objective.reduction(gates.p_open(self.log_alpha), self.costs)
+        reduction = self.objective.reduction(hard_concrete.p_open(self.log_alpha), self.costs)
         return lagrangian(reduction, self._target, *self.multipliers.unbind())
 
     def _set(self, z: Tensor, jacobian: Tensor, value: float, device: torch.device) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..errors import ArgumentError, say
+from fastgate.errors import ArgumentError, say
 
 
 def number(

@@ -15,10 +15,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..errors import ArgumentError, say
-from ..gates import harden
-from ..plan import Sizes, flops, make_plan
-from .numbers import integer, number
+from fastgate.errors import ArgumentError, say
+from fastgate.nn.hard_concrete import harden
+from fastgate.pruning.numbers import integer, number
+from fastgate.runtime.plan import Sizes, flops, make_plan
 
 
 @dataclass(frozen=True)

@@ -12,22 +12,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import gates
-from ..errors import ArgumentError, CheckpointError, Unsupported, say
-from ..patch import patch
-from ..prune import prune
-from ..run import Record
-from ..state import check_module, encoder_state
-from .checks import check_batch, check_student, check_trainable, check_whole
-from .config import PruningConfig
-from .distill import SelfTeacher, Teacher, hidden_loss, outputs_loss, scores_of
-from .finite import HIDDEN, LAGRANGIAN, LOGITS, Finite
-from .learner import GateLearner
-from .measure import Measured
-from .numbers import number
-from .objective import Fixed, Objective
-from .schedule import RECOVER, SEARCH, WARM, Schedule, make_schedule
-from .swap import swap_tokens
+from fastgate.errors import ArgumentError, CheckpointError, Unsupported, say
+from fastgate.models.handle import check_module, encoder_state
+from fastgate.models.patching import patch
+from fastgate.models.pruning import prune
+from fastgate.nn import hard_concrete
+from fastgate.pruning.calibration import Measured
+from fastgate.pruning.checks import check_batch, check_student, check_trainable, check_whole
+from fastgate.pruning.config import PruningConfig
+from fastgate.pruning.distillation import SelfTeacher, Teacher, hidden_loss, outputs_loss, scores_of
+from fastgate.pruning.finite import HIDDEN, LAGRANGIAN, LOGITS, Finite
+from fastgate.pruning.learner import GateLearner
+from fastgate.pruning.numbers import number
+from fastgate.pruning.objective import Fixed, Objective
+from fastgate.pruning.schedule import RECOVER, SEARCH, WARM, Schedule, make_schedule
+from fastgate.pruning.token_swap import swap_tokens
+from fastgate.runtime.context import Record
 
 HISTORY = 400  # entries a run, about
 STATE = ("steps", "total", "kept", "learner", "measured", "history", "teacher_seconds")
@@ -633,7 +633,7 @@ class Pruner:
             return
         open_now = self.open_probabilities
         decided = self.kept is not None or self.learner.exact
-        expected = open_now if decided else gates.expected(self.learner.log_alpha.detach()).tolist()
+        expected = open_now if decided else hard_concrete.expected(self.learner.log_alpha.detach()).tolist()
         self.history.append(
             {
                 "step": self.steps,

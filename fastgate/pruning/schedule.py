@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..errors import ArgumentError, say
-from .numbers import integer
+from fastgate.errors import ArgumentError, say
+from fastgate.pruning.numbers import integer
 
 WARM, SEARCH, RECOVER = "warm", "search", "recover"
 

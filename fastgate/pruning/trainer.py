@@ -10,12 +10,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
-from .. import checkpoint
-from ..errors import ArgumentError, Unsupported, say
-from . import checkpoints
-from .config import PruningConfig
-from .pruner import Pruner
-from .sentences import is_sentence_model, watching
+from fastgate.errors import ArgumentError, Unsupported, say
+from fastgate.models import checkpoint
+from fastgate.pruning import trainer_checkpoints
+from fastgate.pruning.config import PruningConfig
+from fastgate.pruning.pruner import Pruner
+from fastgate.pruning.sentences import is_sentence_model, watching
 
 STATE_FILE = "pruning.pt"
 LEFT_OUT = "left_out"  # its entry for weights that the model's own file has not
@@ -144,9 +144,9 @@ class SelfPruningMixin:
         trainer: Any = self
         output_dir = Path(trainer.args.output_dir)
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = str(checkpoints.last_complete(output_dir))
+            resume_from_checkpoint = str(trainer_checkpoints.last_complete(output_dir))
         elif resume_from_checkpoint:
-            checkpoints.check_complete(Path(resume_from_checkpoint))
+            trainer_checkpoints.check_complete(Path(resume_from_checkpoint))
         if self.pruner.steps and not resume_from_checkpoint and trainer.model_init is None:
             self._refuse_second_training()
         self.pruner.engage()
@@ -236,14 +236,14 @@ class SelfPruningMixin:
 
     def _get_output_dir(self, trial: Any) -> str:
         folder: str = super()._get_output_dir(trial)  # type: ignore[misc]
-        return str(Path(folder) / checkpoints.ASIDE) if self._aside else folder
+        return str(Path(folder) / trainer_checkpoints.ASIDE) if self._aside else folder
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """The Trainer's checkpoint and the Pruner's state, written aside and renamed when it is whole."""
         trainer: Any = self
         run_dir = Path(self._get_output_dir(trial))
         name = f"checkpoint-{trainer.state.global_step}"
-        aside = run_dir / checkpoints.ASIDE / name
+        aside = run_dir / trainer_checkpoints.ASIDE / name
         if trainer.args.should_save:
             shutil.rmtree(aside.parent, ignore_errors=True)  # what a killed run left
         trainer.accelerator.wait_for_everyone()
@@ -260,11 +260,11 @@ class SelfPruningMixin:
         if trainer.args.should_save:
             torch.save(self.pruner.state_dict() | {LEFT_OUT: self._left_out()}, aside / STATE_FILE)
             trainer.state.save_to_json(str(aside / "trainer_state.json"))
-            checkpoints.seal(aside)
-            checkpoints.publish(aside, run_dir / name)
+            trainer_checkpoints.seal(aside)
+            trainer_checkpoints.publish(aside, run_dir / name)
             shutil.rmtree(aside.parent, ignore_errors=True)
             best = trainer.state.best_model_checkpoint
-            checkpoints.rotate(run_dir, trainer.args.save_total_limit, best, run_dir / name)
+            trainer_checkpoints.rotate(run_dir, trainer.args.save_total_limit, best, run_dir / name)
         trainer.accelerator.wait_for_everyone()
 
     def _left_out(self) -> dict[str, torch.Tensor]:

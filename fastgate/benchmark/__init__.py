@@ -1,0 +1,1 @@
+"""Timing a model against other runtimes on the same batches."""

@@ -1,0 +1,250 @@
+"""The peers `fastgate bench` times against: each makes a callable, batch -> logits, of Hugging Face's model.
+
+Each runs in the form that was the fastest of those tried (BERT, real batches of changing lengths, two cores):
+
+- sdpa, eager: transformers as it is.
+- compile: SDPA under torch.compile, with dynamic shapes and frozen weights. Compiling for each shape takes as
+  long as hundreds of batches and ran no faster; without freezing the weights are not laid out beforehand.
+- onnxruntime: the eager attention through the TorchScript exporter. Only in that graph does onnxruntime's
+  optimizer find all there is to fuse (attention, embedding, bias and gelu, residual and norm); in SDPA's and
+  in torch.export's graphs it finds no attention.
+- openvino: SDPA through OpenVINO's own PyTorch front end, for latency. The eager attention is as fast or
+  a little slower there; of ONNX graphs none was faster.
+
+onnxruntime and openvino are optional packages, imported when asked for: the extra `peers`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib.metadata
+import importlib.util
+import io
+import logging
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastgate.errors import FastgateError
+
+Batch = Mapping[str, Tensor]
+Run = Callable[[Batch], Tensor]
+
+
+class Unavailable(FastgateError):
+    """A peer cannot run here; the message is the reason, in one line."""
+
+
+@dataclass(frozen=True)
+class Peer:
+    """run: a batch (batch, length) -> its logits. form: in which form it runs, in one line."""
+
+    run: Run
+    form: str
+
+
+def build(names: Sequence[str], reference: Any, batch: Batch) -> tuple[dict[str, Peer], dict[str, str]]:
+    """(the peers of these names that run here, why the others do not).
+
+    reference: Hugging Face's model in evaluation mode, in the precision and on the device the peers shall
+    have; its weights are shared where they can be. batch: model inputs to trace it with; any other batch size
+    and length runs too. Threads are torch's at this moment.
+    """
+    built: dict[str, Peer] = {}
+    absent: dict[str, str] = {}
+    for name in names:
+        try:
+            built[name] = PEERS[name](reference, batch)
+        except Unavailable as reason:
+            absent[name] = str(reason)
+    return built, absent
+
+
+def twin(model: Any, attention: str | None = None) -> Any:
+    """A copy of a model that shares its weights, with another attention implementation if one is named."""
+    shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
+    found = copy.deepcopy(model, memo=shared)
+    if attention is not None:
+        found.set_attn_implementation(attention)
+    return found
+
+
+def _transformers(attention: str) -> Callable[[Any, Batch], Peer]:
+    def make(reference: Any, batch: Batch) -> Peer:
+        model = twin(reference, attention)
+        return Peer(lambda batch: model(**batch).logits, f"transformers, {attention} attention")
+
+    return make
+
+
+def _compiled(reference: Any, batch: Batch) -> Peer:
+    import torch._inductor.config as inductor
+
+    model = twin(reference, "sdpa")
+    if next(model.parameters()).is_cuda:
+        compiled = torch.compile(model, mode="reduce-overhead")
+        return Peer(lambda batch: compiled(**batch).logits, "torch.compile of sdpa, CUDA graphs")
+    torch._dynamo.reset()
+    compiled = torch.compile(model, dynamic=True)
+    seen: set[torch.Size] = set()
+
+    def run(batch: Batch) -> Tensor:
+        shape = batch["attention_mask"].shape
+        if shape in seen:
+            return compiled(**batch).logits
+        seen.add(shape)  # it may be compiled now: a batch size of 1 is a case of its own to torch.compile
+        with inductor.patch(freezing=True), torch.inference_mode():
+            return compiled(**batch).logits
+
+    with _quiet():
+        try:
+            run(batch)
+        except torch._inductor.exc.InductorError as error:
+            raise Unavailable(f"torch.compile failed: {str(error).splitlines()[0]}") from error
+    return Peer(run, "torch.compile of sdpa, dynamic shapes, frozen weights")
+
+
+def _onnxruntime(reference: Any, batch: Batch) -> Peer:
+    dtype = _need("onnxruntime", reference, "onnx", "onnxruntime")
+    if dtype != torch.float32:
+        # InferenceSession says so itself: NOT_IMPLEMENTED: could not find an implementation for MatMul(13).
+        raise Unavailable(
+            f"onnxruntime multiplies no matrices in {str(dtype).removeprefix('torch.')} on a CPU"
+        )
+    import onnxruntime
+
+    names = _inputs(batch)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.log_severity_level = 3
+    with tempfile.TemporaryDirectory() as folder, _quiet():
+        path = Path(folder) / "model.onnx"
+        fused = _fused_graph(reference, batch, path)
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    used = [given.name for given in session.get_inputs() if given.name in names]
+
+    def run(batch: Batch) -> Tensor:
+        (logits,) = session.run(None, {name: batch[name].numpy() for name in used})
+        return torch.from_numpy(logits)
+
+    nodes = ", ".join(f"{kind} {count}" for kind, count in fused.items())
+    return Peer(run, f"onnxruntime {onnxruntime.__version__}, fused: {nodes}")
+
+
+def _fused_graph(reference: Any, batch: Batch, path: Path) -> dict[str, int]:
+    """Write the model as ONNX, fused by onnxruntime's optimizer; returns the kinds it fused and how many."""
+    from onnxruntime.transformers import optimizer
+
+    names = _inputs(batch)
+    config = reference.config
+    axes = {name: {0: "batch", 1: "length"} for name in names} | {"logits": {0: "batch"}}
+    if _logits_per_token(reference):
+        axes["logits"][1] = "length"
+    torch.onnx.export(
+        _Positional(twin(reference, "eager"), names), tuple(batch[name] for name in names), str(path),
+        input_names=names, output_names=["logits"], dynamic_axes=axes, opset_version=17, dynamo=False,
+    )  # fmt: skip
+    graph = optimizer.optimize_model(
+        str(path), model_type="bert", num_heads=config.num_attention_heads, hidden_size=config.hidden_size,
+        opt_level=0,
+    )  # fmt: skip
+    graph.save_model_to_file(str(path))
+    return {kind: count for kind, count in graph.get_fused_operator_statistics().items() if count}
+
+
+def _openvino(reference: Any, batch: Batch) -> Peer:
+    dtype = _need("openvino", reference, "openvino")
+    # Its converter reports its use to a web service unless opted out of; without this module it has a stub.
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    import openvino
+
+    precision = {torch.float32: "f32", torch.bfloat16: "bf16"}[dtype]
+    settings = {
+        "INFERENCE_PRECISION_HINT": precision,
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    names = _inputs(batch)
+    model = twin(reference) if dtype == torch.float32 else copy.deepcopy(reference).float()
+    model.set_attn_implementation("sdpa")
+    with _quiet():
+        converted = openvino.convert_model(
+            _Positional(model, names),
+            example_input=tuple(batch[name] for name in names),
+            input=[([-1, -1], openvino.Type.i64) for _ in names],
+        )
+        compiled = openvino.Core().compile_model(converted, "CPU", settings)
+    runs_in = compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
+    if runs_in != precision:
+        raise Unavailable(f"openvino runs in {runs_in} on this processor, wanted {precision}")
+    request = compiled.create_infer_request()
+
+    def run(batch: Batch) -> Tensor:
+        found = request.infer([batch[name].numpy() for name in names], share_inputs=True)
+        return torch.from_numpy(found[0])
+
+    version = importlib.metadata.version("openvino")
+    return Peer(run, f"openvino {version}, {runs_in}, latency hint, PyTorch front end")
+
+
+class _Positional(nn.Module):
+    """The model with its inputs in the order of `names`, giving the logits alone: what exporters trace."""
+
+    def __init__(self, model: nn.Module, names: Sequence[str]):
+        super().__init__()
+        self.model, self.names = model.eval(), names
+        self.eval()
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.model(**dict(zip(self.names, inputs, strict=True))).logits
+
+
+def _need(name: str, reference: Any, *packages: str) -> torch.dtype:
+    """The dtype of the model; raises Unavailable if a package is missing or the model is not on the CPU."""
+    missing = [package for package in packages if importlib.util.find_spec(package) is None]
+    if missing:
+        raise Unavailable(f'no package {" and ".join(missing)}; pip install "fastgate[peers]"')
+    parameter = next(reference.parameters())
+    if parameter.device.type != "cpu":
+        raise Unavailable(f"{name} is timed on the CPU only, the model is on {parameter.device.type}")
+    return parameter.dtype
+
+
+def _inputs(batch: Batch) -> list[str]:
+    return [name for name in ("input_ids", "attention_mask", "token_type_ids") if name in batch]
+
+
+def _logits_per_token(reference: Any) -> bool:
+    return type(reference).__name__.endswith("ForTokenClassification")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Exporters and compilers talk about deprecations and tracing; none of it concerns who reads a table."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+PEERS: dict[str, Callable[[Any, Batch], Peer]] = {
+    "sdpa": _transformers("sdpa"),
+    "eager": _transformers("eager"),
+    "compile": _compiled,
+    "onnxruntime": _onnxruntime,
+    "openvino": _openvino,
+}

@@ -1,0 +1,236 @@
+"""`fastgate bench`: the same real batches through fastgate and its peers in turn, outputs compared first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from fastgate.benchmark.baselines import PEERS, Batch, Peer, build
+from fastgate.benchmark.batches import check_order, real_batches
+from fastgate.benchmark.equivalence import check_outputs, hold_peers
+from fastgate.benchmark.matmul_bound import Floor
+from fastgate.benchmark.model_variants import DTYPES, contenders
+from fastgate.benchmark.timing import Timing, interleave
+from fastgate.data.load import load_task
+from fastgate.env import environment
+from fastgate.errors import ArgumentError, say
+from fastgate.models.handle import encoder_state
+from fastgate.training.feasibility import check_rows
+
+SECONDS = 0.2  # of a contender on a batch, at least: small batches are run more often for steady medians
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Timings of one run, by contender: `fastgate`, the peers, and `floor`, the products alone.
+
+    tokens: attended tokens in all batches. max_difference: largest difference of any logit of fastgate's from
+    Hugging Face's. peers: in which form each peer ran. absent: why a peer did not.
+    """
+
+    timings: dict[str, Timing]
+    tokens: int
+    rows: int
+    padded: int
+    max_difference: float
+    kept: list[int]
+    peers: dict[str, str] = field(default_factory=dict)
+    absent: dict[str, str] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def ratio(self, rival: str) -> float:
+        """How many times faster fastgate is than `rival`, over all batches."""
+        return self.timings[rival].total / self.timings["fastgate"].total
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data: medians in milliseconds, ratios, tokens/s, share of the floor."""
+        contenders = {
+            name: {
+                "median_ms": 1e3 * timing.median,
+                "total_ms": 1e3 * timing.total,
+                "tokens_per_s": self.tokens / timing.total,
+                "rows_per_s": self.rows / timing.total,
+                "batches_ms": [1e3 * seconds for seconds in timing.batches],
+            }
+            for name, timing in self.timings.items()
+        }
+        return {
+            "settings": self.settings,
+            "kept": self.kept,
+            "rows": self.rows,
+            "tokens": self.tokens,
+            "filled": self.tokens / self.padded,
+            "max_difference": self.max_difference,
+            "peers": self.peers,
+            "absent": self.absent,
+            "contenders": contenders,
+            "ratio": {name: self.ratio(name) for name in self.timings if name not in ("fastgate", "floor")},
+            "floor_share": self.timings["floor"].total / self.timings["fastgate"].total,
+        }
+
+
+def compare(
+    ours: Any,
+    reference: Any,
+    batches: Sequence[Batch],
+    *,
+    against: Sequence[str] = ("sdpa", "eager"),
+    repeats: int = 3,
+    progress: Callable[[], None] | None = None,
+) -> Comparison:
+    """Check that `ours` computes what `reference` does, then time both, and the products alone, on every
+    batch.
+
+    against: names of peers.PEERS; one that cannot run here, or is not right, is left out with the reason.
+    Raises OutputsDiffer and times nothing if a logit of `ours` differs by more than TOLERANCES, ArgumentError
+    if no peer is left.
+    """
+    _check_peers(against)
+    device = next(ours.parameters()).device
+    batches = [{key: value.to(device) for key, value in batch.items()} for batch in batches]
+    peers, absent = build(against, reference, batches[0])
+    (found,) = compare_all({"": ours}, reference, batches, peers, absent, repeats=repeats, progress=progress)
+    return found
+
+
+def compare_all(
+    models: Mapping[str, Any],
+    reference: Any,
+    batches: Sequence[Batch],
+    peers: Mapping[str, Peer],
+    absent: Mapping[str, str],
+    *,
+    repeats: int = 3,
+    progress: Callable[[], None] | None = None,
+) -> list[Comparison]:
+    """As `compare`, for several models of ours that share the peers' timings; batches on the models' device.
+
+    peers, absent: what peers.build returned, whatever batch it was given. One Comparison a model, in their
+    order.
+    """
+    device = batches[0]["attention_mask"].device
+    worst = {name: check_outputs(model, reference, batches[:2]) for name, model in models.items()}
+    peers, wrong = hold_peers(peers, reference, batches[:2])
+    absent = {**absent, **wrong}
+    if not peers:
+        got = "; ".join(f"{name}: {why}" for name, why in absent.items())
+        raise ArgumentError(say("bench", "--against", got, "a peer that runs here", "name another"))
+    runs: dict[str, Callable[[Batch], object]] = {f"fastgate {n}": _call(m) for n, m in models.items()}
+    runs |= {name: peer.run for name, peer in peers.items()}
+    runs |= {f"floor {name}": Floor(model, batches) for name, model in models.items()}
+    timings = interleave(
+        runs, batches, repeats=repeats, seconds=SECONDS, device=device, progress=progress
+    )  # fmt: skip
+    return [
+        Comparison(
+            {
+                "fastgate": timings[f"fastgate {name}"],
+                **{peer: timings[peer] for peer in peers},
+                "floor": timings[f"floor {name}"],
+            },
+            tokens=sum(int(batch["attention_mask"].sum()) for batch in batches),
+            rows=sum(batch["attention_mask"].shape[0] for batch in batches),
+            padded=sum(batch["attention_mask"].numel() for batch in batches),
+            max_difference=worst[name],
+            kept=[i for i, gate in enumerate(encoder_state(model).gates) if gate != 0.0],
+            peers={name: peer.form for name, peer in peers.items()},
+            absent=absent,
+        )
+        for name, model in models.items()
+    ]
+
+
+def _check_peers(against: Sequence[str]) -> None:
+    unknown = [name for name in against if name not in PEERS]
+    if unknown or not against:
+        got = ", ".join(unknown) or "none"
+        raise ArgumentError(say("bench", "--against", got, " or ".join(PEERS), "pass one or more, by commas"))
+
+
+def _call(model: Any) -> Callable[[Batch], object]:
+    return lambda batch: model(**batch)
+
+
+def dtype_of(command: str, name: str) -> torch.dtype:
+    """The dtype of that name. Raises ArgumentError for one that nothing is compared in."""
+    if name not in DTYPES:
+        raise ArgumentError(say(command, "--dtype", repr(name), " or ".join(DTYPES), "pass one of these"))
+    return DTYPES[name]
+
+
+def bench(
+    model: str,
+    task_name: str,
+    data_dir: Path | None,
+    *,
+    against: Sequence[str],
+    keep: Sequence[int] | None,
+    batch_size: int,
+    batches: int,
+    order: str,
+    threads: int | None,
+    max_length: int,
+    console: Console,
+    dtype: str = "float32",
+) -> Comparison:
+    """The body of `fastgate bench`: load, check, time. `console` shows a progress bar."""
+    _check_peers(against)
+    precision = dtype_of("bench", dtype)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    check_order(order)
+    task = load_task(task_name, data_dir, max_train_rows=1)
+    ours, reference, tokenizer = contenders(model, task, keep, precision)
+    made = real_batches(
+        task, tokenizer, max_length=max_length, batch_size=batch_size, count=batches, order=order
+    )
+    check_rows("bench", "--max-length", [batch["input_ids"][0] for batch in made], ours)
+    with Progress(console=console, transient=True) as bar:
+        job = bar.add_task("timing", total=len(made))
+        found = compare(ours, reference, made, against=against, progress=lambda: bar.advance(job))
+    settings = {
+        "model": model,
+        "task": task_name,
+        "batch_size": batch_size,
+        "batches": len(made),
+        "order": order,
+        "max_length": max_length,
+        "dtype": dtype,
+        "environment": environment(),
+    }
+    return replace(found, settings=settings)
+
+
+def bench_table(found: Comparison) -> Table:
+    """What `to_dict` says, for the screen."""
+    data = found.to_dict()
+    settings = data["settings"]
+    threads = settings["environment"]["threads"]
+    title = (
+        f"{settings['model']}, {settings['dtype']}, {settings['task']}, "
+        f"batches of {settings['batch_size']} in {settings['order']} order, {data['filled']:.0%} filled, "
+        f"{threads} threads, kept {data['kept']}"
+    )
+    caption = "\n".join(
+        [
+            f"logits within {data['max_difference']:.0e} of Hugging Face's; floor: the products alone",
+            *data["peers"].values(),
+            *(f"{name} was not timed: {why}" for name, why in data["absent"].items()),
+        ]
+    )
+    table = Table(title=title, caption=caption)
+    for name in ("", "median ms a batch", "tokens/s", "fastgate is", "share of the floor"):
+        table.add_column(name, justify="left" if not name else "right")
+    total = found.timings["fastgate"].total
+    for name, numbers in data["contenders"].items():
+        ratio = f"{1e-3 * numbers['total_ms'] / total:.2f}x as fast" if name in data["ratio"] else ""
+        share = f"{found.timings['floor'].total / found.timings[name].total:.0%}"
+        table.add_row(name, f"{numbers['median_ms']:.1f}", f"{numbers['tokens_per_s']:,.0f}", ratio, share)
+    return table

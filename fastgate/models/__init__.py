@@ -1,0 +1,1 @@
+"""BERT and RoBERTa of transformers: patching, pruning, freezing, and checkpoints of them."""

@@ -1,0 +1,196 @@
+"""What `load` would build from a config, and where a model differs from it."""
+
+from __future__ import annotations
+
+import functools
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastgate.errors import Unsupported, say
+from fastgate.models.architectures import base_class
+from fastgate.models.checkpoint_config import KEY, Layout, is_pruned, plain_config, read_layout
+from fastgate.models.handle import encoder_state
+from fastgate.models.patching import SWAPPED, patch
+from fastgate.models.pruning import prune, refuse_adapters
+from fastgate.nn.packed_linear import PackedLinear
+from fastgate.nn.replacement import Replacement
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# Numbers of a module that a config decides and that no weight shows.
+_NUMBERS = ("eps", "num_attention_heads", "attention_head_size", "scaling", "padding_idx")
+# Buffers that are not saved, from one of the same shape.
+_BUFFERS = {
+    "position_ids": lambda like: torch.arange(like.shape[-1], device="cpu").expand(like.shape),
+    "token_type_ids": lambda like: torch.zeros(like.shape, dtype=torch.long, device="cpu"),
+}
+_REMEDY = "undo the change before saving, or save the weights with torch.save(model.state_dict(), path)"
+
+
+def build(cls: type[nn.Module], config: Any, layout: Layout) -> nn.Module:
+    """A patched and pruned model of a class of transformers, on the meta device: shapes without values."""
+    with torch.device("meta"):
+        return arrange(cls(config), layout)
+
+
+def arrange(model: nn.Module, layout: Layout) -> nn.Module:
+    """Patch and prune a dense model as `layout` says, in place; returns the model."""
+    patch(model, demand=layout.demand)
+    if len(layout.kept) < encoder_state(model).num_layers:
+        prune(model, layout.kept, layout.replacement)
+    return model
+
+
+def fill(model: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
+    """Give a model that `build` made its weights, on the CPU, and the buffers that are not saved."""
+    groups = shared(model.state_dict(keep_vars=True))
+    copies = {name: tensor.clone() for name, tensor in tensors.items()}
+    named = {other: tensor for name, tensor in copies.items() for other in groups[name]}
+    model.load_state_dict(named, strict=False, assign=True)
+    model.tie_weights()  # type: ignore[operator]
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_meta:
+                setattr(module, name, _BUFFERS[name](buffer))
+    return model.eval()
+
+
+def check(model: nn.Module, wanted: nn.Module, unused: tuple[str, ...]) -> None:
+    """Refuse, by name, what `wanted`, the model that `load` would build, has not or has otherwise.
+
+    unused: prefixes of names in `model` that are not saved. Raises Unsupported.
+    """
+    refuse_adapters("save", model)
+    mine, theirs = _modules(model, unused), _modules(wanted, unused)
+    for name in [*mine, *theirs]:
+        got, expected = mine.get(name), theirs.get(name)
+        if _kind(got) is not _kind(expected):
+            raise Unsupported(say("save", name, _named(got), _named(expected), _REMEDY))
+        for number in _NUMBERS:
+            value, other = getattr(got, number, None), getattr(expected, number, None)
+            if value != other:
+                raise Unsupported(say("save", f"{name}.{number}", value, f"{other}, as in config", _REMEDY))
+        _check_buffers(name, got)
+    _check_tensors(_tensors(model, unused), _tensors(wanted, unused))
+
+
+def _check_buffers(name: str, module: nn.Module | None) -> None:
+    """Refuse other values in buffers that are not saved than those that `fill` gives them."""
+    for key in () if module is None else module._non_persistent_buffers_set & _BUFFERS.keys():
+        buffer = module._buffers[key]  # type: ignore[union-attr]
+        if buffer is None or buffer.is_meta or torch.equal(buffer.cpu(), _BUFFERS[key](buffer)):
+            continue
+        remedy = f"pass {key} to each call instead"
+        raise Unsupported(say("save", f"{name}.{key}", "other values", "those of transformers", remedy))
+
+
+def check_hooks(model: nn.Module) -> None:
+    """Refuse hooks and replaced forwards, which no file can hold; those of transformers may stay."""
+    for name, module in model.named_modules():
+        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        foreign = [hook for hook in hooks if not _is_of_a_library(hook)]
+        replaced = module.__dict__.get("forward")
+        if foreign or (replaced is not None and not _is_of_a_library(replaced)):
+            got = "a replaced forward"
+            if foreign:
+                got = f"the hook {getattr(foreign[0], '__qualname__', foreign[0])}"
+            where, remedy = name or type(model).__name__, "remove it to save, and add it again after loading"
+            raise Unsupported(say("save", where, got, "a module without one", remedy))
+
+
+def _is_of_a_library(hook: Any) -> bool:
+    hook = getattr(hook, "func", hook)  # functools.partial
+    package = str(getattr(hook, "__module__", "")).partition(".")[0]
+    return package in ("transformers", "accelerate", "torch", "fastgate")
+
+
+def _modules(model: nn.Module, unused: tuple[str, ...]) -> dict[str, nn.Module]:
+    """Name -> module, without replacements: their kind is saved, and their tensors are compared."""
+    found = model.named_modules(remove_duplicate=False)
+    return {
+        name: module
+        for name, module in found
+        if not f"{name}.".startswith(unused) and type(module) is not Replacement
+    }
+
+
+def _kind(module: nn.Module | None) -> Any:
+    """The class that the state dict is of: a Linear's stays what it is when `freeze` packs it."""
+    if module is None:
+        return None
+    return nn.Linear if type(module) is PackedLinear else base_class(module)
+
+
+def _named(module: nn.Module | None) -> str:
+    if module is None:
+        return "no such module"
+    cls = _kind(module)
+    return cls.__name__ if cls.__module__.startswith(("torch.nn.modules", "transformers")) else str(cls)
+
+
+def _tensors(model: nn.Module, unused: tuple[str, ...]) -> dict[str, Any]:
+    return {name: t for name, t in model.state_dict(keep_vars=True).items() if not name.startswith(unused)}
+
+
+def _check_tensors(mine: dict[str, Any], wanted: dict[str, Any]) -> None:
+    for name in [*mine, *wanted]:
+        if name not in wanted or name not in mine:
+            got, expected = ("a tensor", "none") if name in mine else ("none", "a tensor")
+            raise Unsupported(say("save", name, got, f"{expected}, as the config has it", _REMEDY))
+        got, expected = mine[name], wanted[name]
+        if type(got) not in (nn.Parameter, Tensor):
+            remedy = "save the model before it is quantised or sharded"
+            raise Unsupported(say("save", name, type(got).__name__, "an ordinary tensor", remedy))
+        if got.device.type == "meta":
+            remedy = "load the model without offloading"
+            raise Unsupported(say("save", name, "no values on this device", "the weights in memory", remedy))
+        if got.shape != expected.shape:
+            shapes = tuple(got.shape), f"{tuple(expected.shape)}, as the config has it"
+            raise Unsupported(say("save", name, *shapes, _REMEDY))
+        if got.dtype != expected.dtype and (got.dtype not in DTYPES or expected.dtype not in DTYPES):
+            raise Unsupported(say("save", name, got.dtype, "float32, bfloat16, float16 or float64", _REMEDY))
+    for group, other in _unlike(mine, wanted):
+        got = f"shared by {', '.join(group)}" if len(group) > 1 else "a weight of its own"
+        expected = f"shared by {', '.join(other)}" if len(other) > 1 else "a weight of its own"
+        remedy = "give each layer its own weights (copy.deepcopy), or set config.tie_word_embeddings as it is"
+        raise Unsupported(say("save", group[0], got, expected, remedy))
+
+
+def _unlike(mine: dict[str, Any], wanted: dict[str, Any]) -> Iterator[tuple[list[str], list[str]]]:
+    """Names that are one parameter in one model and not in the other."""
+    groups, others = shared(mine), shared(wanted)
+    for name in mine:
+        if groups[name] != others[name]:
+            yield groups[name], others[name]
+
+
+def shared(tensors: dict[str, Any]) -> dict[str, list[str]]:
+    """Name -> all names of the same parameter, in the order of the state dict."""
+    names: dict[int, list[str]] = defaultdict(list)
+    for name, tensor in tensors.items():
+        names[id(tensor)].append(name)
+    return {name: names[id(tensor)] for name, tensor in tensors.items()}
+
+
+def _constructor(hf: type[nn.Module]) -> Any:
+    """`__init__` of a swapped class: what it makes is patched, and pruned if the config says so."""
+
+    @functools.wraps(hf.__init__)
+    def init(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        plain = plain_config(config)
+        hf.__init__(self, plain, *args, **kwargs)
+        layout = Layout(tuple(range(plain.num_hidden_layers)))
+        if is_pruned(config):
+            layout = read_layout(getattr(config, KEY, None), "config.json", plain.num_hidden_layers)
+        # A loader of transformers may read any row, whatever the rows were that fastgate.patch was told.
+        arrange(self, replace(layout, demand=None if layout.demand == "first" else layout.demand))
+
+    return init
+
+
+for _hf, _swapped in SWAPPED.items():
+    _swapped.__init__ = _constructor(_hf)  # type: ignore[method-assign]

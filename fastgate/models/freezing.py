@@ -1,0 +1,131 @@
+"""`freeze`: pack the weights of a patched model for inference on the CPU. `thaw` takes it back."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastgate.errors import ArgumentError, NothingPatched, Unsupported, say
+from fastgate.models.architectures import find_encoders
+from fastgate.models.handle import EncoderState, check_module
+from fastgate.nn.packed_linear import (
+    PackedLinear,
+    asks_for_gradients,
+    pack_linear,
+    unpack_linear,
+    without_gradients,
+)
+from fastgate.ops.linear import ONEDNN_DTYPES, Packed, missing_for_onednn, pack_together
+from fastgate.runtime.layer import is_plain, is_skipped, shifts_of
+
+
+def freeze(model: nn.Module) -> nn.Module:
+    """Lay the weights of plain Linears out as they are multiplied, in place; returns the model.
+
+    For inference on the CPU in float32 or bfloat16: the same outputs but for rounding, and the layers of an
+    encoder of nothing but plain modules run in one call. The packed weights replace the parameters, so they
+    can neither go stale nor be trained: a forward in training mode raises Unsupported, and so does a backward
+    through the outputs. No parameter's `requires_grad` is changed; if none asks for a gradient, outputs have
+    none. Weights that several modules share, and those that are read otherwise than by a product, stay as
+    they are. The state dict and `fastgate.save` hold ordinary weights. `fastgate.thaw(model)` gives the
+    Linears back. Freezing twice changes nothing.
+
+    Raises NothingPatched for a model that is not patched, ArgumentError for one in training mode or with soft
+    gates, Unsupported for other devices and dtypes or a torch without oneDNN.
+    """
+    check_module("freeze", model)
+    encoders = [item.encoder for item in find_encoders(model) if hasattr(item.encoder, "fastgate_runtime")]
+    if not encoders:
+        got = f"unpatched {type(model).__name__}"
+        raise NothingPatched(say("freeze", "model", got, "a patched model", "call fastgate.patch(model)"))
+    if model.training:
+        got = "a model in training mode"
+        raise ArgumentError(say("freeze", "model", got, "one in eval mode", "call model.eval() first"))
+    if missing_for_onednn():
+        raise Unsupported(say("freeze", "torch", missing_for_onednn(), "oneDNN", "run the model as it is"))
+    whole: set[nn.Module] = set()
+    for encoder in encoders:
+        state = EncoderState(encoder)
+        soft = [i for i, gate in enumerate(state.gates) if isinstance(gate, Tensor)]
+        if soft:
+            remedy = "harden the gates (Pruner.harden) first"
+            raise ArgumentError(say("freeze", "model", f"soft gates in layers {soft}", "0 or 1", remedy))
+        if state.runtime.demand in ("first", "start"):
+            whole |= _absorbed(state)
+    found = [module for module in model.modules() if is_plain(module) and module not in whole]
+    holders = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
+    packable: list[Any] = [module for module in found if holders[id(module.weight)] == 1]
+    kinds = {(module.weight.device.type, module.weight.dtype) for module in packable}
+    wrong = sorted(
+        f"{dtype} on {device}" for device, dtype in kinds if device != "cpu" or dtype not in ONEDNN_DTYPES
+    )
+    if wrong:
+        remedy = "run the model as it is, or convert it first"
+        raise Unsupported(say("freeze", "model", ", ".join(wrong), "float32 or bfloat16 on the CPU", remedy))
+    together = {}
+    for encoder in encoders:
+        for view in EncoderState(encoder).layers:
+            together.update(_joined(view.attention.self, set(packable)))
+    for module in packable:
+        pack_linear(module, together.get(module))
+    for encoder in encoders:
+        runtime = EncoderState(encoder).runtime
+        runtime.frozen = True
+        runtime.forget()
+    return model
+
+
+def thaw(model: nn.Module) -> nn.Module:
+    """Make Linears again of what `freeze` packed, in place; returns the model.
+
+    They are the modules that they were, with the parameters that they had where somebody still holds those,
+    such as an optimizer, and new ones elsewhere. A model that is not frozen stays as it is. Warns if such a
+    parameter was changed in place meanwhile: the frozen model did not have the change, the thawed one has it.
+    """
+    check_module("thaw", model)
+    edited = []
+    for name, module in model.named_modules():
+        if isinstance(module, PackedLinear):
+            if unpack_linear(module):
+                edited.append(f"{name}.weight")
+        elif hasattr(module, "fastgate_runtime"):
+            EncoderState(module).runtime.frozen = False
+    if edited:
+        names = ", ".join(edited[:3]) + (f" and {len(edited) - 3} more" if len(edited) > 3 else "")
+        message = f"thaw: {names} changed while the model was frozen, and its outputs did not follow"
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+    return model
+
+
+def forward_frozen(forward: Callable[..., Any], encoder: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """`forward` of a frozen encoder, which has no gradients: its outputs refuse a backward where something
+    asks for one."""
+    if not torch.is_grad_enabled():
+        return forward(encoder, *args, **kwargs)
+    given = (*args, *kwargs.values())
+    if any(isinstance(t, Tensor) and t.requires_grad for t in given) or asks_for_gradients(encoder):
+        return without_gradients(encoder.training, lambda: forward(encoder, *args, **kwargs))
+    return forward(encoder, *args, **kwargs)
+
+
+def _joined(attention: Any, found: set[nn.Linear]) -> dict[nn.Linear, Packed]:
+    """Query, key and value packed together, if all three are among `found` and of one shape."""
+    parts = [attention._modules.get(name) for name in ("query", "key", "value")]
+    if not found.issuperset(parts) or len({part.weight.shape for part in parts}) > 1:
+        return {}
+    return dict(zip(parts, pack_together([part.weight for part in parts]), strict=True))
+
+
+def _absorbed(state: EncoderState) -> set[nn.Module]:
+    """The key and value Linears of the last attention: with one query a sequence their weights are read."""
+    gates = state.gates
+    top = max((i for i, gate in enumerate(gates) if not is_skipped(gate)), default=-1)
+    if max(shifts_of(state.encoder.encoder.layer, gates), default=-1) >= top:
+        return set()
+    attention = state.layers[top].attention.self
+    return {attention.key, attention.value}

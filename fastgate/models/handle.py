@@ -1,0 +1,243 @@
+"""What a patched encoder carries beside its weights, and the handle on it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastgate.errors import ArgumentError, CheckpointError, NothingPatched, Unsupported, say
+from fastgate.models.architectures import find_encoders
+from fastgate.models.inspection import Inspections
+from fastgate.nn.replacement import Replacement
+from fastgate.runtime.compiled_plan import Programs
+from fastgate.runtime.context import Record
+from fastgate.runtime.cuda_graphs import DEVICES, Graphs
+from fastgate.runtime.layer import Gate, is_skipped, replacement_of
+
+POOLINGS = ("first", "mean")  # what a pooler reads: token 0, or the mean over the attended rows
+POOLING_KEY = "fastgate_pooling"  # where a config says it; without it: first
+
+
+@dataclass
+class Runtime:
+    """What a patched encoder carries beside its weights.
+
+    reads: the rows that what stands above it reads (families.DEMANDS), None if nothing known does. gates: one
+    an encoder layer: 1.0 the attention runs, 0.0 it is skipped, a 0-d tensor it is gated. record: where to
+    write what is computed, while recording. asked: the demand `patch` was called with, if any. graphs: those
+    captured for inference on a GPU; None: never. programs: what its layers run once they are frozen.
+    inspections: what its modules were found to be. pooling: one of POOLINGS. unfinished: the gates are being
+    learned, so their values now are no result. frozen: whether `freeze` has packed weights. removed: the
+    layers whose attention `prune` has dropped.
+    """
+
+    reads: str | None
+    gates: list[Gate] = field(default_factory=list)
+    record: Record | None = None
+    asked: str | None = None
+    graphs: Graphs | None = None
+    programs: Programs = field(default_factory=Programs)
+    inspections: Inspections = field(default_factory=Inspections)
+    pooling: str = "first"
+    unfinished: bool = False
+    frozen: bool = False
+    removed: tuple[int, ...] = ()
+
+    def forget(self) -> None:
+        """Let go of what was found in the modules, so that weights that were dropped are freed at once."""
+        self.inspections, self.programs = Inspections(), Programs()
+
+    @property
+    def demand(self) -> str:
+        """Rows to compute where a call does not say: `first`, `start`, `labelled`, `attended` or `every`."""
+        if self.pooling == "mean":
+            return "attended"
+        if self.asked == "all" and self.reads != "every":
+            return "attended"
+        return self.reads or ("first" if self.asked == "first" else "attended")
+
+    def captures(self, device: torch.device) -> bool:
+        """Whether forwards on `device` may be replayed from graphs."""
+        return self.graphs is not None and device.type in DEVICES
+
+
+@dataclass(frozen=True)
+class LayerView:
+    """One encoder layer: its index and the attention module of transformers."""
+
+    index: int
+    attention: Any
+
+
+class PrunedOtherwise(CheckpointError, RuntimeError):
+    """A state dict has attention in other layers than the model; a RuntimeError, as torch's own are."""
+
+
+class EncoderState:
+    """The handle on a patched encoder: its gates, replacements, and a way to record what it computes."""
+
+    def __init__(self, encoder: nn.Module):
+        self.encoder: Any = encoder
+
+    @property
+    def runtime(self) -> Runtime:
+        found: Runtime = self.encoder.fastgate_runtime
+        return found
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.encoder.encoder.layer)
+
+    @property
+    def layers(self) -> list[LayerView]:
+        return [LayerView(i, layer.attention) for i, layer in enumerate(self.encoder.encoder.layer)]
+
+    @property
+    def gates(self) -> list[Gate]:
+        return list(self.runtime.gates)
+
+    def set_gates(self, gates: Sequence[Gate]) -> None:
+        """One gate a layer: 1.0 the attention runs, 0.0 it is skipped, a 0-d tensor it is gated."""
+        if len(gates) != self.num_layers:
+            raise ArgumentError(
+                say(
+                    "set_gates",
+                    "gates",
+                    f"{len(gates)} values",
+                    f"{self.num_layers}, one a layer",
+                    "pass one a layer",
+                )
+            )
+        for i, gate in enumerate(gates):
+            if (isinstance(gate, Tensor) and gate.dim()) or (
+                not isinstance(gate, Tensor) and gate not in (0.0, 1.0)
+            ):
+                raise ArgumentError(
+                    say(
+                        "set_gates",
+                        f"gates[{i}]",
+                        gate,
+                        "0.0, 1.0 or a 0-d tensor",
+                        "harden it or pass a tensor",
+                    )
+                )
+            if self.is_removed(i) and not is_skipped(gate):
+                raise ArgumentError(
+                    say(
+                        "set_gates",
+                        f"gates[{i}]",
+                        gate,
+                        "0.0, as its weights were pruned",
+                        "load the unpruned model",
+                    )
+                )
+        self.runtime.gates = list(gates)
+
+    def is_removed(self, layer: int) -> bool:
+        """Whether `prune` has dropped the weights of this layer's attention."""
+        return hasattr(self.encoder.encoder.layer[layer].attention.self, "fastgate_removed")
+
+    def check_layers(self, where: str) -> None:
+        """Refuse layers added, removed or put in the place of others since `patch` and `prune`: the gates are
+        not theirs."""
+        if self.num_layers != len(self.runtime.gates):
+            remedy = (
+                "call fastgate.unpatch(model) before layers are added or removed, and fastgate.patch after"
+            )
+            wanted = f"{len(self.runtime.gates)}, as when the model was patched"
+            raise Unsupported(say(where, "encoder.layer", f"{self.num_layers} layers", wanted, remedy))
+        now = tuple(i for i in range(self.num_layers) if self.is_removed(i))
+        if now != self.runtime.removed:
+            got, wanted = f"attention pruned in layers {list(now)}", f"in layers {list(self.runtime.removed)}"
+            remedy = "put the layers back that were there, or change them before fastgate.prune"
+            raise Unsupported(
+                say(where, "encoder.layer", got, f"{wanted}, as fastgate.prune left it", remedy)
+            )
+
+    def check_state_dict(self, names: Collection[str], prefix: str) -> None:
+        """Refuse a state dict of a model that was pruned otherwise, before anything of it is loaded.
+
+        names: its names. prefix: of this encoder among them. While gates are learned, what is open now says
+        nothing. Raises PrunedOtherwise.
+        """
+        if self.runtime.unfinished:
+            return
+        kept = [i for i, gate in enumerate(self.gates) if not is_skipped(gate)]
+        layers = [f"{prefix}encoder.layer.{i}." for i in range(self.num_layers)]
+        there = [i for i, at in enumerate(layers) if any(n.startswith(f"{at}attention.self.") for n in names)]
+        lacking = [
+            i
+            for i, at in enumerate(layers)
+            if i in kept and i not in there and f"{at}output.dense.weight" in names
+        ]
+        if there and lacking:
+            got = f"attention of layers {there} and none of layers {lacking}"
+            remedy = "load it into a model that was pruned with the same layers to keep"
+            raise PrunedOtherwise(say("load_state_dict", "state_dict", got, f"that of layers {kept}", remedy))
+
+    def replacement(self, layer: int) -> Replacement | None:
+        return replacement_of(self.encoder.encoder.layer[layer])
+
+    def add_replacements(self, kind: str, layers: Sequence[int] | None = None) -> None:
+        """Give each layer (or those named) a replacement; one of the same kind keeps its values."""
+        for i, layer in enumerate(self.encoder.encoder.layer):
+            if layers is None or i in layers:
+                present = replacement_of(layer)
+                if present is None or present.kind != kind:
+                    # The LayerNorm may be wrapped, or have no weight of its own.
+                    norm = layer.attention.output.LayerNorm
+                    like = next(itertools.chain(norm.parameters(), layer.parameters()))
+                    hidden = self.encoder.config.hidden_size
+                    layer.attention.replacement = Replacement(kind, hidden, like.dtype, like.device)
+
+    def remove_replacements(self) -> None:
+        for layer in self.encoder.encoder.layer:
+            layer.attention._modules.pop("replacement", None)
+
+    @contextmanager
+    def record(self, whole: bool = True) -> Iterator[Record]:
+        """While open, each forward fills the yielded Record anew. whole: as in Record."""
+        record = Record(whole=whole)
+        self.runtime.record = record
+        try:
+            yield record
+        finally:
+            self.runtime.record = None
+
+
+def check_module(where: str, model: object) -> None:
+    """Refuse a name, a path or another object where a model is expected."""
+    if not isinstance(model, nn.Module):
+        remedy = "load it first: transformers.AutoModel.from_pretrained(name), or fastgate.load(path)"
+        got = " ".join(repr(model).split())[:80]
+        raise ArgumentError(say(where, "model", got, "a torch.nn.Module", remedy))
+
+
+def encoder_state(model: nn.Module, where: str = "encoder_state") -> EncoderState:
+    """The handle on the patched encoder inside `model`. where: the call that an error names.
+
+    Raises NothingPatched if there is none, ArgumentError if there are several.
+    """
+    check_module(where, model)
+    encoders = [item.encoder for item in find_encoders(model) if hasattr(item.encoder, "fastgate_runtime")]
+    if not encoders:
+        raise NothingPatched(
+            say(
+                where,
+                "model",
+                f"unpatched {type(model).__name__}",
+                "a patched model",
+                "call fastgate.patch(model)",
+            )
+        )
+    if len(encoders) > 1:
+        raise ArgumentError(
+            say(where, "model", f"{len(encoders)} encoders", "one", "pass the encoder you mean")
+        )
+    return EncoderState(encoders[0])

@@ -1,0 +1,109 @@
+"""The forwards of swapped heads: which rows a call reads, and language-model heads on those rows only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.modeling_outputs import MaskedLMOutput
+from transformers.utils import can_return_tuple
+
+from fastgate.errors import ArgumentError, say
+from fastgate.models.architectures import Family
+from fastgate.models.encoder_forward import checked_rows
+from fastgate.models.handle import Runtime
+from fastgate.runtime.unpadding import on_host
+
+
+def rows_read(head: Any, runtime: Runtime, given: dict[str, Any]) -> Tensor | None:
+    """(batch, length) bool, the rows that a call of a tagging or language-model head reads; None: attended.
+
+    The rows asked for and the labelled ones; in evaluation, or where `patch` was asked for all, a loss comes
+    with the logits of all attended rows. given: the call's arguments by name.
+    """
+    rows, labels, tokens = given.get("rows"), given.get("labels"), _tokens(given)
+    if tokens is None or (rows is None and labels is None):
+        return rows
+    shape = (tokens.shape[0], tokens.shape[1])
+    if rows is not None:
+        rows = checked_rows(rows, shape)
+    if labels is None:
+        return rows
+    if labels.numel() != shape[0] * shape[1]:
+        got = f"shape {tuple(labels.shape)}"
+        raise ArgumentError(
+            say("forward", "labels", got, f"one a token, {shape}", "pad labels as the input is")
+        )
+    labelled = (labels != -100).view(shape)
+    if rows is not None:
+        return rows.to(labelled.device) | labelled
+    if head.training and runtime.asked != "all":
+        return labelled
+    mask = given.get("attention_mask")
+    return labelled | mask.to(labelled.device).bool() if mask is not None and mask.shape == shape else None
+
+
+def _tokens(given: dict[str, Any]) -> Tensor | None:
+    ids: Tensor | None = given.get("input_ids")
+    return given.get("inputs_embeds") if ids is None else ids
+
+
+@can_return_tuple
+def masked_lm(head: Any, family: Family, rows: Tensor | None, given: dict[str, Any]) -> Any:
+    """What a language-model head returns for the rows read (see rows_read); the other rows' logits are zeros.
+
+    The product with the vocabulary costs, in a BERT-base, more than three layers: it runs on these rows only,
+    and so does the cross entropy, which is of labelled rows alone whatever stands in the others.
+    """
+    mask, tokens = given.get("attention_mask"), _tokens(given)
+    labels, following = given.get("labels"), given.get("next_sentence_label")
+    passed = {name: v for name, v in given.items() if name not in ("labels", "next_sentence_label")}
+    if tokens is not None and mask is not None and mask.shape != tokens.shape[:2]:
+        mask = tokens = None  # the encoder refuses it
+    if any(t is not None and t.device.type != "cpu" for t in (mask, rows)):
+        # One wait for both, before the encoder, which then has none.
+        mask, rows = on_host(None if mask is None else mask.bool(), rows)
+        passed |= {} if mask is None else {"attention_mask": mask}
+    index = None if tokens is None else _index(mask if rows is None else rows, tokens.device)
+    outputs = getattr(head, family.attribute)(**(passed | {"rows": rows, "return_dict": True}))
+    hidden = outputs.last_hidden_state
+    if outputs.hidden_states is not None or outputs.attentions is not None:
+        index = None  # every row is read then
+    flat = hidden.flatten(0, 1)
+    picked = flat if index is None else flat.index_select(0, index)
+    module = head.cls if hasattr(head, "cls") else head.lm_head
+    pretraining = hasattr(module, "seq_relationship")
+    scores: Tensor
+    relation: Any
+    scores, relation = module(picked, outputs.pooler_output) if pretraining else (module(picked), None)
+    logits = scores if index is None else _spread(scores, index, len(flat))
+    logits = logits.view(*hidden.shape[:2], -1)
+    loss = None
+    if labels is not None and (following is not None or not pretraining):
+        labels = labels.to(scores.device).flatten()
+        loss = F.cross_entropy(scores, labels if index is None else labels.index_select(0, index))
+    kept = {"hidden_states": outputs.hidden_states, "attentions": outputs.attentions}
+    if not pretraining:
+        return MaskedLMOutput(loss=loss, logits=logits, **kept)
+    if loss is not None and following is not None:
+        loss = loss + F.cross_entropy(relation.view(-1, 2), following.view(-1))
+    output = family.module.BertForPreTrainingOutput
+    return output(loss=loss, prediction_logits=logits, seq_relationship_logits=relation, **kept)
+
+
+def _index(rows: Tensor | None, device: torch.device) -> Tensor | None:
+    """(n,) int64 on the device: row b * length + t of each row to run the head on; None: all of them.
+
+    rows: (batch, length), None: all. On the host it is counted without a wait.
+    """
+    if rows is None:
+        return None
+    index = rows.flatten().nonzero().squeeze(1)
+    return None if len(index) == rows.numel() else index.to(device, non_blocking=True)
+
+
+def _spread(scores: Tensor, index: Tensor, rows: int) -> Tensor:
+    """(n, vocabulary) to (rows, vocabulary), zeros where no score is; on a CPU these are never written."""
+    return scores.new_zeros(rows, scores.shape[-1]).index_copy_(0, index, scores)

@@ -1,0 +1,1 @@
+"""The parts of a model that stand for torch modules, and the distribution of its gates."""

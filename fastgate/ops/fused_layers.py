@@ -1,0 +1,156 @@
+"""Halves of encoder layers from packed weights, for inference on the CPU: any number in one compiled call.
+
+What they compute is what their steps compute one by one. A small batch feels what the calls between cost, all
+the more as the weights that pass through the caches push out what the calls need.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastgate.ops import registry
+from fastgate.ops.linear import ONEDNN_DTYPES, Packed
+
+CALL = "packed_layers"  # the compiled op
+OPS = ("attention", "absorbed_attention", "gated_add_norm", "shift_norm")  # what it calls, besides products
+ATTENTION, ABSORBED, FEED_FORWARD, SHIFT_NORM = range(4)  # kinds of halves, as csrc/ops.h has them
+ALL_ROWS = -1  # the reach of a shift_norm that leaves no row out
+NORM = 4  # place of the first LayerNorm's weight and bias in the operands of a feed-forward half
+
+
+class Norm(NamedTuple):
+    """A LayerNorm's operands, (H,) each, and those of a second one behind it, where there is one."""
+
+    weight: Tensor
+    bias: Tensor
+    eps: float
+    weight2: Tensor | None = None
+    norm_bias2: Tensor | None = None
+    eps2: float = 0.0
+
+
+class Product(NamedTuple):
+    """A Linear: its packed weight (N, K), its bias (N,) or None."""
+
+    weight: Packed
+    bias: Tensor | None
+
+
+class Half(NamedTuple):
+    """A half of a layer as the compiled op takes it. size: heads, columns of the first product, or a shift's
+    reach. numbers: eps, and attention's scale or the second eps. norm: computes the weight and bias of the
+    first LayerNorm, which are the operands from NORM on, where they are no parameters."""
+
+    kind: int
+    size: int
+    numbers: tuple[float, float]
+    operands: tuple[Tensor | None, ...]
+    norm: Callable[[], tuple[Tensor, Tensor]] | None = None
+
+
+def runs(h: Tensor) -> bool:
+    """Whether halves may run on rows like these, (rows, H): the compiled kernels are what runs their steps,
+    and nothing traces, wants a gradient or casts."""
+    return (
+        h.dtype in ONEDNN_DTYPES
+        and h.device.type == "cpu"
+        and registry.is_direct(h)
+        and not registry.needs_gradient(h)
+        and not torch.is_autocast_enabled("cpu")
+        and all(registry.implementation(op, "cpu").backend == "cpp" for op in OPS)
+        and hasattr(torch.ops.fastgate_cpu, CALL)
+    )
+
+
+def attention_half(
+    qkv: Packed,
+    biases: tuple[Tensor | None, Tensor | None, Tensor | None],
+    heads: int,
+    scale: float,
+    output: Product,
+    norm: Norm,
+) -> Half:
+    """h -> LayerNorm(h + output(attention of h's rows in each sequence)).
+
+    qkv: (3 H, H), query, key and value below one another; biases: theirs.
+    """
+    operands = (qkv.data, *biases, output.weight.data, output.bias, norm.weight, norm.bias)
+    return Half(ATTENTION, heads, (norm.eps, scale), operands)
+
+
+def absorbed_half(
+    query: Product,
+    key: Tensor,
+    value: Tensor,
+    value_bias: Tensor | None,
+    heads: int,
+    scale: float,
+    output: Product,
+    norm: Norm,
+) -> Half | None:
+    """h -> LayerNorm(h[wanted] + output(absorbed attention of h[wanted] over h's rows in each sequence)).
+
+    key, value: (H, H). None but for an H that is a multiple of 16.
+    """
+    if key.shape[0] % 16:
+        return None
+    operands = (query.weight.data, query.bias, key, value, value_bias, output.weight.data, output.bias)
+    return Half(ABSORBED, heads, (norm.eps, scale), (*operands, norm.weight, norm.bias))
+
+
+def feed_forward_half(
+    up: Product, down: Product, norm: Norm, anew: Callable[[], tuple[Tensor, Tensor]] | None = None
+) -> Half:
+    """h -> LayerNorm(h + down(gelu(up(h)))), and a second LayerNorm where `norm` has one.
+
+    anew: computes the first one's weight and bias, where they are no parameters.
+    """
+    operands = (up.weight.data, up.bias, down.weight.data, down.bias, norm.weight, norm.bias)
+    second = (norm.weight2, norm.norm_bias2)
+    return Half(FEED_FORWARD, up.weight.shape[0], (norm.eps, norm.eps2), (*operands, *second), anew)
+
+
+def shift_half(vectors: tuple[Tensor, Tensor, Tensor, Tensor], norm: Norm, reach: int | None = None) -> Half:
+    """h -> LayerNorm(h + r(h)), as shift_norm. vectors: shift, scale, before, after, (H,) each.
+
+    reach: h are the rows up to reach + 1 links away from those that are read, and those up to `reach` away
+    are what comes of it; None: all rows, of all.
+    """
+    size = ALL_ROWS if reach is None else reach
+    return Half(SHIFT_NORM, size, (norm.eps, 0.0), (*vectors, norm.weight, norm.bias))
+
+
+class Stretch:
+    """Halves that follow one another, as one compiled call."""
+
+    def __init__(self, halves: Sequence[Half]):
+        self.operands = [t for half in halves for t in half.operands]
+        begins = itertools.accumulate((len(half.operands) for half in halves), initial=0)
+        places = zip(begins, halves, strict=False)
+        self.anew = [(at + NORM, half.norm) for at, half in places if half.norm is not None]
+        self.kinds = [number for half in halves for number in (half.kind, half.size)]
+        self.numbers = [number for half in halves for number in half.numbers]
+        reaches = {half.size for half in halves if half.kind == SHIFT_NORM}
+        self.shifts, self.narrows = bool(reaches), bool(reaches - {ALL_ROWS})
+
+    def __call__(self, h: Tensor, cu_seqlens: Tensor, wanted: Tensor | None, links: list[Tensor]) -> Tensor:
+        """From rows (rows, H) to rows of that dtype and width.
+
+        cu_seqlens: (sequences + 1,) int32, their ends. wanted: (sequences,) int64, a row of each sequence,
+        for an absorbed half. links: if `shifts`, one tensor, (rows,) bool, as shift_norm takes it; if
+        `narrows`, two for each reach from 0 up: that of the rows up to reach + 1 links away, and which of
+        those are up to `reach` away, int64.
+        """
+        operands = self.operands
+        if self.anew:
+            operands = list(operands)
+            for at, norm in self.anew:
+                operands[at : at + 2] = norm()
+        call = torch.ops.fastgate_cpu.packed_layers.default
+        found: Tensor = call(h, operands, self.kinds, self.numbers, cu_seqlens, wanted, links)
+        return found

@@ -1,0 +1,115 @@
+"""Rows of sequences one after another, and how what the host knows of them reaches the device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+HOST = torch.device("cpu")
+# Where each tensor of a joint copy begins, in bytes: kernels read 16 at a time.
+ALIGNMENT = 16
+
+
+def on_device(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Host tensors on the device: one copy, which the host does not wait for."""
+    if device.type == "cpu":
+        return list(tensors)
+    places, size = place_bytes({i: (t.numel(), t.dtype) for i, t in enumerate(tensors)})
+    on_gpu = device.type == "cuda"
+    # Torch's allocator does not hand pinned memory out again before its copies are done.
+    staging = torch.empty(size, dtype=torch.uint8, device=HOST, pin_memory=on_gpu)
+    for t, (begin, end, dtype) in zip(tensors, places.values(), strict=True):
+        staging[begin:end].view(dtype).copy_(t.reshape(-1))
+    there = staging.to(device, non_blocking=True)
+    if on_gpu and torch.cuda.is_current_stream_capturing():
+        _captured.append(staging)
+    return [
+        there[begin:end].view(dtype).view(t.shape)
+        for t, (begin, end, dtype) in zip(tensors, places.values(), strict=True)
+    ]
+
+
+# What copies in graphs of the callers' own read at every replay.
+_captured: list[Tensor] = []
+Name = TypeVar("Name")
+
+
+def place_bytes(
+    sizes: Mapping[Name, tuple[int, torch.dtype]],
+) -> tuple[dict[Name, tuple[int, int, torch.dtype]], int]:
+    """((begin, end, dtype) of as many numbers each where they lie one after another, bytes in all)."""
+    places, size = {}, 0
+    for name, (count, dtype) in sizes.items():
+        end = size + count * dtype.itemsize
+        places[name] = (size, end, dtype)
+        size = -(-end // ALIGNMENT) * ALIGNMENT
+    return places, size
+
+
+def ends_of(lengths: Sequence[int]) -> Tensor:
+    """(sequences + 1,) int32 on the host."""
+    ends = torch.tensor((0, *lengths), dtype=torch.int32, device=HOST)
+    return torch.cumsum(ends, 0, dtype=torch.int32)
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """Rows of sequences one after another: `lengths` on the host, `cu_seqlens` (sequences + 1,) int32."""
+
+    lengths: tuple[int, ...]
+    device: torch.device
+
+    @staticmethod
+    def of(cu_seqlens: Tensor) -> Ragged:
+        """From (sequences + 1,) ends; brings them to the host."""
+        return Ragged(tuple(cu_seqlens.diff().tolist()), cu_seqlens.device)
+
+    @cached_property
+    def cu_seqlens(self) -> Tensor:
+        return on_device([ends_of(self.lengths)], self.device)[0]
+
+    @property
+    def rows(self) -> int:
+        return sum(self.lengths)
+
+    @cached_property
+    def longest(self) -> int:
+        return max(self.lengths, default=0)
+
+    @cached_property
+    def equal(self) -> bool:
+        """Every sequence is as long as the longest."""
+        return all(n == self.longest for n in self.lengths)
+
+    @cached_property
+    def padded(self) -> tuple[Tensor, Tensor]:
+        """(flat, mask): where rows stand in a (sequences, longest) grid, and which places are rows."""
+        lengths = torch.tensor(self.lengths, dtype=torch.int64, device=HOST)
+        mask = torch.arange(self.longest, device=HOST) < lengths[:, None]
+        flat, mask = on_device([true_places(mask), mask], self.device)
+        return flat, mask
+
+    @cached_property
+    def sequence_of_row(self) -> Tensor:
+        """(rows,) int64."""
+        lengths = torch.tensor(self.lengths, dtype=torch.int64, device=HOST)
+        found = torch.repeat_interleave(torch.arange(len(self.lengths), device=HOST), lengths)
+        return on_device([found], self.device)[0]
+
+    def grid(self, rows: Tensor) -> Tensor:
+        """(rows, hidden) -> (sequences, longest, hidden), zeros where no row is."""
+        shape = (len(self.lengths), self.longest, rows.shape[-1])
+        if self.equal:
+            return rows.view(shape)
+        flat, _ = self.padded
+        return rows.new_zeros(shape[0] * shape[1], shape[2]).index_copy(0, flat, rows).view(shape)
+
+
+def true_places(flags: Tensor) -> Tensor:
+    """(n,) int64: where a flattened bool tensor is true."""
+    return flags.flatten().nonzero().squeeze(1)

@@ -1,0 +1,77 @@
+"""Choices of attention to keep that learn nothing, or little: the controls of learned gates."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastgate.errors import ArgumentError, say
+from fastgate.models.handle import encoder_state
+from fastgate.pruning.modes import evaluating
+from fastgate.pruning.numbers import integer
+
+
+def random_choice(layers: int, keep: int, seed: int) -> list[int]:
+    """`keep` of `layers` at random."""
+    _check(layers, keep)
+    order = torch.randperm(layers, generator=torch.Generator().manual_seed(seed)).tolist()
+    return sorted(order[:keep])
+
+
+def top_drop(layers: int, keep: int) -> list[int]:
+    """Drop from the top: the lowest `keep` layers stay."""
+    _check(layers, keep)
+    return list(range(keep))
+
+
+def every_other(layers: int, keep: int) -> list[int]:
+    """`keep` layers evenly spaced from the bottom: 0, 3 for two of six."""
+    _check(layers, keep)
+    return [i * layers // keep for i in range(keep)]
+
+
+@torch.no_grad()
+def greedy_by_loss(model: nn.Module, batches: Sequence[Mapping[str, Tensor]], keep: int) -> list[int]:
+    """Close one attention after the other, each time the one that raises the loss on `batches` least.
+
+    model: patched, every gate open, returns `.loss` for a batch with labels. Its gates and mode are left as
+    they were.
+    """
+    state = encoder_state(model)
+    _check(state.num_layers, keep)
+    if not batches:
+        raise ArgumentError(
+            say("greedy_by_loss", "batches", 0, "one or more", "pass labelled batches of training data")
+        )
+    before = state.gates
+    kept = list(range(state.num_layers))
+    try:
+        with evaluating(model):
+            while len(kept) > keep:
+                losses = {drop: _loss(model, state, batches, [i for i in kept if i != drop]) for drop in kept}
+                kept.remove(min(kept, key=lambda i: (losses[i], i)))
+    finally:
+        state.set_gates(before)
+    return kept
+
+
+def _loss(model: nn.Module, state: Any, batches: Sequence[Mapping[str, Tensor]], kept: list[int]) -> float:
+    """The mean loss with only `kept` running. Raises ArgumentError if it is not a number: no layer would then
+    be better than another."""
+    state.set_gates([1.0 if i in kept else 0.0 for i in range(state.num_layers)])
+    losses = [model(**batch).loss for batch in batches]
+    mean = math.nan if None in losses else sum(float(loss) for loss in losses) / len(losses)
+    if not math.isfinite(mean):
+        got = "no loss" if None in losses else f"a loss of {mean}"
+        remedy = "pass batches with labels, and a model whose weights are finite"
+        raise ArgumentError(say("greedy_by_loss", "batches", got, "a finite loss", remedy))
+    return mean
+
+
+def _check(layers: int, keep: int) -> None:
+    remedy = "keep at least one attention, at most all"
+    integer("criteria", "keep", keep, f"1 to {layers}", remedy, lambda k: 0 < k <= layers)

@@ -1,0 +1,335 @@
+"""Distillation: logits at a temperature, hidden states layer to layer on the rows the student computes."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastgate.errors import ArgumentError, say
+from fastgate.models.architectures import base_class
+from fastgate.models.handle import encoder_state
+from fastgate.models.patching import patch
+from fastgate.pruning.finite import IGNORED, LABELS
+from fastgate.pruning.modes import evaluating
+from fastgate.pruning.numbers import number
+from fastgate.pruning.sentences import is_sentence_model
+
+Hidden = Sequence[tuple[Tensor, Tensor]]  # (index, rows) of the embeddings and of each layer
+SCORES = ("logits", "start_logits", "end_logits", "prediction_logits", "seq_relationship_logits", "scores")
+EMBEDDING = "sentence_embedding"  # the output of a model of sentence-transformers
+REGRESSION, MULTI_LABEL, ONE_LABEL = (
+    "regression",
+    "multi_label_classification",
+    "single_label_classification",
+)  # as transformers names them in `config.problem_type`
+
+
+@dataclass(frozen=True)
+class Distill:
+    """How a teacher is listened to.
+
+    logits, hidden: weights of the two terms; temperature: of the logits. labels: weight of the task's own
+    loss beside them, and dropout: the student's, where a dense teacher teaches. It has learned from the
+    labels already, and dropout blurs what is matched. swap: share of the tokens that are swapped for others
+    of the batch in every other step, where a dense teacher teaches: rows beyond those of the task, which it
+    alone labels. A model that teaches itself has nothing else to learn from: its loss and its dropout stay.
+    The scores of a single-label head are compared by the divergence of their softmax, those of a multi-label
+    head by that of each label's sigmoid, those of a regression by the squared difference. Embeddings of
+    sentence-transformers are compared by one minus their cosine, with the weight of `logits`.
+    The defaults are what was found best for texts, `for_tokens` for tagging: docs/FINDINGS.md.
+    """
+
+    logits: float = 1.0
+    hidden: float = 2.0
+    temperature: float = 2.0
+    labels: float = 0.3
+    dropout: float = 0.0
+    swap: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name in ("logits", "hidden", "labels"):
+            self._check(name, "0 or more", "0 turns the term off", lambda x: x >= 0.0)
+        self._check("dropout", "a probability below 1", "0.1 is BERT's own", lambda x: 0.0 <= x < 1.0)
+        self._check("swap", "a share from 0 to 1", "0 swaps nothing", lambda x: 0.0 <= x <= 1.0)
+        self._check("temperature", "above 0", "2.0 is usual", lambda x: x > 0.0)
+
+    def _check(self, name: str, wanted: str, remedy: str, fits: Callable[[float], bool]) -> None:
+        object.__setattr__(self, name, number("Distill", name, getattr(self, name), wanted, remedy, fits))
+
+    @classmethod
+    def for_tokens(cls) -> Distill:
+        """For tagging: a label a token is much to learn from, so the student trains as its teacher did."""
+        return cls(hidden=10.0, labels=1.0, dropout=0.1, swap=0.0)
+
+    @property
+    def teaches(self) -> bool:
+        """Whether there is a term of it at all."""
+        return bool(self.logits or self.hidden)
+
+
+@dataclass
+class Lesson:
+    """What the teacher says about one batch: its outputs and its hidden states."""
+
+    outputs: Any
+    hidden: list[tuple[Tensor, Tensor]]
+
+
+class Teacher:
+    """A frozen dense model, patched: it too computes no row nobody reads. Its outputs stay as they were.
+
+    student: the patched model it teaches. Raises ArgumentError if its scores, or with `distill.hidden` its
+    hidden states, cannot be compared with the student's. `release` gives its mode and flags back.
+    """
+
+    def __init__(self, model: nn.Module, student: nn.Module, distill: Distill):
+        _check_shared(model, student)
+        self.model = patch(model)
+        self.state = encoder_state(model)
+        _check_alike(model, student, distill)
+
+    def engage(self) -> None:
+        """Put it in eval mode and freeze it."""
+        modes = {name: module.training for name, module in self.model.named_modules()}
+        flags = {name: p.requires_grad for name, p in self.model.named_parameters()}
+        *_, teachers = _at_work.setdefault(self.model, (modes, flags, weakref.WeakSet()))
+        teachers.add(self)
+        self.model.eval().requires_grad_(False)
+
+    def release(self) -> None:
+        """Give every module its mode back, and every parameter its flag, once no other Pruner needs it."""
+        modes, flags, teachers = _at_work.get(self.model, ({}, {}, weakref.WeakSet()))
+        teachers.discard(self)
+        if teachers or self.model not in _at_work:
+            return
+        del _at_work[self.model]
+        for name, module in self.model.named_modules():
+            module.training = modes.get(name, module.training)
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(flags.get(name, parameter.requires_grad))
+
+    @torch.no_grad()
+    def __call__(self, inputs: Mapping[str, Any], want_hidden: bool) -> Lesson:
+        return _ask(self.model, self.state, inputs, want_hidden)
+
+
+# A model that teaches -> its modes and its flags before it did, by name, and the Teachers at work with it.
+_at_work: weakref.WeakKeyDictionary[
+    nn.Module, tuple[dict[str, bool], dict[str, bool], weakref.WeakSet[Teacher]]
+] = weakref.WeakKeyDictionary()
+
+
+class SelfTeacher:
+    """The student itself with every gate open and dropout off."""
+
+    def __init__(self, model: nn.Module):
+        self.model, self.state = model, encoder_state(model)
+
+    @torch.no_grad()
+    def __call__(self, inputs: Mapping[str, Any], want_hidden: bool) -> Lesson:
+        gates, recording = self.state.gates, self.state.runtime.record
+        self.state.set_gates([1.0] * self.state.num_layers)
+        try:
+            with evaluating(self.model):
+                return _ask(self.model, self.state, inputs, want_hidden)
+        finally:
+            self.state.set_gates(gates)
+            self.state.runtime.record = recording
+
+
+def _check_shared(teacher: nn.Module, student: nn.Module) -> None:
+    own = {id(p) for p in student.parameters()}
+    if any(id(p) in own for p in teacher.parameters()):
+        remedy = "pass copy.deepcopy(model), or None to distil from the model with its gates open"
+        got = "a model that shares weights with the student"
+        raise ArgumentError(say("Pruner", "teacher", got, "a model of its own weights", remedy))
+
+
+def _check_alike(teacher: nn.Module, student: nn.Module, distill: Distill) -> None:
+    """Refuse a teacher whose scores or hidden states have another form than the student's."""
+    mine, theirs = encoder_state(student), encoder_state(teacher)
+    own, other = mine.encoder.config, theirs.encoder.config
+    facts = [("entries in the vocabulary", other.vocab_size, own.vocab_size)]
+    if distill.hidden:
+        facts += [
+            ("layers", theirs.num_layers, mine.num_layers),
+            ("hidden units", other.hidden_size, own.hidden_size),
+        ]
+    for what, got, wanted in facts:
+        if got != wanted:
+            remedy = "distil from the dense model the student starts as"
+            if what != "entries in the vocabulary":
+                remedy += ", or pass Distill(hidden=0.0)"
+            raise ArgumentError(
+                say("Pruner", "teacher", f"{got} {what}", f"{wanted}, as the student has", remedy)
+            )
+    heads = [_head(model) for model in (teacher, student)]
+    if distill.logits and heads[0] != heads[1]:
+        remedy = "distil from a model with the student's head, or pass Distill(logits=0.0)"
+        raise ArgumentError(say("Pruner", "teacher", heads[0], f"{heads[1]}, as the student has", remedy))
+    names = [_label_names(model) for model in (teacher, student)]
+    if distill.logits and names[0] != names[1] and sorted(names[0]) == sorted(names[1]):
+        remedy = "use a teacher whose config.id2label has the student's order, or pass Distill(logits=0.0)"
+        wanted = f"{names[1]}, as the student has"
+        raise ArgumentError(say("Pruner", "teacher", f"the labels {names[0]}", wanted, remedy))
+
+
+def _label_names(model: nn.Module) -> list[str]:
+    """The names of a head's classes in their order, as its config has them."""
+    names = getattr(getattr(model, "config", None), "id2label", None) or {}
+    return [str(names[i]).lower() for i in sorted(names)]
+
+
+def _head(model: nn.Module) -> str:
+    """The kind of scores a model gives, in words: `ForSequenceClassification with 3 labels`."""
+    for module in model.modules():
+        name = base_class(module).__name__
+        _, found, kind = name.partition("For")
+        config: Any = getattr(module, "config", None)
+        if found and config is not None:
+            counted = kind in ("SequenceClassification", "TokenClassification")
+            return f"For{kind}" + (f" with {config.num_labels} labels" if counted else "")
+    return "no head"
+
+
+def _ask(model: nn.Module, state: Any, inputs: Mapping[str, Any], want_hidden: bool) -> Lesson:
+    given = {name: value for name, value in inputs.items() if name not in LABELS}
+
+    def outputs() -> Any:
+        return model(given) if is_sentence_model(model) else model(**given)
+
+    if not want_hidden:
+        return Lesson(outputs(), [])
+    with state.record() as record:
+        return Lesson(outputs(), record.hidden)
+
+
+def scores_of(outputs: Any) -> dict[str, Tensor]:
+    """The scores a head gives, by their names in transformers or sentence-transformers; {} for a bare
+    encoder."""
+    found = {name: outputs.get(name) for name in SCORES} if hasattr(outputs, "get") else {}
+    return {name: value for name, value in found.items() if isinstance(value, Tensor)}
+
+
+def problem_of(model: nn.Module, name: str, scores: Tensor, inputs: Mapping[str, Any]) -> str:
+    """What the scores called `name` are, by transformers' names of problems.
+
+    Only a head that scores whole sequences has a choice: its config says, else the labels do, as in
+    transformers. All others score exclusive classes, tokens or positions.
+    """
+    head = base_class(model).__name__
+    whole = name in ("logits", "scores") and scores.dim() == 2
+    if not whole or head.endswith(("ForMultipleChoice", "ForNextSentencePrediction")):
+        return ONE_LABEL
+    told = getattr(getattr(model, "config", None), "problem_type", None)
+    if told in (REGRESSION, MULTI_LABEL):
+        return str(told)
+    if scores.shape[-1] == 1:
+        return REGRESSION
+    labels = inputs.get("labels")
+    each = isinstance(labels, Tensor) and labels.is_floating_point() and labels.shape == scores.shape
+    return MULTI_LABEL if told is None and each else ONE_LABEL
+
+
+def scores_loss(
+    mine: Tensor, theirs: Tensor, temperature: float, problem: str, rows: Tensor | None = None
+) -> Tensor:
+    """How far the student's scores are from the teacher's, mean over rows; 0-d float32, 0 without a row.
+
+    problem: ONE_LABEL: T^2 times the KL divergence of the softened scores, student from teacher. MULTI_LABEL:
+    the same of each label's two outcomes, mean over labels. REGRESSION: the mean squared error. rows: (batch,
+    length) bool, which rows to compare where there are scores a token; None: all.
+    """
+    if mine.shape[0] != theirs.shape[0]:
+        got, wanted = f"{theirs.shape[0]} rows", f"the {mine.shape[0]} that the outputs are of"
+        raise ArgumentError(say("Pruner.loss", "inputs", got, wanted, "pass the batch that the model ran on"))
+    if mine.shape != theirs.shape:
+        got = f"scores of shape {tuple(theirs.shape)}"
+        remedy = "distil from a model with the student's head and labels, or pass Distill(logits=0.0)"
+        raise ArgumentError(say("Pruner", "teacher", got, f"{tuple(mine.shape)}, as the student's", remedy))
+    classes = mine.shape[-1]
+    if rows is not None and mine.shape[:-1] == rows.shape:
+        mine, theirs = mine[rows], theirs[rows]
+    mine, theirs = mine.reshape(-1, classes).float(), theirs.reshape(-1, classes).float()
+    if not mine.numel():
+        return mine.sum()  # a mean over no row would be NaN
+    if problem == REGRESSION:
+        return F.mse_loss(mine, theirs)
+    mine, theirs = mine / temperature, theirs / temperature
+    if problem == MULTI_LABEL:
+        p = torch.sigmoid(theirs)
+        yes = F.logsigmoid(theirs) - F.logsigmoid(mine)
+        no = F.logsigmoid(-theirs) - F.logsigmoid(-mine)
+        return temperature**2 * (p * yes + (1 - p) * no).mean()
+    log_p, log_q = F.log_softmax(mine, -1), F.log_softmax(theirs, -1)
+    return temperature**2 * F.kl_div(log_p, log_q, reduction="batchmean", log_target=True)
+
+
+def outputs_loss(
+    model: nn.Module, outputs: Any, lesson: Any, inputs: Mapping[str, Any], temperature: float
+) -> Tensor | None:
+    """The sum over all scores, and embeddings of sentences, of the student's outputs; None if it has none.
+
+    model: the student. outputs, lesson: what student and teacher gave for `inputs`.
+    """
+    mine, theirs = scores_of(outputs), scores_of(lesson)
+    if mine.keys() != theirs.keys():
+        got = f"the scores {sorted(theirs)}"
+        remedy = "distil from a model with the student's head, or pass Distill(logits=0.0)"
+        raise ArgumentError(say("Pruner", "teacher", got, f"{sorted(mine)}, as the student's", remedy))
+    rows = scored_rows(inputs)
+    terms = [
+        scores_loss(value, theirs[name], temperature, problem_of(model, name, value, inputs), rows)
+        for name, value in mine.items()
+    ]
+    if is_sentence_model(model) and isinstance(outputs.get(EMBEDDING), Tensor):
+        terms.append(embedding_loss(outputs[EMBEDDING], lesson[EMBEDDING]))
+    return torch.stack(terms).sum() if terms else None
+
+
+def embedding_loss(mine: Tensor, theirs: Tensor) -> Tensor:
+    """One minus the cosine of the student's and the teacher's embedding, mean over rows; 0-d float32."""
+    if mine.shape != theirs.shape:
+        got = f"embeddings of shape {tuple(theirs.shape)}"
+        remedy = "distil from a model of the student's size, or pass Distill(logits=0.0)"
+        raise ArgumentError(say("Pruner", "teacher", got, f"{tuple(mine.shape)}, as the student's", remedy))
+    mine, theirs = mine.float(), theirs.float()
+    return 1.0 - F.cosine_similarity(mine, theirs, -1).mean() if mine.numel() else mine.sum()
+
+
+def scored_rows(inputs: Mapping[str, Any]) -> Tensor | None:
+    """(batch, length) bool, the tokens scored in training: those labelled, else those attended."""
+    labels, mask = inputs.get("labels"), inputs.get("attention_mask")
+    if isinstance(labels, Tensor) and labels.dim() == 2 and not labels.is_floating_point():
+        rows = labels != IGNORED
+        # The teacher is not told the labels: it computes no row that is padding, labelled or not.
+        return rows & mask.bool() if mask is not None and mask.shape == rows.shape else rows
+    return None if mask is None else mask.bool()
+
+
+def hidden_loss(student: Hidden, teacher: Hidden, layers: Sequence[int]) -> Tensor:
+    """Mean squared difference of the outputs of `layers` on the rows the student computed; 0-d.
+
+    Rows are matched by their index. A row that the teacher did not compute, labelled padding, counts as
+    equal; a layer without a row as 0.
+    """
+    terms = []
+    for layer in layers:
+        (index, mine), (known, theirs) = student[layer + 1], teacher[layer + 1]
+        mine = mine.float()
+        if not (mine.numel() and theirs.numel()):
+            terms.append(mine.sum() * 0.0)
+            continue
+        if index.shape != known.shape:
+            place = torch.searchsorted(known, index).clamp(max=known.numel() - 1)
+            theirs = torch.where(
+                (known[place] == index)[:, None], theirs.index_select(0, place).float(), mine.detach()
+            )
+        terms.append(F.mse_loss(mine, theirs.float()))
+    return torch.stack(terms).mean()

