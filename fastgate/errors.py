@@ -27,6 +27,6 @@ class DataError(FastgateError, ValueError):
     """A data file, column or label cannot be used for the task."""
 
 
-def say(where: str, argument: str, got: object, wanted: str, remedy: str) -> str:
+def format_error(where: str, argument: str, got: object, wanted: str, remedy: str) -> str:
     """One sentence an error: `where: argument, got X, wanted Y; remedy`."""
     return f"{where}: {argument}: got {got}, wanted {wanted}; {remedy}"

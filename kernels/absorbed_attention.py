@@ -21,7 +21,7 @@ import torch
 import triton
 from torch import Tensor
 
-from fastgate.errors import ArgumentError, say
+from fastgate.errors import ArgumentError, format_error
 from fastgate.kernels.absorbed_attention_backward import BACKWARD, ROWS
 from fastgate.kernels.absorbed_attention_forward import FORWARD, MERGE, MERGED
 from fastgate.kernels.dropout import threshold_argument
@@ -93,7 +93,7 @@ def fits(probe: Tensor) -> bool:
 
 
 def splits_of(sequences: int, rows: int, device: torch.device) -> int:
-    """Programs that share a sequence: a power of two, from the shapes alone."""
+    """PlanCache that share a sequence: a power of two, from the shapes alone."""
     mean = rows // sequences
     if mean < SPLIT_FROM:
         return 1
@@ -143,7 +143,7 @@ def _ready(
 
 
 def _refuse(argument: str, got: object, wanted: str, remedy: str) -> NoReturn:
-    raise ArgumentError(say("absorbed_attention", argument, got, wanted, remedy))
+    raise ArgumentError(format_error("absorbed_attention", argument, got, wanted, remedy))
 
 
 def _vector(item_bytes: int, *strides: int) -> int:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from fastgate.errors import ArgumentError, say
+from fastgate.errors import ArgumentError, format_error
 from fastgate.kernels.attention_backward import BACKWARD_KEYS, BACKWARD_QUERIES, BACKWARD_WHOLE
 from fastgate.kernels.attention_forward import FORWARD
 from fastgate.kernels.dropout import threshold_argument
@@ -141,7 +141,7 @@ def _ready(
 
 
 def _refuse(argument: str, got: object, wanted: str, remedy: str) -> NoReturn:
-    raise ArgumentError(say("attention", argument, got, wanted, remedy))
+    raise ArgumentError(format_error("attention", argument, got, wanted, remedy))
 
 
 def _unit_stride(t: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgate.errors import ArgumentError, say
+from fastgate.errors import ArgumentError, format_error
 from fastgate.kernels.dropout import kept, threshold_argument
 from fastgate.kernels.launch import multiprocessors
 
@@ -143,7 +143,9 @@ def dropout_arguments(op: str, dropout_p: float, seed: Tensor | None) -> tuple[T
     if dropout_p == 0.0:
         return None, 0, 1.0
     if seed is None:
-        raise ArgumentError(say(op, "seed", None, "an int64 tensor with dropout_p > 0", "pass a seed"))
+        raise ArgumentError(
+            format_error(op, "seed", None, "an int64 tensor with dropout_p > 0", "pass a seed")
+        )
     return seed, threshold_argument(dropout_p), 1.0 / (1.0 - dropout_p)
 
 

@@ -143,7 +143,7 @@ def test_wheel_without_library_serves_everything(tmp_path):
         "import torch, json; from fastgate import backends, info, ops\n"
         "from fastgate.ops.gated_add_norm import gated_add_norm\n"
         "y = gated_add_norm(torch.randn(2, 8), torch.randn(2, 8), torch.ones(8), torch.zeros(8), 1e-5)\n"
-        "assert abs(float(y.mean())) < 1e-6 and not [s for s in ops.SLOTS.values() if s.backend == 'cpp']\n"
+        "assert abs(float(y.mean())) < 1e-6 and not [s for s in ops.IMPLEMENTATIONS.values() if s.backend == 'cpp']\n"
         "print(json.dumps(env.collect()['ops']))"
     )
     found = json.loads(python(code, tmp_path / "installed"))

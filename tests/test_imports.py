@@ -153,5 +153,5 @@ def test_a_relative_import_is_resolved():
 
 def test_importing_fastgate_leaves_the_library_and_the_trainer_alone():
     """Libraries are loaded at the first op, the Trainer at the first use."""
-    code = "import sys, torch, fastgate; print('transformers.trainer' in sys.modules, fastgate.ops.SLOTS)"
+    code = "import sys, torch, fastgate; print('transformers.trainer' in sys.modules, fastgate.ops.IMPLEMENTATIONS)"
     assert subprocesses.finish(subprocesses.start(code)).split(maxsplit=1) == ["False", "{}\n"]

@@ -12,13 +12,13 @@ import harness
 import lengths
 import pytest
 import torch
-from fastgate.ops.ragged import Ragged
 from harness import DEVICE, ON_GPU, Work
 from torch import Tensor
 from torch.nn.functional import linear
 
 from fastgate.ops.absorbed_attention import absorbed_attention, torch_absorbed_attention
 from fastgate.ops.attention import attention
+from fastgate.ops.ragged import SequenceOffsets
 
 DTYPE = torch.bfloat16 if ON_GPU else torch.float32
 TOLERANCE = 3e-2 if ON_GPU else 1e-4
@@ -33,8 +33,8 @@ class Call:
 
     def __init__(self, which: str | tuple[int, int], hidden: int, heads: int, matrices: int) -> None:
         counts = lengths.mix(which) if isinstance(which, str) else (which[1],) * which[0]
-        self.keys, self.heads, self.hidden = Ragged(counts, DEVICE), heads, hidden
-        self.queries = Ragged((1,) * len(counts), DEVICE)
+        self.keys, self.heads, self.hidden = SequenceOffsets(counts, DEVICE), heads, hidden
+        self.queries = SequenceOffsets((1,) * len(counts), DEVICE)
         self.scale = (hidden // heads) ** -0.5
         rows, sequences = self.keys.rows, len(counts)
         self.flops = 4 * heads * hidden * rows + 4 * sequences * hidden * hidden

@@ -15,13 +15,13 @@ import kernel_baselines
 import lengths
 import pytest
 import torch
-from fastgate.ops.ragged import Ragged
 from harness import DEVICE, ON_GPU, Work
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from fastgate.ops.attention import attention, torch_attention
+from fastgate.ops.ragged import SequenceOffsets
 
 DTYPE = torch.bfloat16 if ON_GPU else torch.float32
 TOLERANCE = 1e-2 if ON_GPU else 1e-5
@@ -43,7 +43,7 @@ class Call:
 
     def __init__(self, which: int | str, heads: int, head_dim: int, matrices: int) -> None:
         counts = lengths.mix(which) if isinstance(which, str) else (which,) * (ROWS // which)
-        self.ragged = Ragged(counts if ON_GPU else counts[:32], DEVICE)
+        self.ragged = SequenceOffsets(counts if ON_GPU else counts[:32], DEVICE)
         self.heads, self.head_dim, self.hidden = heads, head_dim, heads * head_dim
         self.scale = head_dim**-0.5
         rows = self.ragged.rows

@@ -7,7 +7,6 @@ that do not fill a block, widths that are no multiple of a vector, sequences of 
 from __future__ import annotations
 
 import torch
-from fastgate.ops.ragged import Ragged
 from torch import Tensor
 
 from fastgate import ops
@@ -17,6 +16,7 @@ from fastgate.ops.attention import attention
 from fastgate.ops.embed_norm import embed_norm
 from fastgate.ops.gated_add_norm import gated_add_norm
 from fastgate.ops.linear_gelu import linear_gelu
+from fastgate.ops.ragged import SequenceOffsets
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = (torch.bfloat16, torch.float32)
@@ -34,7 +34,7 @@ def trained(y: Tensor) -> None:
 def norms(dtype: torch.dtype) -> None:
     ops.implementation("gated_add_norm", DEVICE.type)  # the first call fills the slots, which are set here
     for language in backends.implementations("gated_add_norm", DEVICE.type)[1:]:
-        ops.SLOTS["gated_add_norm", DEVICE.type] = language
+        ops.IMPLEMENTATIONS["gated_add_norm", DEVICE.type] = language
         for rows, hidden in ((13, 771), (5, 384), (3, 4100)):
             x, residual = draw(rows, hidden, dtype=dtype), draw(rows, hidden, dtype=dtype)
             vectors = [draw(hidden, dtype=dtype) for _ in range(5)]
@@ -49,7 +49,7 @@ def norms(dtype: torch.dtype) -> None:
 
 def attentions(dtype: torch.dtype) -> None:
     for lengths, heads, hidden in (((5, 0, 1, 33), 2, 128), ((70, 3, 130), 1, 128), ((40, 9), 2, 64)):
-        rows = Ragged(lengths, DEVICE)
+        rows = SequenceOffsets(lengths, DEVICE)
         q, k, v = (draw(rows.rows, hidden, dtype=dtype) for _ in range(3))
         for dropout_p in (0.0, 0.1):
             trained(attention(q, k, v, rows, rows, heads, 0.2, dropout_p))

@@ -41,9 +41,9 @@ from transformers import BertConfig, BertForSequenceClassification, BertModel
 
 import fastgate
 from fastgate.benchmark.equivalence import check_outputs
-from fastgate.benchmark.matmul_bound import Floor
+from fastgate.benchmark.matmul_bound import MatmulLowerBound
 from fastgate.env import environment
-from fastgate.models.handle import encoder_state
+from fastgate.models.handle import get_encoder
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
@@ -174,7 +174,7 @@ def in_turn(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list
 
 def needed_flops(model: Any, batch: Batch) -> int:
     given = {name: t for name, t in batch.items() if name != "labels"}
-    return Floor(model.eval(), [given]).flops[0]
+    return MatmulLowerBound(model.eval(), [given]).flops[0]
 
 
 def run(scenario: Scenario, quick: bool) -> dict[str, Any]:
@@ -206,7 +206,7 @@ def run(scenario: Scenario, quick: bool) -> dict[str, Any]:
         row = rows[name]
         row["tflop_per_s"] = flops[name] / row["ms"] / 1e9
         row["faster_than"] = {rival: rows[rival]["ms"] / row["ms"] for rival in others if rival in rows}
-        graphs = encoder_state(models[name]).runtime.graphs
+        graphs = get_encoder(models[name]).runtime.graphs
         row["graphs"] = {"captures": graphs.captures, "replays": graphs.replays, "eager": dict(graphs.eager)}
         row |= replay_times(graphs, quick)
     return {

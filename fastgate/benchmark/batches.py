@@ -6,7 +6,7 @@ from typing import Any
 
 from fastgate.benchmark.baselines import Batch
 from fastgate.data.task import Task
-from fastgate.errors import ArgumentError, say
+from fastgate.errors import ArgumentError, format_error
 
 ORDERS = ("data", "length")
 
@@ -33,7 +33,9 @@ def evaluation_rows(task: Task, tokenizer: Any, max_length: int) -> Any:
 def check_order(order: str) -> None:
     """Raises ArgumentError for an order that is none of ORDERS."""
     if order not in ORDERS:
-        raise ArgumentError(say("bench", "--order", repr(order), " or ".join(ORDERS), "pass one of these"))
+        raise ArgumentError(
+            format_error("bench", "--order", repr(order), " or ".join(ORDERS), "pass one of these")
+        )
 
 
 def choose_batches(rows: Any, tokenizer: Any, *, batch_size: int, count: int, order: str) -> list[Batch]:
@@ -45,7 +47,7 @@ def choose_batches(rows: Any, tokenizer: Any, *, batch_size: int, count: int, or
     check_order(order)
     if batch_size < 1 or count < 1:
         got = f"batch size {batch_size}, {count} batches"
-        raise ArgumentError(say("bench", "batches", got, "at least 1 of 1 row", "raise it"))
+        raise ArgumentError(format_error("bench", "batches", got, "at least 1 of 1 row", "raise it"))
     whole = max(len(rows) // batch_size, 1)
     if order == "data":
         starts = [i * batch_size for i in range(min(count, whole))]

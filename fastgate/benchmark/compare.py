@@ -15,13 +15,13 @@ from rich.table import Table
 from fastgate.benchmark.baselines import PEERS, Batch, Peer, build
 from fastgate.benchmark.batches import check_order, real_batches
 from fastgate.benchmark.equivalence import check_outputs, hold_peers
-from fastgate.benchmark.matmul_bound import Floor
+from fastgate.benchmark.matmul_bound import MatmulLowerBound
 from fastgate.benchmark.model_variants import DTYPES, contenders
 from fastgate.benchmark.timing import Timing, interleave
 from fastgate.data.load import load_task
 from fastgate.env import environment
-from fastgate.errors import ArgumentError, say
-from fastgate.models.handle import encoder_state
+from fastgate.errors import ArgumentError, format_error
+from fastgate.models.handle import get_encoder
 from fastgate.training.feasibility import check_rows
 
 SECONDS = 0.2  # of a contender on a batch, at least: small batches are run more often for steady medians
@@ -121,10 +121,10 @@ def compare_all(
     absent = {**absent, **wrong}
     if not peers:
         got = "; ".join(f"{name}: {why}" for name, why in absent.items())
-        raise ArgumentError(say("bench", "--against", got, "a peer that runs here", "name another"))
+        raise ArgumentError(format_error("bench", "--against", got, "a peer that runs here", "name another"))
     runs: dict[str, Callable[[Batch], object]] = {f"fastgate {n}": _call(m) for n, m in models.items()}
     runs |= {name: peer.run for name, peer in peers.items()}
-    runs |= {f"floor {name}": Floor(model, batches) for name, model in models.items()}
+    runs |= {f"floor {name}": MatmulLowerBound(model, batches) for name, model in models.items()}
     timings = interleave(
         runs, batches, repeats=repeats, seconds=SECONDS, device=device, progress=progress
     )  # fmt: skip
@@ -139,7 +139,7 @@ def compare_all(
             rows=sum(batch["attention_mask"].shape[0] for batch in batches),
             padded=sum(batch["attention_mask"].numel() for batch in batches),
             max_difference=worst[name],
-            kept=[i for i, gate in enumerate(encoder_state(model).gates) if gate != 0.0],
+            kept=[i for i, gate in enumerate(get_encoder(model).gates) if gate != 0.0],
             peers={name: peer.form for name, peer in peers.items()},
             absent=absent,
         )
@@ -151,7 +151,9 @@ def _check_peers(against: Sequence[str]) -> None:
     unknown = [name for name in against if name not in PEERS]
     if unknown or not against:
         got = ", ".join(unknown) or "none"
-        raise ArgumentError(say("bench", "--against", got, " or ".join(PEERS), "pass one or more, by commas"))
+        raise ArgumentError(
+            format_error("bench", "--against", got, " or ".join(PEERS), "pass one or more, by commas")
+        )
 
 
 def _call(model: Any) -> Callable[[Batch], object]:
@@ -161,7 +163,9 @@ def _call(model: Any) -> Callable[[Batch], object]:
 def dtype_of(command: str, name: str) -> torch.dtype:
     """The dtype of that name. Raises ArgumentError for one that nothing is compared in."""
     if name not in DTYPES:
-        raise ArgumentError(say(command, "--dtype", repr(name), " or ".join(DTYPES), "pass one of these"))
+        raise ArgumentError(
+            format_error(command, "--dtype", repr(name), " or ".join(DTYPES), "pass one of these")
+        )
     return DTYPES[name]
 
 

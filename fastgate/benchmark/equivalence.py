@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from fastgate.benchmark.baselines import Batch, Peer, Run
-from fastgate.errors import FastgateError, say
-from fastgate.models.handle import encoder_state
-from fastgate.runtime.unpadding import linked_tokens
+from fastgate.errors import FastgateError, format_error
+from fastgate.models.handle import get_encoder
+from fastgate.runtime.unpadding import left_neighbour_mask
 
 # How far logits may lie from Hugging Face's at the same precision, as a share of the largest, or of 1 if that
 # is less. In bfloat16 two ways through 24 layers that round differently end a few of its last places apart.
@@ -28,17 +28,17 @@ class OutputsDiffer(FastgateError):
 def _as_pruned(reference: Any, ours: nn.Module) -> Iterator[None]:
     """While open, layers of `reference` whose attention `ours` skips put its replacement in place of it, and
     its pooler reads what that of `ours` does."""
-    state = encoder_state(ours)
+    state = get_encoder(ours)
     encoder = getattr(reference, reference.base_model_prefix, reference)
-    linked: Tensor
+    has_left_neighbour: Tensor
 
     def link(module: Any, args: tuple[()], batch: Batch) -> None:
-        nonlocal linked
-        linked = linked_tokens(batch["attention_mask"].bool()).flatten()
+        nonlocal has_left_neighbour
+        has_left_neighbour = left_neighbour_mask(batch["attention_mask"].bool()).flatten()
 
     def stand_in(module: Any, args: tuple[Tensor, Tensor], output: Tensor, replacement: Any = None) -> Tensor:
         rows = args[1].flatten(0, 1)
-        rows = rows if replacement is None else rows + replacement(rows, linked)
+        rows = rows if replacement is None else rows + replacement(rows, has_left_neighbour)
         return module.LayerNorm(rows.view_as(output))
 
     hooks = [reference.register_forward_pre_hook(link, with_kwargs=True)]
@@ -81,7 +81,7 @@ def check_outputs(ours: Any, reference: Any, batches: Sequence[Batch]) -> float:
     if not share <= tolerance:
         got = f"a difference of {worst:.1e}"
         remedy = "report it with the model's config; no figure is given for outputs that differ"
-        raise OutputsDiffer(say("bench", "logits", got, f"at most {tolerance}", remedy))
+        raise OutputsDiffer(format_error("bench", "logits", got, f"at most {tolerance}", remedy))
     return worst
 
 

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgate.models.handle import encoder_state
+from fastgate.models.handle import get_encoder
 from fastgate.ops.linear import Packed, linear, pack, pack_together, takes
 from fastgate.runtime.plan import Sizes, Step, products
 
 Batch = Mapping[str, Tensor]
 
 
-class Floor:
+class MatmulLowerBound:
     """Runs nothing but the products of a patched model's encoder for the batches it was made with.
 
     Which products, and on how many rows, is read from a recorded forward. Each has a weight of its own, so
@@ -28,7 +28,7 @@ class Floor:
     """
 
     def __init__(self, model: nn.Module, batches: Sequence[Batch]):
-        self.state = encoder_state(model)
+        self.state = get_encoder(model)
         parameter = next(model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
         self._made: dict[tuple, Tensor] = {}
@@ -78,7 +78,7 @@ class Floor:
     def _joins(self, hidden: int) -> bool:
         """Whether query, key and value of a frozen model are one product."""
         weight = torch.empty(hidden, hidden, device=self.device, dtype=self.dtype)
-        return takes(weight, weight) and pack_together([weight] * 3)[0].joint is not None
+        return takes(weight, weight) and pack_together([weight] * 3)[0].fused_qkv is not None
 
     def _weight(self, name: object, *shape: int) -> Tensor | Packed:
         key = (name, *shape)

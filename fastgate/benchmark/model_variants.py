@@ -12,7 +12,7 @@ import torch
 
 from fastgate.benchmark.baselines import twin
 from fastgate.data.task import Task
-from fastgate.errors import ArgumentError, say
+from fastgate.errors import ArgumentError, format_error
 from fastgate.models.architectures import base_class
 from fastgate.models.checkpoint import load
 from fastgate.models.freezing import freeze
@@ -48,7 +48,9 @@ def contenders(
     if (Path(name) / "fastgate.json").is_file():
         if keep is not None:
             remedy = "leave --keep out, or bench the dense model"
-            raise ArgumentError(say("bench", "--keep", list(keep), "none for a pruned checkpoint", remedy))
+            raise ArgumentError(
+                format_error("bench", "--keep", list(keep), "none for a pruned checkpoint", remedy)
+            )
         ours = load(name).to(device, dtype)
         reference = unpruned(ours).to(device, dtype)
         return ours_at_best(ours), reference, load_tokenizer(name, task)
@@ -56,7 +58,7 @@ def contenders(
     layers = int(reference.config.num_hidden_layers)
     if keep is not None and not all(0 <= layer < layers for layer in keep):
         got, wanted = ",".join(map(str, keep)), f"layers from 0 to {layers - 1}"
-        raise ArgumentError(say("bench", "--keep", got, wanted, "name layers that the model has"))
+        raise ArgumentError(format_error("bench", "--keep", got, wanted, "name layers that the model has"))
     return pruned(reference, keep, pooling, replacement), reference, tokenizer
 
 

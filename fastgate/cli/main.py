@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from fastgate.cli.progress import console, print_what_cannot_be_encoded_as_escapes
-from fastgate.errors import ArgumentError, DataError, FastgateError, say
+from fastgate.errors import ArgumentError, DataError, FastgateError, format_error
 from fastgate.training.setting_ranges import RANGES, option_of
 
 _UsageError = typer.BadParameter.__base__  # of whichever click typer brings
@@ -196,7 +196,7 @@ def _split(option: str, text: str | None) -> list[str]:
     parts = [part.strip() for part in (text or "").split(",") if part.strip()]
     if text is not None and not parts:
         raise ArgumentError(
-            say("fastgate", option, repr(text), "names by commas", "name one, or leave it out")
+            format_error("fastgate", option, repr(text), "names by commas", "name one, or leave it out")
         )
     return parts
 
@@ -221,7 +221,7 @@ def _load(
 
     if label_column is not None and not label_column:
         raise ArgumentError(
-            say(command, "--label-column", "''", "the name of a column", "name it, or leave it out")
+            format_error(command, "--label-column", "''", "the name of a column", "name it, or leave it out")
         )
     remedy = "pass --task NAME, or --task-type with --train and --validation"
     rows: dict[str, Any] = {"max_train_rows": max_train_rows, "max_eval_rows": max_eval_rows, "seed": seed}
@@ -249,13 +249,15 @@ def _load(
             labels=labels,
             **rows,
         )
-    raise DataError(say(command, "data", ", ".join(given) or "nothing", "one task", remedy))
+    raise DataError(format_error(command, "data", ", ".join(given) or "nothing", "one task", remedy))
 
 
 def _refuse_others(command: str, option: str, others: list[str]) -> None:
     if others:
         remedy = f"leave {'it' if len(others) == 1 else 'them'} out"
-        raise ArgumentError(say(command, ", ".join(others), f"it with {option}", f"{option} alone", remedy))
+        raise ArgumentError(
+            format_error(command, ", ".join(others), f"it with {option}", f"{option} alone", remedy)
+        )
 
 
 @app.command()
@@ -272,7 +274,7 @@ def demo(
     from fastgate.training.run_folder import check_replaceable
 
     if task is None and data_dir is not None:
-        raise ArgumentError(say("demo", "--data-dir", "it without --task", "a task", "pass --task"))
+        raise ArgumentError(format_error("demo", "--data-dir", "it without --task", "a task", "pass --task"))
     check_replaceable(out)
     with _goes_on(lambda: "run the same command to begin again"):
         run(out, console(), task_name=task, data_dir=data_dir, seed=seed)
@@ -601,7 +603,7 @@ def bench(
 
     layers = None if keep is None else [_layer(part.strip()) for part in keep.split(",") if part.strip()]
     if layers is not None and len(set(layers)) != len(layers):
-        raise ArgumentError(say("bench", "--keep", keep, "different layers", "name each layer once"))
+        raise ArgumentError(format_error("bench", "--keep", keep, "different layers", "name each layer once"))
     found = run(
         model, task, data_dir, against=_split("--against", against), keep=layers, batch_size=batch_size,
         batches=batches, order=order, threads=threads, max_length=max_length, console=console(stderr=True),
@@ -615,7 +617,9 @@ def bench(
 
 def _layer(text: str) -> int:
     if not (text.isascii() and text.isdecimal()):
-        raise ArgumentError(say("bench", "--keep", repr(text), "layer indices", "pass e.g. --keep 0,4,8"))
+        raise ArgumentError(
+            format_error("bench", "--keep", repr(text), "layer indices", "pass e.g. --keep 0,4,8")
+        )
     return int(text)
 
 

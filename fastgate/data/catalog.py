@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from fastgate.errors import DataError, say
+from fastgate.errors import DataError, format_error
 
 KINDS = ("text", "pair", "regression", "tokens")
 
@@ -96,7 +96,9 @@ def check_kind(kind: str) -> None:
     """Refuse a kind of task that there is not."""
     if kind not in KINDS:
         remedy = "choose what fits the label column"
-        raise DataError(say("fastgate", "--task-type", repr(kind), "one of " + ", ".join(KINDS), remedy))
+        raise DataError(
+            format_error("fastgate", "--task-type", repr(kind), "one of " + ", ".join(KINDS), remedy)
+        )
 
 
 def hub_config(name: str, spec: Spec) -> str | None:

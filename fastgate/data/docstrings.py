@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fastgate.data.task import Task
-from fastgate.errors import DataError, say
+from fastgate.errors import DataError, format_error
 
 # Packages that fastgate's own dependencies bring along, with the words that give each away: its names, and
 # those it is imported under. Every such word is masked in every text.
@@ -169,7 +169,7 @@ def docstring_task(classes: int = 6, train_rows: int = 2700, validation_rows: in
             got = ", ".join(f"{package}: {count[package]}" for package in labels) or "none"
             remedy = "install fastgate with its dependencies, whose sources are the corpus"
             wanted = "two packages or more with docstrings"
-            raise DataError(say("docstring_task", f"{split} docstrings", got, wanted, remedy))
+            raise DataError(format_error("docstring_task", f"{split} docstrings", got, wanted, remedy))
         taken: Counter[str] = Counter()
         rows: dict[str, list] = {"text": [], "label": []}
         for item in sorted(items, key=lambda item: _number(item.text)):

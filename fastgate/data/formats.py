@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from fastgate.errors import DataError, say
+from fastgate.errors import DataError, format_error
 
 _LONGEST_CELL = 2**31 - 1  # characters; csv stops at 131072 otherwise
 _QUOTED = re.compile(r'"(?:[^"]|"")*"')  # a whole cell in quotation marks, those inside it doubled
@@ -32,7 +32,7 @@ class Rows:
 
 
 def refuse(where: str, place: str, got: object, wanted: str, remedy: str) -> NoReturn:
-    raise DataError(say(where, place, got, wanted, remedy))
+    raise DataError(format_error(where, place, got, wanted, remedy))
 
 
 class _Twice(ValueError):

@@ -13,7 +13,7 @@ import numpy as np
 
 from fastgate.data import metrics
 from fastgate.data.files import quiet
-from fastgate.errors import DataError, say
+from fastgate.errors import DataError, format_error
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -97,7 +97,7 @@ class Task:
             remedy = "use a model with a fast tokenizer (tokenizer.json)"
             got = type(tokenizer).__name__
             raise DataError(
-                say("--model", "tokenizer", got, "a fast tokenizer, which knows its words", remedy)
+                format_error("--model", "tokenizer", got, "a fast tokenizer, which knows its words", remedy)
             )
         if stride is not None:
             self._check_stride(tokenizer, max_length, stride)
@@ -131,7 +131,9 @@ class Task:
                 share = f"{unknown[split]:.0%} unknown" if found["tokens"] else "no"
                 remedy = "put the model's own tokenizer into its folder (tokenizer.save_pretrained)"
                 got = f"{share} tokens in the rows of {split}"
-                raise DataError(say("--model", "tokenizer", got, "a tokenizer that knows the text", remedy))
+                raise DataError(
+                    format_error("--model", "tokenizer", got, "a tokenizer that knows the text", remedy)
+                )
         self.counts.clear()
         self.counts["max_length"] = max_length
         for key in ("rows", "truncated", *(["unscored_words"] if self.kind == "tokens" else [])):
@@ -141,11 +143,13 @@ class Task:
     def _check_room(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
         if tokenizer.pad_token_id is None:
             remedy = "set tokenizer.pad_token and save the tokenizer again"
-            raise DataError(say("--model", "tokenizer", "no padding token", "one, for batches", remedy))
+            raise DataError(
+                format_error("--model", "tokenizer", "no padding token", "one, for batches", remedy)
+            )
         special = tokenizer.num_special_tokens_to_add(self._paired)
         if max_length <= special:
             wanted = f"{special + 1} or more: {special} tokens of a row are special ones"
-            raise DataError(say("fastgate", "--max-length", max_length, wanted, "raise it"))
+            raise DataError(format_error("fastgate", "--max-length", max_length, wanted, "raise it"))
 
     @property
     def _paired(self) -> bool:
@@ -154,11 +158,15 @@ class Task:
     def _check_stride(self, tokenizer: PreTrainedTokenizerBase, max_length: int, stride: int) -> None:
         if self.kind == "tokens" or self._paired:
             got = "a token task" if self.kind == "tokens" else "a task of pairs"
-            raise DataError(say("fastgate", "--stride", got, "a task of single texts", "leave it out"))
+            raise DataError(
+                format_error("fastgate", "--stride", got, "a task of single texts", "leave it out")
+            )
         room = max_length - tokenizer.num_special_tokens_to_add()
         if not 0 <= stride < room:
             wanted = f"0 to {room - 1}, less than the {room} tokens of text in a window"
-            raise DataError(say("fastgate", "--stride", stride, wanted, "lower it, or raise --max-length"))
+            raise DataError(
+                format_error("fastgate", "--stride", stride, wanted, "lower it, or raise --max-length")
+            )
 
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> Any:
         """Pads a batch to its longest row, labels with -100."""

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 from torch import nn
 
-from fastgate.errors import Unsupported, say
+from fastgate.errors import Unsupported, format_error
 from fastgate.nn.hooks import foreign_hooks, replaced_method, shadowed_method
 from fastgate.nn.replacement import Replacement
 
@@ -96,11 +96,13 @@ def verify(found: Found) -> None:
     name = base_class(encoder).__name__
     if getattr(config, "is_decoder", False):
         raise Unsupported(
-            say("patch", f"{name}.config.is_decoder", True, "an encoder", "load it with is_decoder=False")
+            format_error(
+                "patch", f"{name}.config.is_decoder", True, "an encoder", "load it with is_decoder=False"
+            )
         )
     if getattr(config, "add_cross_attention", False):
         raise Unsupported(
-            say(
+            format_error(
                 "patch",
                 f"{name}.config.add_cross_attention",
                 True,
@@ -110,14 +112,14 @@ def verify(found: Found) -> None:
         )
     if getattr(config, "is_causal", False):
         raise Unsupported(
-            say(
+            format_error(
                 "patch", f"{name}.config.is_causal", True, "attention both ways", "leave this model unpatched"
             )
         )
     if type(encoder) is base_class(encoder) and shadowed_method(encoder):
         # It was bound to the class before: the class that `patch` puts in would never be called.
         raise Unsupported(
-            say(
+            format_error(
                 "patch",
                 f"{name}.{shadowed_method(encoder)}",
                 "a replaced method",
@@ -182,7 +184,7 @@ def _expect(where: str, path: str, module: Any, cls: type) -> None:
 
 def _refuse_class(where: str, path: str, module: Any, cls: type) -> NoReturn:
     remedy = f"undo the replacement, or {_WAY_OUT}"
-    raise Unsupported(say(where, path, type(module).__name__, cls.__name__, remedy))
+    raise Unsupported(format_error(where, path, type(module).__name__, cls.__name__, remedy))
 
 
 _WAY_OUT = "run the model as transformers does (fastgate.unpatch)"
@@ -195,7 +197,7 @@ def _reject_hooks(where: str, path: str, module: nn.Module) -> None:
         wanted = "none, as fastgate never calls this module"
         remedy = f"remove the hook, move it to a LayerNorm, Dropout or Linear, or {_WAY_OUT}"
         named = getattr(hooks[0], "__qualname__", type(hooks[0]).__name__)
-        raise Unsupported(say(where, f"hook on {path}", named, wanted, remedy))
+        raise Unsupported(format_error(where, f"hook on {path}", named, wanted, remedy))
     method = replaced_method(module)
     if method:
         _refuse_method(where, f"{path}.{method}")
@@ -204,7 +206,7 @@ def _reject_hooks(where: str, path: str, module: nn.Module) -> None:
 def _refuse_method(where: str, path: str) -> NoReturn:
     remedy = f"undo the replacement, or {_WAY_OUT}"
     wanted = "none, as fastgate never calls this method"
-    raise Unsupported(say(where, path, "a replaced method", wanted, remedy))
+    raise Unsupported(format_error(where, path, "a replaced method", wanted, remedy))
 
 
 def activation(layer: Any) -> Any:

@@ -17,13 +17,13 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 
-from fastgate.errors import ArgumentError, CheckpointError, Unsupported, say
+from fastgate.errors import ArgumentError, CheckpointError, Unsupported, format_error
 from fastgate.models import atomic_files
 from fastgate.models.architectures import base_class, find_encoders
 from fastgate.models.checkpoint import layout_of, unused_names, write_pruned
 from fastgate.models.checkpoint_config import KEY, MODEL_TYPES, PRUNED, is_pruned, read_layout
 from fastgate.models.checkpoint_files import META, verify
-from fastgate.models.handle import EncoderState, encoder_state
+from fastgate.models.handle import EncoderHandle, get_encoder
 from fastgate.models.patching import SWAPPED, SaveAround
 
 _HUB = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
@@ -87,9 +87,11 @@ def _finish(folder: Path) -> None:
         remedy = "read it with fastgate.load, or make the folder writable"
         got = f"the files of a save that was interrupted ({error})"
         wanted = "a whole checkpoint"
-        raise CheckpointError(say("from_pretrained", str(folder), got, wanted, remedy)) from error
+        raise CheckpointError(format_error("from_pretrained", str(folder), got, wanted, remedy)) from error
     got = "a save that was interrupted and is complete now"
-    raise CheckpointError(say("from_pretrained", str(folder), got, "a whole checkpoint", "load it again"))
+    raise CheckpointError(
+        format_error("from_pretrained", str(folder), got, "a whole checkpoint", "load it again")
+    )
 
 
 def _check_info(model: Any, info: dict[str, Any], config: Any, name: str, resized: bool) -> None:
@@ -104,7 +106,9 @@ def _check_info(model: Any, info: dict[str, Any], config: Any, name: str, resize
                 wrong.append(f"{what.removesuffix('_keys')} {key}")
     if wrong:
         wanted, remedy = "the weights of the pruned model", "save the model anew"
-        raise CheckpointError(say("from_pretrained", name, ", ".join(sorted(wrong)[:3]), wanted, remedy))
+        raise CheckpointError(
+            format_error("from_pretrained", name, ", ".join(sorted(wrong)[:3]), wanted, remedy)
+        )
 
 
 def save_pretrained(
@@ -136,13 +140,15 @@ def save_pretrained(
 
 def _is_plain(model: Any) -> bool:
     """Whether a model of transformers computes the same from the same weights."""
-    states = [EncoderState(f.encoder) for f in find_encoders(model) if hasattr(f.encoder, "fastgate_runtime")]
+    states = [
+        EncoderHandle(f.encoder) for f in find_encoders(model) if hasattr(f.encoder, "fastgate_runtime")
+    ]
     return all(layout_of(state).is_plain(state.num_layers) for state in states)
 
 
 def _without_replacements(model: Any, state_dict: dict[str, Any] | None) -> dict[str, Any] | None:
     """The state dict without replacements that no gate lets in; None where there are none of them."""
-    state = encoder_state(model)
+    state = get_encoder(model)
     if all(state.replacement(i) is None for i in range(state.num_layers)):
         return state_dict
     unused = unused_names(model, layout_of(state))
@@ -162,7 +168,7 @@ def _refuse_options(push_to_hub: bool, options: dict[str, Any], model: Any) -> N
     for name, (given, remedy) in refused.items():
         if given:
             got = f"{options.get(name, True)!r} for a pruned model"
-            raise Unsupported(say("save_pretrained", name, got, "the default", remedy))
+            raise Unsupported(format_error("save_pretrained", name, got, "the default", remedy))
 
 
 def _bytes(size: Any) -> float:
@@ -171,7 +177,7 @@ def _bytes(size: Any) -> float:
     found = re.fullmatch(r"\s*([\d.]+)\s*([KMGT]?)I?B\s*", str(size).upper())
     if found is None:
         remedy = 'pass a size such as "5GB"'
-        raise ArgumentError(say("save_pretrained", "max_shard_size", repr(size), "bytes", remedy))
+        raise ArgumentError(format_error("save_pretrained", "max_shard_size", repr(size), "bytes", remedy))
     return float(found[1]) * 1000.0 ** " KMGT".index(found[2] or " ")
 
 

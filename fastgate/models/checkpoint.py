@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from fastgate.errors import ArgumentError, CheckpointError, Unsupported, say
+from fastgate.errors import ArgumentError, CheckpointError, Unsupported, format_error
 from fastgate.models import atomic_files
 from fastgate.models.architectures import FAMILIES, base_class
 from fastgate.models.checkpoint_config import INTERRUPTED, KEY, MODEL_TYPES, PRUNED, Layout, described
@@ -46,7 +46,7 @@ from fastgate.models.checkpoint_files import (
     snapshot,
 )
 from fastgate.models.checkpoint_structure import build, check, check_hooks, fill, shared
-from fastgate.models.handle import EncoderState, check_module, encoder_state
+from fastgate.models.handle import EncoderHandle, check_module, get_encoder
 from fastgate.models.pruning import refuse_adapters
 
 _LAYER = re.compile(r"encoder\.layer\.(\d+)\.")
@@ -69,13 +69,13 @@ def save(model: nn.Module, path: str | os.PathLike[str], tokenizer: Any = None) 
     """
     check_module("save", model)
     refuse_adapters("save", model)
-    state, hf = encoder_state(model, "save"), known_class(model)
+    state, hf = get_encoder(model, "save"), known_class(model)
     layout = layout_of(state)
     if layout.unfinished:
         soft = [i for i, gate in enumerate(state.gates) if isinstance(gate, torch.Tensor)]
         got = f"soft gates in layers {soft}" if soft else "gates that are still being learned"
         remedy = "harden the gates (Pruner.harden) first"
-        raise ArgumentError(say("save", "model", got, "gates of 0 or 1", remedy))
+        raise ArgumentError(format_error("save", "model", got, "gates of 0 or 1", remedy))
     check_hooks(model)
     _check_tokenizer(tokenizer)
     target = folder_to_write(path)
@@ -92,7 +92,7 @@ def write_pruned(
     A model of the user's own class is written so that no loader takes it for a whole one; `load` cannot build
     it. tensors: what to write in place of the model's state dict.
     """
-    layout = layout_of(encoder_state(model))
+    layout = layout_of(get_encoder(model))
     _write(model, base_class(model), layout, folder_to_write(path).resolve(), None, tensors)
 
 
@@ -111,10 +111,10 @@ def known_class(model: nn.Module) -> type[nn.Module]:
     elif hf.__name__ == "SentenceTransformer":
         remedy = "call its own save_pretrained(path), which writes fastgate's format"
     wanted = "an encoder or a head of transformers"
-    raise ArgumentError(say("save", "model", type(model).__name__, wanted, remedy))
+    raise ArgumentError(format_error("save", "model", type(model).__name__, wanted, remedy))
 
 
-def layout_of(state: EncoderState) -> Layout:
+def layout_of(state: EncoderHandle) -> Layout:
     """What the weights of a patched model mean."""
     state.check_layers("save")
     gates = state.gates
@@ -123,7 +123,9 @@ def layout_of(state: EncoderState) -> Layout:
     kinds = {"zero" if one is None else one.kind for one in found} or {"zero"}
     if len(kinds) > 1:
         remedy = "prune with one replacement"
-        raise ArgumentError(say("save", "model", f"replacements {sorted(kinds)}", "one kind", remedy))
+        raise ArgumentError(
+            format_error("save", "model", f"replacements {sorted(kinds)}", "one kind", remedy)
+        )
     runtime = state.runtime
     return Layout(
         tuple(i for i in range(state.num_layers) if i not in closed),
@@ -138,7 +140,7 @@ def unused_names(model: nn.Module, layout: Layout) -> tuple[str, ...]:
     """Prefixes of what a checkpoint leaves out: attention of closed layers, replacements of open ones."""
     if layout.unfinished:
         return ()
-    encoder = encoder_state(model).encoder
+    encoder = get_encoder(model).encoder
     prefix = next(f"{name}." if name else "" for name, module in model.named_modules() if module is encoder)
     names = []
     for i in range(len(encoder.encoder.layer)):
@@ -152,7 +154,7 @@ def folder_to_write(path: str | os.PathLike[str]) -> Path:
     """The folder to save to, `~` expanded."""
     if not isinstance(path, str | os.PathLike) or not os.fspath(path):
         remedy = 'pass a path, such as "pruned"'
-        raise ArgumentError(say("save", "path", repr(path), "the path of a folder", remedy))
+        raise ArgumentError(format_error("save", "path", repr(path), "the path of a folder", remedy))
     target, remedy = Path(os.fsdecode(path)).expanduser(), "choose another path"
     try:
         if "\0" in str(target):
@@ -160,10 +162,10 @@ def folder_to_write(path: str | os.PathLike[str]) -> Path:
         there = next(one for one in (target, *target.absolute().parents) if one.exists())
     except (OSError, ValueError) as error:  # too long, or with a character that no path has
         got = f"{str(target)[:80]!r} ({one_line(error)[:80]})"
-        raise ArgumentError(say("save", "path", got, "a path of this system", remedy)) from error
+        raise ArgumentError(format_error("save", "path", got, "a path of this system", remedy)) from error
     if not there.is_dir():
         got = str(target) if there == target else f"{target}, under the file {there}"
-        raise ArgumentError(say("save", "path", got, "a folder or a new path", remedy))
+        raise ArgumentError(format_error("save", "path", got, "a folder or a new path", remedy))
     return target
 
 
@@ -174,7 +176,7 @@ def _check_tokenizer(tokenizer: Any) -> None:
     files = callable(getattr(tokenizer, "save_pretrained", None))
     if not files or isinstance(tokenizer, type | nn.Module | PreTrainedConfig):
         got, remedy = type(tokenizer).__name__, "load it: transformers.AutoTokenizer.from_pretrained(name)"
-        raise ArgumentError(say("save", "tokenizer", got, "a tokenizer of transformers", remedy))
+        raise ArgumentError(format_error("save", "tokenizer", got, "a tokenizer of transformers", remedy))
 
 
 def _refuse_foreign(target: Path) -> None:
@@ -187,7 +189,7 @@ def _refuse_foreign(target: Path) -> None:
         got = f"{target}, which has a {there[0]} that fastgate did not write"
         wanted = "a new folder, one without a model, or a fastgate checkpoint"
         remedy = "choose another path, or delete the model there"
-        raise ArgumentError(say("save", "path", got, wanted, remedy))
+        raise ArgumentError(format_error("save", "path", got, wanted, remedy))
 
 
 def _is_pruned_config(path: Path) -> bool:
@@ -205,7 +207,7 @@ def _write(
     given: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
     """Check that `load` can build the model again, then write its files and put them in place."""
-    plain = layout.is_plain(len(encoder_state(model).gates))
+    plain = layout.is_plain(len(get_encoder(model).gates))
     config, unused = _config_to_write(model, hf), unused_names(model, layout)
     if _is_known(hf) and not layout.unfinished:
         _check_buildable(model, hf, config, layout, unused)
@@ -235,14 +237,18 @@ def _config_to_write(model: Any, hf: type[nn.Module]) -> dict[str, Any]:
     """The model's config as JSON, with the class and the dtype that transformers adds."""
     if _is_known(hf) and type(model.config) not in PRUNED:
         wanted = "a config class of transformers, such as BertConfig"
-        raise Unsupported(say("save", "model.config", type(model.config).__name__, wanted, "use that class"))
+        raise Unsupported(
+            format_error("save", "model.config", type(model.config).__name__, wanted, "use that class")
+        )
     config = copy.deepcopy(model.config)
     config.architectures, config.dtype = [hf.__name__], str(model.dtype).removeprefix("torch.")
     try:
         data: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
     except (TypeError, ValueError) as error:
         remedy = "remove what JSON cannot hold from the config"
-        raise Unsupported(say("save", "model.config", error, "values that JSON can hold", remedy)) from error
+        raise Unsupported(
+            format_error("save", "model.config", error, "values that JSON can hold", remedy)
+        ) from error
     data.pop("_name_or_path", None)
     return data
 
@@ -250,17 +256,17 @@ def _config_to_write(model: Any, hf: type[nn.Module]) -> dict[str, Any]:
 def _check_buildable(
     model: nn.Module, hf: type[nn.Module], data: dict[str, Any], layout: Layout, unused: tuple[str, ...]
 ) -> None:
-    layers = encoder_state(model).num_layers
+    layers = get_encoder(model).num_layers
     if data["num_hidden_layers"] != layers:
         got, remedy = f"{layers} layers", f"set model.config.num_hidden_layers = {layers}"
         wanted = f"{data['num_hidden_layers']}, as in model.config.num_hidden_layers"
-        raise Unsupported(say("save", "model", got, wanted, remedy))
+        raise Unsupported(format_error("save", "model", got, wanted, remedy))
     try:
         rebuilt = build(hf, model_config(data, hf, "model.config", layers), layout)
     except Exception as error:
         remedy = "undo the change of the config before saving"
         wanted = "a config that a model can be built from"
-        raise Unsupported(say("save", "model.config", one_line(error), wanted, remedy)) from error
+        raise Unsupported(format_error("save", "model.config", one_line(error), wanted, remedy)) from error
     check(model, rebuilt, unused)
 
 
@@ -276,7 +282,7 @@ def _tensors(
     if missing:
         remedy = "pass the whole state dict of the model, or leave state_dict out"
         got = f"no {missing[:3]}"
-        raise ArgumentError(say("save_pretrained", "state_dict", got, "these tensors", remedy))
+        raise ArgumentError(format_error("save_pretrained", "state_dict", got, "these tensors", remedy))
     found: dict[str, torch.Tensor] = {}
     places: set[tuple[int, torch.Size]] = set()
     for name in names:
@@ -327,11 +333,13 @@ def load(path: str | os.PathLike[str]) -> nn.Module:
         model = build(hf, config, layout)
     except Exception as error:
         wanted = "a config and a layout that a model can be built from"
-        raise CheckpointError(say("load", str(folder / CONFIG), one_line(error), wanted, ANEW)) from error
+        raise CheckpointError(
+            format_error("load", str(folder / CONFIG), one_line(error), wanted, ANEW)
+        ) from error
     check_header(model, header, weights)
     try:
         tensors = {name: file.get_tensor(name) for name in header}
     except Exception as error:
         wanted = "a safetensors file"
-        raise CheckpointError(say("load", str(weights), one_line(error), wanted, ANEW)) from error
+        raise CheckpointError(format_error("load", str(weights), one_line(error), wanted, ANEW)) from error
     return fill(model, tensors)

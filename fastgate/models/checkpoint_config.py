@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import BertConfig, CamembertConfig, PreTrainedConfig, RobertaConfig, XLMRobertaConfig
 
-from fastgate.errors import CheckpointError, say
+from fastgate.errors import CheckpointError, format_error
 from fastgate.models.handle import POOLING_KEY, POOLINGS
 from fastgate.nn.replacement import KINDS
 
@@ -53,12 +53,12 @@ def read_layout(data: Any, where: str, layers: Any) -> Layout:
     got = data if isinstance(data, dict) else {}
     if got.get(INTERRUPTED):
         raise CheckpointError(
-            say("load", where, "the notice of a save that was interrupted", "a checkpoint",
+            format_error("load", where, "the notice of a save that was interrupted", "a checkpoint",
                 "call fastgate.load on the folder, or save the model anew")
         )  # fmt: skip
     if got.get(UNFINISHED):
         raise CheckpointError(
-            say("load", where, "weights whose gates are still being learned", "a pruned model",
+            format_error("load", where, "weights whose gates are still being learned", "a pruned model",
                 "resume with SelfPruningTrainer.train(resume_from_checkpoint=...), or load a later one")
         )  # fmt: skip
     kept = got.get("kept")
@@ -72,12 +72,16 @@ def read_layout(data: Any, where: str, layers: Any) -> Layout:
     )
     if not fields:
         raise CheckpointError(
-            say("load", where, "missing or wrong fields", "what fastgate.save writes", "save the model anew")
+            format_error(
+                "load", where, "missing or wrong fields", "what fastgate.save writes", "save the model anew"
+            )
         )
     assert isinstance(kept, list)
     if kept and not (type(layers) is int and kept[0] >= 0 and kept[-1] < layers):
         raise CheckpointError(
-            say("load", where, f"keep: {kept[:5]}", f"indices of {layers} layers", "save the model anew")
+            format_error(
+                "load", where, f"keep: {kept[:5]}", f"indices of {layers} layers", "save the model anew"
+            )
         )
     return Layout(tuple(kept), got["replacement"], got.get("demand"), got.get("pooling", "first"))
 

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedConfig
 
-from fastgate.errors import ArgumentError, CheckpointError, say
+from fastgate.errors import ArgumentError, CheckpointError, format_error
 from fastgate.models import atomic_files
 from fastgate.models.architectures import FAMILIES
 from fastgate.models.checkpoint_config import KEY, MODEL_TYPES, PRUNED, Layout, read_layout
@@ -58,7 +58,9 @@ def snapshot(folder: Path) -> tuple[dict[str, Any], dict[str, Any], Any]:
         if _state_of(folder) == before:
             return meta, data, file
     remedy = "load again when saving has ended"
-    raise CheckpointError(say("load", "path", folder, "a folder that is not saved to all the time", remedy))
+    raise CheckpointError(
+        format_error("load", "path", folder, "a folder that is not saved to all the time", remedy)
+    )
 
 
 def _opened(weights: Path) -> Any:
@@ -66,7 +68,7 @@ def _opened(weights: Path) -> Any:
         return safe_open(weights, "pt")
     except Exception as error:
         wanted = "a safetensors file"
-        raise CheckpointError(say("load", str(weights), one_line(error), wanted, ANEW)) from error
+        raise CheckpointError(format_error("load", str(weights), one_line(error), wanted, ANEW)) from error
 
 
 def _state_of(folder: Path) -> list[Any]:
@@ -86,14 +88,14 @@ def _state_of(folder: Path) -> list[Any]:
 def folder_to_read(path: str | os.PathLike[str]) -> Path:
     if not isinstance(path, str | os.PathLike) or not os.fspath(path):
         remedy = 'pass a path, such as "pruned"'
-        raise ArgumentError(say("load", "path", repr(path)[:80], "the path of a folder", remedy))
+        raise ArgumentError(format_error("load", "path", repr(path)[:80], "the path of a folder", remedy))
     folder = Path(os.fsdecode(path)).expanduser()
     wanted = "the folder of a checkpoint written by fastgate.save"
     try:
         found = folder.is_dir()
     except OSError as error:
         raise CheckpointError(
-            say("load", str(folder)[:80], one_line(error)[:80], wanted, "check the path")
+            format_error("load", str(folder)[:80], one_line(error)[:80], wanted, "check the path")
         ) from error
     if found:
         if not atomic_files.find(folder, META).is_file():
@@ -103,11 +105,11 @@ def folder_to_read(path: str | os.PathLike[str]) -> Path:
                 remedy = "load a model of transformers with AutoModel.from_pretrained and call fastgate.patch"
             elif (folder / "pruned" / META).is_file():
                 remedy = f"load {folder / 'pruned'}"
-            raise CheckpointError(say("load", str(folder), f"{got} (no such file)", wanted, remedy))
+            raise CheckpointError(format_error("load", str(folder), f"{got} (no such file)", wanted, remedy))
         return folder
     got = "a file" if folder.exists() else "no such file or folder"
     remedy = f"pass the folder {folder.parent}" if folder.exists() else "check the path"
-    raise CheckpointError(say("load", str(folder), got, wanted, remedy))
+    raise CheckpointError(format_error("load", str(folder), got, wanted, remedy))
 
 
 def _checked_meta(folder: Path) -> dict[str, Any]:
@@ -115,13 +117,13 @@ def _checked_meta(folder: Path) -> dict[str, Any]:
     meta = read_json(path)
     if meta.get("format") not in (1, FORMAT) or type(meta["format"]) is not int:
         got, wanted = f"format {str(meta.get('format'))[:20]}", f"format 1 or {FORMAT}"
-        raise CheckpointError(say("load", str(path), got, wanted, "upgrade fastgate"))
+        raise CheckpointError(format_error("load", str(path), got, wanted, "upgrade fastgate"))
     old = meta["format"] == 1
     digests: Any = {WEIGHTS: meta.get("sha256")} if old else meta.get("sha256")
     whole = isinstance(digests, dict) and set(digests) == ({WEIGHTS} if old else {CONFIG, WEIGHTS})
     if not whole or not all(isinstance(value, str) for value in (*digests.values(), meta.get("class"))):
         raise CheckpointError(
-            say("load", str(path), "missing or wrong fields", "what fastgate.save writes", ANEW)
+            format_error("load", str(path), "missing or wrong fields", "what fastgate.save writes", ANEW)
         )
     return meta | {"sha256": digests}
 
@@ -134,11 +136,13 @@ def _check_digests(folder: Path, meta: dict[str, Any]) -> None:
         except OSError as error:
             got = "no such file" if isinstance(error, FileNotFoundError) else one_line(error)
             remedy = "copy the whole folder again"
-            raise CheckpointError(say("load", str(path), got, "a file that can be read", remedy)) from error
+            raise CheckpointError(
+                format_error("load", str(path), got, "a file that can be read", remedy)
+            ) from error
         if found != digest:
             remedy = "the file was cut short or changed: copy it again or save the model anew"
             got = "contents that do not match their checksum"
-            raise CheckpointError(say("load", str(path), got, f"{digest[:12]} of {META}", remedy))
+            raise CheckpointError(format_error("load", str(path), got, f"{digest[:12]} of {META}", remedy))
 
 
 def layout_in(meta: dict[str, Any], data: dict[str, Any], folder: Path, config: Any) -> Layout:
@@ -149,10 +153,12 @@ def layout_in(meta: dict[str, Any], data: dict[str, Any], folder: Path, config: 
     layout = read_layout(known, str(folder / META), layers)
     if KEY in data and read_layout(data[KEY], str(folder / CONFIG), layers) != layout:
         wanted = f"what {META} says"
-        raise CheckpointError(say("load", str(folder / CONFIG), f"another {KEY!r}", wanted, ANEW))
+        raise CheckpointError(format_error("load", str(folder / CONFIG), f"another {KEY!r}", wanted, ANEW))
     if pooling != layout.pooling:
         wanted = f"{layout.pooling!r}, as {META} says"
-        raise CheckpointError(say("load", str(folder / CONFIG), f"pooling {pooling!r}", wanted, ANEW))
+        raise CheckpointError(
+            format_error("load", str(folder / CONFIG), f"pooling {pooling!r}", wanted, ANEW)
+        )
     return layout
 
 
@@ -163,7 +169,7 @@ def class_named(name: str, folder: Path) -> type[nn.Module]:
             return found
     wanted = "an encoder or head of transformers that fastgate knows"
     remedy = "upgrade fastgate, or make that class, prune it the same, and call load_state_dict"
-    raise CheckpointError(say("load", str(folder / META), f"class {name[:60]!r}", wanted, remedy))
+    raise CheckpointError(format_error("load", str(folder / META), f"class {name[:60]!r}", wanted, remedy))
 
 
 def model_config(data: dict[str, Any], hf: Any, where: str, layers: int) -> PreTrainedConfig:
@@ -173,7 +179,9 @@ def model_config(data: dict[str, Any], hf: Any, where: str, layers: int) -> PreT
     """
 
     def refuse(name: str, wanted: str) -> CheckpointError:
-        return CheckpointError(say("load", where, f"{name} {str(data.get(name))[:60]!r}", wanted, ANEW))
+        return CheckpointError(
+            format_error("load", where, f"{name} {str(data.get(name))[:60]!r}", wanted, ANEW)
+        )
 
     for name in _SIZES:
         if type(data.get(name)) is not int or not 0 < data[name] < 2**31:
@@ -206,7 +214,7 @@ def model_config(data: dict[str, Any], hf: Any, where: str, layers: int) -> PreT
         config.validate()
     except Exception as error:
         wanted = "a configuration that transformers reads"
-        raise CheckpointError(say("load", where, one_line(error), wanted, ANEW)) from error
+        raise CheckpointError(format_error("load", where, one_line(error), wanted, ANEW)) from error
     return config
 
 
@@ -217,7 +225,7 @@ def header_of(file: Any, weights: Path) -> dict[str, tuple[tuple[int, ...], str]
         return {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in parts.items()}
     except Exception as error:
         wanted = "a safetensors file"
-        raise CheckpointError(say("load", str(weights), one_line(error), wanted, ANEW)) from error
+        raise CheckpointError(format_error("load", str(weights), one_line(error), wanted, ANEW)) from error
 
 
 def check_header(model: nn.Module, header: dict[str, tuple[tuple[int, ...], str]], weights: Path) -> None:
@@ -228,14 +236,16 @@ def check_header(model: nn.Module, header: dict[str, tuple[tuple[int, ...], str]
     unknown = [name for name in header if name not in here]
     if missing or unknown:
         got = f"missing {missing[:3]}, unknown {unknown[:3]}"
-        raise CheckpointError(say("load", str(weights), got, "the tensors that the config needs", ANEW))
+        raise CheckpointError(
+            format_error("load", str(weights), got, "the tensors that the config needs", ANEW)
+        )
     for name, (shape, dtype) in header.items():
         if shape != tuple(here[name].shape):
             got, wanted = f"{name}: {shape}", f"shapes as in config.json, {tuple(here[name].shape)}"
-            raise CheckpointError(say("load", str(weights), got, wanted, ANEW))
+            raise CheckpointError(format_error("load", str(weights), got, wanted, ANEW))
         if dtype not in ("F32", "BF16", "F16", "F64"):
             wanted = "float32, bfloat16, float16 or float64"
-            raise CheckpointError(say("load", str(weights), f"{name} of {dtype}", wanted, ANEW))
+            raise CheckpointError(format_error("load", str(weights), f"{name} of {dtype}", wanted, ANEW))
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -246,13 +256,15 @@ def read_json(path: Path) -> dict[str, Any]:
         data = json.loads(path.read_text("utf-8"), parse_constant=_no_number, object_pairs_hook=_once)
     except FileNotFoundError as error:
         wanted = "a checkpoint written by fastgate.save"
-        raise CheckpointError(say("load", str(path), "no such file", wanted, "check the path")) from error
+        raise CheckpointError(
+            format_error("load", str(path), "no such file", wanted, "check the path")
+        ) from error
     except (OSError, ValueError, RecursionError) as error:
         got = f"damaged JSON ({one_line(error)})"
-        raise CheckpointError(say("load", str(path), got, "a JSON object", ANEW)) from error
+        raise CheckpointError(format_error("load", str(path), got, "a JSON object", ANEW)) from error
     if not isinstance(data, dict):
         got = f"damaged JSON (a {type(data).__name__})"
-        raise CheckpointError(say("load", str(path), got, "a JSON object", ANEW))
+        raise CheckpointError(format_error("load", str(path), got, "a JSON object", ANEW))
     return data
 
 

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgate.errors import Unsupported, say
+from fastgate.errors import Unsupported, format_error
 from fastgate.models.architectures import base_class
 from fastgate.models.checkpoint_config import KEY, Layout, is_pruned, plain_config, read_layout
-from fastgate.models.handle import encoder_state
+from fastgate.models.handle import get_encoder
 from fastgate.models.patching import SWAPPED, patch
 from fastgate.models.pruning import prune, refuse_adapters
 from fastgate.nn.packed_linear import PackedLinear
@@ -40,7 +40,7 @@ def build(cls: type[nn.Module], config: Any, layout: Layout) -> nn.Module:
 def arrange(model: nn.Module, layout: Layout) -> nn.Module:
     """Patch and prune a dense model as `layout` says, in place; returns the model."""
     patch(model, demand=layout.demand)
-    if len(layout.kept) < encoder_state(model).num_layers:
+    if len(layout.kept) < get_encoder(model).num_layers:
         prune(model, layout.kept, layout.replacement)
     return model
 
@@ -69,11 +69,13 @@ def check(model: nn.Module, wanted: nn.Module, unused: tuple[str, ...]) -> None:
     for name in [*mine, *theirs]:
         got, expected = mine.get(name), theirs.get(name)
         if _kind(got) is not _kind(expected):
-            raise Unsupported(say("save", name, _named(got), _named(expected), _REMEDY))
+            raise Unsupported(format_error("save", name, _named(got), _named(expected), _REMEDY))
         for number in _NUMBERS:
             value, other = getattr(got, number, None), getattr(expected, number, None)
             if value != other:
-                raise Unsupported(say("save", f"{name}.{number}", value, f"{other}, as in config", _REMEDY))
+                raise Unsupported(
+                    format_error("save", f"{name}.{number}", value, f"{other}, as in config", _REMEDY)
+                )
         _check_buffers(name, got)
     _check_tensors(_tensors(model, unused), _tensors(wanted, unused))
 
@@ -85,7 +87,9 @@ def _check_buffers(name: str, module: nn.Module | None) -> None:
         if buffer is None or buffer.is_meta or torch.equal(buffer.cpu(), _BUFFERS[key](buffer)):
             continue
         remedy = f"pass {key} to each call instead"
-        raise Unsupported(say("save", f"{name}.{key}", "other values", "those of transformers", remedy))
+        raise Unsupported(
+            format_error("save", f"{name}.{key}", "other values", "those of transformers", remedy)
+        )
 
 
 def check_hooks(model: nn.Module) -> None:
@@ -99,7 +103,7 @@ def check_hooks(model: nn.Module) -> None:
             if foreign:
                 got = f"the hook {getattr(foreign[0], '__qualname__', foreign[0])}"
             where, remedy = name or type(model).__name__, "remove it to save, and add it again after loading"
-            raise Unsupported(say("save", where, got, "a module without one", remedy))
+            raise Unsupported(format_error("save", where, got, "a module without one", remedy))
 
 
 def _is_of_a_library(hook: Any) -> bool:
@@ -140,24 +144,28 @@ def _check_tensors(mine: dict[str, Any], wanted: dict[str, Any]) -> None:
     for name in [*mine, *wanted]:
         if name not in wanted or name not in mine:
             got, expected = ("a tensor", "none") if name in mine else ("none", "a tensor")
-            raise Unsupported(say("save", name, got, f"{expected}, as the config has it", _REMEDY))
+            raise Unsupported(format_error("save", name, got, f"{expected}, as the config has it", _REMEDY))
         got, expected = mine[name], wanted[name]
         if type(got) not in (nn.Parameter, Tensor):
             remedy = "save the model before it is quantised or sharded"
-            raise Unsupported(say("save", name, type(got).__name__, "an ordinary tensor", remedy))
+            raise Unsupported(format_error("save", name, type(got).__name__, "an ordinary tensor", remedy))
         if got.device.type == "meta":
             remedy = "load the model without offloading"
-            raise Unsupported(say("save", name, "no values on this device", "the weights in memory", remedy))
+            raise Unsupported(
+                format_error("save", name, "no values on this device", "the weights in memory", remedy)
+            )
         if got.shape != expected.shape:
             shapes = tuple(got.shape), f"{tuple(expected.shape)}, as the config has it"
-            raise Unsupported(say("save", name, *shapes, _REMEDY))
+            raise Unsupported(format_error("save", name, *shapes, _REMEDY))
         if got.dtype != expected.dtype and (got.dtype not in DTYPES or expected.dtype not in DTYPES):
-            raise Unsupported(say("save", name, got.dtype, "float32, bfloat16, float16 or float64", _REMEDY))
+            raise Unsupported(
+                format_error("save", name, got.dtype, "float32, bfloat16, float16 or float64", _REMEDY)
+            )
     for group, other in _unlike(mine, wanted):
         got = f"shared by {', '.join(group)}" if len(group) > 1 else "a weight of its own"
         expected = f"shared by {', '.join(other)}" if len(other) > 1 else "a weight of its own"
         remedy = "give each layer its own weights (copy.deepcopy), or set config.tie_word_embeddings as it is"
-        raise Unsupported(say("save", group[0], got, expected, remedy))
+        raise Unsupported(format_error("save", group[0], got, expected, remedy))
 
 
 def _unlike(mine: dict[str, Any], wanted: dict[str, Any]) -> Iterator[tuple[list[str], list[str]]]:

@@ -9,17 +9,17 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 
-from fastgate.errors import ArgumentError, Unsupported, say
-from fastgate.models.handle import EncoderState, Runtime
+from fastgate.errors import ArgumentError, Unsupported, format_error
+from fastgate.models.handle import EncoderHandle, EncoderRuntime
 from fastgate.models.inspection import Inspection, verify_places
 from fastgate.ops.derivatives import is_transformed
 from fastgate.ops.ragged import HOST, on_device
-from fastgate.ops.registry import is_direct
-from fastgate.runtime.context import Ids, Run, plan_for
+from fastgate.ops.registry import bypasses_dispatcher
+from fastgate.runtime.context import ForwardContext, TokenIds, plan_for
 from fastgate.runtime.executor import run_plan
 from fastgate.runtime.layer import is_skipped, shifts_of
 from fastgate.runtime.plan import Plan
-from fastgate.runtime.unpadding import Packing, on_host, pack_rows, unpadded
+from fastgate.runtime.unpadding import UnpaddedBatch, on_host, unpad, unpad_full
 
 
 def forward_encoder(
@@ -45,27 +45,31 @@ def forward_encoder(
     if is_transformed():
         got, wanted = "torch.func or forward-mode differentiation", "autograd's backward"
         remedy = "call fastgate.unpatch(model) first"
-        raise Unsupported(say("forward", "derivatives", got, wanted, remedy))
+        raise Unsupported(format_error("forward", "derivatives", got, wanted, remedy))
     if torch._C._is_tracing() or torch.compiler.is_exporting():
         got, wanted = "torch.jit.trace or torch.export", "eager mode or torch.compile"
         remedy = "export an unpruned model, after fastgate.unpatch(model)"
-        raise Unsupported(say("forward", "model", got, wanted, remedy))
+        raise Unsupported(format_error("forward", "model", got, wanted, remedy))
     if (input_ids is None) == (inputs_embeds is None):
         raise ArgumentError(
-            say("forward", "input_ids, inputs_embeds", "both or neither", "exactly one", "pass one of them")
+            format_error(
+                "forward", "input_ids, inputs_embeds", "both or neither", "exactly one", "pass one of them"
+            )
         )
     shape = input_ids.shape if input_ids is not None else inputs_embeds.shape[:-1]  # type: ignore[union-attr]
     if len(shape) != 2:
         raise ArgumentError(
-            say("forward", "input", f"shape {tuple(shape)}", "(batch, length)", "add or merge dimensions")
+            format_error(
+                "forward", "input", f"shape {tuple(shape)}", "(batch, length)", "add or merge dimensions"
+            )
         )
     batch, length = shape
     device = (input_ids if input_ids is not None else inputs_embeds).device  # type: ignore[union-attr]
-    runtime: Runtime = encoder.fastgate_runtime
+    runtime: EncoderRuntime = encoder.fastgate_runtime
     inspection = runtime.inspections.of(encoder)
     layers = inspection.layers
     if len(layers) != len(runtime.gates) or inspection.removed != runtime.removed:
-        EncoderState(encoder).check_layers("forward")
+        EncoderHandle(encoder).check_layers("forward")
     selection = kwargs.get("output_hidden_states")
     wanted_hidden = _hidden_selection(
         getattr(config, "output_hidden_states", None) if selection is None else selection,
@@ -80,31 +84,31 @@ def forward_encoder(
     attended, rows = on_host(_attended(attention_mask, batch, length), rows)
     if attended is not None and bool(attended.all()):
         attended = None
-    usual = input_ids is not None and is_direct(input_ids) and device.type == "cpu"
+    usual = input_ids is not None and bypasses_dispatcher(input_ids) and device.type == "cpu"
     alone = rows is None and not whole and not (runtime.record is not None and runtime.record.whole)
-    reach = reach_of(encoder) if alone and not runtime.captures(device) else 0
+    halo = halo_of(encoder) if alone and not runtime.captures(device) else 0
     if usual and attended is None and rows is None and not whole:
         first = runtime.demand in ("first", "start")
-        packing = unpadded(batch, length, first, torch.is_inference_mode_enabled(), reach)
+        unpadded = unpad_full(batch, length, first, torch.is_inference_mode_enabled(), halo)
     else:
-        demanded = demanded_rows(encoder, attended, rows, whole, (batch, length), HOST)
-        packing = pack_rows(batch, length, attended, demanded, device, reach)
+        demanded = output_row_mask(encoder, attended, rows, whole, (batch, length), HOST)
+        unpadded = unpad(batch, length, attended, demanded, device, halo)
 
     record = runtime.record
     if record is not None:
         record.hidden, record.attention_output, record.steps, record.length = [], [], [], length
     capture = wanted_hidden is not None or (record is not None and record.whole)
-    plan = make_runtime_plan(encoder, inspection, packing, capture)
-    run = Run(encoder, inspection, runtime.gates, packing, plan, record)
+    plan = plan_of_encoder(encoder, inspection, unpadded, capture)
+    run = ForwardContext(encoder, inspection, runtime.gates, unpadded, plan, record)
     run.states = None if wanted_hidden is None else []
     run.probabilities = {} if attentions else None
-    embed = _embedder(encoder, inspection, packing, input_ids, token_type_ids, position_ids, inputs_embeds)
+    embed = _embedder(encoder, inspection, unpadded, input_ids, token_type_ids, position_ids, inputs_embeds)
     hidden = None
     if runtime.graphs is not None and not torch.compiler.is_compiling():
         hidden = runtime.graphs.replay(run, embed.padded)
     if hidden is None:
         try:
-            hidden = packing.pad(run_plan(run, embed.rows), narrow=True)
+            hidden = unpadded.pad(run_plan(run, embed.rows), output_rows_only=True)
         except (RuntimeError, ArgumentError):
             verify_places(encoder)  # a weight that is elsewhere is the reason, and has a name
             raise
@@ -149,7 +153,7 @@ def _hidden_selection(selection: Any, layers: int, counted: int) -> set[int] | N
     wanted = [selection] if isinstance(selection, int) else list(selection)
     if not all(isinstance(i, int) for i in wanted):
         raise Unsupported(
-            say(
+            format_error(
                 "forward",
                 "output_hidden_states",
                 selection,
@@ -161,23 +165,23 @@ def _hidden_selection(selection: Any, layers: int, counted: int) -> set[int] | N
     return {i for i in places if 0 <= i <= layers}
 
 
-def reach_of(encoder: Any) -> int:
+def halo_of(encoder: Any) -> int:
     """How far the row that a head reads of each sequence looks beside itself above the last attention: one
     token for each `shift` there. 0 where more rows are read: those beside them are nearly all there is."""
-    runtime: Runtime = encoder.fastgate_runtime
+    runtime: EncoderRuntime = encoder.fastgate_runtime
     if runtime.demand not in ("first", "start"):
         return 0
     top = max((i for i, gate in enumerate(runtime.gates) if not is_skipped(gate)), default=-1)
     return sum(i > top for i in shifts_of(encoder.encoder.layer, runtime.gates))
 
 
-def make_runtime_plan(encoder: Any, inspection: Inspection, packing: Packing, capture: bool) -> Plan:
+def plan_of_encoder(encoder: Any, inspection: Inspection, unpadded: UnpaddedBatch, capture: bool) -> Plan:
     """The plan of a patched encoder for one packing, with its gates as they are now."""
     gates = encoder.fastgate_runtime.gates
     top = max((i for i, gate in enumerate(gates) if not is_skipped(gate)), default=None)
     absorbable = top is not None and inspection.layers[top].absorbable
     shifts = shifts_of(encoder.encoder.layer, gates)
-    return plan_for(gates, shifts, absorbable, packing, capture)
+    return plan_for(gates, shifts, absorbable, unpadded, capture)
 
 
 def _refuse(states: Any, mask: Any, cache: Any, use_cache: Any, kwargs: dict[str, Any]) -> None:
@@ -185,14 +189,14 @@ def _refuse(states: Any, mask: Any, cache: Any, use_cache: Any, kwargs: dict[str
     given = {"encoder_hidden_states": states, "encoder_attention_mask": mask, "past_key_values": cache}
     for name, value in given.items():
         if value is not None:
-            raise Unsupported(say("forward", name, type(value).__name__, "None", remedy))
+            raise Unsupported(format_error("forward", name, type(value).__name__, "None", remedy))
     for name in ("cu_seq_lens_q", "cu_seq_lens_k"):
         if kwargs.get(name) is not None:
             flat = "pass a padded batch (sentence-transformers: model[0].unpad_inputs = False), or " + remedy
-            raise Unsupported(say("forward", name, "rows packed already", "None", flat))
+            raise Unsupported(format_error("forward", name, "rows packed already", "None", flat))
     for name, value in {"use_cache": use_cache, "is_causal": kwargs.get("is_causal")}.items():
         if value:
-            raise Unsupported(say("forward", name, value, "False", remedy))
+            raise Unsupported(format_error("forward", name, value, "False", remedy))
 
 
 def _attended(mask: Tensor | None, batch: int, length: int) -> Tensor | None:
@@ -200,7 +204,7 @@ def _attended(mask: Tensor | None, batch: int, length: int) -> Tensor | None:
         return None
     if mask.shape != (batch, length):
         raise Unsupported(
-            say(
+            format_error(
                 "forward",
                 "attention_mask",
                 f"shape {tuple(mask.shape)}",
@@ -211,7 +215,7 @@ def _attended(mask: Tensor | None, batch: int, length: int) -> Tensor | None:
     return mask.to(torch.bool)
 
 
-def demanded_rows(
+def output_row_mask(
     encoder: Any,
     attended: Tensor | None,
     rows: Tensor | None,
@@ -223,7 +227,7 @@ def demanded_rows(
 
     rows: those this call reads. whole: every row is read, padding too.
     """
-    runtime: Runtime = encoder.fastgate_runtime
+    runtime: EncoderRuntime = encoder.fastgate_runtime
     if whole or runtime.demand == "every":
         return torch.ones(shape, dtype=torch.bool, device=device)
     if runtime.pooling == "mean":
@@ -249,7 +253,7 @@ def checked_rows(rows: Any, shape: tuple[int, int], reads: str | None = None) ->
     if reads in ("first", "every"):
         what = "token 0" if reads == "first" else "every token"
         raise ArgumentError(
-            say("forward", "rows", "a mask", f"none, as this head reads {what}", "leave rows out")
+            format_error("forward", "rows", "a mask", f"none, as this head reads {what}", "leave rows out")
         )
     if not isinstance(rows, Tensor):
         got = type(rows).__name__
@@ -260,38 +264,40 @@ def checked_rows(rows: Any, shape: tuple[int, int], reads: str | None = None) ->
     else:
         return rows
     remedy = "pass e.g. input_ids == mask_token_id"
-    raise ArgumentError(say("forward", "rows", got, f"a bool tensor (batch, length) = {shape}", remedy))
+    raise ArgumentError(
+        format_error("forward", "rows", got, f"a bool tensor (batch, length) = {shape}", remedy)
+    )
 
 
 class _Embedder(NamedTuple):
     """padded: the ids that embeddings are gathered by, (batch or 1, length) each; None where they are not.
     rows: what run_plan asks for ids or finished embeddings."""
 
-    padded: Ids | None
-    rows: Callable[[bool], Ids | Tensor]
+    padded: TokenIds | None
+    rows: Callable[[bool], TokenIds | Tensor]
 
 
 def _embedder(
     encoder: Any,
     inspection: Inspection,
-    packing: Packing,
+    unpadded: UnpaddedBatch,
     input_ids: Tensor | None,
     token_type_ids: Tensor | None,
     position_ids: Tensor | None,
     inputs_embeds: Tensor | None,
 ) -> _Embedder:
     embeddings = encoder.embeddings
-    shape = (packing.batch, packing.length)
+    shape = (unpadded.batch, unpadded.length)
     for name, ids in (("token_type_ids", token_type_ids), ("position_ids", position_ids)):
         if ids is not None and (
             ids.dim() != 2 or ids.shape[1] != shape[1] or ids.shape[0] not in (1, shape[0])
         ):
             raise ArgumentError(
-                say("forward", name, f"shape {tuple(ids.shape)}", f"{shape}", "pass one id a token")
+                format_error("forward", name, f"shape {tuple(ids.shape)}", f"{shape}", "pass one id a token")
             )
     if not inspection.gathers:
         # Hooks and replaced modules may count on padded input: the module runs as it is, its dropout within.
-        def whole(narrow: bool) -> Tensor:
+        def whole(output_rows_only: bool) -> Tensor:
             padded = embeddings(
                 input_ids=input_ids,
                 position_ids=position_ids,
@@ -299,7 +305,7 @@ def _embedder(
                 inputs_embeds=inputs_embeds,
                 past_key_values_length=0,
             )
-            return packing.pack(padded, narrow)
+            return unpadded.pack(padded, output_rows_only)
 
         return _Embedder(None, whole)
 
@@ -318,7 +324,7 @@ def _embedder(
             position_ids = embeddings.position_ids[:, : shape[1]]
     if shape[1] > position_ids.shape[1]:
         raise ArgumentError(
-            say(
+            format_error(
                 "forward",
                 "input",
                 f"length {shape[1]}",
@@ -327,18 +333,19 @@ def _embedder(
             )
         )
 
-    def packed(ids: Tensor | None, narrow: bool) -> Tensor | None:
-        return None if ids is None else packing.pack(ids.expand(shape), narrow)
+    def packed(ids: Tensor | None, output_rows_only: bool) -> Tensor | None:
+        return None if ids is None else unpadded.pack(ids.expand(shape), output_rows_only)
 
-    def gathered(narrow: bool) -> Ids:
-        return Ids(*(packed(ids, narrow) for ids in (input_ids, position_ids, token_type_ids)))  # type: ignore[arg-type]
+    def gathered(output_rows_only: bool) -> TokenIds:
+        return TokenIds(*(packed(ids, output_rows_only) for ids in (input_ids, position_ids, token_type_ids)))  # type: ignore[arg-type]
 
-    def added(narrow: bool) -> Tensor:
-        types = packed(token_type_ids, narrow)
-        u = packing.pack(inputs_embeds, narrow) + embeddings.position_embeddings(packed(position_ids, narrow))  # type: ignore[arg-type]
+    def added(output_rows_only: bool) -> Tensor:
+        types = packed(token_type_ids, output_rows_only)
+        u = unpadded.pack(inputs_embeds, output_rows_only)  # type: ignore[arg-type]
+        u = u + embeddings.position_embeddings(packed(position_ids, output_rows_only))
         u = u + (tables[2].weight[0] if types is None else tables[2](types))
         return embeddings.dropout(embeddings.LayerNorm(u))
 
     if input_ids is None:
         return _Embedder(None, added)
-    return _Embedder(Ids(input_ids, position_ids, token_type_ids), gathered)  # type: ignore[arg-type]
+    return _Embedder(TokenIds(input_ids, position_ids, token_type_ids), gathered)  # type: ignore[arg-type]

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgate.errors import ArgumentError, say
-from fastgate.models.encoder_forward import demanded_rows, make_runtime_plan, reach_of
-from fastgate.models.handle import EncoderState, encoder_state
+from fastgate.errors import ArgumentError, format_error
+from fastgate.models.encoder_forward import halo_of, output_row_mask, plan_of_encoder
+from fastgate.models.handle import EncoderHandle, get_encoder
 from fastgate.runtime.cuda_graphs import DEVICES
 from fastgate.runtime.layer import Layer, is_skipped
 from fastgate.runtime.plan import Sizes, flops
-from fastgate.runtime.unpadding import pack_rows
+from fastgate.runtime.unpadding import unpad
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Explanation:
     demand: str
     lengths: tuple[int, ...]
     packed_rows: int
-    demanded_rows: int
+    output_row_mask: int
     kept: tuple[int, ...]
     flops: int
     flops_share: float
@@ -56,7 +56,7 @@ class Explanation:
 
     def __str__(self) -> str:
         lines = [
-            f"demand {self.demand}: {self.demanded_rows} of {self.packed_rows} rows read; attention kept in "
+            f"demand {self.demand}: {self.output_row_mask} of {self.packed_rows} rows read; attention kept in "
             f"{list(self.kept)} of {len(self.layers)} layers; {self.flops_share:.1%} of dense FLOPs",
             "layer  attention  gate  live rows  steps   FLOPs  notes",
         ]
@@ -76,18 +76,18 @@ def explain(model: nn.Module, lengths: Sequence[int] = (32,) * 8) -> Explanation
     """
     if not isinstance(model, nn.Module):
         remedy = "pass what fastgate.patch or fastgate.load returned"
-        raise ArgumentError(say("explain", "model", repr(model), "a patched model", remedy))
+        raise ArgumentError(format_error("explain", "model", repr(model), "a patched model", remedy))
     lengths = _checked(lengths)
-    state = encoder_state(model, "explain")
+    state = get_encoder(model, "explain")
     state.check_layers("explain")
     encoder = state.encoder
     batch, longest = len(lengths), max(lengths)
     attended = torch.arange(longest) < torch.tensor(lengths)[:, None]
-    demanded = demanded_rows(encoder, attended, None, False, (batch, longest), attended.device)
-    packing = pack_rows(batch, longest, attended, demanded, attended.device, reach_of(encoder))
+    demanded = output_row_mask(encoder, attended, None, False, (batch, longest), attended.device)
+    unpadded = unpad(batch, longest, attended, demanded, attended.device, halo_of(encoder))
     inspection = state.runtime.inspections.of(encoder)
-    plan = make_runtime_plan(encoder, inspection, packing, capture=False)
-    pairs = sum(q * k for q, k in zip(packing.queries.lengths, packing.keys.lengths, strict=True))
+    plan = plan_of_encoder(encoder, inspection, unpadded, capture=False)
+    pairs = sum(q * k for q, k in zip(unpadded.queries.lengths, unpadded.keys.lengths, strict=True))
     rows, squares = sum(lengths), sum(n * n for n in lengths)
 
     table, dense = [], 0
@@ -98,9 +98,9 @@ def explain(model: nn.Module, lengths: Sequence[int] = (32,) * 8) -> Explanation
         sizes = Sizes(
             encoder.config.hidden_size,
             intermediate,
-            packing.queries.rows,
-            packing.keys.rows,
-            packing.within,
+            unpadded.queries.rows,
+            unpadded.keys.rows,
+            unpadded.within,
             pairs,
             batch,
             attention,
@@ -123,8 +123,8 @@ def explain(model: nn.Module, lengths: Sequence[int] = (32,) * 8) -> Explanation
     return Explanation(
         state.runtime.demand,
         tuple(lengths),
-        packing.queries.rows,
-        packing.within[0],
+        unpadded.queries.rows,
+        unpadded.within[0],
         plan.kept,
         total,
         total / dense,
@@ -142,7 +142,7 @@ def _checked(lengths: Any) -> list[int]:
     if not found or min(found) < 1:
         remedy = "pass e.g. [32] * 8"
         raise ArgumentError(
-            say("explain", "lengths", repr(lengths), "one number of tokens a sequence", remedy)
+            format_error("explain", "lengths", repr(lengths), "one number of tokens a sequence", remedy)
         )
     return found
 
@@ -158,7 +158,7 @@ def _widths(config: Any, layer: Layer) -> tuple[int, int, int]:
     return attention, layer.heads_in(attention), intermediate
 
 
-def _status(state: EncoderState, i: int) -> str:
+def _status(state: EncoderHandle, i: int) -> str:
     """What became of a layer's attention, in one word."""
     gate = state.gates[i]
     if state.is_removed(i):
@@ -168,7 +168,7 @@ def _status(state: EncoderState, i: int) -> str:
     return "gated" if isinstance(gate, Tensor) else "kept"
 
 
-def _graphs(state: EncoderState) -> str | None:
+def _graphs(state: EncoderHandle) -> str | None:
     graphs = state.runtime.graphs
     first = next(state.encoder.parameters(), None)
     if first is None or first.device.type not in DEVICES:

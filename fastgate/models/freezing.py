@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgate.errors import ArgumentError, NothingPatched, Unsupported, say
+from fastgate.errors import ArgumentError, NothingPatched, Unsupported, format_error
 from fastgate.models.architectures import find_encoders
-from fastgate.models.handle import EncoderState, check_module
+from fastgate.models.handle import EncoderHandle, check_module
 from fastgate.nn.packed_linear import (
     PackedLinear,
     asks_for_gradients,
@@ -42,19 +42,27 @@ def freeze(model: nn.Module) -> nn.Module:
     encoders = [item.encoder for item in find_encoders(model) if hasattr(item.encoder, "fastgate_runtime")]
     if not encoders:
         got = f"unpatched {type(model).__name__}"
-        raise NothingPatched(say("freeze", "model", got, "a patched model", "call fastgate.patch(model)"))
+        raise NothingPatched(
+            format_error("freeze", "model", got, "a patched model", "call fastgate.patch(model)")
+        )
     if model.training:
         got = "a model in training mode"
-        raise ArgumentError(say("freeze", "model", got, "one in eval mode", "call model.eval() first"))
+        raise ArgumentError(
+            format_error("freeze", "model", got, "one in eval mode", "call model.eval() first")
+        )
     if missing_for_onednn():
-        raise Unsupported(say("freeze", "torch", missing_for_onednn(), "oneDNN", "run the model as it is"))
+        raise Unsupported(
+            format_error("freeze", "torch", missing_for_onednn(), "oneDNN", "run the model as it is")
+        )
     whole: set[nn.Module] = set()
     for encoder in encoders:
-        state = EncoderState(encoder)
+        state = EncoderHandle(encoder)
         soft = [i for i, gate in enumerate(state.gates) if isinstance(gate, Tensor)]
         if soft:
             remedy = "harden the gates (Pruner.harden) first"
-            raise ArgumentError(say("freeze", "model", f"soft gates in layers {soft}", "0 or 1", remedy))
+            raise ArgumentError(
+                format_error("freeze", "model", f"soft gates in layers {soft}", "0 or 1", remedy)
+            )
         if state.runtime.demand in ("first", "start"):
             whole |= _absorbed(state)
     found = [module for module in model.modules() if is_plain(module) and module not in whole]
@@ -66,15 +74,17 @@ def freeze(model: nn.Module) -> nn.Module:
     )
     if wrong:
         remedy = "run the model as it is, or convert it first"
-        raise Unsupported(say("freeze", "model", ", ".join(wrong), "float32 or bfloat16 on the CPU", remedy))
+        raise Unsupported(
+            format_error("freeze", "model", ", ".join(wrong), "float32 or bfloat16 on the CPU", remedy)
+        )
     together = {}
     for encoder in encoders:
-        for view in EncoderState(encoder).layers:
+        for view in EncoderHandle(encoder).layers:
             together.update(_joined(view.attention.self, set(packable)))
     for module in packable:
         pack_linear(module, together.get(module))
     for encoder in encoders:
-        runtime = EncoderState(encoder).runtime
+        runtime = EncoderHandle(encoder).runtime
         runtime.frozen = True
         runtime.forget()
     return model
@@ -94,7 +104,7 @@ def thaw(model: nn.Module) -> nn.Module:
             if unpack_linear(module):
                 edited.append(f"{name}.weight")
         elif hasattr(module, "fastgate_runtime"):
-            EncoderState(module).runtime.frozen = False
+            EncoderHandle(module).runtime.frozen = False
     if edited:
         names = ", ".join(edited[:3]) + (f" and {len(edited) - 3} more" if len(edited) > 3 else "")
         message = f"thaw: {names} changed while the model was frozen, and its outputs did not follow"
@@ -121,7 +131,7 @@ def _joined(attention: Any, found: set[nn.Linear]) -> dict[nn.Linear, Packed]:
     return dict(zip(parts, pack_together([part.weight for part in parts]), strict=True))
 
 
-def _absorbed(state: EncoderState) -> set[nn.Module]:
+def _absorbed(state: EncoderHandle) -> set[nn.Module]:
     """The key and value Linears of the last attention: with one query a sequence their weights are read."""
     gates = state.gates
     top = max((i for i, gate in enumerate(gates) if not is_skipped(gate)), default=-1)

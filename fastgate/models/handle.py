@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgate.errors import ArgumentError, CheckpointError, NothingPatched, Unsupported, say
+from fastgate.errors import ArgumentError, CheckpointError, NothingPatched, Unsupported, format_error
 from fastgate.models.architectures import find_encoders
 from fastgate.models.inspection import Inspections
 from fastgate.nn.replacement import Replacement
-from fastgate.runtime.compiled_plan import Programs
-from fastgate.runtime.context import Record
-from fastgate.runtime.cuda_graphs import DEVICES, Graphs
+from fastgate.runtime.compiled_plan import PlanCache
+from fastgate.runtime.context import ActivationTrace
+from fastgate.runtime.cuda_graphs import DEVICES, CudaGraphs
 from fastgate.runtime.layer import Gate, is_skipped, replacement_of
 
 POOLINGS = ("first", "mean")  # what a pooler reads: token 0, or the mean over the attended rows
@@ -25,7 +25,7 @@ POOLING_KEY = "fastgate_pooling"  # where a config says it; without it: first
 
 
 @dataclass
-class Runtime:
+class EncoderRuntime:
     """What a patched encoder carries beside its weights.
 
     reads: the rows that what stands above it reads (families.DEMANDS), None if nothing known does. gates: one
@@ -39,10 +39,10 @@ class Runtime:
 
     reads: str | None
     gates: list[Gate] = field(default_factory=list)
-    record: Record | None = None
+    record: ActivationTrace | None = None
     asked: str | None = None
-    graphs: Graphs | None = None
-    programs: Programs = field(default_factory=Programs)
+    graphs: CudaGraphs | None = None
+    programs: PlanCache = field(default_factory=PlanCache)
     inspections: Inspections = field(default_factory=Inspections)
     pooling: str = "first"
     unfinished: bool = False
@@ -51,7 +51,7 @@ class Runtime:
 
     def forget(self) -> None:
         """Let go of what was found in the modules, so that weights that were dropped are freed at once."""
-        self.inspections, self.programs = Inspections(), Programs()
+        self.inspections, self.programs = Inspections(), PlanCache()
 
     @property
     def demand(self) -> str:
@@ -79,15 +79,15 @@ class PrunedOtherwise(CheckpointError, RuntimeError):
     """A state dict has attention in other layers than the model; a RuntimeError, as torch's own are."""
 
 
-class EncoderState:
+class EncoderHandle:
     """The handle on a patched encoder: its gates, replacements, and a way to record what it computes."""
 
     def __init__(self, encoder: nn.Module):
         self.encoder: Any = encoder
 
     @property
-    def runtime(self) -> Runtime:
-        found: Runtime = self.encoder.fastgate_runtime
+    def runtime(self) -> EncoderRuntime:
+        found: EncoderRuntime = self.encoder.fastgate_runtime
         return found
 
     @property
@@ -106,7 +106,7 @@ class EncoderState:
         """One gate a layer: 1.0 the attention runs, 0.0 it is skipped, a 0-d tensor it is gated."""
         if len(gates) != self.num_layers:
             raise ArgumentError(
-                say(
+                format_error(
                     "set_gates",
                     "gates",
                     f"{len(gates)} values",
@@ -119,7 +119,7 @@ class EncoderState:
                 not isinstance(gate, Tensor) and gate not in (0.0, 1.0)
             ):
                 raise ArgumentError(
-                    say(
+                    format_error(
                         "set_gates",
                         f"gates[{i}]",
                         gate,
@@ -129,7 +129,7 @@ class EncoderState:
                 )
             if self.is_removed(i) and not is_skipped(gate):
                 raise ArgumentError(
-                    say(
+                    format_error(
                         "set_gates",
                         f"gates[{i}]",
                         gate,
@@ -151,13 +151,15 @@ class EncoderState:
                 "call fastgate.unpatch(model) before layers are added or removed, and fastgate.patch after"
             )
             wanted = f"{len(self.runtime.gates)}, as when the model was patched"
-            raise Unsupported(say(where, "encoder.layer", f"{self.num_layers} layers", wanted, remedy))
+            raise Unsupported(
+                format_error(where, "encoder.layer", f"{self.num_layers} layers", wanted, remedy)
+            )
         now = tuple(i for i in range(self.num_layers) if self.is_removed(i))
         if now != self.runtime.removed:
             got, wanted = f"attention pruned in layers {list(now)}", f"in layers {list(self.runtime.removed)}"
             remedy = "put the layers back that were there, or change them before fastgate.prune"
             raise Unsupported(
-                say(where, "encoder.layer", got, f"{wanted}, as fastgate.prune left it", remedy)
+                format_error(where, "encoder.layer", got, f"{wanted}, as fastgate.prune left it", remedy)
             )
 
     def check_state_dict(self, names: Collection[str], prefix: str) -> None:
@@ -179,7 +181,9 @@ class EncoderState:
         if there and lacking:
             got = f"attention of layers {there} and none of layers {lacking}"
             remedy = "load it into a model that was pruned with the same layers to keep"
-            raise PrunedOtherwise(say("load_state_dict", "state_dict", got, f"that of layers {kept}", remedy))
+            raise PrunedOtherwise(
+                format_error("load_state_dict", "state_dict", got, f"that of layers {kept}", remedy)
+            )
 
     def replacement(self, layer: int) -> Replacement | None:
         return replacement_of(self.encoder.encoder.layer[layer])
@@ -201,9 +205,9 @@ class EncoderState:
             layer.attention._modules.pop("replacement", None)
 
     @contextmanager
-    def record(self, whole: bool = True) -> Iterator[Record]:
+    def record(self, whole: bool = True) -> Iterator[ActivationTrace]:
         """While open, each forward fills the yielded Record anew. whole: as in Record."""
-        record = Record(whole=whole)
+        record = ActivationTrace(whole=whole)
         self.runtime.record = record
         try:
             yield record
@@ -216,10 +220,10 @@ def check_module(where: str, model: object) -> None:
     if not isinstance(model, nn.Module):
         remedy = "load it first: transformers.AutoModel.from_pretrained(name), or fastgate.load(path)"
         got = " ".join(repr(model).split())[:80]
-        raise ArgumentError(say(where, "model", got, "a torch.nn.Module", remedy))
+        raise ArgumentError(format_error(where, "model", got, "a torch.nn.Module", remedy))
 
 
-def encoder_state(model: nn.Module, where: str = "encoder_state") -> EncoderState:
+def get_encoder(model: nn.Module, where: str = "get_encoder") -> EncoderHandle:
     """The handle on the patched encoder inside `model`. where: the call that an error names.
 
     Raises NothingPatched if there is none, ArgumentError if there are several.
@@ -228,7 +232,7 @@ def encoder_state(model: nn.Module, where: str = "encoder_state") -> EncoderStat
     encoders = [item.encoder for item in find_encoders(model) if hasattr(item.encoder, "fastgate_runtime")]
     if not encoders:
         raise NothingPatched(
-            say(
+            format_error(
                 where,
                 "model",
                 f"unpatched {type(model).__name__}",
@@ -238,6 +242,6 @@ def encoder_state(model: nn.Module, where: str = "encoder_state") -> EncoderStat
         )
     if len(encoders) > 1:
         raise ArgumentError(
-            say(where, "model", f"{len(encoders)} encoders", "one", "pass the encoder you mean")
+            format_error(where, "model", f"{len(encoders)} encoders", "one", "pass the encoder you mean")
         )
-    return EncoderState(encoders[0])
+    return EncoderHandle(encoders[0])

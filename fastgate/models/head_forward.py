@@ -10,14 +10,14 @@ from torch import Tensor
 from transformers.modeling_outputs import MaskedLMOutput
 from transformers.utils import can_return_tuple
 
-from fastgate.errors import ArgumentError, say
+from fastgate.errors import ArgumentError, format_error
 from fastgate.models.architectures import Family
 from fastgate.models.encoder_forward import checked_rows
-from fastgate.models.handle import Runtime
+from fastgate.models.handle import EncoderRuntime
 from fastgate.runtime.unpadding import on_host
 
 
-def rows_read(head: Any, runtime: Runtime, given: dict[str, Any]) -> Tensor | None:
+def rows_read(head: Any, runtime: EncoderRuntime, given: dict[str, Any]) -> Tensor | None:
     """(batch, length) bool, the rows that a call of a tagging or language-model head reads; None: attended.
 
     The rows asked for and the labelled ones; in evaluation, or where `patch` was asked for all, a loss comes
@@ -34,7 +34,7 @@ def rows_read(head: Any, runtime: Runtime, given: dict[str, Any]) -> Tensor | No
     if labels.numel() != shape[0] * shape[1]:
         got = f"shape {tuple(labels.shape)}"
         raise ArgumentError(
-            say("forward", "labels", got, f"one a token, {shape}", "pad labels as the input is")
+            format_error("forward", "labels", got, f"one a token, {shape}", "pad labels as the input is")
         )
     labelled = (labels != -100).view(shape)
     if rows is not None:

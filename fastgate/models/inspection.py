@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from fastgate.errors import Unsupported, say
+from fastgate.errors import Unsupported, format_error
 from fastgate.models.architectures import FAMILIES, Family, base_class, verify_modules
 from fastgate.nn.hooks import GLOBAL_HOOKS, foreign_hooks, hook_dicts, is_itself, replaced_method
 from fastgate.runtime.layer import PLAIN_TENSORS, Layer, drop, is_plain, is_plain_dropout, is_plain_norm
@@ -162,7 +162,7 @@ def _verify_attention(name: str, function: Any) -> None:
         got = f"{name!r}, which is {getattr(function, '__qualname__', function)!r}"
         wanted = "an attention of transformers"
         remedy = f"call model.set_attn_implementation('sdpa'), or {_REMEDY}"
-        raise Unsupported(say("forward", "config._attn_implementation", got, wanted, remedy))
+        raise Unsupported(format_error("forward", "config._attn_implementation", got, wanted, remedy))
 
 
 def _changes(buffer: Tensor | None) -> int | None:
@@ -175,7 +175,9 @@ def _refuse_global_hooks() -> None:
     got = getattr(hook, "__qualname__", type(hook).__name__)
     wanted = "none, as fastgate calls few of the modules"
     remedy = f"remove the hook, or {_REMEDY}"
-    raise Unsupported(say("forward", "hook on all modules (torch.nn.modules.module)", got, wanted, remedy))
+    raise Unsupported(
+        format_error("forward", "hook on all modules (torch.nn.modules.module)", got, wanted, remedy)
+    )
 
 
 def _tables(embeddings: Any) -> tuple[Any, ...]:
@@ -232,10 +234,12 @@ def verify_places(encoder: Any) -> None:
             path = f"{name}.{place}.{key}"
             if tensor.is_meta:
                 remedy = "load the weights, or move the model with model.to_empty and load_state_dict"
-                raise Unsupported(say("forward", path, "no values (device meta)", "a weight", remedy))
+                raise Unsupported(
+                    format_error("forward", path, "no values (device meta)", "a weight", remedy)
+                )
             if first is None:
                 first = path, tensor.device
             elif tensor.device != first[1]:
                 got, wanted = f"a weight on {tensor.device}", f"{first[1]}, as {first[0]}"
                 remedy = f"move the whole encoder to one device, or {_REMEDY}"
-                raise Unsupported(say("forward", path, got, wanted, remedy))
+                raise Unsupported(format_error("forward", path, got, wanted, remedy))

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fastgate.errors import ArgumentError, NothingPatched, Unsupported, say
+from fastgate.errors import ArgumentError, NothingPatched, Unsupported, format_error
 from fastgate.models import sentence_transformers
 from fastgate.models.architectures import FAMILIES, Family, Found, base_class, find_encoders, verify
 from fastgate.models.encoder_forward import forward_encoder
 from fastgate.models.freezing import forward_frozen, thaw
-from fastgate.models.handle import POOLING_KEY, POOLINGS, EncoderState, Runtime, check_module
+from fastgate.models.handle import POOLING_KEY, POOLINGS, EncoderHandle, EncoderRuntime, check_module
 from fastgate.models.head_forward import masked_lm, rows_read
 from fastgate.nn.packed_linear import check_apply
-from fastgate.runtime.cuda_graphs import Graphs
+from fastgate.runtime.cuda_graphs import CudaGraphs
 
 
 def patch(
@@ -59,11 +59,13 @@ def patch(
     """
     check_module("patch", model)
     if graphs is not None and not isinstance(graphs, bool):
-        raise ArgumentError(say("patch", "graphs", repr(graphs), "True, False or None", "pass one of these"))
+        raise ArgumentError(
+            format_error("patch", "graphs", repr(graphs), "True, False or None", "pass one of these")
+        )
     found = list(find_encoders(model))
     if not found:
         raise NothingPatched(
-            say(
+            format_error(
                 "patch",
                 "model",
                 type(model).__name__,
@@ -81,8 +83,8 @@ def patch(
     for item, settings in zip(found, wanted, strict=True):
         _swap(item, *settings)
         if graphs is not None:
-            runtime: Runtime = item.encoder.fastgate_runtime  # type: ignore[assignment]
-            runtime.graphs = (runtime.graphs or Graphs()) if graphs else None
+            runtime: EncoderRuntime = item.encoder.fastgate_runtime  # type: ignore[assignment]
+            runtime.graphs = (runtime.graphs or CudaGraphs()) if graphs else None
     for module in _around(model, found):
         module.__dict__.setdefault("save_pretrained", SaveAround(module))
     sentence_transformers.watch(model)
@@ -123,7 +125,7 @@ def _pooling(found: Found, pooled: str | None, pooling: str | None) -> str:
     asked = getattr(config, POOLING_KEY, "first") if pooling is None else pooling
     if asked not in POOLINGS:
         remedy = "pass one of these"
-        raise ArgumentError(say("patch", "pooling", repr(asked), '"first" or "mean"', remedy))
+        raise ArgumentError(format_error("patch", "pooling", repr(asked), '"first" or "mean"', remedy))
     read = pooler is not None and pooled is None
     if asked == "first" or (pooling is None and not read):
         return "first"
@@ -132,7 +134,7 @@ def _pooling(found: Found, pooled: str | None, pooling: str | None) -> str:
         got = f'"mean" for a {head}' if pooled is None else '"mean" under sentence-transformers'
         wanted = "an encoder whose pooler, and no other row, is read, as in BertForSequenceClassification"
         remedy = 'leave it out, or pass "first"' if pooled is None else "choose it in the Pooling module"
-        raise Unsupported(say("patch", "pooling", got, wanted, remedy))
+        raise Unsupported(format_error("patch", "pooling", got, wanted, remedy))
     return "mean"
 
 
@@ -140,23 +142,27 @@ def _demand(
     found: Found, pooled: str | None, demand: str | None, pooling: str
 ) -> tuple[str | None, str | None]:
     """The rows that are read and those asked for (see Runtime); what is not known anew stays as it was."""
-    before = getattr(found.encoder, "fastgate_runtime", None) or Runtime(None)
+    before = getattr(found.encoder, "fastgate_runtime", None) or EncoderRuntime(None)
     reads, asked = found.reads or pooled or before.reads, before.asked if demand is None else demand
     if asked not in (None, "first", "all"):
-        raise ArgumentError(say("patch", "demand", repr(asked), '"first" or "all"', "pass one of these"))
+        raise ArgumentError(
+            format_error("patch", "demand", repr(asked), '"first" or "all"', "pass one of these")
+        )
     rows = "attended" if pooling == "mean" else reads
     if asked == "first" and rows not in (None, "first", "start"):
         head = type(found.head).__name__ if found.head is not None else "what stands above the encoder"
         remedy = 'leave demand out, or pass demand="all"'
-        raise ArgumentError(say("patch", "demand", '"first"', f"the rows that {head} reads ({rows})", remedy))
+        raise ArgumentError(
+            format_error("patch", "demand", '"first"', f"the rows that {head} reads ({rows})", remedy)
+        )
     return reads, asked
 
 
 def _swap(found: Found, reads: str | None, asked: str | None, pooling: str) -> None:
     if not hasattr(found.encoder, "fastgate_runtime"):
         layers = len(found.encoder.encoder.layer)  # type: ignore[union-attr, arg-type]
-        found.encoder.fastgate_runtime = Runtime(reads, [1.0] * layers, graphs=Graphs())  # type: ignore[assignment]
-    runtime = EncoderState(found.encoder).runtime
+        found.encoder.fastgate_runtime = EncoderRuntime(reads, [1.0] * layers, graphs=CudaGraphs())  # type: ignore[assignment]
+    runtime = EncoderHandle(found.encoder).runtime
     runtime.reads, runtime.asked, runtime.pooling = reads, asked, pooling
     if pooling == "first":
         found.encoder.config.__dict__.pop(POOLING_KEY, None)
@@ -176,11 +182,11 @@ def unpatch(model: nn.Module) -> nn.Module:
     check_module("unpatch", model)
     found = [item for item in find_encoders(model) if hasattr(item.encoder, "fastgate_runtime")]
     for item in found:
-        state = EncoderState(item.encoder)
+        state = EncoderHandle(item.encoder)
         closed = [i for i, gate in enumerate(state.gates) if isinstance(gate, Tensor) or gate != 1.0]
         if closed:
             raise Unsupported(
-                say(
+                format_error(
                     "unpatch",
                     "model",
                     f"layers {closed} without their whole attention",
@@ -190,13 +196,15 @@ def unpatch(model: nn.Module) -> nn.Module:
             )
         if state.runtime.pooling == "mean":
             got, remedy = "a pooler that reads the mean", 'call fastgate.patch(model, pooling="first") before'
-            raise Unsupported(say("unpatch", "model", got, "one that reads token 0, as theirs do", remedy))
+            raise Unsupported(
+                format_error("unpatch", "model", got, "one that reads token 0, as theirs do", remedy)
+            )
     thaw(model)
     sentence_transformers.unwatch(model)
     for around in _around(model, found):
         around.__dict__.pop("save_pretrained", None)
     for item in found:
-        EncoderState(item.encoder).remove_replacements()
+        EncoderHandle(item.encoder).remove_replacements()
         del item.encoder.fastgate_runtime
         for module in (item.encoder, item.head):
             if module is not None:
@@ -242,7 +250,7 @@ def _apply(self: Any, fn: Any, recurse: bool = True) -> Any:
 
 def _load_from_state_dict(self: Any, state_dict: Any, prefix: str, *rest: Any) -> None:
     """As in torch, which without `strict` would not say that attention is missing."""
-    EncoderState(self).check_state_dict(state_dict, prefix)
+    EncoderHandle(self).check_state_dict(state_dict, prefix)
     base_class(self)._load_from_state_dict(self, state_dict, prefix, *rest)
 
 

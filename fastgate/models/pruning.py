@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from fastgate.errors import ArgumentError, Unsupported, say
+from fastgate.errors import ArgumentError, Unsupported, format_error
 from fastgate.models.architectures import find_encoders
-from fastgate.models.handle import EncoderState, check_module, encoder_state
+from fastgate.models.handle import EncoderHandle, check_module, get_encoder
 from fastgate.models.patching import patch
 from fastgate.nn.replacement import KINDS, Removed
 
@@ -34,17 +34,19 @@ def prune(model: nn.Module, keep: Iterable[int], replacement: str = "zero") -> n
     found = list(find_encoders(model))
     if len(found) != 1:  # which of these raises says how many there are
         patch(model)
-        encoder_state(model, "prune")
-    state = EncoderState(found[0].encoder)
+        get_encoder(model, "prune")
+    state = EncoderHandle(found[0].encoder)
     kept = _indices(keep, state.num_layers)
     if replacement not in KINDS:
         raise ArgumentError(
-            say("prune", "replacement", repr(replacement), " | ".join(KINDS), "pass one of these")
+            format_error("prune", "replacement", repr(replacement), " | ".join(KINDS), "pass one of these")
         )
     gone = [i for i in kept if state.is_removed(i)]
     if gone:
         raise ArgumentError(
-            say("prune", "keep", gone, "layers whose attention is still there", "load the unpruned model")
+            format_error(
+                "prune", "keep", gone, "layers whose attention is still there", "load the unpruned model"
+            )
         )
 
     dropped = [i for i in range(state.num_layers) if i not in kept]
@@ -52,7 +54,7 @@ def prune(model: nn.Module, keep: Iterable[int], replacement: str = "zero") -> n
     shared = [i for i in dropped if at[i] in {at[j] for j in kept}]
     if shared:
         got, remedy = f"layers {shared} that share their attention with others", "copy.deepcopy each layer"
-        raise Unsupported(say("prune", "keep", got, "layers of their own to drop", remedy))
+        raise Unsupported(format_error("prune", "keep", got, "layers of their own to drop", remedy))
     patch(model)
     state.add_replacements(replacement, layers=dropped)
     for view in state.layers:
@@ -76,18 +78,18 @@ def refuse_adapters(where: str, model: nn.Module) -> None:
                 "call model = model.merge_and_unload().requires_grad_(True), which is exact, and prune and "
                 "fastgate.save that: an adapter has no place for what is pruned"
             )
-            raise Unsupported(say(where, "model", got, "a model without adapters", remedy))
+            raise Unsupported(format_error(where, "model", got, "a model without adapters", remedy))
 
 
 def _indices(keep: Any, layers: int) -> list[int]:
     """The layers to keep, in order."""
     wanted, remedy = f"layer indices from 0 to {layers - 1}", "pass a list, such as keep=[0, 3]"
     if isinstance(keep, str | bytes) or not isinstance(keep, Iterable):
-        raise ArgumentError(say("prune", "keep", repr(keep), wanted, remedy))
+        raise ArgumentError(format_error("prune", "keep", repr(keep), wanted, remedy))
     try:
         given = list(keep)
     except TypeError as error:  # a tensor without a dimension
-        raise ArgumentError(say("prune", "keep", repr(keep), wanted, remedy)) from error
+        raise ArgumentError(format_error("prune", "keep", repr(keep), wanted, remedy)) from error
     found, wrong = set(), []
     for one in given:
         index = _index(one)
@@ -96,7 +98,7 @@ def _indices(keep: Any, layers: int) -> list[int]:
         else:
             found.add(index)
     if wrong:
-        raise ArgumentError(say("prune", "keep", wrong[:5], wanted, "drop or correct them"))
+        raise ArgumentError(format_error("prune", "keep", wrong[:5], wanted, "drop or correct them"))
     return sorted(found)
 
 

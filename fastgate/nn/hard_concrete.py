@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from fastgate.errors import ArgumentError, say
+from fastgate.errors import ArgumentError, format_error
 
 GAMMA, ZETA = -0.1, 1.1  # the stretch: the probability mass outside [0, 1] is clipped onto 0 and 1
 BETA = 2.0 / 3.0  # temperature
@@ -28,7 +28,7 @@ def draw(log_alpha: Tensor, generator: torch.Generator) -> Tensor:
     """
     if log_alpha.device.type != "cpu" or generator.device.type != "cpu":
         raise ArgumentError(
-            say("gates.draw", "log_alpha", f"{log_alpha.device.type}, generator {generator.device.type}",
+            format_error("gates.draw", "log_alpha", f"{log_alpha.device.type}, generator {generator.device.type}",
                 "both on the CPU", "move log_alpha to the CPU and use torch.Generator()")
         )  # fmt: skip
     # fp64 noise whatever log_alpha's dtype: u is never 0 or 1 exactly after the clamp, so logit(u) is finite.
@@ -47,7 +47,9 @@ def draw_exact(log_alpha: Tensor, keep: int, generator: torch.Generator) -> Tens
     """
     if not 0 <= keep <= log_alpha.numel():
         raise ArgumentError(
-            say("gates.draw_exact", "keep", keep, f"0 to {log_alpha.numel()}", "keep at most all of them")
+            format_error(
+                "gates.draw_exact", "keep", keep, f"0 to {log_alpha.numel()}", "keep at most all of them"
+            )
         )
     u = torch.rand(log_alpha.shape, generator=generator, dtype=torch.float64).clamp_(1e-12, 1 - 1e-12)
     scores = log_alpha - torch.log(-torch.log(u)).to(log_alpha.dtype)
@@ -80,7 +82,7 @@ def log_alpha_for(probability: float) -> float:
     """The log-alpha at which P(z > 0) is `probability`, in (0, 1): the inverse of `p_open`."""
     if not 0.0 < probability < 1.0:
         raise ArgumentError(
-            say("gates.log_alpha_for", "probability", probability, "a number strictly between 0 and 1",
+            format_error("gates.log_alpha_for", "probability", probability, "a number strictly between 0 and 1",
                 "use 1e-6 or 1 - 1e-6 for a gate that is all but decided")
         )  # fmt: skip
     return math.log(probability / (1.0 - probability)) + _SHIFT
@@ -90,7 +92,7 @@ def harden(scores: Tensor, keep: int) -> list[int]:
     """The indices of the `keep` largest scores, ascending; of equal scores the lower index is kept."""
     if not 0 <= keep <= scores.numel():
         raise ArgumentError(
-            say(
+            format_error(
                 "gates.harden",
                 "keep",
                 keep,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import TensorWeakRef
 
-from fastgate.errors import Unsupported, say
+from fastgate.errors import Unsupported, format_error
 from fastgate.ops.linear import ONEDNN_DTYPES, Packed, pack
 
 _REMEDY = "call fastgate.thaw(model) first"
@@ -102,7 +102,7 @@ class PackedLinear(nn.Module):
     def __getattr__(self, name: str) -> Any:
         if name == "weight":
             wanted = "a Linear that is not frozen, or state_dict(), which has the weight"
-            raise FrozenWeight(say("weight", "Linear.weight", "a packed weight", wanted, _REMEDY))
+            raise FrozenWeight(format_error("weight", "Linear.weight", "a packed weight", wanted, _REMEDY))
         return super().__getattr__(name)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -164,13 +164,15 @@ def _refuse_weight(name: str, value: Any) -> None:
     """Nobody would read a weight that is set on a PackedLinear."""
     if name == "weight":
         got = f"a {type(value).__name__} for a frozen Linear"
-        raise Unsupported(say("weight", "Linear.weight", got, "a Linear that is not frozen", _REMEDY))
+        raise Unsupported(
+            format_error("weight", "Linear.weight", got, "a Linear that is not frozen", _REMEDY)
+        )
 
 
 def _check_place(weight: Tensor) -> None:
     if weight.device.type != "cpu" or weight.dtype not in ONEDNN_DTYPES:
         got = f"{weight.dtype} on {weight.device}"
-        raise Unsupported(say("freeze", "model", got, "float32 or bfloat16 on the CPU", _REMEDY))
+        raise Unsupported(format_error("freeze", "model", got, "float32 or bfloat16 on the CPU", _REMEDY))
 
 
 def check_apply(module: nn.Module, fn: Callable[[Tensor], Tensor]) -> None:
@@ -191,7 +193,7 @@ def without_gradients(training: bool, compute: Callable[[], Any]) -> Any:
     this call in training."""
     if training:
         raise Unsupported(
-            say(
+            format_error(
                 "forward",
                 "model",
                 "a frozen one in training mode",
@@ -224,7 +226,7 @@ class _NoBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         raise Unsupported(
-            say(
+            format_error(
                 "backward",
                 "model",
                 "a frozen one, whose parameters ask for gradients",

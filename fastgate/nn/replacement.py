@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fastgate.errors import ArgumentError, say
+from fastgate.errors import ArgumentError, format_error
 from fastgate.ops.reference import neighbours
 
 KINDS = ("zero", "mean", "affine", "shift")
@@ -25,7 +25,7 @@ class Replacement(nn.Module):
         super().__init__()
         if kind not in KINDS:
             raise ArgumentError(
-                say("Replacement", "kind", repr(kind), " | ".join(KINDS), "pass one of these")
+                format_error("Replacement", "kind", repr(kind), " | ".join(KINDS), "pass one of these")
             )
         self.kind = kind
 
@@ -38,7 +38,7 @@ class Replacement(nn.Module):
         self.after = vector(kind == "shift")
 
     @property
-    def mixes(self) -> bool:
+    def reads_neighbours(self) -> bool:
         """Whether r(h) of a row reads the rows beside it: then no LayerNorm can take it in."""
         return self.before is not None
 
@@ -75,7 +75,7 @@ class Removed(nn.Module):
 
     def forward(self, *args: object, **kwargs: object) -> Tensor:
         raise ArgumentError(
-            say(
+            format_error(
                 "forward",
                 "attention",
                 "a call to a pruned attention",

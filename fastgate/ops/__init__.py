@@ -5,8 +5,8 @@ slots.py holds what runs them.
 
 # Each leaves its reference and its schema.
 from fastgate.ops import absorbed_attention, attention, embed_norm, gated_add_norm, linear_gelu, shift_norm  # noqa: F401
-from fastgate.ops.registry import REFERENCE, SLOTS, Implementation, fill_with, implementation
+from fastgate.ops.registry import IMPLEMENTATIONS, REFERENCE, Implementation, implementation, register_loader
 
 OPS = tuple(REFERENCE)
 
-__all__ = ["OPS", "REFERENCE", "SLOTS", "Implementation", "fill_with", "implementation"]
+__all__ = ["IMPLEMENTATIONS", "OPS", "REFERENCE", "Implementation", "implementation", "register_loader"]

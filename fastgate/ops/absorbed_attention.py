@@ -8,9 +8,9 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from fastgate.errors import ArgumentError, say
+from fastgate.errors import ArgumentError, format_error
 from fastgate.ops import reference, registry
-from fastgate.ops.ragged import Ragged
+from fastgate.ops.ragged import SequenceOffsets
 
 
 def absorbed_attention(
@@ -19,7 +19,7 @@ def absorbed_attention(
     key: Tensor,
     value: Tensor,
     value_bias: Tensor | None,
-    keys: Ragged,
+    keys: SequenceOffsets,
     heads: int,
     scale: float,
     dropout_p: float = 0.0,
@@ -49,7 +49,7 @@ def absorbed_attention(
         return torch.bmm(per_head, back).transpose(0, 1).reshape(sequences, hidden)
     bias = value_bias.to(q.dtype).view(heads, 1, width)
     # Weights add up to 1: known of real lengths only, since traced ones may stand for others.
-    if registry.is_direct(q) and not dropout_p and 0 not in keys.lengths:
+    if registry.bypasses_dispatcher(q) and not dropout_p and 0 not in keys.lengths:
         out = torch.baddbmm(bias, per_head, back)
     else:
         out = (torch.bmm(per_head, back) + total.t().unsqueeze(-1) * bias).to(q.dtype)
@@ -57,7 +57,13 @@ def absorbed_attention(
 
 
 def _check(
-    q: Tensor, x: Tensor, key: Tensor, value: Tensor, value_bias: Tensor | None, keys: Ragged, heads: int
+    q: Tensor,
+    x: Tensor,
+    key: Tensor,
+    value: Tensor,
+    value_bias: Tensor | None,
+    keys: SequenceOffsets,
+    heads: int,
 ) -> torch.Size:
     if q.dim() != 2 or q.shape[0] != len(keys.lengths) or heads < 1 or q.shape[1] % heads:
         wanted = f"({len(keys.lengths)}, hidden), one query a sequence, {heads} heads in hidden"
@@ -76,18 +82,18 @@ def _check(
 
 
 def _refuse(argument: str, got: object, wanted: str, remedy: str) -> NoReturn:
-    raise ArgumentError(say("absorbed_attention", argument, got, wanted, remedy))
+    raise ArgumentError(format_error("absorbed_attention", argument, got, wanted, remedy))
 
 
 def _mix(
-    probe: Tensor, x: Tensor, keys: Ragged, scale: float, dropout_p: float, seed: Tensor | None
+    probe: Tensor, x: Tensor, keys: SequenceOffsets, scale: float, dropout_p: float, seed: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """(mixed, total), by the implementation that fits."""
-    direct = registry.is_direct(probe)
+    direct = registry.bypasses_dispatcher(probe)
     if direct and _chosen(probe).backend == "reference":
         return torch_absorbed_attention(probe, x, keys, scale, dropout_p, seed)
     operands = (probe, x, keys.cu_seqlens, scale, dropout_p, seed)
-    if direct and not registry.needs_gradient(probe, x):
+    if direct and not registry.any_requires_grad(probe, x):
         return _chosen(probe).forward(*operands)
     call: Callable[..., tuple[Tensor, ...]] = torch.ops.fastgate.absorbed_attention
     if direct:
@@ -99,7 +105,7 @@ def _mix(
 def torch_absorbed_attention(
     probe: Tensor,
     x: Tensor,
-    keys: Ragged,
+    keys: SequenceOffsets,
     scale: float,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
@@ -108,7 +114,7 @@ def torch_absorbed_attention(
     return reference.absorbed_attention(probe, keys.grid(x), scale, **_on_grid(probe, keys, dropout_p, seed))
 
 
-def _on_grid(probe: Tensor, keys: Ragged, dropout_p: float, seed: Tensor | None) -> dict[str, Any]:
+def _on_grid(probe: Tensor, keys: SequenceOffsets, dropout_p: float, seed: Tensor | None) -> dict[str, Any]:
     """The reference's keywords: which places of the grid are rows, and which weights are kept."""
     sequences, heads, _ = probe.shape
     mask = None
@@ -129,17 +135,17 @@ _OPERANDS = "Tensor probe, Tensor x, Tensor cu_seqlens, float scale, float dropo
 # total is float32, float64 for float64. lse: the log-sum-exp of every probe's scores, (sequences, heads), and
 # residue, as mixed, what mixed's rounding took away, both in the form that the backend's own backward takes;
 # without elements where it takes none.
-registry.schemas.define(
+registry.LIBRARY.define(
     f"absorbed_attention({_OPERANDS}) -> (Tensor mixed, Tensor total, Tensor lse, Tensor residue)"
 )
-registry.schemas.define(
+registry.LIBRARY.define(
     "absorbed_attention_backward(Tensor grad_mixed, Tensor? grad_total, Tensor mixed, Tensor total, "
     f"Tensor lse, Tensor residue, {_OPERANDS}) -> (Tensor dprobe, Tensor dx)"
 )
 
 
 def _reference_forward(probe: Tensor, x: Tensor, cu_seqlens: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return torch_absorbed_attention(probe, x, Ragged.of(cu_seqlens), *rest)
+    return torch_absorbed_attention(probe, x, SequenceOffsets.of(cu_seqlens), *rest)
 
 
 def _reference_backward(
@@ -152,7 +158,7 @@ def _reference_backward(
     dropout_p: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    keys = Ragged.of(cu_seqlens)
+    keys = SequenceOffsets.of(cu_seqlens)
     dprobe, dgrid = reference.absorbed_attention_backward(
         grad, grad_total, probe, keys.grid(x), scale, **_on_grid(probe, keys, dropout_p, seed)
     )
@@ -193,11 +199,11 @@ def _backward(
     return chosen.backward(grad, grad_total, probe, *operands)
 
 
-registry.schemas.impl("absorbed_attention", _forward, "CompositeExplicitAutograd")
-registry.schemas.impl("absorbed_attention_backward", _backward, "CompositeExplicitAutograd")
+registry.LIBRARY.impl("absorbed_attention", _forward, "CompositeExplicitAutograd")
+registry.LIBRARY.impl("absorbed_attention_backward", _backward, "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake("fastgate::absorbed_attention", lib=registry.schemas)
+@torch.library.register_fake("fastgate::absorbed_attention", lib=registry.LIBRARY)
 def _fake(probe: Tensor, x: Tensor, *operands: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     saving, pairs = _chosen(probe).saving is not None, probe.shape[:2]
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -209,7 +215,7 @@ def _fake(probe: Tensor, x: Tensor, *operands: Any) -> tuple[Tensor, Tensor, Ten
     )
 
 
-@torch.library.register_fake("fastgate::absorbed_attention_backward", lib=registry.schemas)
+@torch.library.register_fake("fastgate::absorbed_attention_backward", lib=registry.LIBRARY)
 def _fake_backward(
     grad: Tensor,
     grad_total: Tensor | None,
@@ -234,7 +240,7 @@ def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 def _differentiate(ctx: Any, grad: Tensor | None, grad_total: Tensor | None, *_: None) -> tuple[Any, ...]:
     *tensors, seed = ctx.saved_tensors
-    direct = registry.is_direct(tensors[0])
+    direct = registry.bypasses_dispatcher(tensors[0])
     call = _backward if direct else torch.ops.fastgate.absorbed_attention_backward
     grad = torch.zeros_like(tensors[0]) if grad is None else grad
     dprobe, dx = call(grad, grad_total, *tensors, *ctx.numbers, seed)
@@ -246,6 +252,6 @@ def _operands(ctx: Any) -> tuple[Any, ...]:
     return probe, x, cu_seqlens, *ctx.numbers, seed
 
 
-_trained = registry.with_gradient(
+_trained = registry.register_autograd_formula(
     "absorbed_attention", _forward, _differentiate, _reference_forward, _keep_for_backward, _operands
 )

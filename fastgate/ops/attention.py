@@ -9,17 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgate.errors import ArgumentError, say
+from fastgate.errors import ArgumentError, format_error
 from fastgate.ops import reference, registry
-from fastgate.ops.ragged import Ragged
+from fastgate.ops.ragged import SequenceOffsets
 
 
 def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    queries: Ragged,
-    keys: Ragged,
+    queries: SequenceOffsets,
+    keys: SequenceOffsets,
     heads: int,
     scale: float,
     dropout_p: float = 0.0,
@@ -44,7 +44,7 @@ def attention(
                 f"shape {tuple(bias.shape)} on {bias.device}",
                 f"{tuple(q.shape[1:])} on {q.device}",
             )
-            raise ArgumentError(say("attention", name, got, wanted, "pass one number a column of q"))
+            raise ArgumentError(format_error("attention", name, got, wanted, "pass one number a column of q"))
     seed = registry.draw_seed("attention", dropout_p, q.device)
     chosen = _chosen(q, heads)
     if chosen.backend == "reference":
@@ -53,8 +53,8 @@ def attention(
     operands = (
         q, k, v, q_bias, k_bias, v_bias, queries.cu_seqlens, keys.cu_seqlens, heads, scale, dropout_p, seed,
     )  # fmt: skip
-    direct = registry.is_direct(q)
-    if direct and not registry.needs_gradient(*operands[:6]):
+    direct = registry.bypasses_dispatcher(q)
+    if direct and not registry.any_requires_grad(*operands[:6]):
         return chosen.forward(*operands)
     call: Callable[..., tuple[Tensor, Tensor]] = _trained if direct else torch.ops.fastgate.attention
     return call(*operands)[0]
@@ -64,8 +64,8 @@ def torch_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    queries: Ragged,
-    keys: Ragged,
+    queries: SequenceOffsets,
+    keys: SequenceOffsets,
     heads: int,
     scale: float,
     dropout_p: float = 0.0,
@@ -74,11 +74,11 @@ def torch_attention(
 ) -> Tensor:
     """`attention` in plain torch, for every device and dtype: the measure of compiled kernels."""
     q_bias, k_bias, v_bias = biases
-    if k_bias is not None and registry.needs_gradient(k_bias):
+    if k_bias is not None and registry.any_requires_grad(k_bias):
         # A gradient of zeros and not a missing one, as DDP and Adam expect.
         q_bias = 0.0 * k_bias if q_bias is None else q_bias + 0.0 * k_bias
     q, v = _with_bias(q, q_bias), _with_bias(v, v_bias)
-    if dropout_p or keys.longest == 0 or (q.dtype == torch.float64 and registry.needs_gradient(q, k, v)):
+    if dropout_p or keys.longest == 0 or (q.dtype == torch.float64 and registry.any_requires_grad(q, k, v)):
         # float64 is for derivatives of every order, which torch's own attention does not have.
         return _openly(q, k, v, queries, keys, heads, scale, dropout_p, seed)
     if queries.equal and keys.equal:
@@ -100,7 +100,7 @@ def _heads(rows: Tensor, sequences: int, heads: int) -> Tensor:
 
 
 def _padded(
-    q: Tensor, k: Tensor, v: Tensor, queries: Ragged, keys: Ragged, heads: int, scale: float
+    q: Tensor, k: Tensor, v: Tensor, queries: SequenceOffsets, keys: SequenceOffsets, heads: int, scale: float
 ) -> Tensor:
     """Pads to the longest sequence and masks the keys."""
     sequences = len(queries.lengths)
@@ -116,8 +116,8 @@ def _openly(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    queries: Ragged,
-    keys: Ragged,
+    queries: SequenceOffsets,
+    keys: SequenceOffsets,
     heads: int,
     scale: float,
     dropout_p: float,
@@ -143,8 +143,8 @@ _OPERANDS = (
 )
 # lse: the log-sum-exp of every query's scores, (heads, queries), in the form that the backend's own backward
 # takes; without elements where it takes none.
-registry.schemas.define(f"attention({_OPERANDS}) -> (Tensor out, Tensor lse)")
-registry.schemas.define(
+registry.LIBRARY.define(f"attention({_OPERANDS}) -> (Tensor out, Tensor lse)")
+registry.LIBRARY.define(
     f"attention_backward(Tensor grad, Tensor out, Tensor lse, {_OPERANDS}) -> (Tensor, Tensor, Tensor)"
 )
 
@@ -152,7 +152,16 @@ registry.schemas.define(
 def _reference_forward(q: Tensor, k: Tensor, v: Tensor, *operands: Any) -> Tensor:
     *biases, cu_q, cu_k, heads, scale, dropout_p, seed = operands
     return torch_attention(
-        q, k, v, Ragged.of(cu_q), Ragged.of(cu_k), heads, scale, dropout_p, seed, tuple(biases)
+        q,
+        k,
+        v,
+        SequenceOffsets.of(cu_q),
+        SequenceOffsets.of(cu_k),
+        heads,
+        scale,
+        dropout_p,
+        seed,
+        tuple(biases),
     )
 
 
@@ -189,8 +198,8 @@ def _backward(grad: Tensor, out: Tensor, lse: Tensor, *operands: Any) -> tuple[T
     return chosen.backward(grad, *operands)
 
 
-registry.schemas.impl("attention", _forward, "CompositeExplicitAutograd")
-registry.schemas.impl("attention_backward", _backward, "CompositeExplicitAutograd")
+registry.LIBRARY.impl("attention", _forward, "CompositeExplicitAutograd")
+registry.LIBRARY.impl("attention_backward", _backward, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("fastgate::attention")
@@ -219,7 +228,7 @@ def _differentiate(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | Non
     if grad is None:  # what reads the rows has no gradient, such as a quantised Linear
         return (None,) * len(ctx.needs_input_grad)
     out, lse, *tensors, seed = ctx.saved_tensors
-    call = _backward if registry.is_direct(grad) else torch.ops.fastgate.attention_backward
+    call = _backward if registry.bypasses_dispatcher(grad) else torch.ops.fastgate.attention_backward
     dq, dk, dv = call(grad, out, lse, *tensors, ctx.heads, ctx.scale, ctx.dropout_p, seed)
     q_bias, k_bias, v_bias = (
         bias if needed else None for bias, needed in zip(tensors[3:6], ctx.needs_input_grad[3:6], strict=True)
@@ -246,10 +255,10 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, *operands: Any) -> Tensor:
     """The op by way of its probabilities: torch's own attention has no second derivative everywhere."""
     q_bias, k_bias, v_bias, cu_q, cu_k, heads, scale, dropout_p, seed = operands
     q, k, v = _with_bias(q, q_bias), _with_bias(k, k_bias), _with_bias(v, v_bias)
-    return _openly(q, k, v, Ragged.of(cu_q), Ragged.of(cu_k), heads, scale, dropout_p, seed)
+    return _openly(q, k, v, SequenceOffsets.of(cu_q), SequenceOffsets.of(cu_k), heads, scale, dropout_p, seed)
 
 
-_trained = registry.with_gradient(
+_trained = registry.register_autograd_formula(
     "attention", _forward, _differentiate, _plain, _keep_for_backward, _operands
 )
 
@@ -257,8 +266,8 @@ _trained = registry.with_gradient(
 def attention_probabilities(
     q: Tensor,
     k: Tensor,
-    queries: Ragged,
-    keys: Ragged,
+    queries: SequenceOffsets,
+    keys: SequenceOffsets,
     key_places: Tensor,
     length: int,
     heads: int,

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from fastgate import ops
-from fastgate.errors import ArgumentError, say
+from fastgate.errors import ArgumentError, format_error
 from fastgate.ops.embed_norm import naming_bad_ids
 from fastgate.ops.fused_layers import CALL
 from fastgate.ops.linear import PANELS, missing_for_onednn
@@ -164,7 +164,9 @@ def forced_language() -> str | None:
     forced = os.environ.get("FASTGATE_CUDA") or None
     if forced is not None and forced not in LANGUAGES:
         wanted = f"one of {', '.join(LANGUAGES)}"
-        raise ArgumentError(say("FASTGATE_CUDA", "value", repr(forced), wanted, "unset it for the best"))
+        raise ArgumentError(
+            format_error("FASTGATE_CUDA", "value", repr(forced), wanted, "unset it for the best")
+        )
     return forced
 
 
@@ -194,12 +196,12 @@ def fill() -> None:
         missing = LANGUAGES[forced][0]() if forced else ""
         if missing:
             wanted, remedy = f"one that runs: {missing}", "build it, or unset FASTGATE_CUDA"
-            raise ArgumentError(say("FASTGATE_CUDA", "value", repr(forced), wanted, remedy))
+            raise ArgumentError(format_error("FASTGATE_CUDA", "value", repr(forced), wanted, remedy))
         for op in CUDA_BACKENDS:
             runs = [language for language, missing in gpu_languages(op) if not missing]
             if runs:
                 found[op, "cuda"] = LANGUAGES[runs[0]][1](op)
-    ops.SLOTS.update(found)
+    ops.IMPLEMENTATIONS.update(found)
 
 
 def candidates() -> list[Candidate]:
@@ -253,4 +255,4 @@ def implementations(op: str, device_type: str = "cpu") -> list[ops.Implementatio
     return found
 
 
-ops.fill_with(fill)
+ops.register_loader(fill)

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from fastgate.errors import ArgumentError, say
+from fastgate.errors import ArgumentError, format_error
 from fastgate.ops import reference, registry
 
 _SCHEMA = (
@@ -23,8 +23,8 @@ TABLES = ("word_table", "position_table", "type_table")
 PARAMETERS = ("weight", "norm_bias", "weight2", "norm_bias2")
 BIT = {name: 1 << place for place, name in enumerate((*TABLES, *PARAMETERS))}
 
-registry.schemas.define(f"embed_norm({_SCHEMA}) -> Tensor")
-registry.schemas.define(
+registry.LIBRARY.define(f"embed_norm({_SCHEMA}) -> Tensor")
+registry.LIBRARY.define(
     f"embed_norm_backward(Tensor grad, {_SCHEMA}, int wanted) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -112,7 +112,9 @@ def _refuse_ids(
     ):
         if ids is not None and ids.numel() and (ids.min() < 0 or ids.max() >= table.shape[0]):
             got, wanted = f"ids from {int(ids.min())} to {int(ids.max())}", f"0 to {table.shape[0] - 1}"
-            raise IndexError(say("embed_norm", name, got, wanted, "the table has a row for these only"))
+            raise IndexError(
+                format_error("embed_norm", name, got, wanted, "the table has a row for these only")
+            )
 
 
 def _forward(*operands: Any) -> Tensor:
@@ -125,26 +127,26 @@ def _backward(grad: Tensor, *operands: Any) -> Gradients:
     return chosen.backward(grad, *operands)  # type: ignore[return-value]
 
 
-registry.schemas.impl("embed_norm", _forward, "CompositeExplicitAutograd")
-registry.schemas.impl("embed_norm_backward", _backward, "CompositeExplicitAutograd")
+registry.LIBRARY.impl("embed_norm", _forward, "CompositeExplicitAutograd")
+registry.LIBRARY.impl("embed_norm_backward", _backward, "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake("fastgate::embed_norm", lib=registry.schemas)
+@torch.library.register_fake("fastgate::embed_norm", lib=registry.LIBRARY)
 def _fake(words: Tensor, positions: Tensor, types: Tensor | None, word_table: Tensor, *rest: Any) -> Tensor:
     return word_table.new_empty((words.shape[0], word_table.shape[1]))
 
 
-@torch.library.register_fake("fastgate::embed_norm_backward", lib=registry.schemas)
+@torch.library.register_fake("fastgate::embed_norm_backward", lib=registry.LIBRARY)
 def _fake_backward(grad: Tensor, *operands: Any) -> Gradients:
     return _empty_gradients(operands[3:6], operands[-1])
 
 
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    operands = registry.kept_operands(ctx)
+    operands = registry.saved_inputs(ctx)
     given = dict(zip(OPERANDS, operands, strict=True))
     needs = dict(zip(OPERANDS, ctx.needs_input_grad, strict=True))
     wanted = sum(bit for name, bit in BIT.items() if needs[name])
-    call = _backward if registry.is_direct(grad) else torch.ops.fastgate.embed_norm_backward
+    call = _backward if registry.bypasses_dispatcher(grad) else torch.ops.fastgate.embed_norm_backward
     *tables, stacked = call(grad, *operands, wanted)
     found = {name: table for name, table in zip(TABLES, tables, strict=True) if needs[name]}
     for name, row in zip(_asked(wanted), stacked.unbind(0), strict=True):
@@ -163,7 +165,7 @@ def _plain(*operands: Any) -> Tensor:
     return _reference_forward(*given.values())
 
 
-_trained = registry.with_gradient("embed_norm", _forward, _differentiate, _plain)
+_trained = registry.register_autograd_formula("embed_norm", _forward, _differentiate, _plain)
 
 
 def embed_norm(
@@ -222,8 +224,8 @@ def embed_norm(
     position_padding = _padding("position_padding_idx", position_padding_idx, position_table)
     seed = registry.draw_seed("embed_norm", dropout_p, words.device)
     call: Callable[..., Tensor] = torch.ops.fastgate.embed_norm
-    if registry.is_direct(words) and registry.is_direct(word_table.data):
-        trained = registry.needs_gradient(*tables, weight, norm_bias, weight2, norm_bias2)
+    if registry.bypasses_dispatcher(words) and registry.bypasses_dispatcher(word_table.data):
+        trained = registry.any_requires_grad(*tables, weight, norm_bias, weight2, norm_bias2)
         call = _trained if trained else _forward
     return call(
         words, positions, types, *tables, weight, norm_bias, eps,
@@ -251,4 +253,4 @@ def _padding(name: str, index: int | None, table: Tensor) -> int:
 
 
 def _refuse(argument: str, got: object, wanted: str, remedy: str) -> NoReturn:
-    raise ArgumentError(say("embed_norm", argument, got, wanted, remedy))
+    raise ArgumentError(format_error("embed_norm", argument, got, wanted, remedy))

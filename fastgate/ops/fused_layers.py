@@ -23,7 +23,7 @@ ALL_ROWS = -1  # the reach of a shift_norm that leaves no row out
 NORM = 4  # place of the first LayerNorm's weight and bias in the operands of a feed-forward half
 
 
-class Norm(NamedTuple):
+class NormOperands(NamedTuple):
     """A LayerNorm's operands, (H,) each, and those of a second one behind it, where there is one."""
 
     weight: Tensor
@@ -34,14 +34,14 @@ class Norm(NamedTuple):
     eps2: float = 0.0
 
 
-class Product(NamedTuple):
+class LinearOperands(NamedTuple):
     """A Linear: its packed weight (N, K), its bias (N,) or None."""
 
     weight: Packed
     bias: Tensor | None
 
 
-class Half(NamedTuple):
+class HalfLayer(NamedTuple):
     """A half of a layer as the compiled op takes it. size: heads, columns of the first product, or a shift's
     reach. numbers: eps, and attention's scale or the second eps. norm: computes the weight and bias of the
     first LayerNorm, which are the operands from NORM on, where they are no parameters."""
@@ -59,8 +59,8 @@ def runs(h: Tensor) -> bool:
     return (
         h.dtype in ONEDNN_DTYPES
         and h.device.type == "cpu"
-        and registry.is_direct(h)
-        and not registry.needs_gradient(h)
+        and registry.bypasses_dispatcher(h)
+        and not registry.any_requires_grad(h)
         and not torch.is_autocast_enabled("cpu")
         and all(registry.implementation(op, "cpu").backend == "cpp" for op in OPS)
         and hasattr(torch.ops.fastgate_cpu, CALL)
@@ -72,27 +72,27 @@ def attention_half(
     biases: tuple[Tensor | None, Tensor | None, Tensor | None],
     heads: int,
     scale: float,
-    output: Product,
-    norm: Norm,
-) -> Half:
+    output: LinearOperands,
+    norm: NormOperands,
+) -> HalfLayer:
     """h -> LayerNorm(h + output(attention of h's rows in each sequence)).
 
     qkv: (3 H, H), query, key and value below one another; biases: theirs.
     """
     operands = (qkv.data, *biases, output.weight.data, output.bias, norm.weight, norm.bias)
-    return Half(ATTENTION, heads, (norm.eps, scale), operands)
+    return HalfLayer(ATTENTION, heads, (norm.eps, scale), operands)
 
 
 def absorbed_half(
-    query: Product,
+    query: LinearOperands,
     key: Tensor,
     value: Tensor,
     value_bias: Tensor | None,
     heads: int,
     scale: float,
-    output: Product,
-    norm: Norm,
-) -> Half | None:
+    output: LinearOperands,
+    norm: NormOperands,
+) -> HalfLayer | None:
     """h -> LayerNorm(h[wanted] + output(absorbed attention of h[wanted] over h's rows in each sequence)).
 
     key, value: (H, H). None but for an H that is a multiple of 16.
@@ -100,35 +100,40 @@ def absorbed_half(
     if key.shape[0] % 16:
         return None
     operands = (query.weight.data, query.bias, key, value, value_bias, output.weight.data, output.bias)
-    return Half(ABSORBED, heads, (norm.eps, scale), (*operands, norm.weight, norm.bias))
+    return HalfLayer(ABSORBED, heads, (norm.eps, scale), (*operands, norm.weight, norm.bias))
 
 
 def feed_forward_half(
-    up: Product, down: Product, norm: Norm, anew: Callable[[], tuple[Tensor, Tensor]] | None = None
-) -> Half:
+    up: LinearOperands,
+    down: LinearOperands,
+    norm: NormOperands,
+    anew: Callable[[], tuple[Tensor, Tensor]] | None = None,
+) -> HalfLayer:
     """h -> LayerNorm(h + down(gelu(up(h)))), and a second LayerNorm where `norm` has one.
 
     anew: computes the first one's weight and bias, where they are no parameters.
     """
     operands = (up.weight.data, up.bias, down.weight.data, down.bias, norm.weight, norm.bias)
     second = (norm.weight2, norm.norm_bias2)
-    return Half(FEED_FORWARD, up.weight.shape[0], (norm.eps, norm.eps2), (*operands, *second), anew)
+    return HalfLayer(FEED_FORWARD, up.weight.shape[0], (norm.eps, norm.eps2), (*operands, *second), anew)
 
 
-def shift_half(vectors: tuple[Tensor, Tensor, Tensor, Tensor], norm: Norm, reach: int | None = None) -> Half:
+def shift_half(
+    vectors: tuple[Tensor, Tensor, Tensor, Tensor], norm: NormOperands, reach: int | None = None
+) -> HalfLayer:
     """h -> LayerNorm(h + r(h)), as shift_norm. vectors: shift, scale, before, after, (H,) each.
 
     reach: h are the rows up to reach + 1 links away from those that are read, and those up to `reach` away
     are what comes of it; None: all rows, of all.
     """
     size = ALL_ROWS if reach is None else reach
-    return Half(SHIFT_NORM, size, (norm.eps, 0.0), (*vectors, norm.weight, norm.bias))
+    return HalfLayer(SHIFT_NORM, size, (norm.eps, 0.0), (*vectors, norm.weight, norm.bias))
 
 
-class Stretch:
+class FusedSegment:
     """Halves that follow one another, as one compiled call."""
 
-    def __init__(self, halves: Sequence[Half]):
+    def __init__(self, halves: Sequence[HalfLayer]):
         self.operands = [t for half in halves for t in half.operands]
         begins = itertools.accumulate((len(half.operands) for half in halves), initial=0)
         places = zip(begins, halves, strict=False)

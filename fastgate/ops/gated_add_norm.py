@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from fastgate.errors import ArgumentError, say
+from fastgate.errors import ArgumentError, format_error
 from fastgate.ops import reference, registry
 
 _SCHEMA = (
@@ -22,8 +22,8 @@ DX, DRESIDUAL = 1, 2
 PARAMETERS = ("bias", "gate", "scale", "shift", "weight", "norm_bias", "weight2", "norm_bias2")
 PARAMETER_BIT = {name: 4 << place for place, name in enumerate(PARAMETERS)}
 
-registry.schemas.define(f"gated_add_norm({_SCHEMA}) -> Tensor")
-registry.schemas.define(
+registry.LIBRARY.define(f"gated_add_norm({_SCHEMA}) -> Tensor")
+registry.LIBRARY.define(
     f"gated_add_norm_backward(Tensor grad, {_SCHEMA}, int wanted) -> (Tensor, Tensor, Tensor)"
 )
 
@@ -89,22 +89,22 @@ def _backward(grad: Tensor, x: Tensor, residual: Tensor, *operands: Any) -> tupl
     return chosen.backward(grad, x, residual, *operands)  # type: ignore[return-value]
 
 
-registry.schemas.impl("gated_add_norm", _forward, "CompositeExplicitAutograd")
-registry.schemas.impl("gated_add_norm_backward", _backward, "CompositeExplicitAutograd")
+registry.LIBRARY.impl("gated_add_norm", _forward, "CompositeExplicitAutograd")
+registry.LIBRARY.impl("gated_add_norm_backward", _backward, "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake("fastgate::gated_add_norm", lib=registry.schemas)
+@torch.library.register_fake("fastgate::gated_add_norm", lib=registry.LIBRARY)
 def _fake(x: Tensor, residual: Tensor, *operands: Any) -> Tensor:
     return x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
 
 
-@torch.library.register_fake("fastgate::gated_add_norm_backward", lib=registry.schemas)
+@torch.library.register_fake("fastgate::gated_add_norm_backward", lib=registry.LIBRARY)
 def _fake_backward(grad: Tensor, x: Tensor, residual: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     return _empty_gradients(x, residual, rest[-1])
 
 
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    operands = registry.kept_operands(ctx)
+    operands = registry.saved_inputs(ctx)
     given = dict(zip(OPERANDS, operands, strict=True))
     needs = dict(zip(OPERANDS, ctx.needs_input_grad, strict=True))
     # Where u adds x and residual alike, one gradient serves both and is written once.
@@ -113,7 +113,7 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     wanted = sum(PARAMETER_BIT[name] for name in PARAMETERS if needs[name])
     wanted |= DX if needs["x"] and not shared else 0
     wanted |= DRESIDUAL if needs["residual"] else 0
-    call = _backward if registry.is_direct(grad) else torch.ops.fastgate.gated_add_norm_backward
+    call = _backward if registry.bypasses_dispatcher(grad) else torch.ops.fastgate.gated_add_norm_backward
     dx, dresidual, stacked = call(grad, *operands, wanted)
     found: dict[str, Tensor] = {}
     if needs["x"]:
@@ -125,7 +125,7 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return tuple(found.get(name) for name in OPERANDS)
 
 
-_trained = registry.with_gradient("gated_add_norm", _forward, _differentiate, _reference_forward)
+_trained = registry.register_autograd_formula("gated_add_norm", _forward, _differentiate, _reference_forward)
 
 
 def gated_add_norm(
@@ -192,9 +192,9 @@ def gated_add_norm(
         gate = _gate_tensor(gate, x)
     seed = registry.draw_seed("gated_add_norm", dropout_p, x.device)
     call: Callable[..., Tensor] = torch.ops.fastgate.gated_add_norm
-    if registry.is_direct(x):
+    if registry.bypasses_dispatcher(x):
         tensors = (x, residual, weight, norm_bias, bias, gate, scale, shift, weight2, norm_bias2)
-        call = _trained if registry.needs_gradient(*tensors) else _forward
+        call = _trained if registry.any_requires_grad(*tensors) else _forward
     return call(
         x, residual, weight, norm_bias, eps,
         bias, gate, scale, shift, dropout_p, seed, weight2, norm_bias2, eps2,
@@ -214,4 +214,4 @@ def _refuse_vector(name: str, vector: Tensor, shape: torch.Size) -> NoReturn:
 
 
 def _refuse(argument: str, got: object, wanted: str, remedy: str) -> NoReturn:
-    raise ArgumentError(say("gated_add_norm", argument, got, wanted, remedy))
+    raise ArgumentError(format_error("gated_add_norm", argument, got, wanted, remedy))

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgate.errors import Unsupported, say
+from fastgate.errors import Unsupported, format_error
 from fastgate.ops import derivatives, registry, row_counts
 
 ONEDNN_DTYPES = (torch.float32, torch.bfloat16)
@@ -34,7 +34,7 @@ class Packed:
 
     data: Tensor
     shape: tuple[int, int]
-    joint: Packed | None = None  # the weight that this one is a part of
+    fused_qkv: Packed | None = None  # the weight that this one is a part of
 
     @property
     def in_panels(self) -> bool:
@@ -56,7 +56,7 @@ class Packed:
     def __reduce__(self) -> tuple[Any, ...]:
         """For copies and pickles: panels as such; oneDNN's layout, which cannot be copied, as the weight."""
         if self.in_panels:
-            return _unpickled, (self.data, self.shape, self.joint)
+            return _unpickled, (self.data, self.shape, self.fused_qkv)
         return pack, (self._kept_dense(),)
 
     def _kept_dense(self) -> Tensor:
@@ -72,15 +72,17 @@ class Packed:
         Raises Unsupported under autocast, where torch traces, if a gradient is wanted, or for another dtype.
         """
         if (
-            not registry.is_direct(x)
+            not registry.bypasses_dispatcher(x)
             or x.dtype != self.data.dtype
             or torch.is_autocast_enabled("cpu")
-            or registry.needs_gradient(x)
+            or registry.any_requires_grad(x)
         ):
             got, wanted = "a frozen one in training, autocast or torch.compile", "one that is not packed"
             if x.dtype != self.data.dtype:
                 got, wanted = f"a frozen one of {self.data.dtype} for rows of {x.dtype}", "one dtype"
-            raise Unsupported(say("linear", "weight", got, wanted, "call fastgate.thaw(model) first"))
+            raise Unsupported(
+                format_error("linear", "weight", got, wanted, "call fastgate.thaw(model) first")
+            )
         if not self.in_panels:
             return product(x, self.data, bias, gelu)
         return torch.ops.fastgate_cpu.packed_linear.default(x, self.data, bias, self.shape[0], gelu)
@@ -98,9 +100,9 @@ def pack(weight: Tensor) -> Packed:
     return Packed(torch.ops.mkldnn._reorder_linear_weight(weight, ONEDNN_ROWS), (rows, depth))
 
 
-def _unpickled(data: Tensor, shape: tuple[int, int], joint: Packed | None) -> Packed:
+def _unpickled(data: Tensor, shape: tuple[int, int], fused_qkv: Packed | None) -> Packed:
     """What was in panels, packed anew where this process multiplies with another layout."""
-    packed = Packed(data, shape, joint)
+    packed = Packed(data, shape, fused_qkv)
     return packed if _together(data.dtype, shape[1]) == data.shape[2] // PANEL else pack(packed.dense())
 
 
@@ -137,7 +139,7 @@ def linear(x: Tensor, weight: Tensor | Packed) -> Tensor:
         return weight.product(x)
     if not takes(x, weight):
         return F.linear(x, weight)
-    return _Linear.apply(x, weight) if registry.needs_gradient(x, weight) else product(x, weight)
+    return _Linear.apply(x, weight) if registry.any_requires_grad(x, weight) else product(x, weight)
 
 
 def takes(x: Tensor, weight: Tensor) -> bool:
@@ -147,7 +149,7 @@ def takes(x: Tensor, weight: Tensor) -> bool:
         and x.dtype in ONEDNN_DTYPES
         and x.dtype == weight.dtype
         and type(weight) in (Tensor, nn.Parameter)
-        and registry.is_direct(x)
+        and registry.bypasses_dispatcher(x)
         and not torch.is_autocast_enabled("cpu")
         and not missing_for_onednn()
     )

@@ -9,18 +9,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgate.errors import ArgumentError, say
+from fastgate.errors import ArgumentError, format_error
 from fastgate.ops import derivatives, linear, registry
 
 # Bits of the backward's `wanted`.
 DX, DWEIGHT, DBIAS = 1, 2, 4
 
 _OPERANDS = "Tensor x, Tensor weight, Tensor? bias"
-registry.schemas.define(f"linear_gelu({_OPERANDS}) -> Tensor")
+registry.LIBRARY.define(f"linear_gelu({_OPERANDS}) -> Tensor")
 # v: x W^T + b, which backward then need not make again.
-registry.schemas.define(f"linear_gelu_saving({_OPERANDS}) -> (Tensor y, Tensor v)")
+registry.LIBRARY.define(f"linear_gelu_saving({_OPERANDS}) -> (Tensor y, Tensor v)")
 # v: None to make it again. wanted: the bits above; what is not wanted has no elements. db is float32, or 64.
-registry.schemas.define(
+registry.LIBRARY.define(
     f"linear_gelu_backward(Tensor grad, Tensor? v, {_OPERANDS}, int wanted) -> (Tensor, Tensor, Tensor)"
 )
 
@@ -45,8 +45,8 @@ def linear_gelu(x: Tensor, weight: Tensor | linear.Packed, bias: Tensor | None =
         return F.gelu(F.linear(x, weight, bias))
     if autocast:
         x, weight = x.to(dtype), weight.to(dtype)
-    direct = registry.is_direct(x)
-    if not registry.needs_gradient(x, weight, bias):
+    direct = registry.bypasses_dispatcher(x)
+    if not registry.any_requires_grad(x, weight, bias):
         return (chosen.forward if direct else torch.ops.fastgate.linear_gelu)(x, weight, bias)
     return (_LinearGelu.apply if direct else torch.ops.fastgate.linear_gelu_saving)(x, weight, bias)[0]
 
@@ -74,7 +74,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, autocast: bool) -> No
 
 
 def _refuse(argument: str, got: object, wanted: str, remedy: str) -> NoReturn:
-    raise ArgumentError(say("linear_gelu", argument, got, wanted, remedy))
+    raise ArgumentError(format_error("linear_gelu", argument, got, wanted, remedy))
 
 
 def _reference_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -175,9 +175,9 @@ def _backward(grad: Tensor, v: Tensor | None, x: Tensor, *rest: Any) -> tuple[Te
     return _chosen(x).backward(grad, v, x, *rest)
 
 
-registry.schemas.impl("linear_gelu", _forward, "CompositeExplicitAutograd")
-registry.schemas.impl("linear_gelu_saving", _saving, "CompositeExplicitAutograd")
-registry.schemas.impl("linear_gelu_backward", _backward, "CompositeExplicitAutograd")
+registry.LIBRARY.impl("linear_gelu", _forward, "CompositeExplicitAutograd")
+registry.LIBRARY.impl("linear_gelu_saving", _saving, "CompositeExplicitAutograd")
+registry.LIBRARY.impl("linear_gelu_backward", _backward, "CompositeExplicitAutograd")
 
 
 def _cast_by_autocast(op: Any) -> Any:
@@ -192,24 +192,24 @@ def _cast_by_autocast(op: Any) -> Any:
 
 
 for _key in ("AutocastCPU", "AutocastCUDA"):
-    registry.schemas.impl("linear_gelu", _cast_by_autocast(torch.ops.fastgate.linear_gelu), _key)
-    registry.schemas.impl(
+    registry.LIBRARY.impl("linear_gelu", _cast_by_autocast(torch.ops.fastgate.linear_gelu), _key)
+    registry.LIBRARY.impl(
         "linear_gelu_saving", _cast_by_autocast(torch.ops.fastgate.linear_gelu_saving), _key
     )
 
 
-@torch.library.register_fake("fastgate::linear_gelu", lib=registry.schemas)
+@torch.library.register_fake("fastgate::linear_gelu", lib=registry.LIBRARY)
 def _fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-@torch.library.register_fake("fastgate::linear_gelu_saving", lib=registry.schemas)
+@torch.library.register_fake("fastgate::linear_gelu_saving", lib=registry.LIBRARY)
 def _fake_saving(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     y = _fake(x, weight, bias)
     return y, torch.empty_like(y)
 
 
-@torch.library.register_fake("fastgate::linear_gelu_backward", lib=registry.schemas)
+@torch.library.register_fake("fastgate::linear_gelu_backward", lib=registry.LIBRARY)
 def _fake_backward(
     grad: Tensor, v: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None, wanted: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -232,7 +232,7 @@ def _differentiate(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | No
     v, x, weight, bias = ctx.saved_tensors
     needs = ctx.needs_input_grad
     wanted = sum(bit for bit, need in zip((DX, DWEIGHT, DBIAS), needs, strict=True) if need)
-    call = _backward if registry.is_direct(grad) else torch.ops.fastgate.linear_gelu_backward
+    call = _backward if registry.bypasses_dispatcher(grad) else torch.ops.fastgate.linear_gelu_backward
     dx, dweight, dbias = call(grad, v, x, weight, bias, wanted)
     return (
         dx if needs[0] else None,
@@ -261,8 +261,8 @@ class _LinearGelu(torch.autograd.Function):
 
 
 torch.library.register_autograd(
-    "fastgate::linear_gelu", _differentiate, setup_context=_keep_operands, lib=registry.schemas
+    "fastgate::linear_gelu", _differentiate, setup_context=_keep_operands, lib=registry.LIBRARY
 )
 torch.library.register_autograd(
-    "fastgate::linear_gelu_saving", _differentiate, setup_context=_keep_product, lib=registry.schemas
+    "fastgate::linear_gelu_saving", _differentiate, setup_context=_keep_product, lib=registry.LIBRARY
 )

@@ -58,16 +58,16 @@ def ends_of(lengths: Sequence[int]) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Ragged:
+class SequenceOffsets:
     """Rows of sequences one after another: `lengths` on the host, `cu_seqlens` (sequences + 1,) int32."""
 
     lengths: tuple[int, ...]
     device: torch.device
 
     @staticmethod
-    def of(cu_seqlens: Tensor) -> Ragged:
+    def of(cu_seqlens: Tensor) -> SequenceOffsets:
         """From (sequences + 1,) ends; brings them to the host."""
-        return Ragged(tuple(cu_seqlens.diff().tolist()), cu_seqlens.device)
+        return SequenceOffsets(tuple(cu_seqlens.diff().tolist()), cu_seqlens.device)
 
     @cached_property
     def cu_seqlens(self) -> Tensor:

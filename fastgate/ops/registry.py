@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgate.errors import ArgumentError, say
+from fastgate.errors import ArgumentError, format_error
 from fastgate.ops import derivatives
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-schemas = torch.library.Library("fastgate", "DEF")
+LIBRARY = torch.library.Library("fastgate", "DEF")
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,13 @@ class Implementation:
 # Each op's module leaves its own here.
 REFERENCE: dict[str, Implementation] = {}
 # (op, device type) -> implementation; fastgate.ops.backends fills it once. What is not in it runs the reference.
-SLOTS: dict[tuple[str, str], Implementation] = {}
+IMPLEMENTATIONS: dict[tuple[str, str], Implementation] = {}
 _fill: Callable[[], None] | None = None
 _filling = threading.RLock()
 
 
-def fill_with(fill: Callable[[], None]) -> None:
-    """Leave a function that fills SLOTS, to be called before the first op runs. An op raises what it raises,
+def register_loader(fill: Callable[[], None]) -> None:
+    """Leave a function that fills IMPLEMENTATIONS, to be called before the first op runs. An op raises what it raises,
     and the next op calls it again."""
     global _fill
     _fill = fill
@@ -68,18 +68,18 @@ def implementation(op: str, device_type: str, *dtypes: torch.dtype) -> Implement
     """The implementation that runs `op` on tensors of these dtypes on this kind of device."""
     if _fill is not None:
         _fill_slots()
-    found = SLOTS.get((op, device_type))
+    found = IMPLEMENTATIONS.get((op, device_type))
     if found is None or not found.dtypes.issuperset(dtypes):
         return REFERENCE[op]
     return found
 
 
-def is_direct(tensor: Tensor) -> bool:
+def bypasses_dispatcher(tensor: Tensor) -> bool:
     """Whether implementations may be called without the dispatcher: nothing traces, no tensor subclass."""
     return type(tensor) is Tensor and not torch.compiler.is_compiling()
 
 
-def needs_gradient(*tensors: Tensor | None) -> bool:
+def any_requires_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
@@ -89,12 +89,14 @@ def draw_seed(op: str, dropout_p: float, device: torch.device) -> Tensor | None:
         return None
     if not 0.0 <= dropout_p < 1.0:
         raise ArgumentError(
-            say(op, "dropout_p", dropout_p, "0 <= dropout_p < 1", "pass a gate of 0 to drop everything")
+            format_error(
+                op, "dropout_p", dropout_p, "0 <= dropout_p < 1", "pass a gate of 0 to drop everything"
+            )
         )
     return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)
 
 
-def keep_operands(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     """An autograd formula's setup that keeps the inputs only: backward computes again what it needs besides,
     from rows it has to read anyway."""
     ctx.places = [place for place, value in enumerate(inputs) if isinstance(value, Tensor)]
@@ -102,25 +104,25 @@ def keep_operands(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*(inputs[place] for place in ctx.places))
 
 
-def kept_operands(ctx: Any) -> list[Any]:
-    """The inputs as keep_operands had them."""
+def saved_inputs(ctx: Any) -> list[Any]:
+    """The inputs as save_inputs had them."""
     operands = list(ctx.numbers)
     for place, tensor in zip(ctx.places, ctx.saved_tensors, strict=True):
         operands[place] = tensor
     return operands
 
 
-def with_gradient(
+def register_autograd_formula(
     op: str,
     forward: Callable[..., Any],
     differentiate: Callable[..., Any],
     plain: Callable[..., Any],
-    keep: Callable[[Any, tuple[Any, ...], Any], None] = keep_operands,
-    operands_of: Callable[[Any], Sequence[Any]] = kept_operands,
+    keep: Callable[[Any, tuple[Any, ...], Any], None] = save_inputs,
+    operands_of: Callable[[Any], Sequence[Any]] = saved_inputs,
 ) -> Callable[..., Any]:
     """Register an op's autograd formula; returns `forward` with the same formula for eager training, without
     the registration's cost. plain: the op in plain torch, for second derivatives."""
-    torch.library.register_autograd(f"fastgate::{op}", differentiate, setup_context=keep, lib=schemas)
+    torch.library.register_autograd(f"fastgate::{op}", differentiate, setup_context=keep, lib=LIBRARY)
 
     def run(ctx: Any, *operands: Any) -> Any:
         output = forward(*operands)

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from fastgate.errors import ArgumentError, say
+from fastgate.errors import ArgumentError, format_error
 from fastgate.ops import reference, registry
 
 _SCHEMA = (
@@ -21,8 +21,8 @@ DX = 1
 PARAMETERS = ("shift", "scale", "before", "after", "weight", "norm_bias")
 PARAMETER_BIT = {name: 2 << place for place, name in enumerate(PARAMETERS)}
 
-registry.schemas.define(f"shift_norm({_SCHEMA}) -> Tensor")
-registry.schemas.define(f"shift_norm_backward(Tensor grad, {_SCHEMA}, int wanted) -> (Tensor, Tensor)")
+registry.LIBRARY.define(f"shift_norm({_SCHEMA}) -> Tensor")
+registry.LIBRARY.define(f"shift_norm_backward(Tensor grad, {_SCHEMA}, int wanted) -> (Tensor, Tensor)")
 
 
 def _asked(wanted: int) -> list[str]:
@@ -62,26 +62,26 @@ def _backward(grad: Tensor, x: Tensor, *operands: Any) -> tuple[Tensor, Tensor]:
     return chosen.backward(grad, x, *operands)  # type: ignore[no-any-return]
 
 
-registry.schemas.impl("shift_norm", _forward, "CompositeExplicitAutograd")
-registry.schemas.impl("shift_norm_backward", _backward, "CompositeExplicitAutograd")
+registry.LIBRARY.impl("shift_norm", _forward, "CompositeExplicitAutograd")
+registry.LIBRARY.impl("shift_norm_backward", _backward, "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake("fastgate::shift_norm", lib=registry.schemas)
+@torch.library.register_fake("fastgate::shift_norm", lib=registry.LIBRARY)
 def _fake(x: Tensor, *operands: Any) -> Tensor:
     return x.new_empty(x.shape)
 
 
-@torch.library.register_fake("fastgate::shift_norm_backward", lib=registry.schemas)
+@torch.library.register_fake("fastgate::shift_norm_backward", lib=registry.LIBRARY)
 def _fake_backward(grad: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return _empty_gradients(x, rest[-1])
 
 
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    operands = registry.kept_operands(ctx)
+    operands = registry.saved_inputs(ctx)
     given = dict(zip(OPERANDS, operands, strict=True))
     needs = dict(zip(OPERANDS, ctx.needs_input_grad, strict=True))
     wanted = sum(bit for name, bit in PARAMETER_BIT.items() if needs[name]) | (DX if needs["x"] else 0)
-    call = _backward if registry.is_direct(grad) else torch.ops.fastgate.shift_norm_backward
+    call = _backward if registry.bypasses_dispatcher(grad) else torch.ops.fastgate.shift_norm_backward
     dx, stacked = call(grad, *operands, wanted)
     found = {"x": dx} if needs["x"] else {}
     for name, row in zip(_asked(wanted), stacked.unbind(0), strict=True):
@@ -89,7 +89,7 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return tuple(found.get(name) for name in OPERANDS)
 
 
-_trained = registry.with_gradient("shift_norm", _forward, _differentiate, reference.shift_norm)
+_trained = registry.register_autograd_formula("shift_norm", _forward, _differentiate, reference.shift_norm)
 
 
 def shift_norm(
@@ -124,10 +124,10 @@ def shift_norm(
         got = f"{x.device}, {linked.device}, {weight.device}"
         _refuse("x, linked, weight", got, "one device", "move them to x's device")
     call: Callable[..., Tensor] = torch.ops.fastgate.shift_norm
-    if registry.is_direct(x):
-        call = _trained if registry.needs_gradient(x, *vectors) else _forward
+    if registry.bypasses_dispatcher(x):
+        call = _trained if registry.any_requires_grad(x, *vectors) else _forward
     return call(x, linked, *vectors, eps)
 
 
 def _refuse(argument: str, got: object, wanted: str, remedy: str) -> NoReturn:
-    raise ArgumentError(say("shift_norm", argument, got, wanted, remedy))
+    raise ArgumentError(format_error("shift_norm", argument, got, wanted, remedy))

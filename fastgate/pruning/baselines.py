@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgate.errors import ArgumentError, say
-from fastgate.models.handle import encoder_state
+from fastgate.errors import ArgumentError, format_error
+from fastgate.models.handle import get_encoder
 from fastgate.pruning.modes import evaluating
 from fastgate.pruning.numbers import integer
 
@@ -41,11 +41,13 @@ def greedy_by_loss(model: nn.Module, batches: Sequence[Mapping[str, Tensor]], ke
     model: patched, every gate open, returns `.loss` for a batch with labels. Its gates and mode are left as
     they were.
     """
-    state = encoder_state(model)
+    state = get_encoder(model)
     _check(state.num_layers, keep)
     if not batches:
         raise ArgumentError(
-            say("greedy_by_loss", "batches", 0, "one or more", "pass labelled batches of training data")
+            format_error(
+                "greedy_by_loss", "batches", 0, "one or more", "pass labelled batches of training data"
+            )
         )
     before = state.gates
     kept = list(range(state.num_layers))
@@ -68,7 +70,7 @@ def _loss(model: nn.Module, state: Any, batches: Sequence[Mapping[str, Tensor]],
     if not math.isfinite(mean):
         got = "no loss" if None in losses else f"a loss of {mean}"
         remedy = "pass batches with labels, and a model whose weights are finite"
-        raise ArgumentError(say("greedy_by_loss", "batches", got, "a finite loss", remedy))
+        raise ArgumentError(format_error("greedy_by_loss", "batches", got, "a finite loss", remedy))
     return mean
 
 

@@ -8,20 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgate.errors import ArgumentError, say
+from fastgate.errors import ArgumentError, format_error
 from fastgate.pruning.objective import Costs, costs_of
-from fastgate.runtime.context import Record
+from fastgate.runtime.context import ActivationTrace
 from fastgate.runtime.plan import Sizes
 
 RIDGE = 1e-3  # of the mean square of a channel
 
 
-class Measured:
+class Calibration:
     """Sums over the rows computed while every gate is open: small, on the host, saved with the Pruner."""
 
-    def __init__(self, layers: int, config: Any, mixes: bool):
+    def __init__(self, layers: int, config: Any, reads_neighbours: bool):
         """config: the encoder's. mixes: what stands in for an attention mixes tokens."""
-        self.config, self.mixes = config, mixes
+        self.config, self.reads_neighbours = config, reads_neighbours
         # Normal equations of each channel: attention output on 1, h[i], h[i - 1], h[i + 1].
         self.gram = torch.zeros(layers, 4, 4, config.hidden_size, dtype=torch.float64)
         self.right = torch.zeros(layers, 4, config.hidden_size, dtype=torch.float64)
@@ -30,7 +30,7 @@ class Measured:
         )  # rows packed, rows demanded, query-key pairs, sequences
         self.costs: Costs | None = None
 
-    def add(self, record: Record) -> None:
+    def add(self, record: ActivationTrace) -> None:
         """Add a forward that `record` holds."""
         length = record.length
         with torch.no_grad():
@@ -58,7 +58,7 @@ class Measured:
             got = "no row" if bool(torch.isfinite(total).all()) else "NaN or infinity"
             remedy = "call pruner.loss(outputs, inputs) after each forward, and check the model's weights"
             needed = "finite hidden states of the warm phase"
-            raise ArgumentError(say("Pruner.step", "measured", got, needed, remedy))
+            raise ArgumentError(format_error("Pruner.step", "measured", got, needed, remedy))
         found = total.split([part.numel() for part in parts])
         self.gram, self.right, self.sizes = (a.view_as(b) for a, b in zip(found, parts, strict=True))
         for layer in range(state.num_layers):
@@ -87,9 +87,9 @@ class Measured:
         sizes = Sizes(
             config.hidden_size, config.intermediate_size, packed, packed, (demanded,), pairs, sequences
         )
-        narrow, single = demanded < packed, demanded == sequences
+        output_rows_only, single = demanded < packed, demanded == sequences
         heads, layers = config.num_attention_heads, self.gram.shape[0]
-        self.costs = costs_of(sizes, heads, layers, narrow, single, self.mixes)
+        self.costs = costs_of(sizes, heads, layers, output_rows_only, single, self.reads_neighbours)
 
     def state_dict(self) -> dict[str, Any]:
         return {

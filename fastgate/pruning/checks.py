@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from fastgate.errors import ArgumentError, Unsupported, say
-from fastgate.models.handle import EncoderState
+from fastgate.errors import ArgumentError, Unsupported, format_error
+from fastgate.models.handle import EncoderHandle
 from fastgate.models.pruning import refuse_adapters
 from fastgate.nn.packed_linear import PackedLinear
 
@@ -18,20 +18,22 @@ def check_student(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, PackedLinear):
             remedy = "call fastgate.thaw(model) first: packed weights cannot be trained"
-            raise ArgumentError(say("Pruner", "model", f"{name} frozen", "a model to train", remedy))
+            raise ArgumentError(format_error("Pruner", "model", f"{name} frozen", "a model to train", remedy))
         if isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel):
             got, wanted = f"a model inside {type(module).__name__}", "the model itself"
             remedy = "attach to the model before DistributedDataParallel takes it: attach adds parameters"
-            raise Unsupported(say("Pruner", "model", got, wanted, remedy))
+            raise Unsupported(format_error("Pruner", "model", got, wanted, remedy))
     refuse_adapters("Pruner", model)
 
 
-def check_whole(state: EncoderState) -> None:
+def check_whole(state: EncoderHandle) -> None:
     """Raises ArgumentError for an encoder whose attention is not all there."""
     removed = [i for i in range(state.num_layers) if state.is_removed(i)]
     if removed:
         got = f"attention of layers {removed} pruned"
-        raise ArgumentError(say("Pruner", "model", got, "every attention there", "load the dense model"))
+        raise ArgumentError(
+            format_error("Pruner", "model", got, "every attention there", "load the dense model")
+        )
 
 
 def check_trainable(model: nn.Module, replacements: Sequence[nn.Module]) -> None:
@@ -40,7 +42,7 @@ def check_trainable(model: nn.Module, replacements: Sequence[nn.Module]) -> None
     if not any(p.requires_grad for p in model.parameters() if id(p) not in own):
         got, wanted = "every weight with requires_grad False", "weights to train"
         remedy = "call model.requires_grad_(True), which merge_and_unload() of PEFT leaves to you"
-        raise ArgumentError(say("Pruner.loss", "model", got, wanted, remedy))
+        raise ArgumentError(format_error("Pruner.loss", "model", got, wanted, remedy))
 
 
 def check_batch(call: str, inputs: Any) -> None:
@@ -48,4 +50,4 @@ def check_batch(call: str, inputs: Any) -> None:
     if not isinstance(inputs, Mapping):
         got, wanted = type(inputs).__name__, "a dict of what the model is called with"
         remedy = "pass the batch as the model takes it by keywords: model(**batch)"
-        raise ArgumentError(say(f"Pruner.{call}", "inputs", got, wanted, remedy))
+        raise ArgumentError(format_error(f"Pruner.{call}", "inputs", got, wanted, remedy))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from fastgate.errors import ArgumentError, say
+from fastgate.errors import ArgumentError, format_error
 from fastgate.nn.replacement import KINDS
 from fastgate.pruning.distillation import Distill
 from fastgate.pruning.numbers import integer, number
@@ -70,4 +70,4 @@ class PruningConfig:
 
     def _refuse(self, field_name: str, wanted: str, remedy: str) -> None:
         got = repr(getattr(self, field_name))
-        raise ArgumentError(say("PruningConfig", field_name, got, wanted, remedy))
+        raise ArgumentError(format_error("PruningConfig", field_name, got, wanted, remedy))

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgate.errors import ArgumentError, say
+from fastgate.errors import ArgumentError, format_error
 from fastgate.models.architectures import base_class
-from fastgate.models.handle import encoder_state
+from fastgate.models.handle import get_encoder
 from fastgate.models.patching import patch
 from fastgate.pruning.finite import IGNORED, LABELS
 from fastgate.pruning.modes import evaluating
@@ -74,7 +74,7 @@ class Distill:
 
 
 @dataclass
-class Lesson:
+class TeacherOutputs:
     """What the teacher says about one batch: its outputs and its hidden states."""
 
     outputs: Any
@@ -91,7 +91,7 @@ class Teacher:
     def __init__(self, model: nn.Module, student: nn.Module, distill: Distill):
         _check_shared(model, student)
         self.model = patch(model)
-        self.state = encoder_state(model)
+        self.state = get_encoder(model)
         _check_alike(model, student, distill)
 
     def engage(self) -> None:
@@ -115,7 +115,7 @@ class Teacher:
             parameter.requires_grad_(flags.get(name, parameter.requires_grad))
 
     @torch.no_grad()
-    def __call__(self, inputs: Mapping[str, Any], want_hidden: bool) -> Lesson:
+    def __call__(self, inputs: Mapping[str, Any], want_hidden: bool) -> TeacherOutputs:
         return _ask(self.model, self.state, inputs, want_hidden)
 
 
@@ -129,10 +129,10 @@ class SelfTeacher:
     """The student itself with every gate open and dropout off."""
 
     def __init__(self, model: nn.Module):
-        self.model, self.state = model, encoder_state(model)
+        self.model, self.state = model, get_encoder(model)
 
     @torch.no_grad()
-    def __call__(self, inputs: Mapping[str, Any], want_hidden: bool) -> Lesson:
+    def __call__(self, inputs: Mapping[str, Any], want_hidden: bool) -> TeacherOutputs:
         gates, recording = self.state.gates, self.state.runtime.record
         self.state.set_gates([1.0] * self.state.num_layers)
         try:
@@ -148,12 +148,12 @@ def _check_shared(teacher: nn.Module, student: nn.Module) -> None:
     if any(id(p) in own for p in teacher.parameters()):
         remedy = "pass copy.deepcopy(model), or None to distil from the model with its gates open"
         got = "a model that shares weights with the student"
-        raise ArgumentError(say("Pruner", "teacher", got, "a model of its own weights", remedy))
+        raise ArgumentError(format_error("Pruner", "teacher", got, "a model of its own weights", remedy))
 
 
 def _check_alike(teacher: nn.Module, student: nn.Module, distill: Distill) -> None:
     """Refuse a teacher whose scores or hidden states have another form than the student's."""
-    mine, theirs = encoder_state(student), encoder_state(teacher)
+    mine, theirs = get_encoder(student), get_encoder(teacher)
     own, other = mine.encoder.config, theirs.encoder.config
     facts = [("entries in the vocabulary", other.vocab_size, own.vocab_size)]
     if distill.hidden:
@@ -167,17 +167,19 @@ def _check_alike(teacher: nn.Module, student: nn.Module, distill: Distill) -> No
             if what != "entries in the vocabulary":
                 remedy += ", or pass Distill(hidden=0.0)"
             raise ArgumentError(
-                say("Pruner", "teacher", f"{got} {what}", f"{wanted}, as the student has", remedy)
+                format_error("Pruner", "teacher", f"{got} {what}", f"{wanted}, as the student has", remedy)
             )
     heads = [_head(model) for model in (teacher, student)]
     if distill.logits and heads[0] != heads[1]:
         remedy = "distil from a model with the student's head, or pass Distill(logits=0.0)"
-        raise ArgumentError(say("Pruner", "teacher", heads[0], f"{heads[1]}, as the student has", remedy))
+        raise ArgumentError(
+            format_error("Pruner", "teacher", heads[0], f"{heads[1]}, as the student has", remedy)
+        )
     names = [_label_names(model) for model in (teacher, student)]
     if distill.logits and names[0] != names[1] and sorted(names[0]) == sorted(names[1]):
         remedy = "use a teacher whose config.id2label has the student's order, or pass Distill(logits=0.0)"
         wanted = f"{names[1]}, as the student has"
-        raise ArgumentError(say("Pruner", "teacher", f"the labels {names[0]}", wanted, remedy))
+        raise ArgumentError(format_error("Pruner", "teacher", f"the labels {names[0]}", wanted, remedy))
 
 
 def _label_names(model: nn.Module) -> list[str]:
@@ -198,16 +200,16 @@ def _head(model: nn.Module) -> str:
     return "no head"
 
 
-def _ask(model: nn.Module, state: Any, inputs: Mapping[str, Any], want_hidden: bool) -> Lesson:
+def _ask(model: nn.Module, state: Any, inputs: Mapping[str, Any], want_hidden: bool) -> TeacherOutputs:
     given = {name: value for name, value in inputs.items() if name not in LABELS}
 
     def outputs() -> Any:
         return model(given) if is_sentence_model(model) else model(**given)
 
     if not want_hidden:
-        return Lesson(outputs(), [])
+        return TeacherOutputs(outputs(), [])
     with state.record() as record:
-        return Lesson(outputs(), record.hidden)
+        return TeacherOutputs(outputs(), record.hidden)
 
 
 def scores_of(outputs: Any) -> dict[str, Tensor]:
@@ -248,11 +250,15 @@ def scores_loss(
     """
     if mine.shape[0] != theirs.shape[0]:
         got, wanted = f"{theirs.shape[0]} rows", f"the {mine.shape[0]} that the outputs are of"
-        raise ArgumentError(say("Pruner.loss", "inputs", got, wanted, "pass the batch that the model ran on"))
+        raise ArgumentError(
+            format_error("Pruner.loss", "inputs", got, wanted, "pass the batch that the model ran on")
+        )
     if mine.shape != theirs.shape:
         got = f"scores of shape {tuple(theirs.shape)}"
         remedy = "distil from a model with the student's head and labels, or pass Distill(logits=0.0)"
-        raise ArgumentError(say("Pruner", "teacher", got, f"{tuple(mine.shape)}, as the student's", remedy))
+        raise ArgumentError(
+            format_error("Pruner", "teacher", got, f"{tuple(mine.shape)}, as the student's", remedy)
+        )
     classes = mine.shape[-1]
     if rows is not None and mine.shape[:-1] == rows.shape:
         mine, theirs = mine[rows], theirs[rows]
@@ -282,7 +288,9 @@ def outputs_loss(
     if mine.keys() != theirs.keys():
         got = f"the scores {sorted(theirs)}"
         remedy = "distil from a model with the student's head, or pass Distill(logits=0.0)"
-        raise ArgumentError(say("Pruner", "teacher", got, f"{sorted(mine)}, as the student's", remedy))
+        raise ArgumentError(
+            format_error("Pruner", "teacher", got, f"{sorted(mine)}, as the student's", remedy)
+        )
     rows = scored_rows(inputs)
     terms = [
         scores_loss(value, theirs[name], temperature, problem_of(model, name, value, inputs), rows)
@@ -298,7 +306,9 @@ def embedding_loss(mine: Tensor, theirs: Tensor) -> Tensor:
     if mine.shape != theirs.shape:
         got = f"embeddings of shape {tuple(theirs.shape)}"
         remedy = "distil from a model of the student's size, or pass Distill(logits=0.0)"
-        raise ArgumentError(say("Pruner", "teacher", got, f"{tuple(mine.shape)}, as the student's", remedy))
+        raise ArgumentError(
+            format_error("Pruner", "teacher", got, f"{tuple(mine.shape)}, as the student's", remedy)
+        )
     mine, theirs = mine.float(), theirs.float()
     return 1.0 - F.cosine_similarity(mine, theirs, -1).mean() if mine.numel() else mine.sum()
 

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from fastgate.errors import ArgumentError, say
+from fastgate.errors import ArgumentError, format_error
 from fastgate.pruning.calibration import sum_over_ranks
 
 LABELS = ("labels", "start_positions", "end_positions", "next_sentence_label")  # of transformers' heads
@@ -30,7 +30,7 @@ def raise_not_finite(what: str, step: int | None = None) -> NoReturn:
         "then begin anew or resume from a checkpoint"
     )
     raise ArgumentError(
-        say("Pruner.step", "loss", f"NaN or infinity in {what}{when}", "finite numbers", remedy)
+        format_error("Pruner.step", "loss", f"NaN or infinity in {what}{when}", "finite numbers", remedy)
     )
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgate.errors import ArgumentError, say
+from fastgate.errors import ArgumentError, format_error
 from fastgate.nn import hard_concrete
 from fastgate.pruning.calibration import mean_over_ranks
 from fastgate.pruning.finite import OVERFLOWS, raise_not_finite
@@ -97,7 +97,7 @@ class GateLearner:
         """
         if self._probe.grad is None:
             raise ArgumentError(
-                say(
+                format_error(
                     "Pruner.step",
                     "pruner.loss",
                     "no gradient",

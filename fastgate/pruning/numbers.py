@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fastgate.errors import ArgumentError, say
+from fastgate.errors import ArgumentError, format_error
 
 
 def number(
@@ -19,7 +19,7 @@ def number(
     what does not fit raise ArgumentError."""
     plain = _plain(value)
     if not isinstance(plain, Real) or not math.isfinite(plain) or not fits(float(plain)):
-        raise ArgumentError(say(where, name, repr(value), wanted, remedy))
+        raise ArgumentError(format_error(where, name, repr(value), wanted, remedy))
     return float(plain)
 
 
@@ -27,7 +27,7 @@ def integer(where: str, name: str, value: Any, wanted: str, remedy: str, fits: C
     """`value` as an int, as `number`; 3.0 is not one."""
     plain = _plain(value)
     if not isinstance(plain, Integral) or not fits(int(plain)):
-        raise ArgumentError(say(where, name, repr(value), wanted, remedy))
+        raise ArgumentError(format_error(where, name, repr(value), wanted, remedy))
     return int(plain)
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fastgate.errors import ArgumentError, say
+from fastgate.errors import ArgumentError, format_error
 from fastgate.nn.hard_concrete import harden
 from fastgate.pruning.numbers import integer, number
 from fastgate.runtime.plan import Sizes, flops, make_plan
@@ -54,7 +54,7 @@ class Fixed:
     def __post_init__(self) -> None:
         wanted, remedy = "indices of layers", "pass e.g. Fixed((0, 5))"
         if isinstance(self.keep, str | bytes) or not isinstance(self.keep, Iterable):
-            raise ArgumentError(say("Fixed", "keep", repr(self.keep), wanted, remedy))
+            raise ArgumentError(format_error("Fixed", "keep", repr(self.keep), wanted, remedy))
         keep = tuple(integer("Fixed", "keep", i, wanted, remedy, lambda i: i >= 0) for i in self.keep)
         object.__setattr__(self, "keep", keep)
 
@@ -88,7 +88,9 @@ class Costs:
         return self.total(p) / self.total(torch.ones_like(p))
 
 
-def costs_of(sizes: Sizes, heads: int, layers: int, narrow: bool, single: bool, mixes: bool) -> Costs:
+def costs_of(
+    sizes: Sizes, heads: int, layers: int, output_rows_only: bool, single: bool, reads_neighbours: bool
+) -> Costs:
     """Costs of an encoder whose removed attention is replaced by `shift`s (mixes) or by what mixes nothing.
 
     narrow: fewer rows are demanded than packed; single: they are one a sequence, of a head that never reads
@@ -99,10 +101,10 @@ def costs_of(sizes: Sizes, heads: int, layers: int, narrow: bool, single: bool, 
 
     def cost(attends: tuple[bool, ...], top: int) -> float:
         """FLOPs of the layers from `top` up."""
-        shifts = tuple(i for i, runs in enumerate(attends) if mixes and not runs)
+        shifts = tuple(i for i, runs in enumerate(attends) if reads_neighbours and not runs)
         reach = sum(i > top for i in shifts) if single else 0
         within = tuple(min(sizes.packed, sizes.demanded + k * sizes.sequences) for k in range(reach + 1))
-        there, fewer = replace(sizes, within=within), narrow and within[-1] < sizes.packed
+        there, fewer = replace(sizes, within=within), output_rows_only and within[-1] < sizes.packed
         plan = make_plan(attends, fewer, single and not reach, False, shifts, reach > 0)
         return float(
             sum(flops(s, there, heads) for i in range(max(top, 0), layers) for s in plan.of_layer(i))
@@ -123,12 +125,14 @@ class Objective:
             self.removed = math.floor(target.share * layers + 0.5)
             if not self.removed:
                 got, wanted = f"{target.share}, which removes none of {layers}", f"{0.5 / layers:.3g} or more"
-                raise ArgumentError(say("Sparsity", "share", got, wanted, "ask for one attention at least"))
+                raise ArgumentError(
+                    format_error("Sparsity", "share", got, wanted, "ask for one attention at least")
+                )
         if isinstance(target, Fixed):
             wrong = [i for i in target.keep if not 0 <= i < layers]
             if wrong or len(set(target.keep)) != len(target.keep):
                 raise ArgumentError(
-                    say(
+                    format_error(
                         "Fixed",
                         "keep",
                         target.keep,
@@ -162,7 +166,7 @@ class Objective:
         if costs is None:
             remedy = "train through the warm phase before hardening"
             raise ArgumentError(
-                say("Speedup", "costs", "none yet", "batches measured in the warm phase", remedy)
+                format_error("Speedup", "costs", "none yet", "batches measured in the warm phase", remedy)
             )
         return max(self._within(p, costs, 1.0 / self.target.factor))[2]
 
@@ -207,7 +211,7 @@ class Objective:
             floor = float(1.0 / costs.share(_indicator([], self.layers)))
             wanted = f"at most {floor:.2f}, the factor with no attention left"
             remedy = "ask for less: the rest is feed-forward layers"
-            raise ArgumentError(say("Speedup", "factor", round(1.0 / budget, 4), wanted, remedy))
+            raise ArgumentError(format_error("Speedup", "factor", round(1.0 / budget, 4), wanted, remedy))
         return candidates
 
 

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgate.errors import ArgumentError, CheckpointError, Unsupported, say
-from fastgate.models.handle import check_module, encoder_state
+from fastgate.errors import ArgumentError, CheckpointError, Unsupported, format_error
+from fastgate.models.handle import check_module, get_encoder
 from fastgate.models.patching import patch
 from fastgate.models.pruning import prune
 from fastgate.nn import hard_concrete
-from fastgate.pruning.calibration import Measured
+from fastgate.pruning.calibration import Calibration
 from fastgate.pruning.checks import check_batch, check_student, check_trainable, check_whole
 from fastgate.pruning.config import PruningConfig
 from fastgate.pruning.distillation import SelfTeacher, Teacher, hidden_loss, outputs_loss, scores_of
@@ -27,7 +27,7 @@ from fastgate.pruning.numbers import number
 from fastgate.pruning.objective import Fixed, Objective
 from fastgate.pruning.schedule import RECOVER, SEARCH, WARM, Schedule, make_schedule
 from fastgate.pruning.token_swap import swap_tokens
-from fastgate.runtime.context import Record
+from fastgate.runtime.context import ActivationTrace
 
 HISTORY = 400  # entries a run, about
 STATE = ("steps", "total", "kept", "learner", "measured", "history", "teacher_seconds")
@@ -93,13 +93,17 @@ class Pruner:
     ):
         if not isinstance(config, PruningConfig):
             remedy = "pass fastgate.PruningConfig(target=...)"
-            raise ArgumentError(say("Pruner", "config", repr(config), "a PruningConfig", remedy))
+            raise ArgumentError(format_error("Pruner", "config", repr(config), "a PruningConfig", remedy))
         check_module("Pruner", model)
         if teacher is not None and not isinstance(teacher, nn.Module):
-            raise ArgumentError(say("Pruner", "teacher", repr(teacher), "a model or None", "load the model"))
+            raise ArgumentError(
+                format_error("Pruner", "teacher", repr(teacher), "a model or None", "load the model")
+            )
         if teacher is model:
             remedy = "pass copy.deepcopy(model), or None to distil from the model with its gates open"
-            raise ArgumentError(say("Pruner", "teacher", "the model itself", "another model or None", remedy))
+            raise ArgumentError(
+                format_error("Pruner", "teacher", "the model itself", "another model or None", remedy)
+            )
         self.model, self.config = model, config
         self.steps = 0
         self.kept: list[int] | None = None
@@ -126,7 +130,7 @@ class Pruner:
         if self._schedule is not None and self._schedule != schedule:
             wanted = f"{self._schedule.total}, as the run began with"
             remedy = "resume with the same number of steps: the phase is a function of the step"
-            raise CheckpointError(say("Pruner", "total_steps", total_steps, wanted, remedy))
+            raise CheckpointError(format_error("Pruner", "total_steps", total_steps, wanted, remedy))
         self._schedule = schedule
 
     def attach(self) -> Pruner:
@@ -139,10 +143,12 @@ class Pruner:
             return self
         if self.steps:
             got, remedy = f"detached after {self.steps} steps", "make a new Pruner, and attach that"
-            raise ArgumentError(say("Pruner.attach", "pruner", got, "one that has not begun", remedy))
+            raise ArgumentError(
+                format_error("Pruner.attach", "pruner", got, "one that has not begun", remedy)
+            )
         check_student(self.model)
         patch(self.model)
-        self.state = encoder_state(self.model)
+        self.state = get_encoder(self.model)
         check_whole(self.state)
         layers = self.state.num_layers
         self.objective = Objective(self.config.target, layers)
@@ -156,8 +162,8 @@ class Pruner:
         self.state.set_gates([1.0] * layers)
         exact = self.config.gates == "exact"
         self.learner = GateLearner(self.objective, self.config.gate_lr, self.config.seed, exact)
-        mixes = self.config.replacement == "shift"
-        self._measured = Measured(layers, self.state.encoder.config, mixes)
+        reads_neighbours = self.config.replacement == "shift"
+        self._measured = Calibration(layers, self.state.encoder.config, reads_neighbours)
         self._attached = True
         _attached[self.state.encoder] = weakref.ref(self)
         self.engage()
@@ -173,7 +179,7 @@ class Pruner:
         if earlier.steps:
             got = f"a model that another Pruner has trained for {earlier.steps} steps"
             remedy = "call detach() of that Pruner first, or load the dense model anew"
-            raise ArgumentError(say("Pruner", "model", got, "a dense model", remedy))
+            raise ArgumentError(format_error("Pruner", "model", got, "a dense model", remedy))
         earlier.detach()
 
     def engage(self) -> None:
@@ -231,7 +237,7 @@ class Pruner:
         if self.misses(optimizer):
             got, wanted = "one without the replacements' parameters", "one made after attach()"
             remedy = "make the optimizer after attach(), from model.parameters(): else they are never trained"
-            raise ArgumentError(say("Pruner.set_rates", "optimizer", got, wanted, remedy))
+            raise ArgumentError(format_error("Pruner.set_rates", "optimizer", got, wanted, remedy))
         own = {id(p) for layer in self._replacements for p in layer.parameters()}
         # accelerate wraps optimizers; a scheduler of torch marks the step of the one it is made for.
         scheduled = hasattr(getattr(optimizer, "optimizer", optimizer).step, "_wrapped_by_lr_sched")
@@ -241,7 +247,7 @@ class Pruner:
                 if scheduled:
                     got, wanted = "an optimizer that has a scheduler", "one without: groups are added to it"
                     remedy = "call set_rates before the scheduler is made"
-                    raise ArgumentError(say("Pruner.set_rates", "optimizer", got, wanted, remedy))
+                    raise ArgumentError(format_error("Pruner.set_rates", "optimizer", got, wanted, remedy))
                 group["params"] = [p for p in group["params"] if id(p) not in own]
                 settings = {key: value for key, value in group.items() if key != "params"}
                 rate = group["lr"] * self.config.replacement_lr
@@ -256,7 +262,7 @@ class Pruner:
     def schedule(self) -> Schedule:
         if self._schedule is None:
             raise ArgumentError(
-                say(
+                format_error(
                     "Pruner",
                     "total_steps",
                     None,
@@ -319,7 +325,9 @@ class Pruner:
         if forward is None:
             remedy = "call loss once after each forward of the model in training"
             got = "no forward since the last call"
-            raise ArgumentError(say("Pruner.loss", "outputs", got, "those of the forward just run", remedy))
+            raise ArgumentError(
+                format_error("Pruner.loss", "outputs", got, "those of the forward just run", remedy)
+            )
         return self.loss_of([forward])
 
     def take(self, outputs: Any, inputs: Mapping[str, Any]) -> Forward | None:
@@ -361,7 +369,7 @@ class Pruner:
         if self._teaches and not taught:
             got = "forwards without gradient" if forwards else "a loss that does not run the model"
             remedy = "use a loss that is not a cached one, or pass PruningConfig(distill=None)"
-            raise Unsupported(say("Pruner.loss", "distill", got, "a forward to distil into", remedy))
+            raise Unsupported(format_error("Pruner.loss", "distill", got, "a forward to distil into", remedy))
         for forward in taught:
             for scores in scores_of(forward.outputs).values():
                 self.finite.note_scores(scores)
@@ -435,7 +443,9 @@ class Pruner:
         self._check_attached("finalize")
         if self.kept is None:
             remedy = "train to the end, or call harden()"
-            raise ArgumentError(say("Pruner.finalize", "gates", "not hardened", "hardened gates", remedy))
+            raise ArgumentError(
+                format_error("Pruner.finalize", "gates", "not hardened", "hardened gates", remedy)
+            )
         self.release()
         self.finalized = True
         return prune(self.model, keep=self.kept, replacement=self.config.replacement)
@@ -483,7 +493,7 @@ class Pruner:
             if had != now[name] and (name == "replacement" or state["steps"] >= self.schedule.begin):
                 remedy = "resume with the settings that the run began with, or start anew"
                 where = "Pruner.load_state_dict"
-                raise CheckpointError(say(where, f"PruningConfig.{name}", now[name], had, remedy))
+                raise CheckpointError(format_error(where, f"PruningConfig.{name}", now[name], had, remedy))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict()`; the model's weights are loaded apart.
@@ -498,7 +508,7 @@ class Pruner:
             got = f"no {missing}" if missing else f"{state['learner']['z'].numel()} gates"
             remedy = "resume the run that wrote it"
             raise CheckpointError(
-                say("Pruner.load_state_dict", "state", got, f"the state of {layers} gates", remedy)
+                format_error("Pruner.load_state_dict", "state", got, f"the state of {layers} gates", remedy)
             )
         self.plan_steps(state["total"])
         self._check_settings(state)
@@ -583,7 +593,9 @@ class Pruner:
         if distill.logits and not hasattr(outputs, "get"):
             remedy = "pass return_dict=True to the model, or Distill(logits=0.0)"
             wanted = "an output of transformers, or a dict with the scores as `logits`"
-            raise ArgumentError(say("Pruner.loss", "outputs", type(outputs).__name__, wanted, remedy))
+            raise ArgumentError(
+                format_error("Pruner.loss", "outputs", type(outputs).__name__, wanted, remedy)
+            )
         start = time.perf_counter()
         lesson = teacher(forward.inputs, want_hidden=distill.hidden > 0)
         self.teacher_seconds += time.perf_counter() - start
@@ -593,7 +605,9 @@ class Pruner:
             if apart is None and not distill.hidden:
                 remedy = "pass Distill(hidden=1.0), or PruningConfig(distill=None)"
                 got = "outputs without scores, and no weight for hidden states"
-                raise ArgumentError(say("Pruner.loss", "distill", got, "something to distil", remedy))
+                raise ArgumentError(
+                    format_error("Pruner.loss", "distill", got, "something to distil", remedy)
+                )
             if apart is not None:
                 total = total + distill.logits * apart
                 self.finite.note(LOGITS, apart)
@@ -625,7 +639,7 @@ class Pruner:
         if not self._engaged or not (measuring or matching):
             self.state.runtime.record = None
         elif self.state.runtime.record is None:
-            self.state.runtime.record = Record()
+            self.state.runtime.record = ActivationTrace()
 
     def _note(self) -> None:
         marks = (self.schedule.begin, self.schedule.harden, self.schedule.total)
@@ -650,10 +664,14 @@ class Pruner:
     def _check_attached(self, call: str) -> None:
         if not self._attached:
             remedy = "call attach() before the optimizer is made"
-            raise ArgumentError(say(f"Pruner.{call}", "pruner", "not attached", "an attached one", remedy))
+            raise ArgumentError(
+                format_error(f"Pruner.{call}", "pruner", "not attached", "an attached one", remedy)
+            )
 
     def _check_training(self, call: str) -> None:
         self._check_attached(call)
         if self.finalized:
             remedy = "make a new Pruner for a dense model; the pruned one trains as any other model does"
-            raise ArgumentError(say(f"Pruner.{call}", "pruner", "finalized", "one that prunes", remedy))
+            raise ArgumentError(
+                format_error(f"Pruner.{call}", "pruner", "finalized", "one that prunes", remedy)
+            )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fastgate.errors import ArgumentError, say
+from fastgate.errors import ArgumentError, format_error
 from fastgate.pruning.numbers import integer
 
 WARM, SEARCH, RECOVER = "warm", "search", "recover"
@@ -44,7 +44,9 @@ def make_schedule(total: int, warm: float, ramp: float, harden: float) -> Schedu
     total = integer("Pruner", "total_steps", total, "3 or more: one a phase", remedy, lambda n: n >= 3)
     if not 0.0 <= warm <= ramp <= harden < 1.0:
         wanted, remedy = "0 <= warm <= ramp <= harden < 1", "give each as a share of all steps"
-        raise ArgumentError(say("PruningConfig", "warm, ramp, harden", (warm, ramp, harden), wanted, remedy))
+        raise ArgumentError(
+            format_error("PruningConfig", "warm, ramp, harden", (warm, ramp, harden), wanted, remedy)
+        )
     begin = min(max(1, round(warm * total)), total - 2)
     hard = min(max(begin + 1, round(harden * total)), total - 1)
     return Schedule(total, begin, min(max(begin, round(ramp * total)), hard), hard)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
-from fastgate.errors import ArgumentError, Unsupported, say
+from fastgate.errors import ArgumentError, Unsupported, format_error
 from fastgate.models import checkpoint
 from fastgate.pruning import trainer_checkpoints
 from fastgate.pruning.config import PruningConfig
@@ -42,7 +42,7 @@ class SelfPruningMixin:
     def __init__(self, *args: Any, pruning: PruningConfig, teacher: nn.Module | None = None, **kwargs: Any):
         if not isinstance(pruning, PruningConfig):
             raise ArgumentError(
-                say(
+                format_error(
                     "SelfPruningTrainer",
                     "pruning",
                     repr(pruning),
@@ -62,7 +62,7 @@ class SelfPruningMixin:
             remedy = "pass optimizer_cls_and_kwargs=(torch.optim.AdamW, {...}), or override create_optimizer"
             self.pruner.detach()
             wanted = "none, or one made after them"
-            raise ArgumentError(say("SelfPruningTrainer", "optimizers", got, wanted, remedy))
+            raise ArgumentError(format_error("SelfPruningTrainer", "optimizers", got, wanted, remedy))
         trainer.add_callback(_StepGates(self))
 
     def _find_unused_parameters(self) -> None:
@@ -93,7 +93,7 @@ class SelfPruningMixin:
         ):
             if bad:
                 wanted = "one whole model a process and a number of steps known from the start"
-                raise Unsupported(say("SelfPruningTrainer", name, "set", wanted, remedy))
+                raise Unsupported(format_error("SelfPruningTrainer", name, "set", wanted, remedy))
 
     def _refuse_distributed_settings(self) -> None:
         args: Any = self.args  # type: ignore[attr-defined]
@@ -123,7 +123,7 @@ class SelfPruningMixin:
         ):
             if bad:
                 got = "use_reentrant=True" if "kwargs" in name else getattr(args, name.split(".")[1])
-                raise Unsupported(say("SelfPruningTrainer", name, got, wanted, remedy))
+                raise Unsupported(format_error("SelfPruningTrainer", name, got, wanted, remedy))
 
     def _attach(self) -> None:
         trainer: Any = self
@@ -164,7 +164,7 @@ class SelfPruningMixin:
         if not self.pruner.finalized:
             got = f"trained for {self.pruner.steps} steps by a train() that did not end"
             remedy += " with the dense model, or go on with train(resume_from_checkpoint=True)"
-        raise ArgumentError(say("train", "model", got, "a dense model", remedy))
+        raise ArgumentError(format_error("train", "model", got, "a dense model", remedy))
 
     def _check_hardened(self) -> None:
         pruner, state = self.pruner, self.state  # type: ignore[attr-defined]
@@ -175,7 +175,7 @@ class SelfPruningMixin:
                 "go on with train(resume_from_checkpoint=True), check the callback or the data that ended "
                 "it, or call trainer.pruner.harden() and trainer.pruner.finalize() to prune as far as it is"
             )
-            raise ArgumentError(say("train", "steps", got, wanted, remedy))
+            raise ArgumentError(format_error("train", "steps", got, wanted, remedy))
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, *args: Any, **kwargs: Any

@@ -8,7 +8,7 @@ import re
 import shutil
 from pathlib import Path
 
-from fastgate.errors import CheckpointError, say
+from fastgate.errors import CheckpointError, format_error
 from fastgate.models.atomic_files import flush
 
 MANIFEST = "fastgate_files.json"  # written last: every other file of the checkpoint and its size in bytes
@@ -49,7 +49,9 @@ def check_complete(folder: Path) -> None:
     if not is_complete(folder):
         remedy = "pass True for the newest complete checkpoint, or start anew"
         got = f"{folder}, {'incomplete or of another trainer' if folder.is_dir() else 'no folder'}"
-        raise CheckpointError(say("train", "resume_from_checkpoint", got, "a complete checkpoint", remedy))
+        raise CheckpointError(
+            format_error("train", "resume_from_checkpoint", got, "a complete checkpoint", remedy)
+        )
 
 
 def last_complete(output_dir: Path) -> Path:
@@ -61,7 +63,9 @@ def last_complete(output_dir: Path) -> Path:
     got = f"{len(found)} incomplete" if found else "none"
     remedy = "start anew without resume_from_checkpoint, and save oftener (save_steps)"
     wanted = "a complete checkpoint-N folder"
-    raise CheckpointError(say("train", "resume_from_checkpoint", f"{got} in {output_dir}", wanted, remedy))
+    raise CheckpointError(
+        format_error("train", "resume_from_checkpoint", f"{got} in {output_dir}", wanted, remedy)
+    )
 
 
 def checkpoints(output_dir: Path) -> list[Path]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from fastgate.env import environment
-from fastgate.errors import DataError, say
+from fastgate.errors import DataError, format_error
 from fastgate.training.sweep import Line
 
 Speeds = dict[str, dict[str, float]]  # of each processor, by `speed_key`
@@ -50,7 +50,9 @@ def read_speeds(path: Path) -> Speeds:
         return {name: dict(known) for name, known in json.loads(path.read_text(encoding="utf-8")).items()}
     except (ValueError, TypeError, AttributeError) as error:
         got, wanted = f"{path} ({str(error)[:80]})", "speeds that `fastgate report --measure` wrote"
-        raise DataError(say("report", "speeds", got, wanted, "mend the file, or move it away")) from error
+        raise DataError(
+            format_error("report", "speeds", got, wanted, "mend the file, or move it away")
+        ) from error
 
 
 def measured(

@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
-from fastgate.errors import DataError, say
+from fastgate.errors import DataError, format_error
 from fastgate.pruning.pruner import SEPARATED
 from fastgate.report.speedups import BFLOAT16, FLOAT32, Speeds, mean_speed, measured, pooling_of, read_speeds
 from fastgate.training.sweep import Line, read_lines
@@ -356,7 +356,7 @@ def write(
         lines = [line for line in lines if line["settings"] in wanted]
     if not lines:
         got, remedy = f"{lines_path} without a line", "run `fastgate sweep` first, or mend the path"
-        raise DataError(say("report", "lines", got, "results of a sweep", remedy))
+        raise DataError(format_error("report", "lines", got, "results of a sweep", remedy))
     path = lines_path.with_name("speeds.json")
     speeds = measured(lines, path, data_dir, console, dtype) if measure else read_speeds(path)
     out.mkdir(parents=True, exist_ok=True)

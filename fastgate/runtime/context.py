@@ -10,11 +10,11 @@ from torch import Tensor
 from fastgate.models.inspection import Inspection
 from fastgate.runtime.layer import Gate, Layer, is_skipped
 from fastgate.runtime.plan import Plan, make_plan
-from fastgate.runtime.unpadding import Packing
+from fastgate.runtime.unpadding import UnpaddedBatch
 
 
 @dataclass
-class Record:
+class ActivationTrace:
     """What an encoder computed, while recording.
 
     hidden: (index, rows) of the embeddings and of each layer in turn: rows (n, hidden), index (n,) int64 row
@@ -30,13 +30,13 @@ class Record:
     length: int = 0
     whole: bool = True
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Record:
+    def __deepcopy__(self, memo: dict[int, Any]) -> ActivationTrace:
         """A model is copied without what it last computed: tensors of a graph cannot be copied."""
-        return Record(whole=self.whole)
+        return ActivationTrace(whole=self.whole)
 
 
 @dataclass
-class Run:
+class ForwardContext:
     """One forward: what stays the same from step to step.
 
     states: (batch, length, hidden) of the embeddings and of each layer, where a call asks for them.
@@ -46,9 +46,9 @@ class Run:
     encoder: Any
     inspection: Inspection
     gates: list[Gate]
-    packing: Packing
+    unpadded: UnpaddedBatch
     plan: Plan
-    record: Record | None = None
+    record: ActivationTrace | None = None
     states: list[Tensor] | None = None
     probabilities: dict[int, Tensor] | None = None
     layers: tuple[Layer, ...] = field(init=False)
@@ -62,7 +62,7 @@ class Run:
         return self.record is not None or self.states is not None or self.probabilities is not None
 
 
-class Ids(NamedTuple):
+class TokenIds(NamedTuple):
     """Of packed rows, (rows,) each: what their embeddings are gathered by. types None: type 0 everywhere."""
 
     words: Tensor
@@ -71,9 +71,11 @@ class Ids(NamedTuple):
 
 
 def plan_for(
-    gates: list[Gate], shifts: tuple[int, ...], absorbable: bool, packing: Packing, capture: bool
+    gates: list[Gate], shifts: tuple[int, ...], absorbable: bool, unpadded: UnpaddedBatch, capture: bool
 ) -> Plan:
     """The plan for these gates; `absorbable`: the last attention's key and value weights can be read."""
     attends = tuple(not is_skipped(g) for g in gates)
-    single = packing.single and absorbable and not packing.widened
-    return make_plan(attends, packing.narrow, single, capture, shifts, packing.widened)
+    one_query_per_sequence = unpadded.one_query_per_sequence and absorbable and not unpadded.has_halo
+    return make_plan(
+        attends, unpadded.output_rows_only, one_query_per_sequence, capture, shifts, unpadded.has_halo
+    )

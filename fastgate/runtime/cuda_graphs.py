@@ -9,8 +9,8 @@ A call copies what the host knows of a batch (ends, index sets) to the graph's m
 the ids there, replays on the caller's current stream, and pads the result into fresh memory, so that outputs
 stay valid. Two uses of a bucket capture it (CAPTURE_AT): the first batch of its kind runs as ever.
 
-Bounds: at most MOST_GRAPHS graphs an encoder, the least recently used is dropped; all share one memory pool,
-as big as the largest needs, beside a result and an id buffer each; batches of more than MOST_ROWS rows keep
+Bounds: at most MAX_GRAPHS graphs an encoder, the least recently used is dropped; all share one memory pool,
+as big as the largest needs, beside a result and an id buffer each; batches of more than MAX_ROWS rows keep
 the device busy enough to run as ever. Where more kinds of batches come in turn than there is room for, the
 uses that a capture takes double with every turnover.
 
@@ -36,16 +36,16 @@ from typing import Any, NamedTuple, NoReturn, Protocol
 import torch
 from torch import Tensor
 
-from fastgate.ops.ragged import Ragged, ends_of, place_bytes
-from fastgate.runtime.context import Ids, Run
+from fastgate.ops.ragged import SequenceOffsets, ends_of, place_bytes
+from fastgate.runtime.context import ForwardContext, TokenIds
 from fastgate.runtime.executor import run_plan
-from fastgate.runtime.fingerprint import Fingerprint
-from fastgate.runtime.unpadding import Packing, static_packing
+from fastgate.runtime.fingerprint import ModuleFingerprint
+from fastgate.runtime.unpadding import UnpaddedBatch, static_unpadded_batch
 
-MOST_GRAPHS = 64
-MOST_ROWS = 4096
+MAX_GRAPHS = 64
+MAX_ROWS = 4096
 CAPTURE_AT = 2
-MOST_SEEN = 4096  # kinds of batches whose uses are counted
+MAX_KEYS_COUNTED = 4096  # kinds of batches whose uses are counted
 
 
 class LengthsUnknown(Exception):
@@ -75,7 +75,7 @@ def _refuse(*_: object) -> NoReturn:
     raise LengthsUnknown("a backend that reads lengths on the host")
 
 
-class BucketRagged(Ragged):
+class GraphOffsets(SequenceOffsets):
     """`rows` rows, of which those of the sequences come first; lengths lie in `cu_seqlens` only."""
 
     equal = False
@@ -169,7 +169,7 @@ def rounded(rows: int) -> int:
     return -(-rows // step) * step
 
 
-class Bucket(NamedTuple):
+class GraphShape(NamedTuple):
     """The sizes of a graph. rows: of the embeddings. keys, wanted: 0 where they are all of the rows."""
 
     rows: int
@@ -178,13 +178,13 @@ class Bucket(NamedTuple):
     wanted: int
 
 
-class Kind(NamedTuple):
+class GraphKey(NamedTuple):
     """All that decides what a graph holds, beside the encoder. empty: a sequence may have no keys."""
 
-    bucket: Bucket
+    bucket: GraphShape
     gates: tuple[float, ...]
-    narrow: bool
-    single: bool
+    output_rows_only: bool
+    one_query_per_sequence: bool
     from_narrow: bool  # the embeddings have demanded rows only
     types: bool
     empty: bool
@@ -192,21 +192,21 @@ class Kind(NamedTuple):
     deterministic: bool
 
 
-def kind_of(run: Run, ids: Ids) -> Kind:
-    packing = run.packing
-    rows, sequences = packing.queries.rows, 1 << max(packing.batch - 1, 0).bit_length()
-    keys = 0 if packing.host.key_rows is None else rounded(packing.keys.rows)
-    wanted = sequences if packing.single else rounded(packing.wanted.rows)
-    from_narrow = run.plan.of_layer(-1)[0].narrow
-    bucket = Bucket(rounded(rows), sequences, keys, wanted if packing.narrow else 0)
-    return Kind(
-        Bucket(wanted, sequences, 0, 0) if from_narrow else bucket,
+def kind_of(run: ForwardContext, ids: TokenIds) -> GraphKey:
+    unpadded = run.unpadded
+    rows, sequences = unpadded.queries.rows, 1 << max(unpadded.batch - 1, 0).bit_length()
+    keys = 0 if unpadded.host.key_rows is None else rounded(unpadded.keys.rows)
+    wanted = sequences if unpadded.one_query_per_sequence else rounded(unpadded.wanted.rows)
+    from_narrow = run.plan.of_layer(-1)[0].output_rows_only
+    bucket = GraphShape(rounded(rows), sequences, keys, wanted if unpadded.output_rows_only else 0)
+    return GraphKey(
+        GraphShape(wanted, sequences, 0, 0) if from_narrow else bucket,
         tuple(run.gates),  # type: ignore[arg-type]
-        packing.narrow,
-        packing.single,
+        unpadded.output_rows_only,
+        unpadded.one_query_per_sequence,
         from_narrow,
         ids.types is not None,
-        0 in packing.keys.lengths,
+        0 in unpadded.keys.lengths,
         str(getattr(torch.backends.cuda.matmul, "fp32_precision", "")),
         torch.are_deterministic_algorithms_enabled(),
     )
@@ -215,7 +215,7 @@ def kind_of(run: Run, ids: Ids) -> Kind:
 class Graph:
     """One captured bucket: its memory, its replay, and the way in and out."""
 
-    def __init__(self, kind: Kind, run: Run, device: torch.device, capturer: Device) -> None:
+    def __init__(self, kind: GraphKey, run: ForwardContext, device: torch.device, capturer: Device) -> None:
         bucket = kind.bucket
         ends = {"query_ends": True, "key_ends": bool(bucket.keys), "wanted_ends": bool(bucket.wanted)}
         indices = {"gather": bucket.rows, "out": bucket.wanted or bucket.rows}
@@ -233,27 +233,29 @@ class Graph:
             width = -(-bucket.rows // 2) * 2
             self.ids = torch.zeros(2 + kind.types, width, dtype=torch.int64, device=device)[:, : bucket.rows]
             self.index = self._views(self.memory)
-            packing = self._packing(bucket, kind.empty)
+            unpadded = self._packing(bucket, kind.empty)
             types = self.ids[2] if kind.types else None
-            ids = Ids(self.ids[0], self.ids[1], types)
-            captured = Run(run.encoder, run.inspection, list(run.gates), packing, run.plan)
-            self.replay, self.rows = capturer.capture(lambda: run_plan(captured, lambda narrow: ids))
+            ids = TokenIds(self.ids[0], self.ids[1], types)
+            captured = ForwardContext(run.encoder, run.inspection, list(run.gates), unpadded, run.plan)
+            self.replay, self.rows = capturer.capture(
+                lambda: run_plan(captured, lambda output_rows_only: ids)
+            )
 
     def _views(self, memory: Tensor) -> dict[str, Tensor]:
         return {name: memory[a:b].view(dtype) for name, (a, b, dtype) in self.places.items()}
 
-    def _packing(self, bucket: Bucket, empty: bool) -> Packing:
+    def _packing(self, bucket: GraphShape, empty: bool) -> UnpaddedBatch:
         at = self.index
-        queries = BucketRagged(at["query_ends"], bucket.rows, empty)
-        keys = BucketRagged(at["key_ends"], bucket.keys, empty) if bucket.keys else queries
-        wanted = BucketRagged(at["wanted_ends"], bucket.wanted, False) if bucket.wanted else queries
+        queries = GraphOffsets(at["query_ends"], bucket.rows, empty)
+        keys = GraphOffsets(at["key_ends"], bucket.keys, empty) if bucket.keys else queries
+        wanted = GraphOffsets(at["wanted_ends"], bucket.wanted, False) if bucket.wanted else queries
         rows = (at.get(name) for name in ("key_rows", "wanted_rows", "linked"))
-        return static_packing(queries, keys, wanted, *rows)
+        return static_unpadded_batch(queries, keys, wanted, *rows)
 
-    def __call__(self, packing: Packing, ids: Ids) -> Tensor:
+    def __call__(self, unpadded: UnpaddedBatch, ids: TokenIds) -> Tensor:
         """(batch, length, hidden) in memory of its own, zeros where no demanded row is."""
-        gather, out = self._load(packing)
-        shape = (packing.batch, packing.length)
+        gather, out = self._load(unpadded)
+        shape = (unpadded.batch, unpadded.length)
         for row, padded in zip(self.ids, ids, strict=False):
             if padded is None:
                 continue
@@ -270,24 +272,24 @@ class Graph:
         full = self.rows.new_zeros(shape[0] * shape[1], self.rows.shape[1])
         return full.index_copy_(0, out, self.rows[: out.numel()]).view(*shape, -1)
 
-    def _load(self, packing: Packing) -> tuple[Tensor | None, Tensor | None]:
+    def _load(self, unpadded: UnpaddedBatch) -> tuple[Tensor | None, Tensor | None]:
         """Bring a batch's ends and index sets to the graph's memory. (where rows are gathered from, where
         results go), on the device; None: every row, in order."""
-        host, sequences = packing.host, self.kind.bucket.sequences
-        out = host.wanted if self.kind.narrow else host.index
+        host, sequences = unpadded.host, self.kind.bucket.sequences
+        out = host.wanted if self.kind.output_rows_only else host.index
         gather = host.wanted if self.kind.from_narrow else host.index
         staging = torch.zeros(self.size, dtype=torch.uint8, device="cpu", pin_memory=self.pinned)
         views = self._views(staging)  # zeros behind what is written: a row that is there
         indices = {"gather": gather, "out": out, "key_rows": host.key_rows, "wanted_rows": host.wanted_rows}
         if "linked" in views:
-            indices["linked"] = packing.host_linked
+            indices["linked"] = unpadded.host_has_left_neighbour
         for name, values in indices.items():
             if values is not None and name in views:
                 views[name][: values.numel()].copy_(values)
-        ragged = {"query_ends": packing.queries, "key_ends": packing.keys, "wanted_ends": packing.wanted}
+        ragged = {"query_ends": unpadded.queries, "key_ends": unpadded.keys, "wanted_ends": unpadded.wanted}
         for name, one in ragged.items():
             if name in views:
-                views[name].copy_(ends_of((*one.lengths, *(0,) * (sequences - packing.batch))))
+                views[name].copy_(ends_of((*one.lengths, *(0,) * (sequences - unpadded.batch))))
         self.memory.copy_(staging, non_blocking=True)
         return (
             None if gather is None else self.index["gather"][: gather.numel()],
@@ -295,7 +297,7 @@ class Graph:
         )
 
 
-class Graphs:
+class CudaGraphs:
     """The graphs of one encoder. captures, replays, evictions: how many so far. eager: why other calls ran
     without, counted. A copy of an encoder begins with none."""
 
@@ -303,17 +305,17 @@ class Graphs:
         self.lock = threading.Lock()
         self.captures = self.replays = self.evictions = 0
         self.eager: Counter[str] = Counter()
-        self.seen: Counter[Kind] = Counter()
-        self.graphs: OrderedDict[Kind, Graph] = OrderedDict()
-        self.refused: dict[Kind, str] = {}
-        self.fingerprint: Fingerprint | None = None
+        self.seen: Counter[GraphKey] = Counter()
+        self.graphs: OrderedDict[GraphKey, Graph] = OrderedDict()
+        self.refused: dict[GraphKey, str] = {}
+        self.fingerprint: ModuleFingerprint | None = None
         self.device: Device | None = None
 
-    def __deepcopy__(self, memo: Any) -> Graphs:
-        return Graphs()
+    def __deepcopy__(self, memo: Any) -> CudaGraphs:
+        return CudaGraphs()
 
-    def __reduce__(self) -> tuple[type[Graphs], tuple[()]]:
-        return Graphs, ()
+    def __reduce__(self) -> tuple[type[CudaGraphs], tuple[()]]:
+        return CudaGraphs, ()
 
     def said(self) -> str:
         """In one line, how many there are, their replays, and why other calls ran without."""
@@ -333,7 +335,7 @@ class Graphs:
         self.refused.clear()
         self.fingerprint = self.device = None
 
-    def replay(self, run: Run, ids: Ids | None) -> Tensor | None:
+    def replay(self, run: ForwardContext, ids: TokenIds | None) -> Tensor | None:
         """(batch, length, hidden) of the encoder's output, zeros where no row is demanded; None where no
         graph runs: the caller does then. ids: padded, (batch or 1, length) each."""
         reason = self._misfit(run, ids)
@@ -347,8 +349,8 @@ class Graphs:
         self.eager[reason] += 1
         return None
 
-    def _misfit(self, run: Run, ids: Ids | None) -> str:
-        packing = run.packing
+    def _misfit(self, run: ForwardContext, ids: TokenIds | None) -> str:
+        unpadded = run.unpadded
         if ids is None:
             return "embeddings that were given or replaced"
         device = ids.words.device
@@ -362,19 +364,19 @@ class Graphs:
             return "gates that are tensors"
         if any(t is not None and (type(t) is not Tensor or t.device != device) for t in ids):
             return "ids of a class of their own, or on several devices"
-        if not 0 < packing.wanted.rows <= packing.queries.rows <= MOST_ROWS or packing.batch > MOST_ROWS:
-            return f"no rows, or more than {MOST_ROWS}"
+        if not 0 < unpadded.wanted.rows <= unpadded.queries.rows <= MAX_ROWS or unpadded.batch > MAX_ROWS:
+            return f"no rows, or more than {MAX_ROWS}"
         if torch.is_autocast_enabled(device.type):
             return "autocast"
         if torch._C._len_torch_dispatch_stack():
             return "a dispatch mode"
         return "a capture under way" if DEVICES[device.type].busy(device) else ""
 
-    def _replay(self, run: Run, ids: Ids) -> Tensor | str:
+    def _replay(self, run: ForwardContext, ids: TokenIds) -> Tensor | str:
         device = ids.words.device
         if self.fingerprint is None or not self.fingerprint.holds(run.inspection):
             self._clear()
-            self.fingerprint = Fingerprint(run.inspection)
+            self.fingerprint = ModuleFingerprint(run.inspection)
         if self.fingerprint.refusal:
             return self.fingerprint.refusal
         if self.fingerprint.device != device:
@@ -390,16 +392,16 @@ class Graphs:
                 return graph
             self.graphs.move_to_end(kind)
             self.replays += 1
-            return graph(run.packing, ids)
+            return graph(run.unpadded, ids)
 
-    def _captured(self, kind: Kind, run: Run, device: torch.device) -> Graph | str:
+    def _captured(self, kind: GraphKey, run: ForwardContext, device: torch.device) -> Graph | str:
         """A graph for this kind of batch, once there have been enough of it."""
         if kind in self.refused:
             return self.refused[kind]
-        if len(self.seen) >= MOST_SEEN:
+        if len(self.seen) >= MAX_KEYS_COUNTED:
             self.seen.clear()
         self.seen[kind] += 1
-        if self.seen[kind] < CAPTURE_AT << min(self.evictions // MOST_GRAPHS, 20):
+        if self.seen[kind] < CAPTURE_AT << min(self.evictions // MAX_GRAPHS, 20):
             return "a kind of batch seen too seldom yet"
         assert self.device is not None
         try:
@@ -415,7 +417,7 @@ class Graphs:
         self.captures += 1
         del self.seen[kind]
         self.graphs[kind] = graph
-        if len(self.graphs) > MOST_GRAPHS:
+        if len(self.graphs) > MAX_GRAPHS:
             self.device.drain()
             self.graphs.popitem(last=False)
             self.evictions += 1

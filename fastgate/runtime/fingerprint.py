@@ -29,7 +29,7 @@ NUMBERS = (
 _dtype, _stride = attrgetter("dtype"), Tensor.stride
 
 
-class Fingerprint:
+class ModuleFingerprint:
     """An inspected encoder's memory and numbers as they are now. refusal: why nothing can stand for its
     modules, or ""."""
 

@@ -199,12 +199,12 @@ class Layer:
         return self.query.bias, self.key.bias, self.value.bias  # type: ignore[union-attr]
 
     @property
-    def joint(self) -> Packed | None:
+    def fused_qkv(self) -> Packed | None:
         """Query, key and value as one weight, where `freeze` packed them together and none was replaced."""
         joints = []
         for part in (self.query, self.key, self.value):
             weight = part.weight  # type: ignore[union-attr]
-            joints.append(weight.joint if isinstance(weight, Packed) else None)
+            joints.append(weight.fused_qkv if isinstance(weight, Packed) else None)
         return joints[0] if joints[0] is joints[1] is joints[2] else None
 
     def heads_in(self, width: int) -> int:
@@ -213,12 +213,12 @@ class Layer:
         return width // self.at.attention_head_size
 
     @property
-    def mixes(self) -> bool:
+    def reads_neighbours(self) -> bool:
         """Whether the replacement reads the rows beside a row (`shift`)."""
-        return self.replacement is not None and self.replacement.mixes
+        return self.replacement is not None and self.replacement.reads_neighbours
 
     @property
-    def adds(self) -> bool:
+    def has_bias(self) -> bool:
         """Whether the replacement adds a vector."""
         return self.replacement is not None and self.replacement.shift is not None
 
@@ -228,19 +228,19 @@ class Layer:
         parameters = self.replacement._parameters  # type: ignore[union-attr]
         return tuple(parameters[name] for name in ("shift", "scale", "before", "after"))  # type: ignore[return-value]
 
-    def stand_in(self, share: Gate) -> tuple[Tensor | None, Tensor | None]:
+    def residual_affine(self, share: Gate) -> tuple[Tensor | None, Tensor | None]:
         """(a, b) of a * h + b, what the residual becomes when `share` of the attention is replaced; (None,
         None) for `shift`, whose rows are added before."""
-        if self.replacement is None or self.replacement.mixes:
+        if self.replacement is None or self.replacement.reads_neighbours:
             return None, None
         return self.replacement.scale_and_shift(share)
 
-    def fold(self, norm: Any) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    def fold_next_norm(self, norm: Any) -> tuple[Tensor, Tensor, dict[str, Any]]:
         """Weight and bias of `norm`, which is before this layer, whose attention is skipped, with the
         replacement folded in; and the LayerNorm that the attention leaves behind as the operands of a second
         norm. Both LayerNorms are plain."""
         then = self.attention_end.norm
-        scale, shift = self.stand_in(1.0)
+        scale, shift = self.residual_affine(1.0)
         weight: Tensor = norm.weight
         norm_bias: Tensor = norm.bias
         if scale is not None:
@@ -260,6 +260,6 @@ def shifts_of(layers: Iterable[Any], gates: Iterable[Gate]) -> tuple[int, ...]:
     found = []
     for i, (layer, gate) in enumerate(zip(layers, gates, strict=True)):
         replacement = replacement_of(layer)
-        if is_skipped(gate) and replacement is not None and replacement.mixes:
+        if is_skipped(gate) and replacement is not None and replacement.reads_neighbours:
             found.append(i)
     return tuple(found)

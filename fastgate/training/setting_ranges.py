@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from fastgate.errors import ArgumentError, say
+from fastgate.errors import ArgumentError, format_error
 
 
 @dataclass(frozen=True)
@@ -96,4 +96,4 @@ def check_range(where: str, argument: str, field: str, value: object) -> None:
     """
     if value is not None and field in RANGES and not RANGES[field].holds(value):
         got = repr(value) if isinstance(value, str | int | float) else f"a {type(value).__name__}"
-        raise ArgumentError(say(where, argument, got[:80], str(RANGES[field]), "change it"))
+        raise ArgumentError(format_error(where, argument, got[:80], str(RANGES[field]), "change it"))

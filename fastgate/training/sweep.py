@@ -22,8 +22,8 @@ from filelock import FileLock, Timeout
 from fastgate.data.load import load_task
 from fastgate.data.task import Task
 from fastgate.env import environment
-from fastgate.errors import ArgumentError, DataError, say
-from fastgate.models.handle import encoder_state
+from fastgate.errors import ArgumentError, DataError, format_error
+from fastgate.models.handle import get_encoder
 from fastgate.models.patching import patch
 from fastgate.pruning import Fixed
 from fastgate.pruning.objective import Objective
@@ -68,7 +68,9 @@ def read_lines(path: Path) -> list[Line]:
 
 def _refuse_file(path: Path, why: str, error: Exception | None) -> NoReturn:
     remedy = "check the path, or choose another file"
-    raise DataError(say("sweep", "results", f"{path}: {why}", "lines that a sweep wrote", remedy)) from error
+    raise DataError(
+        format_error("sweep", "results", f"{path}: {why}", "lines that a sweep wrote", remedy)
+    ) from error
 
 
 def left(runs: list[Settings], out: Path) -> list[Settings]:
@@ -126,10 +128,10 @@ def check_files(out: Path, work: Path) -> None:
     check_makeable("sweep", "--out", out.parent)
     if out.is_dir():
         got = f"{out}, a folder"
-        raise ArgumentError(say("sweep", "--out", got, "a file", "name the file in it"))
+        raise ArgumentError(format_error("sweep", "--out", got, "a file", "name the file in it"))
     if out.exists() and not os.access(out, os.W_OK):
         got = f"{out}, which cannot be written to"
-        raise ArgumentError(say("sweep", "--out", got, "a file that can be", "choose another path"))
+        raise ArgumentError(format_error("sweep", "--out", got, "a file that can be", "choose another path"))
     read_lines(out)
     check_makeable("sweep", "--work", work)
 
@@ -221,7 +223,7 @@ def _prepared(group: list[Settings], data_dir: Path | None) -> tuple[Task, Any, 
     check_length(where, "max_length", first.max_length, model)
     rows = task.tokenize(tokenizer, first.max_length, first.stride)
     rows = rows if first.max_drop is None else hold_out(rows, first.seed)
-    layers = encoder_state(model).num_layers
+    layers = get_encoder(model).num_layers
     for settings in group:
         if settings.method == "dense":
             continue

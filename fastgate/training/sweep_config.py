@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from fastgate.data.catalog import CATALOG
-from fastgate.errors import ArgumentError, DataError, say
+from fastgate.errors import ArgumentError, DataError, format_error
 from fastgate.models.handle import POOLINGS
 from fastgate.nn.replacement import KINDS
 from fastgate.pruning.config import GATES
@@ -46,7 +46,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "greedy": ("sparsity",),  # by the loss on training rows
     "fixed": (),  # `keep` says it
 }
-MOST_BYTES, MOST_RUNS = 1 << 20, 20_000  # of a recipe
+MOST_BYTES, MAX_RUNS = 1 << 20, 20_000  # of a recipe
 _LISTS = ("tasks", "seeds", "runs", "per_task")
 _DENSE = (
     "task", "seed", "train_rows", "eval_rows", "max_length", "stride", "pooling", "model", "batch_size",
@@ -141,11 +141,13 @@ def read_recipe(path: str | Path, model: str | None = None) -> list[Settings]:
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         got = f"{path}: {' '.join(str(error).split())[:160]}"
         raise DataError(
-            say("sweep", "recipe", got, "a YAML file", "check the path, mend the file")
+            format_error("sweep", "recipe", got, "a YAML file", "check the path, mend the file")
         ) from error
     if not isinstance(found, dict):
         raise DataError(
-            say("sweep", "recipe", f"{path}: a {type(found).__name__}", "keys and values", "see --help")
+            format_error(
+                "sweep", "recipe", f"{path}: a {type(found).__name__}", "keys and values", "see --help"
+            )
         )
     return expand(found if model is None else {**found, "model": model})
 
@@ -173,8 +175,8 @@ def expand(recipe: Mapping[str, Any]) -> list[Settings]:
         if changes is not None:
             _only(f"per_task: {task}", changes, known - {"task", "seed"})
     most = len(seeds) * sum(_count({**base, **(per_task.get(t) or {}), **r}) for t in tasks for r in runs)
-    if most > MOST_RUNS:
-        _refuse("recipe", f"{most} runs", f"at most {MOST_RUNS}", "make several recipes of it")
+    if most > MAX_RUNS:
+        _refuse("recipe", f"{most} runs", f"at most {MAX_RUNS}", "make several recipes of it")
     made: list[Settings] = []
     for seed, task, run in itertools.product(seeds, tasks, runs):
         given = {**base, **(per_task.get(task) or {}), **run, "task": task, "seed": seed}
@@ -279,4 +281,4 @@ def _short(value: Any) -> str:
 
 
 def _refuse(argument: str, got: object, wanted: str, remedy: str) -> NoReturn:
-    raise ArgumentError(say("sweep", argument, got, wanted, remedy))
+    raise ArgumentError(format_error("sweep", argument, got, wanted, remedy))

@@ -6,7 +6,6 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
-from fastgate.ops.ragged import Ragged
 from helpers.cases import BF16, FP16, FP32, allowed, error
 from helpers.poisoned_memory import poisoned
 from torch import Tensor
@@ -14,6 +13,7 @@ from torch import Tensor
 from fastgate import ops
 from fastgate.ops import reference
 from fastgate.ops.absorbed_attention import torch_absorbed_attention
+from fastgate.ops.ragged import SequenceOffsets
 
 SEED = 81985529216486895
 
@@ -81,7 +81,7 @@ class Call(NamedTuple):
     probe: Tensor
     x: Tensor
     rest: tuple[Any, ...]  # of the schema's operands
-    keys: Ragged
+    keys: SequenceOffsets
 
     @property
     def operands(self) -> tuple[Any, ...]:
@@ -91,7 +91,7 @@ class Call(NamedTuple):
 def make(case: Case, device: Any = "cpu", seed: int = 0) -> Call:
     """Probes and their gradients lie as products a head leave them: (heads, sequences, hidden) in memory."""
     generator = torch.Generator().manual_seed(seed)
-    keys = Ragged(case.lengths, torch.device(device))
+    keys = SequenceOffsets(case.lengths, torch.device(device))
 
     def draw(*sizes: int) -> Tensor:
         return torch.randn(*sizes, generator=generator).to(device, case.dtype)
@@ -109,11 +109,11 @@ def make(case: Case, device: Any = "cpu", seed: int = 0) -> Call:
     )
 
 
-def traceable(keys: Ragged) -> Any:
+def traceable(keys: SequenceOffsets) -> Any:
     """The same in plain attributes: before Python 3.12 Dynamo stops at the lock of a cached property."""
     names = ("lengths", "rows", "longest", "equal", "padded", "cu_seqlens")
     plain = SimpleNamespace(**{name: getattr(keys, name) for name in names})
-    plain.grid = lambda rows: Ragged.grid(plain, rows)
+    plain.grid = lambda rows: SequenceOffsets.grid(plain, rows)
     return plain
 
 
@@ -193,7 +193,7 @@ def check_masks(backend: Any, longest: int, seed: int, dtype: torch.dtype, devic
     """Weights all equal, row j the unit vector j, gradient h the unit vector h: mixed_hj and dx_jh are zero
     where dropped."""
     heads, dropout_p = 3, 0.4
-    keys = Ragged((longest - 1, longest), torch.device(device))
+    keys = SequenceOffsets((longest - 1, longest), torch.device(device))
     unit = torch.eye(longest, max(longest, heads), dtype=dtype, device=device)
     x = torch.cat((unit[:-1], unit))
     probe = torch.zeros(2, heads, x.shape[1], dtype=dtype, device=device)

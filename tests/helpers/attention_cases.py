@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from fastgate.ops.ragged import Ragged
 from helpers.cases import BF16, FP16, FP32, allowed, error
 from helpers.poisoned_memory import poisoned
 from torch import Tensor
@@ -13,6 +12,7 @@ from torch import Tensor
 from fastgate import ops
 from fastgate.ops import reference
 from fastgate.ops.attention import attention, torch_attention
+from fastgate.ops.ragged import SequenceOffsets
 
 SEED = 81985529216486895
 
@@ -79,8 +79,8 @@ class Call(NamedTuple):
     grad: Tensor
     tensors: tuple[Tensor, Tensor, Tensor]
     operands: tuple[Any, ...]  # the rest of the schema's, from the biases on
-    queries: Ragged
-    keys: Ragged
+    queries: SequenceOffsets
+    keys: SequenceOffsets
 
 
 def make(case: Case, device: torch.device) -> Call:
@@ -90,7 +90,7 @@ def make(case: Case, device: torch.device) -> Call:
     def draw(rows: int, columns: int) -> Tensor:
         return torch.randn(rows, columns, generator=generator).to(device, case.dtype)
 
-    queries, keys = (Ragged(n, device) for n in (case.queries, case.keys))
+    queries, keys = (SequenceOffsets(n, device) for n in (case.queries, case.keys))
     if case.strided:
         q, k, v = draw(queries.rows, 3 * hidden).split(hidden, 1)
     else:
@@ -158,10 +158,10 @@ def check_autograd(kernels: Any, device: torch.device) -> None:
         kernels.HEAD_DIMS,
     )
     ops.implementation("attention", device.type, FP32)  # fills the slots
-    before = ops.SLOTS.get(("attention", device.type))
-    ops.SLOTS["attention", device.type] = ours
+    before = ops.IMPLEMENTATIONS.get(("attention", device.type))
+    ops.IMPLEMENTATIONS["attention", device.type] = ours
     try:
-        lengths = Ragged((5, 1, 9), device)
+        lengths = SequenceOffsets((5, 1, 9), device)
         for heads in (2, 4):  # head_dim 32, 16
             leaves = [torch.randn(15, 64, device=device, requires_grad=True) for _ in range(3)]
             biases = [torch.randn(64, device=device, requires_grad=True) for _ in range(3)]
@@ -184,9 +184,9 @@ def check_autograd(kernels: Any, device: torch.device) -> None:
                 (*leaves, *biases, lengths.cu_seqlens, lengths.cu_seqlens, heads, 0.2, 0.0, None),
             )
     finally:
-        ops.SLOTS.pop(("attention", device.type))
+        ops.IMPLEMENTATIONS.pop(("attention", device.type))
         if before is not None:
-            ops.SLOTS["attention", device.type] = before
+            ops.IMPLEMENTATIONS["attention", device.type] = before
 
 
 MASKS = ((31, 0, FP32), (31, -3, FP32), (64, SEED, BF16), (128, -3, BF16))
@@ -195,7 +195,7 @@ MASKS = ((31, 0, FP32), (31, -3, FP32), (64, SEED, BF16), (128, -3, BF16))
 def check_mask(kernels: Any, n: int, seed: int, dtype: torch.dtype, device: torch.device) -> None:
     """Every probability equal, value j and gradient i unit vectors: O_ij and dV_ji are zero where dropped."""
     heads, width, dropout_p = 2, max(n, 32), 0.4
-    queries = Ragged((n - 1, n), device)
+    queries = SequenceOffsets((n - 1, n), device)
     unit = torch.eye(width, dtype=dtype, device=device)[:n].repeat(1, heads)
     rows = torch.cat((unit[:-1], unit))
     seed_tensor = torch.tensor(seed, device=device)

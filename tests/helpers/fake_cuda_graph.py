@@ -115,19 +115,19 @@ def _absorbed(probe: Tensor, x: Tensor, cu: Tensor, scale: float) -> tuple[Tenso
 def pretended() -> Iterator[type[Pretended]]:
     """While open, graphs run on the CPU, with attention that finds its rows as a GPU's does."""
     ops.implementation("attention", "cpu", torch.float32)  # the first call fills the slots
-    before, devices = dict(registry.SLOTS), dict(cuda_graphs.DEVICES)
+    before, devices = dict(registry.IMPLEMENTATIONS), dict(cuda_graphs.DEVICES)
     drawn = {
         "attention": lambda *o: torch.ops.fastgate_tests.attention(*o[:10]),
         "absorbed_attention": lambda *o: torch.ops.fastgate_tests.absorbed_attention(*o[:4]),
     }
     for op, forward in drawn.items():
-        registry.SLOTS[op, "cpu"] = replace(ops.REFERENCE[op], backend="by ends", forward=forward)
+        registry.IMPLEMENTATIONS[op, "cpu"] = replace(ops.REFERENCE[op], backend="by ends", forward=forward)
     cuda_graphs.DEVICES["cpu"] = Pretended
     Pretended.busy_now, Pretended.fail, Pretended.drained = False, None, 0
     try:
         yield Pretended
     finally:
-        registry.SLOTS.clear()
-        registry.SLOTS.update(before)
+        registry.IMPLEMENTATIONS.clear()
+        registry.IMPLEMENTATIONS.update(before)
         cuda_graphs.DEVICES.clear()
         cuda_graphs.DEVICES.update(devices)

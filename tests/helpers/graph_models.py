@@ -9,9 +9,9 @@ from helpers.encoders import demanded, draw_replacements, make
 from torch import nn
 
 import fastgate
-from fastgate.models.handle import encoder_state
+from fastgate.models.handle import get_encoder
 from fastgate.runtime import cuda_graphs
-from fastgate.runtime.cuda_graphs import Graphs
+from fastgate.runtime.cuda_graphs import CudaGraphs
 
 HEADS = ("Model", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 FILLS = ((14, 9, 3, 1), (2, 5, 14, 7), (13, 14, 1, 1), (6, 6, 6, 10))
@@ -26,8 +26,8 @@ def patched(head="ForSequenceClassification", keep=None, family="Bert", replacem
     return fastgate.patch(model, graphs=True), plain
 
 
-def graphs_of(model) -> Graphs:
-    found = encoder_state(model).runtime.graphs
+def graphs_of(model) -> CudaGraphs:
+    found = get_encoder(model).runtime.graphs
     assert found is not None
     return found
 
@@ -95,9 +95,9 @@ CHANGES = {
     "parameter": _new_parameter,
     "eps": _changes_eps,
     "dtype": lambda one: one.double(),
-    "gates": lambda one: encoder_state(one).set_gates([1.0, 0.0, 1.0]),
+    "gates": lambda one: get_encoder(one).set_gates([1.0, 0.0, 1.0]),
     "pruned": lambda one: fastgate.prune(one, keep=[0]),
-    "replacement": lambda one: encoder_state(one).add_replacements("mean"),
+    "replacement": lambda one: get_encoder(one).add_replacements("mean"),
     "activation": _other_activation,
     "no bias": lambda one: setattr(one.bert.encoder.layer[0].output.dense, "bias", None),
 }

@@ -16,7 +16,7 @@ from helpers.encoders import ALL, batch, draw_replacements, make
 
 import fastgate
 from fastgate.models.checkpoint_files import CONFIG, META, WEIGHTS
-from fastgate.models.handle import encoder_state
+from fastgate.models.handle import get_encoder
 
 HEAD = "ForSequenceClassification"
 WITHOUT = """
@@ -79,7 +79,7 @@ def test_without_fastgate_every_loader_fails(tmp_path):
         pruned(kind=path.name).save_pretrained(path)
     fastgate.patch(make("Bert", HEAD), pooling="mean").save_pretrained(paths[2])
     soft = fastgate.patch(make("Bert", HEAD))
-    encoder_state(soft).set_gates([1.0, torch.tensor(0.5), 0.0])
+    get_encoder(soft).set_gates([1.0, torch.tensor(0.5), 0.0])
     soft.save_pretrained(paths[3])
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
@@ -97,13 +97,13 @@ def test_another_head_keeps_the_pruned_encoder(family, head, tmp_path):
     model = pruned(family, head)
     fastgate.save(model, tmp_path)
     inputs = batch(model, head)
-    want = encoder_state(model).encoder(**inputs, output_hidden_states=True).last_hidden_state
+    want = get_encoder(model).encoder(**inputs, output_hidden_states=True).last_hidden_state
     attended = inputs["attention_mask"].bool()
     for name in ("AutoModel", "AutoModelForTokenClassification", "AutoModelForQuestionAnswering"):
         other = getattr(transformers, name).from_pretrained(
             tmp_path, num_labels=2, ignore_mismatched_sizes=True
         )
-        got = encoder_state(other).encoder(**inputs).last_hidden_state
+        got = get_encoder(other).encoder(**inputs).last_hidden_state
         assert torch.allclose(got[attended], want[attended], atol=1e-6), name
     with pytest.raises(ValueError, match="Unrecognized configuration class"):
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -127,13 +127,13 @@ def test_options_of_from_pretrained(tmp_path):
         == torch.float64
     )
     wider = auto.from_pretrained(tmp_path / "sub", num_labels=7, ignore_mismatched_sizes=True)
-    assert wider.classifier.out_features == 7 and encoder_state(wider).gates == [1.0, 0.0, 1.0]
+    assert wider.classifier.out_features == 7 and get_encoder(wider).gates == [1.0, 0.0, 1.0]
     config = transformers.AutoConfig.from_pretrained(tmp_path / "sub")
     config.save_pretrained(tmp_path / "config")
     for loaded in (config, transformers.AutoConfig.from_pretrained(tmp_path / "config")):
         with pytest.raises(ValueError, match="pip install fastgate"):
             transformers.BertForSequenceClassification.from_pretrained(tmp_path / "sub", config=loaded)
-    assert encoder_state(auto.from_config(config)).gates == [1.0, 0.0, 1.0]
+    assert get_encoder(auto.from_config(config)).gates == [1.0, 0.0, 1.0]
 
 
 def change_config(path):

@@ -55,14 +55,14 @@ def test_only_what_is_left_is_written(saved):
 
 
 def test_closed_but_unpruned_gates_and_dtype(tmp_path):
-    from fastgate.models.handle import encoder_state
+    from fastgate.models.handle import get_encoder
 
     model = fastgate.patch(make("Bert", "ForMaskedLM")).to(torch.bfloat16)
-    encoder_state(model).set_gates([1.0, 0.0, 1.0])
+    get_encoder(model).set_gates([1.0, 0.0, 1.0])
     again = fastgate.load(fastgate.save(model, tmp_path / "x"))
-    assert again.dtype == torch.bfloat16 and encoder_state(again).gates == [1.0, 0.0, 1.0]
+    assert again.dtype == torch.bfloat16 and get_encoder(again).gates == [1.0, 0.0, 1.0]
     assert again.cls.predictions.decoder.weight is again.bert.embeddings.word_embeddings.weight
-    encoder_state(model).set_gates([1.0, torch.tensor(0.5), 1.0])
+    get_encoder(model).set_gates([1.0, torch.tensor(0.5), 1.0])
     with pytest.raises(fastgate.ArgumentError, match="harden"):
         fastgate.save(model, tmp_path / "y")
     assert not (tmp_path / "y").exists()

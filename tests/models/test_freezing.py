@@ -15,7 +15,7 @@ from helpers import encoders
 from torch import nn
 
 import fastgate
-from fastgate.models.handle import encoder_state
+from fastgate.models.handle import get_encoder
 from fastgate.nn.packed_linear import PackedLinear
 from fastgate.ops import backends, fused_layers
 from fastgate.ops.linear import Packed
@@ -169,7 +169,7 @@ def test_what_freeze_refuses():
         fastgate.freeze(model.train())
     with pytest.raises(fastgate.Unsupported, match=r"freeze: model: got torch\.float64 on cpu"):
         fastgate.freeze(model.eval().double())
-    encoder_state(model.float()).set_gates([torch.tensor(0.5), 1.0, 1.0])
+    get_encoder(model.float()).set_gates([torch.tensor(0.5), 1.0, 1.0])
     with pytest.raises(fastgate.ArgumentError, match=r"soft gates in layers \[0\]"):
         fastgate.freeze(model)
     assert not packed(model)
@@ -412,7 +412,7 @@ def test_models_go_to_a_spawned_process(strategy):
 
 
 def attention_of(model, layer):
-    return encoder_state(model).layers[layer].attention.self
+    return get_encoder(model).layers[layer].attention.self
 
 
 @pytest.mark.skipif(backends.load_cpu_library() != "", reason=backends.load_cpu_library())
@@ -420,9 +420,9 @@ def test_query_key_and_value_are_one_product():
     """In the same memory, in place of three; and each by itself again once one of them is another."""
     plain, ours = frozen("ForTokenClassification")
     at = attention_of(ours, 1)
-    joint = at.query.packed.joint
-    assert joint is at.key.packed.joint is at.value.packed.joint and joint.shape == (96, 32)
-    assert at.key.packed.data.data_ptr() == joint.data[1:].data_ptr()
+    fused_qkv = at.query.packed.fused_qkv
+    assert fused_qkv is at.key.packed.fused_qkv is at.value.packed.fused_qkv and fused_qkv.shape == (96, 32)
+    assert at.key.packed.data.data_ptr() == fused_qkv.data[1:].data_ptr()
     batch = encoders.batch(plain, "ForTokenClassification")
     shapes = []
     with (
@@ -439,7 +439,7 @@ def test_query_key_and_value_are_one_product():
     }
     for model in (plain, ours):
         model.load_state_dict(changed, strict=False)
-    assert at.key.packed.joint is None and at.query.packed.joint is joint
+    assert at.key.packed.fused_qkv is None and at.query.packed.fused_qkv is fused_qkv
     torch.testing.assert_close(outputs(ours, batch)[0], outputs(plain, batch)[0], rtol=1e-4, atol=1e-5)
 
 

@@ -12,7 +12,7 @@ from helpers.encoders import FAMILIES, LENGTHS, VOCABULARY, batch, make
 from transformers.utils.generic import find_labels
 
 import fastgate
-from fastgate.models.handle import encoder_state
+from fastgate.models.handle import get_encoder
 
 TOKENS = ("ForTokenClassification", "ForMaskedLM", "ForPreTraining")
 
@@ -22,7 +22,7 @@ def logits_of(output):
 
 
 def rows_of_the_last_layer(model, **inputs):
-    with encoder_state(model).record() as record, torch.no_grad():
+    with get_encoder(model).record() as record, torch.no_grad():
         model(**inputs)
     return record.steps[-1][2]
 
@@ -70,9 +70,9 @@ def test_patching_again_keeps_the_demand_and_a_new_one_takes_effect():
         assert fastgate.explain(patched).demand == ("first" if count == 4 else "attended")
     fastgate.patch(patched, demand="first")
     fastgate.prune(patched, keep=[0])
-    assert rows(patched) == 4 and encoder_state(patched).gates == [1.0, 0.0, 0.0]
+    assert rows(patched) == 4 and get_encoder(patched).gates == [1.0, 0.0, 0.0]
     fastgate.patch(patched, demand="all")
-    assert encoder_state(patched).gates == [1.0, 0.0, 0.0] and rows(patched) == sum(LENGTHS)
+    assert get_encoder(patched).gates == [1.0, 0.0, 0.0] and rows(patched) == sum(LENGTHS)
     with pytest.raises(fastgate.ArgumentError, match=r"patch: demand: got 'last', wanted \"first\" or"):
         fastgate.patch(patched, demand="last")
 

@@ -11,7 +11,7 @@ from torch import nn
 from transformers.utils.generic import find_labels
 
 import fastgate
-from fastgate.models.handle import encoder_state
+from fastgate.models.handle import get_encoder
 
 
 def pair(family, head, **options):
@@ -301,7 +301,7 @@ def test_what_is_refused_before_anything_is_touched():
         with pytest.raises(fastgate.NothingPatched):
             fastgate.patch(nothing)
     with pytest.raises(fastgate.NothingPatched):
-        encoder_state(make("Bert", "Model"))
+        get_encoder(make("Bert", "Model"))
 
 
 def test_calls_that_are_refused_name_the_way_out():

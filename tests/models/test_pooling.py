@@ -14,7 +14,7 @@ from helpers.encoders import LENGTHS, batch, make, without_attention
 from helpers.graph_models import FILLS, graphs_of, same
 
 import fastgate
-from fastgate.models.handle import encoder_state
+from fastgate.models.handle import get_encoder
 
 HEAD = "ForSequenceClassification"
 WHOLE = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -41,7 +41,7 @@ def pair(keep=None, **options):
 
 
 def rows_of_the_last_layer(model, **inputs):
-    with encoder_state(model).record() as record, torch.no_grad():
+    with get_encoder(model).record() as record, torch.no_grad():
         model(**inputs)
     return record.steps[-1][2]
 
@@ -72,7 +72,7 @@ def test_every_attended_row_is_computed_and_no_other(side):
     inputs = batch(patched, HEAD, side)
     assert rows_of_the_last_layer(patched, **inputs) == sum(LENGTHS)
     explained = fastgate.explain(patched)
-    assert explained.demand == "attended" and explained.demanded_rows == explained.packed_rows
+    assert explained.demand == "attended" and explained.output_row_mask == explained.packed_rows
     assert not any("absorbed_attention" in layer.steps for layer in explained.layers)
     fastgate.patch(patched, pooling="first")
     assert rows_of_the_last_layer(patched, **inputs) == len(LENGTHS)

@@ -10,7 +10,7 @@ import torch
 from helpers.encoders import VECTORS, batch, make
 
 import fastgate
-from fastgate.models.handle import encoder_state
+from fastgate.models.handle import get_encoder
 
 
 @pytest.mark.parametrize("replacement", VECTORS)
@@ -18,7 +18,7 @@ from fastgate.models.handle import encoder_state
 def test_pruned_equals_closed_gates_and_loses_weights(replacement):
     model = fastgate.patch(make("Roberta", "ForSequenceClassification", layers=4))
     inputs = batch(model, "ForSequenceClassification")
-    state = encoder_state(model)
+    state = get_encoder(model)
     state.add_replacements(replacement)
     for name, parameter in model.named_parameters():
         if "replacement" in name:
@@ -32,7 +32,7 @@ def test_pruned_equals_closed_gates_and_loses_weights(replacement):
     assert sum(p.numel() for p in model.parameters()) == before - 3 * 4 * (32 * 32 + 32) - extra
     assert not any(".layer.1.attention.replacement" in name for name in model.state_dict())
     fastgate.prune(model, keep=[], replacement=replacement)
-    assert encoder_state(model).gates == [0.0] * 4 and torch.isfinite(model(**inputs).logits).all()
+    assert get_encoder(model).gates == [0.0] * 4 and torch.isfinite(model(**inputs).logits).all()
 
 
 def test_keeping_everything_changes_nothing():
@@ -84,7 +84,7 @@ def test_explain_adds_up():
 )  # fmt: skip
 def test_integers_of_any_library_are_layers(keep):
     model = fastgate.prune(make("Bert", "Model"), keep=keep)
-    assert encoder_state(model).gates == [1.0, 0.0, 1.0]
+    assert get_encoder(model).gates == [1.0, 0.0, 1.0]
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_what_is_no_list_of_layers_is_refused_and_nothing_changed(keep):
     model = fastgate.patch(make("Bert", "Model"))
     with pytest.raises(fastgate.ArgumentError, match=r"prune: keep: got .* from 0 to 2"):
         fastgate.prune(model, keep=keep)
-    assert encoder_state(model).gates == [1.0, 1.0, 1.0]
+    assert get_encoder(model).gates == [1.0, 1.0, 1.0]
 
 
 @pytest.mark.parametrize("call", [fastgate.patch, fastgate.unpatch, lambda m: fastgate.prune(m, keep=[0])])
@@ -123,7 +123,7 @@ def test_adapters_of_peft_are_merged_first(tmp_path):
     for call in (lambda: fastgate.prune(model, keep=[1]), lambda: fastgate.save(model, tmp_path / "x")):
         with pytest.raises(fastgate.Unsupported, match=r"a Linear of PEFT.*merge_and_unload\(\)"):
             call()
-    assert not (tmp_path / "x").exists() and encoder_state(model).gates == [1.0, 1.0, 1.0]
+    assert not (tmp_path / "x").exists() and get_encoder(model).gates == [1.0, 1.0, 1.0]
 
 
 @pytest.mark.parametrize("options", [{"keep": [9]}, {"keep": None}, {"keep": [1], "replacement": "none"}])

@@ -12,7 +12,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer import modules
 
 import fastgate
-from fastgate.models.handle import encoder_state
+from fastgate.models.handle import get_encoder
 
 TEXTS = [
     "the film was good",
@@ -44,7 +44,7 @@ def build(folder, pooling="cls", after=(), side="right", **options):
 
 
 def rows(model):
-    with encoder_state(model).record() as record:
+    with get_encoder(model).record() as record:
         model.encode(TEXTS)
     return record.steps[-1][2]
 
@@ -98,12 +98,12 @@ AFTER = {
 
 @pytest.mark.parametrize("what", AFTER)
 def test_what_stands_behind_cls_pooling(folder, what):
-    after, narrow = AFTER[what]
+    after, output_rows_only = AFTER[what]
     model = build(folder, "cls", copy.deepcopy(after))
     patched = fastgate.patch(copy.deepcopy(model))
     assert_same(model, patched)
-    assert rows(patched) == (len(TEXTS) if narrow else count(model))
-    assert fastgate.explain(patched).demand == ("start" if narrow else "attended")
+    assert rows(patched) == (len(TEXTS) if output_rows_only else count(model))
+    assert fastgate.explain(patched).demand == ("start" if output_rows_only else "attended")
 
 
 @pytest.mark.parametrize("side", ["right", "left"])

@@ -714,13 +714,13 @@ def test_feed_forward_in_chunks_and_outputs_by_config():
 
 def test_soft_gates_with_modules_that_are_called():
     """With the gate at 1 nothing of the replacement is left, at 0 nothing of the attention."""
-    from fastgate.models.handle import encoder_state
+    from fastgate.models.handle import get_encoder
 
     inputs = batch(plain(), HEAD)
     for kind in ("affine", "shift"):
         called, fused = fastgate.patch(plain()), fastgate.patch(plain())
         for model in (called, fused):
-            state = encoder_state(model)
+            state = get_encoder(model)
             state.add_replacements(kind)
             draw_replacements(model)
             state.set_gates([torch.tensor(0.3), 0.0, torch.tensor(0.8), 0.0])

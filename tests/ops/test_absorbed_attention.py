@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fastgate.ops.ragged import Ragged
 from helpers.absorbed_cases import (
     CASES,
     SEED,
@@ -27,6 +26,7 @@ from fastgate.ops import absorbed_attention as op
 from fastgate.ops import backends, reference, registry
 from fastgate.ops.absorbed_attention import absorbed_attention
 from fastgate.ops.attention import attention
+from fastgate.ops.ragged import SequenceOffsets
 
 CPU = torch.device("cpu")
 IMPLEMENTATIONS = backends.implementations("absorbed_attention")
@@ -143,7 +143,7 @@ def test_masks_are_the_references(implementation, seed):
 @pytest.mark.parametrize("lengths", [(5, 1, 17, 3), (7, 7), (4, 0, 2)])
 def test_absorbed_is_attention_with_one_query(lengths):
     heads = 4
-    keys, queries = Ragged(lengths, CPU), Ragged((1,) * len(lengths), CPU)
+    keys, queries = SequenceOffsets(lengths, CPU), SequenceOffsets((1,) * len(lengths), CPU)
     drawn, key_bias = operands(lengths)
     q, x, key, value, value_bias = leaves = [t.requires_grad_() for t in drawn]
     out = absorbed_attention(*leaves, keys, heads, 0.35, 0.0)
@@ -158,9 +158,9 @@ def test_absorbed_is_attention_with_one_query(lengths):
 def test_dropout_keeps_the_expectation():
     draws = 2000
     x, q, weight, bias = torch.randn(40, 16), torch.randn(1, 16), torch.randn(16, 16), torch.randn(16)
-    kept = absorbed_attention(q, x, weight, weight, bias, Ragged((40,), CPU), 2, 0.3, 0.0)
+    kept = absorbed_attention(q, x, weight, weight, bias, SequenceOffsets((40,), CPU), 2, 0.3, 0.0)
     torch.manual_seed(0)
-    keys = Ragged((40,) * draws, CPU)
+    keys = SequenceOffsets((40,) * draws, CPU)
     drawn = absorbed_attention(
         q.repeat(draws, 1), x.repeat(draws, 1), weight, weight, bias, keys, 2, 0.3, 0.5
     )
@@ -174,7 +174,7 @@ def test_dropout_is_the_shared_mask_of_a_drawn_seed():
     lengths, heads, width = (5, 0, 9), 4, 8
     (q, x, key, value, bias), _ = operands(lengths)
     torch.manual_seed(5)
-    out = absorbed_attention(q, x, key, value, bias, Ragged(lengths, CPU), heads, 0.35, 0.5)
+    out = absorbed_attention(q, x, key, value, bias, SequenceOffsets(lengths, CPU), heads, 0.35, 0.5)
     torch.manual_seed(5)
     mask = reference.keep_mask(torch.randint(2**63 - 1, ()), len(lengths) * heads, max(lengths), 0.5)
     k, v = (x @ key.T).view(-1, heads, width), (x @ value.T + bias).view(-1, heads, width)
@@ -190,7 +190,7 @@ def test_dropout_is_the_shared_mask_of_a_drawn_seed():
 def test_inference_repeats_training_without_autograd():
     lengths = (5, 3)
     (q, *rest), _ = operands(lengths, dtype=FP32)
-    keys = Ragged(lengths, CPU)
+    keys = SequenceOffsets(lengths, CPU)
     trained = absorbed_attention(q.requires_grad_(), *rest, keys, 4, 0.35)
     with torch.no_grad():
         out = absorbed_attention(q, *rest, keys, 4, 0.35)
@@ -202,7 +202,7 @@ def test_weights_and_rows_are_brought_to_the_querys_precision():
     lengths = (5, 3)
     (q, x, key, value, bias), _ = operands(lengths, dtype=FP32)
     leaves = [t.requires_grad_() for t in (x, key, value, bias)]
-    out = absorbed_attention(q.bfloat16(), *leaves, Ragged(lengths, CPU), 4, 0.35, 0.1)
+    out = absorbed_attention(q.bfloat16(), *leaves, SequenceOffsets(lengths, CPU), 4, 0.35, 0.1)
     assert out.dtype == BF16
     for leaf, grad in zip(leaves, torch.autograd.grad(out.float().square().sum(), leaves), strict=True):
         assert grad.dtype == FP32 and grad.shape == leaf.shape and grad.isfinite().all()
@@ -214,9 +214,9 @@ def test_autocast_of_float32(enabled):
     lengths = (5, 3)
     drawn, _ = operands(lengths, dtype=FP32)
     leaves = [t.requires_grad_() for t in drawn]
-    exact = absorbed_attention(*leaves, Ragged(lengths, CPU), 4, 0.35)
+    exact = absorbed_attention(*leaves, SequenceOffsets(lengths, CPU), 4, 0.35)
     with torch.autocast("cpu", BF16, enabled=enabled):
-        out = absorbed_attention(*leaves, Ragged(lengths, CPU), 4, 0.35)
+        out = absorbed_attention(*leaves, SequenceOffsets(lengths, CPU), 4, 0.35)
     rough = 3e-2 * float(exact.detach().abs().max()) if enabled else 0.0
     torch.testing.assert_close(out.float(), exact, rtol=0.0, atol=rough)
     for leaf, grad in zip(leaves, torch.autograd.grad(out.float().square().sum(), leaves), strict=True):
@@ -241,7 +241,7 @@ def test_compiles_whole(lengths, dropout_p):
     """torch.compile without a graph break, forward and backward, to the eager values."""
     drawn, _ = operands(lengths, dtype=FP32)
     leaves = [t.mul_(0.4).requires_grad_() for t in drawn]
-    keys = traceable(Ragged(lengths, CPU))
+    keys = traceable(SequenceOffsets(lengths, CPU))
 
     def function(q, x, *weights):
         return absorbed_attention(q.tanh(), x, *weights, keys, 4, 0.35, dropout_p).sin()
@@ -266,7 +266,7 @@ def test_a_backend_that_does_not_fit_leaves_the_call_to_torch(monkeypatch):
             return probe.shape[1] < 4
 
     registry.implementation("absorbed_attention", "cpu", FP32)  # fills the slots
-    monkeypatch.setitem(registry.SLOTS, ("absorbed_attention", "cpu"), as_implementation(Kernels))
+    monkeypatch.setitem(registry.IMPLEMENTATIONS, ("absorbed_attention", "cpu"), as_implementation(Kernels))
     assert op._chosen(torch.zeros(1, 4, 8)).backend == "reference"
     assert op._chosen(torch.zeros(1, 3, 8)).backend == "triton"
 
@@ -292,7 +292,7 @@ def test_refusals_name_the_argument_and_a_remedy(what):
         key=torch.zeros(8, 8),
         value=torch.zeros(8, 8),
         value_bias=None,
-        keys=Ragged((2, 3), CPU),
+        keys=SequenceOffsets((2, 3), CPU),
         heads=2,
         scale=1.0,
         dropout_p=0.0,

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from fastgate.ops.ragged import Ragged
 from helpers.cases import allowed, error
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -10,6 +9,7 @@ from hypothesis import strategies as st
 from fastgate.errors import ArgumentError
 from fastgate.ops import backends, reference
 from fastgate.ops.attention import attention, attention_probabilities, torch_attention
+from fastgate.ops.ragged import SequenceOffsets
 
 CPU = torch.device("cpu")
 # (queries, keys) a sequence, and why.
@@ -28,7 +28,7 @@ WIDTHS = ((12, 384), (2, 128), (3, 30))
 
 def packed(lengths, hidden, dtype=torch.float32, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    queries, keys = (Ragged(tuple(n), CPU) for n in lengths)
+    queries, keys = (SequenceOffsets(tuple(n), CPU) for n in lengths)
     rows = (queries.rows, keys.rows, keys.rows)
     return queries, keys, [torch.randn(n, hidden, generator=generator).to(dtype) for n in rows]
 

@@ -6,19 +6,19 @@ import copy
 
 import pytest
 import torch
-from fastgate.ops.ragged import Ragged
 from helpers.encoders import VECTORS, batch, draw_replacements, make, padded
 from torch.autograd import forward_ad
 
 import fastgate
 from fastgate import ops
-from fastgate.models.handle import encoder_state
+from fastgate.models.handle import get_encoder
 from fastgate.ops.absorbed_attention import absorbed_attention
 from fastgate.ops.attention import attention
 from fastgate.ops.embed_norm import embed_norm
 from fastgate.ops.gated_add_norm import gated_add_norm
 from fastgate.ops.linear import linear
 from fastgate.ops.linear_gelu import linear_gelu
+from fastgate.ops.ragged import SequenceOffsets
 from fastgate.ops.shift_norm import shift_norm
 
 OFF = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -137,7 +137,7 @@ def test_second_derivatives(head, dtype, frozen_weights):
 def test_second_derivatives_through_gates_and_replacements(kind, double):
     model = make("Bert", "Model", attention="eager", **OFF).double()
     patched = fastgate.patch(copy.deepcopy(model))
-    state = encoder_state(patched)
+    state = get_encoder(patched)
     state.add_replacements(kind)
     draw_replacements(patched)
     inputs, results = batch(model, "Model"), []
@@ -181,9 +181,11 @@ def test_every_ops_second_derivative(monkeypatch):
         reference = ops.REFERENCE[op]
         import dataclasses
 
-        monkeypatch.setitem(ops.SLOTS, (op, "cpu"), dataclasses.replace(reference, backend="like a kernel"))
+        monkeypatch.setitem(
+            ops.IMPLEMENTATIONS, (op, "cpu"), dataclasses.replace(reference, backend="like a kernel")
+        )
     h, vector = 6, lambda seed: numbers(6, seed=seed)
-    rows = Ragged((3, 2), torch.device("cpu"))
+    rows = SequenceOffsets((3, 2), torch.device("cpu"))
     linked = torch.tensor([False, True, True, False, True])
     ids = torch.tensor([1, 0, 2, 1, 3])
     checks = {

@@ -13,7 +13,7 @@ from helpers.executed_steps import Ops
 from torch import nn
 
 import fastgate
-from fastgate.models.handle import encoder_state
+from fastgate.models.handle import get_encoder
 from fastgate.ops import backends, fused_layers, registry
 
 pytestmark = pytest.mark.skipif(backends.load_cpu_library() != "", reason=backends.load_cpu_library())
@@ -153,8 +153,8 @@ def test_what_is_replaced_or_hooked_is_honoured(layer, path, change):
 def test_a_forced_reference_is_what_runs(op):
     head = "ForSequenceClassification"
     model = frozen(head)
-    with mock.patch.dict(registry.SLOTS):
-        del registry.SLOTS[op, "cpu"]
+    with mock.patch.dict(registry.IMPLEMENTATIONS):
+        del registry.IMPLEMENTATIONS[op, "cpu"]
         ran, _ = calls(model, head)
     assert set(ran) == {"packed_linear"}
 
@@ -206,7 +206,7 @@ def test_programs_are_kept_by_plan_and_bounded():
         assert len(programs.made) == 2
         torch.testing.assert_close(some[rows], whole[rows], rtol=1e-5, atol=1e-5)
         with mock.patch("fastgate.runtime.compiled_plan.MOST", 2):
-            encoder_state(model).set_gates([1.0, 0.0, 1.0, 1.0, 1.0])
+            get_encoder(model).set_gates([1.0, 0.0, 1.0, 1.0, 1.0])
             model(**batch)
     assert len(programs.made) == 1
 

@@ -132,7 +132,7 @@ def stood_in(monkeypatch):
         return ops.REFERENCE["linear_gelu"].backward(grad, v, x, weight, bias, wanted)
 
     found = ops.Implementation("stand-in", forward, backward, frozenset(registry.DTYPES), (saving, backward))
-    monkeypatch.setitem(registry.SLOTS, ("linear_gelu", "cpu"), found)
+    monkeypatch.setitem(registry.IMPLEMENTATIONS, ("linear_gelu", "cpu"), found)
     return called
 
 
@@ -237,8 +237,8 @@ def test_compiles_whole(saving, request):
 def test_other_dtypes_run_the_reference(stood_in, monkeypatch):
     """float64 on a device whose kernels do not take it."""
     slot = ("linear_gelu", "cpu")
-    narrow = replace(registry.SLOTS[slot], dtypes=frozenset({torch.float32}))
-    monkeypatch.setitem(registry.SLOTS, slot, narrow)
+    narrow = replace(registry.IMPLEMENTATIONS[slot], dtypes=frozenset({torch.float32}))
+    monkeypatch.setitem(registry.IMPLEMENTATIONS, slot, narrow)
     operands = double(make(SMALL, torch.float32))
     assert torch.equal(linear_gelu(*operands), eager(*operands)) and not stood_in
 

@@ -17,7 +17,7 @@ from fastgate.ops import backends, registry
 @pytest.fixture
 def empty(monkeypatch):
     """As before the first op."""
-    monkeypatch.setattr(registry, "SLOTS", {})
+    monkeypatch.setattr(registry, "IMPLEMENTATIONS", {})
     monkeypatch.setattr(registry, "_fill", None)
 
 
@@ -30,9 +30,9 @@ def test_a_loader_that_raises_is_called_again(empty):
         calls.append(None)
         if len(calls) < 3:
             raise RuntimeError(f"attempt {len(calls)}")
-        registry.SLOTS["gated_add_norm", "cpu"] = ours
+        registry.IMPLEMENTATIONS["gated_add_norm", "cpu"] = ours
 
-    registry.fill_with(fill)
+    registry.register_loader(fill)
     for attempt in (1, 2):
         with pytest.raises(RuntimeError, match=f"attempt {attempt}"):
             registry.implementation("gated_add_norm", "cpu", torch.float32)
@@ -51,7 +51,7 @@ def test_threads_that_arrive_together_wait_for_the_loader(empty, fails):
         time.sleep(0.05)
         if fails and len(calls) == 1:
             raise RuntimeError("once")
-        registry.SLOTS["gated_add_norm", "cpu"] = ours
+        registry.IMPLEMENTATIONS["gated_add_norm", "cpu"] = ours
 
     def ask(together):
         together.wait()
@@ -60,7 +60,7 @@ def test_threads_that_arrive_together_wait_for_the_loader(empty, fails):
         except RuntimeError as error:
             found.append(str(error))
 
-    registry.fill_with(fill)
+    registry.register_loader(fill)
     together = threading.Barrier(8)
     threads = [threading.Thread(target=ask, args=(together,)) for _ in range(8)]
     for thread in threads:
@@ -85,7 +85,7 @@ for attempt in range(3):
         gated_add_norm(x, x, one, one, 1e-5)
     except ArgumentError as error:
         print(error)
-print(ops.SLOTS)
+print(ops.IMPLEMENTATIONS)
 """
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fastgate.ops.ragged import Ragged
 from helpers import triton_device
 from helpers.absorbed_cases import (
     CASES,
@@ -28,6 +27,7 @@ from hypothesis import strategies as st
 from fastgate import ops
 from fastgate.errors import ArgumentError
 from fastgate.ops.absorbed_attention import absorbed_attention
+from fastgate.ops.ragged import SequenceOffsets
 
 pytest.importorskip("triton", reason="triton is not installed")
 if INTERPRETED:
@@ -49,7 +49,7 @@ def split(monkeypatch):
 def filled(monkeypatch):
     """The op's slot for this device holds the kernels."""
     ops.implementation("absorbed_attention", DEVICE.type, FP32)  # fills the slots
-    monkeypatch.setitem(ops.SLOTS, ("absorbed_attention", DEVICE.type), as_implementation(kernels))
+    monkeypatch.setitem(ops.IMPLEMENTATIONS, ("absorbed_attention", DEVICE.type), as_implementation(kernels))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -111,7 +111,7 @@ def test_masks_of_split_sequences_are_the_references(split):
 def test_autograd_through_the_slot(filled, dropout_p):
     """Eager, traced and without gradients, against the torch form of the same draws."""
     lengths = (5, 0, 9) if dropout_p else (5, 9)
-    keys, host = Ragged(lengths, DEVICE), Ragged(lengths, torch.device("cpu"))
+    keys, host = SequenceOffsets(lengths, DEVICE), SequenceOffsets(lengths, torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
     sizes = ((len(lengths), 32), (sum(lengths), 32), (32, 32), (32, 32), (32,))
     twins = [torch.randn(size, generator=generator).mul_(0.4).requires_grad_() for size in sizes]
@@ -137,7 +137,7 @@ def test_autograd_through_the_slot(filled, dropout_p):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
     if DEVICE.type == "cpu" or not dropout_p:  # another device draws other seeds
         with pytest.MonkeyPatch.context() as patch:
-            patch.delitem(ops.SLOTS, ("absorbed_attention", "cpu"), raising=False)
+            patch.delitem(ops.IMPLEMENTATIONS, ("absorbed_attention", "cpu"), raising=False)
             wanted = seeded(call, twins, host)
         torch.testing.assert_close(out.cpu(), wanted, rtol=1e-4, atol=1e-5)
         for got, want in zip(grads, torch.autograd.grad(wanted.square().sum(), twins), strict=True):

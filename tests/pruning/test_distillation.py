@@ -10,7 +10,7 @@ from transformers import BertForTokenClassification
 
 import fastgate
 from fastgate.errors import ArgumentError
-from fastgate.models.handle import encoder_state
+from fastgate.models.handle import get_encoder
 from fastgate.pruning import Distill
 from fastgate.pruning.distillation import (
     MULTI_LABEL,
@@ -26,7 +26,7 @@ from fastgate.pruning.distillation import (
 
 def test_hidden_rows_are_matched_by_index():
     student, teacher = fastgate.patch(bert()), bert(seed=1)
-    state = encoder_state(student)
+    state = get_encoder(student)
     state.set_gates([0.0, 1.0, 0.0, 0.0])
     inputs = batch()
     with state.record() as record:
@@ -88,7 +88,7 @@ def test_a_token_model_learns_too():
 
 def test_the_model_as_its_own_teacher_is_left_as_it_was():
     model = fastgate.patch(bert(dropout=0.5)).train()
-    state = encoder_state(model)
+    state = get_encoder(model)
     inputs = batch()
     gate = torch.tensor(0.4, requires_grad=True)
     state.set_gates([gate, 0.0, 1.0, 0.0])

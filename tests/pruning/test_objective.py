@@ -14,7 +14,7 @@ from fastgate.pruning.objective import Objective, costs_of, lagrangian
 from fastgate.pruning.schedule import make_schedule
 from fastgate.runtime.context import plan_for
 from fastgate.runtime.plan import flops, sizes_of
-from fastgate.runtime.unpadding import pack_rows
+from fastgate.runtime.unpadding import unpad
 
 
 def test_the_phase_is_a_function_of_the_step():
@@ -48,32 +48,32 @@ def test_sparsity_means_whole_sublayers(layers, share, kept):
 
 @pytest.mark.parametrize("mixes", [False, True])
 @pytest.mark.parametrize("demand", ["first", "asked", "every"])
-def test_expected_cost_is_that_of_the_plan_it_runs_by_where_gates_are_hard(demand, mixes):
+def test_expected_cost_is_that_of_the_plan_it_runs_by_where_gates_are_hard(demand, reads_neighbours):
     """With the encoder's own packing and plan: what a shift reaches above the last attention is counted."""
     lengths, layers = [5, 7, 9], 4
     mask = torch.arange(9)[None] < torch.tensor(lengths)[:, None]
     read = {"first": torch.arange(9)[None].expand(3, 9) == 0, "asked": mask & (torch.arange(9) % 3 == 1)}
     demanded = read.get(demand)
     counts = None if demanded is None else demanded.sum(1).tolist()
-    sizes, narrow = sizes_of(16, 32, lengths, counts), demand != "every"
-    costs = costs_of(sizes, 2, layers, narrow, demand == "first", mixes)
+    sizes, output_rows_only = sizes_of(16, 32, lengths, counts), demand != "every"
+    costs = costs_of(sizes, 2, layers, output_rows_only, demand == "first", reads_neighbours)
     for flags in itertools.product((False, True), repeat=layers):
-        shifts = tuple(i for i, runs in enumerate(flags) if mixes and not runs)
+        shifts = tuple(i for i, runs in enumerate(flags) if reads_neighbours and not runs)
         reach = sum(i > max((i for i, runs in enumerate(flags) if runs), default=-1) for i in shifts)
-        packing = pack_rows(3, 9, mask, demanded, CPU, reach if demand == "first" else 0)
-        plan = plan_for([float(runs) for runs in flags], shifts, True, packing, False)
-        there = replace(sizes, within=packing.within)
+        unpadded = unpad(3, 9, mask, demanded, CPU, reach if demand == "first" else 0)
+        plan = plan_for([float(runs) for runs in flags], shifts, True, unpadded, False)
+        there = replace(sizes, within=unpadded.within)
         exact = sum(flops(step, there, 2) for step in plan.steps)
         assert float(costs.total(torch.tensor(flags, dtype=torch.float64))) == pytest.approx(exact), flags
 
 
-def usual_costs(layers, mixes=False):
-    return costs_of(sizes_of(16, 32, [12] * 4, [1] * 4), 2, layers, True, True, mixes)
+def usual_costs(layers, reads_neighbours=False):
+    return costs_of(sizes_of(16, 32, [12] * 4, [1] * 4), 2, layers, True, True, reads_neighbours)
 
 
 @pytest.mark.parametrize("mixes", [False, True])
-def test_expected_cost_is_the_mean_over_draws_and_smooth(mixes):
-    costs = usual_costs(3, mixes)
+def test_expected_cost_is_the_mean_over_draws_and_smooth(reads_neighbours):
+    costs = usual_costs(3, reads_neighbours)
     p = torch.tensor([0.9, 0.2, 0.6], dtype=torch.float64, requires_grad=True)
     mean = 0.0
     for flags in itertools.product((0.0, 1.0), repeat=3):
@@ -87,8 +87,8 @@ def test_expected_cost_is_the_mean_over_draws_and_smooth(mixes):
     ("factor", "mixes"),
     [(1.3, False), (2.0, False), (5.0, False), (1.3, True), (1.6, True), (1.9, True), (3.0, True)],
 )
-def test_speedup_picks_the_best_set_within_its_cost(factor, mixes):
-    costs, objective = usual_costs(5, mixes), Objective(fastgate.Speedup(factor), 5)
+def test_speedup_picks_the_best_set_within_its_cost(factor, reads_neighbours):
+    costs, objective = usual_costs(5, reads_neighbours), Objective(fastgate.Speedup(factor), 5)
     for seed in range(5):
         p = torch.rand(5, generator=torch.Generator().manual_seed(seed))
         within = []
@@ -101,8 +101,8 @@ def test_speedup_picks_the_best_set_within_its_cost(factor, mixes):
 
 
 @pytest.mark.parametrize("mixes", [False, True])
-def test_speedup_out_of_reach_is_an_error(mixes):
-    costs = costs_of(sizes_of(16, 32, [3, 3]), 2, 3, False, False, mixes)
+def test_speedup_out_of_reach_is_an_error(reads_neighbours):
+    costs = costs_of(sizes_of(16, 32, [3, 3]), 2, 3, False, False, reads_neighbours)
     with pytest.raises(ArgumentError, match=r"Speedup: factor: got 50.0, wanted at most \d.*feed-forward"):
         Objective(fastgate.Speedup(50.0), 3).choose(torch.ones(3), costs)
 

@@ -11,7 +11,7 @@ from helpers.training_loop import CPU, batch, bert, run
 
 import fastgate
 from fastgate.errors import ArgumentError, CheckpointError
-from fastgate.models.handle import encoder_state
+from fastgate.models.handle import get_encoder
 from fastgate.nn import hard_concrete
 from fastgate.pruning import Distill, Fixed
 from fastgate.pruning.calibration import RIDGE
@@ -62,7 +62,7 @@ def test_gradient_of_the_gates_equals_finite_differences():
 def test_a_skipped_attention_is_exact_in_the_gradient():
     def gradients(closed):
         model = fastgate.patch(bert())
-        encoder_state(model).set_gates([1.0, closed, 1.0, 1.0])
+        get_encoder(model).set_gates([1.0, closed, 1.0, 1.0])
         model(**batch()).loss.backward()
         return dict(model.named_parameters())
 

@@ -5,7 +5,7 @@ from helpers.training_loop import batch, bert
 
 import fastgate
 from fastgate.errors import ArgumentError
-from fastgate.models.handle import encoder_state
+from fastgate.models.handle import get_encoder
 from fastgate.pruning import baselines
 
 
@@ -21,7 +21,7 @@ def test_controls():
 
 def test_greedy_closes_what_raises_the_loss_least():
     model = fastgate.patch(bert()).train()
-    state, batches = encoder_state(model), [batch(1), batch(2)]
+    state, batches = get_encoder(model), [batch(1), batch(2)]
     losses = {}
     model.eval()
     for drop in range(4):

@@ -15,7 +15,7 @@ from transformers import Trainer, TrainerCallback
 
 import fastgate
 from fastgate.errors import ArgumentError, CheckpointError, Unsupported
-from fastgate.models.handle import encoder_state
+from fastgate.models.handle import get_encoder
 from fastgate.pruning import Distill, Fixed, baselines, finite
 from fastgate.pruning.finite import EVERY, OVERFLOWS, TASK, Finite
 from fastgate.pruning.objective import Costs, Objective
@@ -158,7 +158,7 @@ def test_a_choice_by_a_loss_that_is_nan_is_refused():
         model.classifier.weight.fill_(float("nan"))
     with pytest.raises(ArgumentError, match="got a loss of nan"):
         baselines.greedy_by_loss(model, [batch()], 2)
-    assert encoder_state(model).gates == [1.0] * 4 and model.training
+    assert get_encoder(model).gates == [1.0] * 4 and model.training
 
 
 # -- optimizers
@@ -432,7 +432,7 @@ def test_detach_leaves_a_dense_model_with_the_weights_it_has(tmp_path, teaches, 
     run(pruner, model, steps)
     assert pruner.detach() is model
     assert list(model.state_dict()) == names and set(facts(model)[0]) == {0.4}
-    assert encoder_state(model).gates == [1.0] * 4 and encoder_state(model).runtime.record is None
+    assert get_encoder(model).gates == [1.0] * 4 and get_encoder(model).runtime.record is None
     if teaches:
         assert facts(teacher) == teacher_before
     plain = bert(dropout=0.4)

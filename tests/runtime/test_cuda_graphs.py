@@ -13,7 +13,7 @@ from helpers.graph_models import FILLS, HEADS, captured, graphs_of, patched, sam
 from torch import nn
 
 import fastgate
-from fastgate.models.handle import encoder_state
+from fastgate.models.handle import get_encoder
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_what_does_not_fit_runs_as_ever(stand_in):
         model.eval()
         assert model(**inputs, output_hidden_states=True).hidden_states is not None
         assert model(**inputs, output_attentions=True).attentions is not None
-        with encoder_state(model).record() as record:
+        with get_encoder(model).record() as record:
             model(**inputs)
         assert record.steps
         counted("recording, or attentions asked for")
@@ -144,10 +144,10 @@ def test_what_does_not_fit_runs_as_ever(stand_in):
         model(**inputs)
         counted("a capture under way")
         stand_in.busy_now = False
-        encoder_state(model).set_gates([1.0, torch.tensor(0.5), 1.0])
+        get_encoder(model).set_gates([1.0, torch.tensor(0.5), 1.0])
         model(**inputs)
         counted("gates that are tensors")
-        encoder_state(model).set_gates([1.0] * 3)
+        get_encoder(model).set_gates([1.0] * 3)
     assert found.captures == 1
     same(model, plain, inputs)
     assert found.replays == replays + 1  # and fits again
@@ -172,7 +172,7 @@ def test_modules_and_parameters_of_other_kinds(stand_in):
 
 def test_a_backend_that_reads_lengths_on_the_host(stand_in):
     """The reference does: no graph is captured of it, and it is not tried again."""
-    fastgate.ops.SLOTS.pop(("attention", "cpu"))
+    fastgate.ops.IMPLEMENTATIONS.pop(("attention", "cpu"))
     model, plain = patched()
     inputs = batch(model, "")
     for _ in range(4):
@@ -194,8 +194,8 @@ def test_a_capture_that_fails(stand_in):
 
 def test_the_flag(stand_in):
     model, plain = patched()
-    assert encoder_state(plain).runtime.graphs is None
-    assert fastgate.patch(plain) is plain and encoder_state(plain).runtime.graphs is None
+    assert get_encoder(plain).runtime.graphs is None
+    assert fastgate.patch(plain) is plain and get_encoder(plain).runtime.graphs is None
     fastgate.patch(model, graphs=False)
-    assert encoder_state(model).runtime.graphs is None
-    assert encoder_state(fastgate.patch(make("Bert", "Model"))).runtime.graphs is not None
+    assert get_encoder(model).runtime.graphs is None
+    assert get_encoder(fastgate.patch(make("Bert", "Model"))).runtime.graphs is not None

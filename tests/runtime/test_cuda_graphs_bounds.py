@@ -16,7 +16,7 @@ from fastgate.runtime.cuda_graphs import rounded
 
 
 def test_large_batches_run_as_ever(stand_in, monkeypatch):
-    monkeypatch.setattr(cuda_graphs, "MOST_ROWS", 20)
+    monkeypatch.setattr(cuda_graphs, "MAX_ROWS", 20)
     model, plain = patched()
     for _ in range(3):
         same(model, plain, batch(model, ""))
@@ -41,7 +41,7 @@ def test_buckets(rows):
 
 
 def test_the_least_recently_used_graph_goes(stand_in, monkeypatch):
-    monkeypatch.setattr(cuda_graphs, "MOST_GRAPHS", 2)
+    monkeypatch.setattr(cuda_graphs, "MAX_GRAPHS", 2)
     model, plain = patched()
     found = graphs_of(model)
     sizes = [batch(model, "", lengths=(14,) * n) for n in (1, 2, 4)]

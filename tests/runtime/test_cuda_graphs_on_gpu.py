@@ -108,7 +108,7 @@ class TestOnADevice:
         assert graphs_of(model).replays > 60 and not graphs_of(model).refused
 
     def test_memory_is_bounded(self, monkeypatch):
-        monkeypatch.setattr(cuda_graphs, "MOST_GRAPHS", 2)
+        monkeypatch.setattr(cuda_graphs, "MAX_GRAPHS", 2)
         monkeypatch.setattr(cuda_graphs, "CAPTURE_AT", 0)  # at every sight, however many were evicted
         model, plain = on_gpu()
         sizes = [gpu_batch(model, lengths=(14,) * n) for n in (32, 16, 8, 4, 2, 1)]

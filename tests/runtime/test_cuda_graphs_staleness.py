@@ -12,7 +12,7 @@ from helpers.fake_cuda_graph import Tape
 from helpers.graph_models import CHANGES, captured, graphs_of, patched, same
 
 import fastgate
-from fastgate.models.handle import encoder_state
+from fastgate.models.handle import get_encoder
 
 
 def test_values_changed_in_place_are_seen(stand_in):
@@ -46,7 +46,7 @@ def test_gates_that_come_back_find_their_graph(stand_in):
     found = captured(model, plain, inputs)
     for gates, captures in (([1.0, 1.0, 0.0], 2), ([1.0] * 3, 2), ([1.0, 1.0, 0.0], 2)):
         for one in (model, plain):
-            encoder_state(one).set_gates(gates)
+            get_encoder(one).set_gates(gates)
         for _ in range(2):
             same(model, plain, inputs)
         assert found.captures == captures

@@ -11,7 +11,7 @@ from helpers.executed_steps import steps_as_they_run
 from torch import nn
 
 import fastgate
-from fastgate.models.handle import encoder_state
+from fastgate.models.handle import get_encoder
 from fastgate.runtime.plan import KEPT_STEPS, SKIPPED_STEPS
 
 
@@ -35,7 +35,7 @@ def test_steps_and_rows_as_they_run(keep, head):
 
 def test_no_products_of_skipped_attention_are_called():
     model = fastgate.patch(make("Bert", "ForSequenceClassification", layers=3))
-    encoder_state(model).set_gates([1.0, 0.0, 0.0])
+    get_encoder(model).set_gates([1.0, 0.0, 0.0])
     called = []
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and "attention" in name:
@@ -53,7 +53,7 @@ def test_no_products_of_skipped_attention_are_called():
 def test_gates_and_replacements_by_the_definition(kind, gates, side):
     model = make("Bert", "ForSequenceClassification", attention="eager")
     patched = fastgate.patch(copy.deepcopy(model))
-    state = encoder_state(patched)
+    state = get_encoder(patched)
     state.add_replacements(kind)
     inputs = batch(model, "ForSequenceClassification", side)
     draw_replacements(patched)
@@ -89,7 +89,7 @@ def test_gates_and_replacements_by_the_definition(kind, gates, side):
 
 def test_record_holds_what_was_computed():
     model = fastgate.patch(make("Bert", "ForSequenceClassification", layers=4))
-    state = encoder_state(model)
+    state = get_encoder(model)
     inputs = batch(model, "ForSequenceClassification")
     with torch.no_grad():
         whole = model(**inputs, output_hidden_states=True)
@@ -112,7 +112,7 @@ def test_record_holds_what_was_computed():
 
 def test_gates_are_checked():
     model = fastgate.patch(make("Bert", "Model"))
-    state = encoder_state(model)
+    state = get_encoder(model)
     for gates in ([1.0], [1.0, 0.5, 1.0], [torch.ones(2), 1.0, 1.0]):
         with pytest.raises(fastgate.ArgumentError, match="gates"):
             state.set_gates(gates)
@@ -123,7 +123,7 @@ def test_gates_are_checked():
 
 def test_training_draws_dropout_and_repeats_by_seed():
     model = fastgate.patch(make("Bert", "ForSequenceClassification")).train()
-    encoder_state(model).set_gates([0.0, 1.0, 0.0])
+    get_encoder(model).set_gates([0.0, 1.0, 0.0])
     inputs = batch(model, "ForSequenceClassification")
     outputs = []
     for seed in (0, 0, 1):
@@ -210,7 +210,7 @@ def test_a_skipped_first_norm_follows_the_embeddings_dropout(kind):
     options = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     model = fastgate.patch(make("Bert", "ForSequenceClassification", **options)).train()
     model.bert.embeddings.dropout.p = 0.4
-    state = encoder_state(model)
+    state = get_encoder(model)
     state.add_replacements(kind)
     for parameter in state.replacement(0).parameters():
         nn.init.normal_(parameter, std=0.3)

@@ -11,7 +11,7 @@ from helpers.executed_steps import Ops
 from torch import nn
 
 import fastgate
-from fastgate.models.handle import encoder_state
+from fastgate.models.handle import get_encoder
 from fastgate.nn import hard_concrete
 from fastgate.runtime import executor
 from fastgate.runtime.plan import KEPT_STEPS, SKIPPED_STEPS
@@ -91,7 +91,7 @@ def test_drawn_gates_decide_the_steps_of_a_training_step(seed, monkeypatch):
     log_alpha = torch.full((LAYERS,), -0.3, requires_grad=True)
     drawn = hard_concrete.draw(log_alpha, generator)
     values = [z.item() if z.item() in (0.0, 1.0) else z for z in drawn.unbind()]
-    encoder_state(model).set_gates(values)
+    get_encoder(model).set_gates(values)
     inputs = batch(model, "ForSequenceClassification", labels=True)
     with counted(monkeypatch) as steps:
         loss = model(**inputs).loss
@@ -117,7 +117,7 @@ def test_the_backward_of_a_closed_gate_has_no_op_for_its_attention():
 
     def ops(layers, gates):
         model = fastgate.patch(make("Bert", "ForTokenClassification", layers=layers)).train()
-        encoder_state(model).set_gates(gates)
+        get_encoder(model).set_gates(gates)
         inputs = batch(model, "ForTokenClassification", labels=True)
         with Ops() as mode:
             model(**inputs).loss.backward()

@@ -12,7 +12,7 @@ from torch import nn
 
 import fastgate
 from fastgate.benchmark.memory import saved_bytes
-from fastgate.models.handle import encoder_state
+from fastgate.models.handle import get_encoder
 from fastgate.nn import hard_concrete
 from fastgate.ops.linear import missing_for_onednn
 
@@ -48,7 +48,7 @@ def test_a_patched_model_keeps_less_than_hugging_faces_and_a_pruned_one_less_aga
     patched = fastgate.patch(copy.deepcopy(model)).train()
     theirs, ours = step(model, inputs), step(patched, inputs)
     assert ours < 0.6 * theirs  # half of the batch is padding
-    state = encoder_state(patched)
+    state = get_encoder(patched)
     state.set_gates([1.0, 0.0, 0.0, 0.0, 1.0, 0.0])
     closed = step(patched, inputs)
     assert closed < 0.8 * ours
@@ -116,7 +116,7 @@ def test_one_draw_of_the_gates_is_seen_by_both_passes(dropout, reentrant):
     """Layers are computed anew with the gates of their forward, whatever was drawn since."""
     options = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
     model = fastgate.patch(make("Bert", "ForSequenceClassification", layers=5, **options)).train()
-    state = encoder_state(model)
+    state = get_encoder(model)
     state.add_replacements("affine")
     for parameter in (p for i in range(5) for p in state.replacement(i).parameters()):
         nn.init.normal_(parameter, std=0.2)
@@ -162,7 +162,7 @@ def test_recorded_hidden_states_carry_gradients_under_checkpointing(reentrant):
         if checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
         model.zero_grad()
-        with encoder_state(model).record() as record:
+        with get_encoder(model).record() as record:
             loss = model(**inputs).loss + sum(h.square().mean() for _, h in record.hidden)
             assert len(record.hidden) == 4
             loss.backward()

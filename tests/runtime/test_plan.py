@@ -14,7 +14,9 @@ def ops(plan, layer):
 
 
 def test_kept_layers_are_seven_steps_and_skipped_ones_three():
-    plan = make_plan((True, False, False, True), narrow=False, single=False, capture=False)
+    plan = make_plan(
+        (True, False, False, True), output_rows_only=False, one_query_per_sequence=False, capture=False
+    )
     assert ops(plan, 0) == list(KEPT_STEPS) and len(KEPT_STEPS) == 7
     assert ops(plan, 1) == ops(plan, 2) == list(SKIPPED_STEPS) and len(SKIPPED_STEPS) == 3
     assert [step.chained for step in plan.of_layer(0)][-1] and not plan.of_layer(2)[-1].chained
@@ -22,17 +24,25 @@ def test_kept_layers_are_seven_steps_and_skipped_ones_three():
 
 
 def test_the_last_attention_is_absorbed_where_one_row_a_sequence_is_read():
-    plan = make_plan((True, True, False), narrow=True, single=True, capture=False)
+    plan = make_plan((True, True, False), output_rows_only=True, one_query_per_sequence=True, capture=False)
     assert ops(plan, 0) == list(KEPT_STEPS)
     assert ops(plan, 1) == ["project_query", "absorbed_attention", *KEPT_STEPS[2:]]
-    assert not any(step.narrow for step in plan.of_layer(0)) and all(step.narrow for step in plan.of_layer(1))
+    assert not any(step.output_rows_only for step in plan.of_layer(0)) and all(
+        step.output_rows_only for step in plan.of_layer(1)
+    )
 
 
 def test_a_shift_is_a_step_and_keeps_the_rows_below_it_alive():
-    plan = make_plan((True, False, False, False), narrow=True, single=True, capture=False, shifts=(2,))
+    plan = make_plan(
+        (True, False, False, False),
+        output_rows_only=True,
+        one_query_per_sequence=True,
+        capture=False,
+        shifts=(2,),
+    )
     assert ops(plan, 0) == list(KEPT_STEPS) and ops(plan, 1) == ops(plan, 3) == list(SKIPPED_STEPS)
     assert ops(plan, 2) == ["shift_norm", *SKIPPED_STEPS]
-    assert [step.narrow for step in plan.steps] == [False] * (1 + 7 + 3) + [True] * (4 + 3)
+    assert [step.output_rows_only for step in plan.steps] == [False] * (1 + 7 + 3) + [True] * (4 + 3)
     assert [plan.of_layer(i)[-1].chained for i in range(4)] == [True, False, True, False]
     assert plan.kept == (0,) and plan.top == 0
     sizes = sizes_of(8, 32, (3, 5), (1, 1))
@@ -42,31 +52,36 @@ def test_a_shift_is_a_step_and_keeps_the_rows_below_it_alive():
 
 def test_a_shift_above_the_last_attention_leaves_out_a_row_to_either_side():
     plan = make_plan(
-        (True, False, False, False), narrow=True, single=False, capture=False, shifts=(1, 3), widened=True
+        (True, False, False, False),
+        output_rows_only=True,
+        one_query_per_sequence=False,
+        capture=False,
+        shifts=(1, 3),
+        has_halo=True,
     )
-    assert [step.narrow for step in plan.steps] == [False] + [True] * (7 + 4 + 3 + 4)
-    assert [step.reach for step in plan.steps] == [0] + [2] * 7 + [1] * (4 + 3) + [0] * 4
+    assert [step.output_rows_only for step in plan.steps] == [False] + [True] * (7 + 4 + 3 + 4)
+    assert [step.halo for step in plan.steps] == [0] + [2] * 7 + [1] * (4 + 3) + [0] * 4
     sizes = replace(sizes_of(8, 32, (3, 5), (1, 1)), within=(2, 4, 6))
     rows = [sum(flops(step, sizes, 2) for step in plan.of_layer(i)[-3:]) / (2 * 2 * 8 * 32) for i in range(4)]
     assert rows == [6, 4, 4, 2]
-    assert make_plan((False,) * 2, True, False, False, (0, 1), widened=True).steps[0].reach == 2
-    assert all(not step.reach for step in make_plan((True, False), False, False, False, (1,)).steps)
+    assert make_plan((False,) * 2, True, False, False, (0, 1), has_halo=True).steps[0].halo == 2
+    assert all(not step.halo for step in make_plan((True, False), False, False, False, (1,)).steps)
 
 
 LAYER = st.sampled_from(["attends", "shifts", "neither"])
 
 
 @given(st.lists(LAYER, min_size=1, max_size=12), st.booleans(), st.booleans(), st.booleans())
-def test_liveness(layers, narrow, single, capture):
+def test_liveness(layers, output_rows_only, one_query_per_sequence, capture):
     attends = tuple(what == "attends" for what in layers)
     shifts = tuple(i for i, what in enumerate(layers) if what == "shifts")
-    plan = make_plan(attends, narrow, single and narrow, capture, shifts)
+    plan = make_plan(attends, output_rows_only, one_query_per_sequence and output_rows_only, capture, shifts)
     last = max((i for i, what in enumerate(layers) if what != "neither"), default=-1)
     for step in plan.steps:
-        assert step.narrow == (narrow and step.layer >= last)
+        assert step.output_rows_only == (output_rows_only and step.layer >= last)
     for i, what in enumerate(layers):
         assert any("attention" in op for op in ops(plan, i)) == (what == "attends")
-        absorbs = what == "attends" and narrow and single and i == last
+        absorbs = what == "attends" and output_rows_only and one_query_per_sequence and i == last
         assert ("absorbed_attention" in ops(plan, i)) == absorbs
         # A skipped attention's norm runs once: within the step before, or by itself; after a shift by itself.
         before = plan.of_layer(i - 1)[-1]
@@ -82,21 +97,23 @@ def test_liveness(layers, narrow, single, capture):
 def test_costs_by_hand():
     sizes = sizes_of(8, 32, (3, 5), (1, 1))
     assert (sizes.packed, sizes.demanded, sizes.pairs) == (8, 2, 34)
-    plan = make_plan((True, False), narrow=True, single=True, capture=False)
+    plan = make_plan((True, False), output_rows_only=True, one_query_per_sequence=True, capture=False)
     cost = {step.op: flops(step, sizes, 2) for step in plan.of_layer(0)}
     assert cost["project_query"] == 2 * 2 * 8 * 8
     assert cost["absorbed_attention"] == 2 * (2 * 2 * 8 * 8) + 2 * (2 * 8 * 8 * 2)
     assert cost["intermediate"] == cost["project_down"] == 2 * 2 * 8 * 32
     assert cost["attention_norm"] == 0
-    whole = make_plan((True,), narrow=False, single=False, capture=False)
+    whole = make_plan((True,), output_rows_only=False, one_query_per_sequence=False, capture=False)
     assert sum(flops(step, sizes, 2) for step in whole.steps) == 8 * (8 * 8 * 8 + 4 * 8 * 32) + 4 * 34 * 8
 
 
 @pytest.mark.parametrize("kept, share", [((0, 1), 0.2), ((0, 4, 8), 0.8), (tuple(range(12)), 1.0)])
 def test_where_the_kept_layers_lie_decides_the_cost(kept, share):
     sizes = sizes_of(768, 3072, (25,) * 32, (1,) * 32)
-    plan = make_plan(tuple(i in kept for i in range(12)), narrow=True, single=True, capture=False)
-    dense = make_plan((True,) * 12, narrow=True, single=True, capture=False)
+    plan = make_plan(
+        tuple(i in kept for i in range(12)), output_rows_only=True, one_query_per_sequence=True, capture=False
+    )
+    dense = make_plan((True,) * 12, output_rows_only=True, one_query_per_sequence=True, capture=False)
     total, most = (sum(flops(step, sizes, 12) for step in p.steps) for p in (plan, dense))
     assert total <= share * most
     assert all(m > 0 and k > 0 and n > 0 for step in plan.steps for m, k, n in products(step, sizes, 12))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import fastgate
 from fastgate import ops
-from fastgate.runtime.unpadding import pack_rows
+from fastgate.runtime.unpadding import unpad
 
 HEADS = (
     "Model", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMaskedLM",
@@ -26,12 +26,12 @@ HEADS = (
 def kernels_there():
     """Implementations on the device that read ends there, as a GPU's do; else the references run."""
     for op, reference in ops.REFERENCE.items():
-        ops.SLOTS[op, REMOTE.type] = replace(reference, backend="by ends")
+        ops.IMPLEMENTATIONS[op, REMOTE.type] = replace(reference, backend="by ends")
     try:
         yield
     finally:
         for op in ops.REFERENCE:
-            ops.SLOTS.pop((op, REMOTE.type))
+            ops.IMPLEMENTATIONS.pop((op, REMOTE.type))
 
 
 def masks_of(side: str, lengths: tuple[int, ...], length: int) -> Tensor:
@@ -52,21 +52,23 @@ def test_packing_waits_once_at_most(far, side, demand):
     }
     asked["some"] = torch.rand(4, length, generator=torch.Generator().manual_seed(0)) < 0.3
     wanted = asked.get(demand)
-    host = pack_rows(4, length, attended, wanted, torch.device("cpu"))
+    host = unpad(4, length, attended, wanted, torch.device("cpu"))
     moved = [
         Remote(m) if m is not None and away else m for m, away in zip((attended, wanted), far, strict=True)
     ]
     with Waits() as device:
-        packing = pack_rows(4, length, *moved, REMOTE)
+        unpadded = unpad(4, length, *moved, REMOTE)
         before = dict(device.waits)
-        found = [packing.index, packing.key_rows, packing.wanted_rows, packing.wanted_index()]
-        found += [r.cu_seqlens for r in (packing.queries, packing.keys, packing.wanted)] + [packing.linked]
-        rows = packing.pack(Remote(torch.randn(4, length, 2)))
-        packing.pad(rows, narrow=False)
+        found = [unpadded.index, unpadded.key_rows, unpadded.wanted_rows, unpadded.wanted_index()]
+        found += [r.cu_seqlens for r in (unpadded.queries, unpadded.keys, unpadded.wanted)] + [
+            unpadded.has_left_neighbour
+        ]
+        rows = unpadded.pack(Remote(torch.randn(4, length, 2)))
+        unpadded.pad(rows, output_rows_only=False)
         assert dict(device.waits) == before
     assert sum(before.values()) == int(any(isinstance(m, Remote) for m in moved)), before
     true = [host.index, host.key_rows, host.wanted_rows, host.wanted_index()]
-    true += [r.cu_seqlens for r in (host.queries, host.keys, host.wanted)] + [host.linked]
+    true += [r.cu_seqlens for r in (host.queries, host.keys, host.wanted)] + [host.has_left_neighbour]
     for one, two in zip(found, true, strict=True):
         assert (one is None) == (two is None)
         assert one is None or (isinstance(one, Remote) and torch.equal(one.held, two))

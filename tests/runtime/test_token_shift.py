@@ -12,10 +12,10 @@ import fastgate
 from fastgate.benchmark.equivalence import check_outputs
 from fastgate.benchmark.model_variants import unpruned
 from fastgate.errors import FastgateError
-from fastgate.models.handle import encoder_state
+from fastgate.models.handle import get_encoder
 from fastgate.nn.replacement import Replacement
 from fastgate.runtime.plan import KEPT_STEPS, SKIPPED_STEPS
-from fastgate.runtime.unpadding import Packing
+from fastgate.runtime.unpadding import UnpaddedBatch
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 SHIFTED = ("shift_norm", *SKIPPED_STEPS)
@@ -36,11 +36,11 @@ def test_r_by_hand():
         for vector, value in zip(r.parameters(), (1000.0, 1.0, 10.0, 100.0), strict=True):
             vector.fill_(value)
         rows = torch.tensor([1.0, 2, 3, 4, 5, float("nan")])[:, None]
-        linked = torch.tensor([False, True, True, False, True, False])
-        assert r(rows, linked)[:5, 0].tolist() == [1201.0, 1312.0, 1023.0, 1504.0, 1045.0]
-        assert r(rows[:0], linked[:0]).shape == (0, 1)
+        has_left_neighbour = torch.tensor([False, True, True, False, True, False])
+        assert r(rows, has_left_neighbour)[:5, 0].tolist() == [1201.0, 1312.0, 1023.0, 1504.0, 1045.0]
+        assert r(rows[:0], has_left_neighbour[:0]).shape == (0, 1)
         rows[2] = float("inf")  # of another sequence
-        assert r(rows, linked)[3:5, 0].tolist() == [1504.0, 1045.0]
+        assert r(rows, has_left_neighbour)[3:5, 0].tolist() == [1504.0, 1045.0]
 
 
 @pytest.mark.parametrize("keep", [[0], [1, 3], [4], [], [0, 1, 2, 3, 4]], ids=str)
@@ -64,7 +64,7 @@ def test_steps_and_rows_as_they_run(keep, head):
     told = fastgate.explain(model, LENGTHS)
     assert [row.live_rows for row in told.layers] == live[1:]
     assert [row.steps for row in told.layers] == steps
-    assert told.demanded_rows == (len(LENGTHS) if one else packed)
+    assert told.output_row_mask == (len(LENGTHS) if one else packed)
     assert str(told).count("replaced by shift") == 5 - len(keep)
 
 
@@ -74,7 +74,7 @@ def test_shifts_in_some_layers():
     the first shift, one above the second."""
     head = "ForSequenceClassification"
     model = fastgate.patch(make("Bert", head, layers=5))
-    state = encoder_state(model)
+    state = get_encoder(model)
     state.add_replacements("shift", layers=[1, 2])
     draw_replacements(model)
     state.set_gates([1.0, 0.0, 0.0, 0.0, 0.0])
@@ -105,7 +105,7 @@ def test_what_is_read_equals_the_padded_computation(keep, pooled):
     if not pooled:
         model.pooler = None
     ours = fastgate.patch(copy.deepcopy(model))
-    state = encoder_state(ours)
+    state = get_encoder(ours)
     state.add_replacements("shift")
     draw_replacements(ours)
     gates = [float(i in keep) for i in range(3)]
@@ -151,7 +151,7 @@ def test_gradients_of_training_are_those_of_every_row(checkpointing, soft):
     options = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     head = "ForSequenceClassification"
     model = fastgate.patch(make("Bert", head, **options)).train()
-    state = encoder_state(model)
+    state = get_encoder(model)
     state.add_replacements("shift")
     draw_replacements(model)
     inputs, found = batch(model, head, "left", labels=True), []
@@ -173,7 +173,7 @@ def test_gradients_of_training_are_those_of_every_row(checkpointing, soft):
 @pytest.mark.parametrize("soft", [False, True])
 def test_autocast(soft):
     model = fastgate.patch(make("Bert", "ForSequenceClassification"))
-    state = encoder_state(model)
+    state = get_encoder(model)
     state.add_replacements("shift")
     draw_replacements(model)
     state.set_gates([1.0, 0.0, torch.tensor(0.5) if soft else 0.0])
@@ -199,7 +199,9 @@ def test_bench_holds_every_kind_to_hugging_faces_modules(head, kind, side):
 def test_bench_sees_wrong_neighbours(monkeypatch):
     model = pruned("ForTokenClassification", [0])
     inputs, reference = batch(model, "ForTokenClassification"), unpruned(model)
-    monkeypatch.setattr(Packing, "linked", property(lambda packing: packing.host_linked.roll(1)))
+    monkeypatch.setattr(
+        UnpaddedBatch, "has_left_neighbour", property(lambda unpadded: unpadded.host_has_left_neighbour.roll(1))
+    )
     with pytest.raises(FastgateError, match="logits"):
         check_outputs(model, reference, [inputs])
 
@@ -229,7 +231,7 @@ def test_rows_beside_those_read_are_enough(keep, freezes):
     model = pruned(head, keep)
     inputs = batch(model, head)
     wants = []
-    with encoder_state(model).record() as record:
+    with get_encoder(model).record() as record:
         for mask in masks(inputs):
             wants.append(model(**inputs | {"attention_mask": mask}).logits)
             assert record.hidden[-2][1].shape[0] >= int(mask.sum())

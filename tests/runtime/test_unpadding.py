@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fastgate
-from fastgate.runtime.unpadding import pack_rows, unpadded
+from fastgate.runtime.unpadding import unpad, unpad_full
 
 CPU = torch.device("cpu")
 flags = st.integers(1, 4).flatmap(
@@ -26,57 +26,61 @@ def test_index_sets(both, masked, demands):
     given_mask = attended if masked else None
     attended = attended if masked else torch.ones_like(attended)
     wanted = demanded if demands else attended
-    packing = pack_rows(batch, length, given_mask, demanded if demands else None, CPU)
+    unpadded = unpad(batch, length, given_mask, demanded if demands else None, CPU)
 
     rows = [(b, t) for b in range(batch) for t in range(length) if attended[b, t] or wanted[b, t]]
     keys = [r for r in rows if attended[r]]
     read = [r for r in rows if wanted[r]]
-    index = packing.packed_index()
+    index = unpadded.packed_index()
     assert index.tolist() == [b * length + t for b, t in rows]
-    key_index = index if packing.key_rows is None else index[packing.key_rows]
+    key_index = index if unpadded.key_rows is None else index[unpadded.key_rows]
     assert key_index.tolist() == [b * length + t for b, t in keys]
-    assert packing.wanted_index().tolist() == [b * length + t for b, t in read]
-    for ragged, members in ((packing.queries, rows), (packing.keys, keys), (packing.wanted, read)):
+    assert unpadded.wanted_index().tolist() == [b * length + t for b, t in read]
+    for ragged, members in ((unpadded.queries, rows), (unpadded.keys, keys), (unpadded.wanted, read)):
         lengths = [sum(b == row for row, _ in members) for b in range(batch)]
         assert list(ragged.lengths) == lengths and ragged.rows == len(members)
         assert ragged.cu_seqlens.tolist() == [sum(lengths[:i]) for i in range(batch + 1)]
     neighbours = [(b, t - 1) in keys and (b, t) in keys for b, t in rows]
-    assert packing.linked.tolist() == packing.host_linked.tolist() == neighbours
-    assert packing.narrow == (len(read) < len(rows))
-    assert packing.single == (packing.narrow and all(n == 1 for n in packing.wanted.lengths))
+    assert unpadded.has_left_neighbour.tolist() == unpadded.host_has_left_neighbour.tolist() == neighbours
+    assert unpadded.output_rows_only == (len(read) < len(rows))
+    assert unpadded.one_query_per_sequence == (
+        unpadded.output_rows_only and all(n == 1 for n in unpadded.wanted.lengths)
+    )
 
 
 @given(flags, st.booleans(), st.integers(1, 3))
-def test_rows_that_demanded_ones_are_computed_from(both, masked, reach):
+def test_rows_that_demanded_ones_are_computed_from(both, masked, halo):
     """Those up to `reach` tokens away over attended ones, linked among themselves as the packed rows are, and
     a token fewer to either side after each shift, down to those that are read."""
     attended, demanded = (torch.tensor(f) for f in both)
     batch, length = attended.shape
-    packing = pack_rows(batch, length, attended if masked else None, demanded, CPU, reach)
+    unpadded = unpad(batch, length, attended if masked else None, demanded, CPU, halo)
     attended = attended if masked else torch.ones_like(attended)
 
-    def beside(row, other, reach=reach):
+    def beside(row, other, halo=halo):
         (b, t), (c, u) = row, other
         between = attended[b, min(t, u) : max(t, u) + 1]
-        return b == c and (t == u or (abs(t - u) <= reach and bool(between.all())))
+        return b == c and (t == u or (abs(t - u) <= halo and bool(between.all())))
 
     read = [(b, t) for b in range(batch) for t in range(length) if demanded[b, t]]
     rows = [(b, t) for b in range(batch) for t in range(length) if attended[b, t] or demanded[b, t]]
-    near = [row for row in rows if any(beside(row, one) for one in read)]
-    assert packing.wanted_index().tolist() == [b * length + t for b, t in near]
-    assert packing.widened == packing.narrow == (len(near) < len(rows))
+    shrink_steps = [row for row in rows if any(beside(row, one) for one in read)]
+    assert unpadded.wanted_index().tolist() == [b * length + t for b, t in shrink_steps]
+    assert unpadded.has_halo == unpadded.output_rows_only == (len(shrink_steps) < len(rows))
     padded = torch.randn(batch, length, 3)
-    left = packing.pack(padded, narrow=True)
-    for k in range(reach - 1, -1, -1) if packing.widened else ():
-        linked, nearer = packing.near[k]
-        links = [(b, t - 1) in near and bool(attended[b, t] & attended[b, t - 1]) for b, t in near]
-        assert linked.tolist() == links and packing.within[k + 1] == len(near)
-        kept = [row for row in near if any(beside(row, one, k) for one in read)]
-        assert [near[i] for i in nearer] == kept and packing.within[k] == len(kept)
-        near, left = kept, left[nearer]
-    back = packing.pad(left, narrow=True)
+    left = unpadded.pack(padded, output_rows_only=True)
+    for k in range(halo - 1, -1, -1) if unpadded.has_halo else ():
+        has_left_neighbour, nearer = unpadded.shrink_steps[k]
+        hops = [
+            (b, t - 1) in shrink_steps and bool(attended[b, t] & attended[b, t - 1]) for b, t in shrink_steps
+        ]
+        assert has_left_neighbour.tolist() == hops and unpadded.within[k + 1] == len(shrink_steps)
+        kept = [row for row in shrink_steps if any(beside(row, one, k) for one in read)]
+        assert [shrink_steps[i] for i in nearer] == kept and unpadded.within[k] == len(kept)
+        shrink_steps, left = kept, left[nearer]
+    back = unpadded.pad(left, output_rows_only=True)
     assert torch.equal(back[demanded], padded[demanded])
-    if packing.narrow:
+    if unpadded.output_rows_only:
         assert not back[~demanded].any()
 
 
@@ -84,30 +88,31 @@ def test_rows_that_demanded_ones_are_computed_from(both, masked, reach):
 def test_there_and_back(both):
     attended, demanded = (torch.tensor(f) for f in both)
     batch, length = attended.shape
-    packing = pack_rows(batch, length, attended, demanded, CPU)
+    unpadded = unpad(batch, length, attended, demanded, CPU)
     padded = torch.randn(batch, length, 3)
     kept = (attended | demanded)[..., None]
-    assert torch.equal(packing.pad(packing.pack(padded), narrow=False), padded * kept)
+    assert torch.equal(unpadded.pad(unpadded.pack(padded), output_rows_only=False), padded * kept)
     assert torch.equal(
-        packing.pad(packing.pack(padded, narrow=True), narrow=True), padded * demanded[..., None]
+        unpadded.pad(unpadded.pack(padded, output_rows_only=True), output_rows_only=True),
+        padded * demanded[..., None],
     )
 
 
 def test_a_batch_without_padding_is_not_indexed():
-    packing = pack_rows(2, 5, torch.ones(2, 5, dtype=torch.bool), None, CPU)
-    assert packing.index is None and packing.key_rows is None and packing.wanted_rows is None
+    unpadded = unpad(2, 5, torch.ones(2, 5, dtype=torch.bool), None, CPU)
+    assert unpadded.index is None and unpadded.key_rows is None and unpadded.wanted_rows is None
     padded = torch.randn(2, 5, 3)
-    assert packing.pack(padded).data_ptr() == padded.data_ptr()
+    assert unpadded.pack(padded).data_ptr() == padded.data_ptr()
 
 
 @pytest.mark.parametrize("first", [True, False])
 def test_a_batch_without_padding_is_packed_once(first):
     demanded = torch.arange(5).expand(2, 5) == 0 if first else None
-    made, expected = unpadded(2, 5, first, False), pack_rows(2, 5, None, demanded, CPU)
-    assert unpadded(2, 5, first, False) is made
-    assert unpadded(2, 5, first, True) is not made
+    made, expected = unpad_full(2, 5, first, False), unpad(2, 5, None, demanded, CPU)
+    assert unpad_full(2, 5, first, False) is made
+    assert unpad_full(2, 5, first, True) is not made
     assert (made.queries, made.keys, made.wanted) == (expected.queries, expected.keys, expected.wanted)
-    assert made.narrow is first and made.index is None and made.key_rows is None
+    assert made.output_rows_only is first and made.index is None and made.key_rows is None
     if first:
         assert torch.equal(made.wanted_rows, expected.wanted_rows)
 

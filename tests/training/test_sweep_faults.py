@@ -16,7 +16,7 @@ from helpers.commands import call, refused
 from fastgate.errors import ArgumentError, DataError, FastgateError
 from fastgate.training import sweep as sweeps
 from fastgate.training.sweep import _append, check_results, read_lines
-from fastgate.training.sweep_config import MOST_RUNS, expand, read_recipe
+from fastgate.training.sweep_config import MAX_RUNS, expand, read_recipe
 
 QUICK = {"dense_epochs": 1, "dense_lr": 1e-3, "epochs": 1, "lr": 1e-3, "max_length": 24, "batch_size": 16}
 CODE = "import sys; from fastgate.cli.main import app; app(sys.argv[1:])"
@@ -434,8 +434,8 @@ def test_hostile_recipes_are_refused_at_once(tmp_path, monkeypatch, content):
 def test_as_many_runs_as_a_recipe_may_have():
     runs = [{"method": "dense"}]
     assert len(expand({"tasks": ["sst2"], "seeds": list(range(50)), "runs": runs})) == 50
-    with pytest.raises(ArgumentError, match=f"{MOST_RUNS + 1} runs"):
-        expand({"tasks": ["sst2"], "seeds": list(range(MOST_RUNS + 1)), "runs": runs})
+    with pytest.raises(ArgumentError, match=f"{MAX_RUNS + 1} runs"):
+        expand({"tasks": ["sst2"], "seeds": list(range(MAX_RUNS + 1)), "runs": runs})
 
 
 def test_the_list_of_what_is_left_writes_nothing(world, tmp_path):
