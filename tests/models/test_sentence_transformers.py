@@ -44,9 +44,9 @@ def build(folder, pooling="cls", after=(), side="right", **options):
 
 
 def rows(model):
-    with get_encoder(model).record() as record:
+    with get_encoder(model).record() as trace:
         model.encode(TEXTS)
-    return record.steps[-1][2]
+    return trace.steps[-1].rows
 
 
 def count(model):

@@ -480,7 +480,7 @@ def test_capture_hooks_of_transformers_are_no_hooks(monkeypatch):
         hook.__qualname__ = "another.name"
     fastgate.freeze(fastgate.patch(model))
     assert_alike(plain(), model, "frozen")
-    programs = model.bert.fastgate_runtime.programs
+    programs = model.bert.fastgate_runtime.executor.plans
     (program,) = programs.made.values()
     run(model)
     assert program.kept and list(programs.made.values()) == [program]

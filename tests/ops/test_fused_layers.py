@@ -161,7 +161,7 @@ def test_a_forced_reference_is_what_runs(op):
 
 def a_program(model):
     """The one that the encoder of a model has made."""
-    (program,) = model.bert.fastgate_runtime.programs.made.values()
+    (program,) = model.bert.fastgate_runtime.executor.plans.made.values()
     return program
 
 
@@ -173,10 +173,10 @@ def test_a_program_is_made_once_and_copies_make_their_own():
     assert torch.equal(logits(model, head), before)
     assert a_program(model) is program
     other = copy.deepcopy(model)
-    assert not other.bert.fastgate_runtime.programs.made
+    assert not other.bert.fastgate_runtime.executor.plans.made
     torch.testing.assert_close(logits(other, head), before, rtol=1e-5, atol=1e-5)
     assert a_program(other) is not program
-    assert not pickle.loads(pickle.dumps(model)).bert.fastgate_runtime.programs.made
+    assert not pickle.loads(pickle.dumps(model)).bert.fastgate_runtime.executor.plans.made
 
 
 @pytest.mark.parametrize("name", ["output.LayerNorm.weight", "intermediate.dense.bias", "replacement.shift"])
@@ -199,7 +199,7 @@ def test_programs_are_kept_by_plan_and_bounded():
     model = frozen(head)
     batch = encoders.batch(model, head)
     rows = batch["attention_mask"].bool() & (torch.arange(batch["attention_mask"].shape[1]) < 4)
-    programs = model.bert.fastgate_runtime.programs
+    programs = model.bert.fastgate_runtime.executor.plans
     with torch.inference_mode():
         whole = model(**batch).logits
         some = model(**batch, rows=rows).logits

@@ -194,8 +194,8 @@ def test_a_capture_that_fails(stand_in):
 
 def test_the_flag(stand_in):
     model, plain = patched()
-    assert get_encoder(plain).runtime.graphs is None
-    assert fastgate.patch(plain) is plain and get_encoder(plain).runtime.graphs is None
+    assert get_encoder(plain).runtime.executor.graphs is None
+    assert fastgate.patch(plain) is plain and get_encoder(plain).runtime.executor.graphs is None
     fastgate.patch(model, graphs=False)
-    assert get_encoder(model).runtime.graphs is None
-    assert get_encoder(fastgate.patch(make("Bert", "Model"))).runtime.graphs is not None
+    assert get_encoder(model).runtime.executor.graphs is None
+    assert get_encoder(fastgate.patch(make("Bert", "Model"))).runtime.executor.graphs is not None
