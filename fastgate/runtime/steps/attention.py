@@ -20,8 +20,8 @@ from fastgate.runtime.steps.base import (
     SublayerRows,
     add_bias,
     add_norm,
+    is_packed,
     norm_operands,
-    operands_of,
     packed_operands,
 )
 
@@ -79,12 +79,12 @@ class ProjectQKV(Step):
         output = output_operands(context, layer, sublayer, dtype)
         if output is None:
             return None
-        qkv = operands_of(None if self.output_rows_only else layer.fused_qkv, None, dtype)
-        if qkv is None:
+        qkv = None if self.output_rows_only else layer.fused_qkv
+        if not is_packed(qkv, dtype):
             return None
-        heads = layer.heads_in(qkv.weight.shape[0] // 3)
+        heads = layer.heads_in(qkv.shape[0] // 3)
         norm = norm_operands(layer.attention_end.norm)
-        return fused_layers.attention_half(qkv.weight, layer.qkv_biases, heads, layer.scale, output, norm)
+        return fused_layers.attention_half(qkv, layer.qkv_biases, heads, layer.scale, output, norm)
 
 
 def output_operands(

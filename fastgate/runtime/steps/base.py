@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeGuard
 
 import torch
 from torch import Tensor
@@ -106,16 +106,13 @@ def skipped_norm(layer: Layer, h: Tensor) -> Tensor:
 
 def packed_operands(dense: Dense, dtype: torch.dtype) -> LinearOperands | None:
     """A Linear for a fused call on rows of this dtype. None where its weight is not packed for that."""
-    return operands_of(dense.weight, dense.bias, dtype)
+    weight = dense.weight
+    return LinearOperands(weight, dense.bias) if is_packed(weight, dtype) else None
 
 
-def operands_of(
-    weight: Tensor | Packed | None, bias: Tensor | None, dtype: torch.dtype
-) -> LinearOperands | None:
-    """As packed_operands, of a weight and a bias."""
-    if not (isinstance(weight, Packed) and weight.in_panels and weight.dtype == dtype):
-        return None
-    return LinearOperands(weight, bias)
+def is_packed(weight: Tensor | Packed | None, dtype: torch.dtype) -> TypeGuard[Packed]:
+    """Whether fused calls multiply rows of this dtype with this weight."""
+    return isinstance(weight, Packed) and weight.in_panels and weight.dtype == dtype
 
 
 def norm_operands(norm: Any) -> NormOperands:
