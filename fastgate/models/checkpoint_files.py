@@ -16,8 +16,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from fastgate.errors import ArgumentError, CheckpointError, format_error
-from fastgate.models import atomic_files
-from fastgate.models.architectures import FAMILIES
+from fastgate.models import architectures, atomic_files
 from fastgate.models.checkpoint_config import KEY, MODEL_TYPES, PRUNED, Layout, read_layout
 from fastgate.models.checkpoint_structure import DTYPES, shared
 from fastgate.models.handle import POOLING_KEY
@@ -163,13 +162,14 @@ def layout_in(meta: dict[str, Any], data: dict[str, Any], folder: Path, config: 
 
 
 def class_named(name: str, folder: Path) -> type[nn.Module]:
-    for family in FAMILIES:
-        if name in family.heads():
-            found: type[nn.Module] = getattr(family.module, name)
-            return found
-    wanted = "an encoder or head of transformers that fastgate knows"
-    remedy = "upgrade fastgate, or make that class, prune it the same, and call load_state_dict"
-    raise CheckpointError(format_error("load", str(folder / META), f"class {name[:60]!r}", wanted, remedy))
+    """The encoder or head of transformers that a checkpoint holds."""
+    cls = architectures.class_named(name)
+    if cls is None:
+        wanted = "an encoder or head of transformers that fastgate knows"
+        remedy = "upgrade fastgate, or make that class, prune it the same, and call load_state_dict"
+        got = f"class {name[:60]!r}"
+        raise CheckpointError(format_error("load", str(folder / META), got, wanted, remedy))
+    return cls
 
 
 def model_config(data: dict[str, Any], hf: Any, where: str, layers: int) -> PreTrainedConfig:

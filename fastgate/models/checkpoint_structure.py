@@ -15,8 +15,9 @@ from fastgate.errors import Unsupported, format_error
 from fastgate.models.architectures import base_class
 from fastgate.models.checkpoint_config import KEY, Layout, is_pruned, plain_config, read_layout
 from fastgate.models.handle import get_encoder
-from fastgate.models.patching import SWAPPED, patch
+from fastgate.models.patching import patch
 from fastgate.models.pruning import prune, refuse_adapters
+from fastgate.models.swapped_classes import SWAPPED
 from fastgate.nn.packed_linear import PackedLinear
 from fastgate.nn.replacement import Replacement
 

@@ -233,7 +233,7 @@ class Layer:
         None) for `shift`, whose rows are added before."""
         if self.replacement is None or self.replacement.reads_neighbours:
             return None, None
-        return self.replacement.scale_and_shift(share)
+        return self.replacement.scale_and_offset(share)
 
     def fold_next_norm(self, norm: Any) -> tuple[Tensor, Tensor, dict[str, Any]]:
         """Weight and bias of `norm`, which is before this layer, whose attention is skipped, with the

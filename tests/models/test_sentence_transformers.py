@@ -254,7 +254,8 @@ def test_cross_encoders_and_sparse_encoders(folder, tmp_path):
 
 
 def test_it_is_never_imported_by_fastgate():
-    code = "import sys, fastgate; from fastgate import sentence; import torch; "
-    code += "sentence.rows_read(torch.nn.Linear(2, 2)); print('sentence_transformers' in sys.modules)"
+    code = "import sys, torch; from fastgate.models import sentence_transformers; "
+    code += "sentence_transformers.output_rows_by_module(torch.nn.Linear(2, 2)); "
+    code += "print('sentence_transformers' in sys.modules)"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "False"
