@@ -23,6 +23,7 @@ from fastgate.ops import backends  # noqa: F401  leaves the compiled kernels whe
 if TYPE_CHECKING:
     from fastgate.pruning import (
         Distill,
+        Fixed,
         Pruner,
         PruningConfig,
         SelfPruningMixin,
@@ -39,6 +40,7 @@ __all__ = [
     "DataError",
     "Distill",
     "FastgateError",
+    "Fixed",
     "NothingPatched",
     "Pruner",
     "PruningConfig",
@@ -65,3 +67,8 @@ def __getattr__(name: str) -> Any:
     from fastgate import pruning
 
     return getattr(pruning, name)
+
+
+def __dir__() -> list[str]:
+    """Everything public, also what is imported on first use."""
+    return sorted([*__all__, "__version__", "ops"])

@@ -8,6 +8,7 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from fastgate.errors import Unsupported, format_error
 from fastgate.models import compat
@@ -110,11 +111,11 @@ def is_known_class(cls: type[nn.Module]) -> bool:
     return _family_of(cls) is not None
 
 
-def class_named(name: str) -> type[nn.Module] | None:
+def class_named(name: str) -> type[PreTrainedModel] | None:
     """The encoder or head of transformers of this name; None if fastgate knows none."""
     for family in FAMILIES:
         if name in family.models():
-            cls: type[nn.Module] = getattr(family.module, name)
+            cls: type[PreTrainedModel] = getattr(family.module, name)
             return cls
     return None
 

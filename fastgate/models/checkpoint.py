@@ -1,9 +1,9 @@
 """`save` and `load`: a folder with the weights of a patched model (safetensors) and what they mean (JSON).
 
 Format 2 is three files. `config.json` is that of transformers. For a pruned model it has a `model_type` of
-fastgate's and an entry `fastgate` (checkpoint_config.py). `model.safetensors` has the weights. `fastgate.json` has the
-format, the class, the entry `fastgate` again, and the SHA-256 of the other two. A model that is patched and
-not pruned has the config and the weights that transformers writes.
+fastgate's and an entry `fastgate` (checkpoint_config.py). `model.safetensors` has the weights.
+`fastgate.json` has the format, the class, the entry `fastgate` again, and the SHA-256 of the other two. A
+model that is patched and not pruned has the config and the weights that transformers writes.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def layout_of(handle: EncoderHandle) -> Layout:
         raise ArgumentError(
             format_error("save", "model", f"replacements {sorted(kinds)}", "one kind", remedy)
         )
-    runtime = handle.runtime
+    runtime: Any = handle.runtime
     return Layout(
         tuple(i for i in range(handle.num_layers) if i not in skipped),
         kinds.pop(),

@@ -82,9 +82,10 @@ _GRADIENT_HOOK = "make_inputs_require_grads"
 _TIED_NAMES = "all_tied_weights_keys"
 _HAS_ADAPTERS = "_hf_peft_config_loaded"
 _MODEL_MAPPING = "_model_mapping"
+_GELU = f"{transformers_names.GELU_MODULE}.{transformers_names.GELU_CLASS}"
 _NAMES = (
     transformers_names.OUTPUT_CAPTURING,
-    f"{transformers_names.GELU_MODULE}.{transformers_names.GELU_CLASS}",
+    _GELU,
     "transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS.get",
     "transformers.modeling_outputs.BaseModelOutputWithPoolingAndCrossAttentions",
     "transformers.modeling_outputs.MaskedLMOutput",
@@ -138,9 +139,9 @@ def _missing_in_transformers() -> Iterator[str]:
     for path in _NAMES:
         if isinstance(look_up(path), MissingName):
             yield path
-    gelu = look_up(f"{transformers_names.GELU_MODULE}.{transformers_names.GELU_CLASS}")
+    gelu = look_up(_GELU)
     if not isinstance(gelu, MissingName) and not hasattr(gelu(), transformers_names.GELU_FUNCTION):
-        yield f"{transformers_names.GELU_MODULE}.{transformers_names.GELU_CLASS}().{transformers_names.GELU_FUNCTION}"
+        yield f"{_GELU}().{transformers_names.GELU_FUNCTION}"
     for path, name in _MENTIONS.items():
         if not _mentions(look_up(path), name):
             yield f"{path} with {name}"

@@ -127,7 +127,7 @@ def _settings(
 ) -> _Settings:
     """What an encoder is patched with. rows: those that sentence-transformers reads; None without it."""
     pooler_input = _pooling(located, rows, pooling)
-    before = getattr(located.encoder, "fastgate_runtime", None) or EncoderRuntime(None)
+    before: Any = getattr(located.encoder, "fastgate_runtime", None) or EncoderRuntime(None)
     asked = before.asked if demand is None else demand
     reads = located.reads or rows or before.reads
     if asked not in (None, *DEMANDS):
@@ -174,7 +174,7 @@ def _pooling(located: LocatedEncoder, rows: OutputRows | None, pooling: Pooling 
 def _swap(located: LocatedEncoder, settings: _Settings) -> None:
     encoder: Any = located.encoder
     if not hasattr(encoder, "fastgate_runtime"):
-        gates = [1.0] * len(encoder.encoder.layer)
+        gates: list[float | Tensor] = [1.0] * len(encoder.encoder.layer)
         encoder.fastgate_runtime = EncoderRuntime(settings.reads, gates, graphs=CudaGraphs())
     runtime = EncoderHandle(encoder).runtime
     runtime.reads, runtime.asked, runtime.pooling = settings.reads, settings.asked, settings.pooling

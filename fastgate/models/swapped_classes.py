@@ -1,7 +1,7 @@
 """The classes of a patched model: subclasses of the encoders and heads of transformers, under their names.
 
-`patch` puts such a class in the place of a module's own. Pipelines, configs and pickles see the name that they
-know. Each class is an attribute of this module, so that pickle finds it.
+`patch` puts such a class in the place of a module's own. Pipelines, configs and pickles see the name that
+they know. Each class is an attribute of this module, so that pickle finds it.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def _apply(self: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True
 def _load_from_state_dict(self: nn.Module, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
     """As in torch, which without `strict` would not say that attention is missing."""
     EncoderHandle(self).check_state_dict(state_dict, prefix)
-    base_class(self)._load_from_state_dict(self, state_dict, prefix, *rest)  # type: ignore[arg-type]
+    base_class(self)._load_from_state_dict(self, state_dict, prefix, *rest)
 
 
 def _head_forward(family: Family, name: str, original: Forward) -> Forward:

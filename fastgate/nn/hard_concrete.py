@@ -28,9 +28,14 @@ def draw(log_alpha: Tensor, generator: torch.Generator) -> Tensor:
     """
     if log_alpha.device.type != "cpu" or generator.device.type != "cpu":
         raise ArgumentError(
-            format_error("hard_concrete.draw", "log_alpha", f"{log_alpha.device.type}, generator {generator.device.type}",
-                "both on the CPU", "move log_alpha to the CPU and use torch.Generator()")
-        )  # fmt: skip
+            format_error(
+                "hard_concrete.draw",
+                "log_alpha",
+                f"{log_alpha.device.type}, generator {generator.device.type}",
+                "both on the CPU",
+                "move log_alpha to the CPU and use torch.Generator()",
+            )
+        )
     # fp64 noise whatever log_alpha's dtype: u is never 0 or 1 exactly after the clamp, so logit(u) is finite.
     u = torch.rand(log_alpha.shape, generator=generator, dtype=torch.float64).clamp_(1e-12, 1 - 1e-12)
     s = torch.sigmoid((torch.logit(u).to(log_alpha.dtype) + log_alpha) / BETA)

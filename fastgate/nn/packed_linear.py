@@ -1,4 +1,4 @@
-"""PackedLinear: a Linear whose weight is laid out for the CPU's matrix product. `freeze` makes them of Linears."""
+"""PackedLinear: what `freeze` makes of a Linear, with a weight laid out for the CPU's matrix product."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """The private names of torch that fastgate uses, and whether the installed torch has them.
 
 Other modules use a private function or class of torch under the name it has here. The attributes that every
-`torch.nn.Module` and every tensor has (`ATTRIBUTES`) are read where they are needed, because a call in between
-would cost time in each forward. `missing` looks all of them up; models/compat.py calls it when a model is
-patched.
+`torch.nn.Module` and every tensor has (`ATTRIBUTES`) are read where they are needed, because a call in
+between would cost time in each forward. `missing` looks all of them up; models/compat.py calls it when a
+model is patched.
 """
 
 from __future__ import annotations
