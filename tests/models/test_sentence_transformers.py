@@ -24,16 +24,16 @@ TEXTS = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    made = tiny_models.model_folder(tmp_path_factory.mktemp("sentence") / "bert")
+    folder = tiny_models.model_folder(tmp_path_factory.mktemp("sentence") / "bert")
     from transformers import BertModel
 
-    model = BertModel.from_pretrained(made)
+    model = BertModel.from_pretrained(folder)
     torch.manual_seed(1)
     for parameter in model.parameters():
         if parameter.dim() == 2:
             torch.nn.init.normal_(parameter, std=0.15)
-    model.save_pretrained(made)
-    return str(made)
+    model.save_pretrained(folder)
+    return str(folder)
 
 
 def build(folder, pooling="cls", after=(), side="right", **options):
