@@ -104,7 +104,9 @@ def test_the_table_names_every_package_and_no_other():
 
 
 def test_kernels_are_no_package_of_their_own():
-    assert not (ROOT / "kernels" / "__init__.py").exists(), "it would hide Hugging Face's package of that name"
+    assert not (ROOT / "kernels" / "__init__.py").exists(), (
+        "it would hide Hugging Face's package of that name"
+    )
 
 
 def test_compiled_sources_include_torch_and_the_systems_libraries_only():

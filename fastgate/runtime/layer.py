@@ -191,7 +191,7 @@ class Layer:
         """
         if self.replacement is None or self.replacement.reads_neighbours:
             return None, None
-        return self.replacement.scale_and_shift(share)
+        return self.replacement.scale_and_offset(share)
 
     def fold_next_norm(self, norm: Any) -> tuple[Tensor, Tensor, dict[str, Any]]:
         """The operands of `norm`, the LayerNorm before this layer, and of the LayerNorm that this layer's

@@ -86,9 +86,9 @@ def test_gradients_are_those_of_a_mean_by_hand(keep):
     torch.nn.functional.cross_entropy(logits_by_hand(model.train(), inputs), labels).backward()
     patched.train()(**inputs, labels=labels).loss.backward()
     wanted = dict(model.named_parameters())
-    found = dict(patched.named_parameters())
-    scale = 1e-6 * sum(p.grad.square().sum() for p in found.values()).sqrt()
-    for name, parameter in found.items():
+    parameters = dict(patched.named_parameters())
+    scale = 1e-6 * sum(p.grad.square().sum() for p in parameters.values()).sqrt()
+    for name, parameter in parameters.items():
         error = (parameter.grad - wanted[name].grad).norm()
         assert error <= 1e-4 * wanted[name].grad.norm() + scale, name
 
@@ -230,8 +230,10 @@ def test_the_way_back_is_the_first_row():
 )
 def test_heads_that_read_rows_themselves_are_refused_before_anything_is_touched(family, head):
     both = torch.nn.ModuleList([make("Bert", HEAD), make(family, head)])
-    said = rf'patch: pooling: got "mean" for a {family}{head}, wanted an encoder whose pooler.*; leave it out'
-    with pytest.raises(fastgate.Unsupported, match=said):
+    message = (
+        rf'patch: pooling: got "mean" for a {family}{head}, wanted an encoder whose pooler.*; leave it out'
+    )
+    with pytest.raises(fastgate.Unsupported, match=message):
         fastgate.patch(both, pooling="mean")
     assert type(both[0]) is transformers.BertForSequenceClassification
     assert not hasattr(both[0].config, "fastgate_pooling") and not hasattr(both[0].bert, "fastgate_runtime")

@@ -21,9 +21,7 @@ def test_kept_layers_are_seven_steps_and_skipped_ones_three():
     )
     assert names(plan, 0) == list(KEPT_STEPS) and len(KEPT_STEPS) == 7
     assert names(plan, 1) == names(plan, 2) == list(SKIPPED_STEPS) and len(SKIPPED_STEPS) == 3
-    assert plan.of_layer(0)[-1].takes_next_norm and not plan.of_layer(2)[
-        -1
-    ].takes_next_norm
+    assert plan.of_layer(0)[-1].takes_next_norm and not plan.of_layer(2)[-1].takes_next_norm
     assert plan.kept == (0, 3)
 
 
