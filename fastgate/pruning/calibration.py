@@ -56,7 +56,7 @@ class Calibration:
         total = sum_over_ranks(torch.cat([part.flatten() for part in parts]))
         if not bool(torch.isfinite(total).all()) or not float(total[-self.sizes.numel()]):
             got = "no row" if bool(torch.isfinite(total).all()) else "NaN or infinity"
-            remedy = "call pruner.loss(outputs, inputs) after each forward, and check the model's weights"
+            remedy = "train on batches whose attention_mask is not 0, and check the model's weights"
             needed = "finite hidden states of the warm phase"
             raise ArgumentError(format_error("Pruner.step", "measured", got, needed, remedy))
         found = total.split([part.numel() for part in parts])

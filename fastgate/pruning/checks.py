@@ -5,12 +5,38 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from fastgate.errors import ArgumentError, Unsupported, format_error
-from fastgate.models.handle import EncoderHandle
+from fastgate.errors import ArgumentError, CheckpointError, Unsupported, format_error
+from fastgate.models.handle import EncoderHandle, check_module
 from fastgate.models.pruning import refuse_adapters
 from fastgate.nn.packed_linear import PackedLinear
+from fastgate.pruning.config import PruningConfig
+from fastgate.pruning.schedule import Schedule
+
+
+def check_arguments(model: nn.Module, config: PruningConfig, teacher: nn.Module | None) -> None:
+    """Raises ArgumentError for arguments of a Pruner that are not of their types, and for a model that is to
+    be its own teacher."""
+    if not isinstance(config, PruningConfig):
+        remedy = "pass fastgate.PruningConfig(target=...)"
+        raise ArgumentError(format_error("Pruner", "config", repr(config), "a PruningConfig", remedy))
+    check_module("Pruner", model)
+    if teacher is not None and not isinstance(teacher, nn.Module):
+        got, remedy = repr(teacher), "load the model"
+        raise ArgumentError(format_error("Pruner", "teacher", got, "a model or None", remedy))
+    if teacher is model:
+        got, wanted = "the model itself", "another model or None"
+        remedy = "pass copy.deepcopy(model), or None to distil from the model with its gates open"
+        raise ArgumentError(format_error("Pruner", "teacher", got, wanted, remedy))
+
+
+def check_length(planned: Schedule | None, schedule: Schedule) -> None:
+    """Raises CheckpointError if a run that was planned is to have another number of steps."""
+    if planned is not None and planned != schedule:
+        wanted = f"{planned.total}, as the run began with"
+        remedy = "resume with the same number of steps: the phase is a function of the step"
+        raise CheckpointError(format_error("Pruner", "total_steps", schedule.total, wanted, remedy))
 
 
 def check_student(model: nn.Module) -> None:
@@ -21,14 +47,14 @@ def check_student(model: nn.Module) -> None:
             raise ArgumentError(format_error("Pruner", "model", f"{name} frozen", "a model to train", remedy))
         if isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel):
             got, wanted = f"a model inside {type(module).__name__}", "the model itself"
-            remedy = "attach to the model before DistributedDataParallel takes it: attach adds parameters"
+            remedy = "make the Pruner before DistributedDataParallel takes the model: it adds parameters"
             raise Unsupported(format_error("Pruner", "model", got, wanted, remedy))
     refuse_adapters("Pruner", model)
 
 
-def check_whole(state: EncoderHandle) -> None:
+def check_whole(handle: EncoderHandle) -> None:
     """Raises ArgumentError for an encoder whose attention is not all there."""
-    removed = [i for i in range(state.num_layers) if state.is_removed(i)]
+    removed = [i for i in range(handle.num_layers) if handle.is_removed(i)]
     if removed:
         got = f"attention of layers {removed} pruned"
         raise ArgumentError(
@@ -51,3 +77,13 @@ def check_batch(call: str, inputs: Any) -> None:
         got, wanted = type(inputs).__name__, "a dict of what the model is called with"
         remedy = "pass the batch as the model takes it by keywords: model(**batch)"
         raise ArgumentError(format_error(f"Pruner.{call}", "inputs", got, wanted, remedy))
+
+
+def task_loss_of(outputs: Any) -> Tensor:
+    """The loss in what a model returned. Raises ArgumentError if there is none."""
+    loss = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
+    if not isinstance(loss, Tensor):
+        got, wanted = "no loss", "an output of transformers or a dict with `loss`"
+        remedy = "pass labels in the batch, or the task's own loss: pruner.loss(outputs, batch, task_loss)"
+        raise ArgumentError(format_error("Pruner.loss", "outputs", got, wanted, remedy))
+    return loss

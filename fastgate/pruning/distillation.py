@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastgate.errors import ArgumentError, format_error
 from fastgate.models.architectures import base_class
-from fastgate.models.handle import get_encoder
+from fastgate.models.handle import EncoderHandle, get_encoder
 from fastgate.models.patching import patch
 from fastgate.pruning.finite import IGNORED, LABELS
 from fastgate.pruning.modes import evaluating
@@ -91,7 +91,7 @@ class Teacher:
     def __init__(self, model: nn.Module, student: nn.Module, distill: Distill):
         _check_shared(model, student)
         self.model = patch(model)
-        self.state = get_encoder(model)
+        self.handle = get_encoder(model)
         _check_alike(model, student, distill)
 
     def engage(self) -> None:
@@ -116,7 +116,7 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(self, inputs: Mapping[str, Any], want_hidden: bool) -> TeacherOutputs:
-        return _ask(self.model, self.state, inputs, want_hidden)
+        return _teacher_forward(self.model, self.handle, inputs, want_hidden)
 
 
 # A model that teaches -> its modes and its flags before it did, by name, and the Teachers at work with it.
@@ -129,18 +129,18 @@ class SelfTeacher:
     """The student itself with every gate open and dropout off."""
 
     def __init__(self, model: nn.Module):
-        self.model, self.state = model, get_encoder(model)
+        self.model, self.handle = model, get_encoder(model)
 
     @torch.no_grad()
     def __call__(self, inputs: Mapping[str, Any], want_hidden: bool) -> TeacherOutputs:
-        gates, recording = self.state.gates, self.state.runtime.record
-        self.state.set_gates([1.0] * self.state.num_layers)
+        gates, recording = self.handle.gates, self.handle.runtime.record
+        self.handle.set_gates([1.0] * self.handle.num_layers)
         try:
             with evaluating(self.model):
-                return _ask(self.model, self.state, inputs, want_hidden)
+                return _teacher_forward(self.model, self.handle, inputs, want_hidden)
         finally:
-            self.state.set_gates(gates)
-            self.state.runtime.record = recording
+            self.handle.set_gates(gates)
+            self.handle.runtime.record = recording
 
 
 def _check_shared(teacher: nn.Module, student: nn.Module) -> None:
@@ -200,7 +200,9 @@ def _head(model: nn.Module) -> str:
     return "no head"
 
 
-def _ask(model: nn.Module, state: Any, inputs: Mapping[str, Any], want_hidden: bool) -> TeacherOutputs:
+def _teacher_forward(
+    model: nn.Module, handle: EncoderHandle, inputs: Mapping[str, Any], want_hidden: bool
+) -> TeacherOutputs:
     given = {name: value for name, value in inputs.items() if name not in LABELS}
 
     def outputs() -> Any:
@@ -208,8 +210,8 @@ def _ask(model: nn.Module, state: Any, inputs: Mapping[str, Any], want_hidden: b
 
     if not want_hidden:
         return TeacherOutputs(outputs(), [])
-    with state.record() as record:
-        return TeacherOutputs(outputs(), record.hidden)
+    with handle.record() as trace:
+        return TeacherOutputs(outputs(), trace.hidden)
 
 
 def scores_of(outputs: Any) -> dict[str, Tensor]:
