@@ -18,8 +18,8 @@ from fastgate.errors import ArgumentError, CheckpointError, Unsupported
 from fastgate.models.handle import get_encoder
 from fastgate.pruning import Distill, Fixed, baselines, finite
 from fastgate.pruning.finite import EVERY, OVERFLOWS, TASK, Finite
-from fastgate.pruning.objective import Costs, Objective
 from fastgate.pruning.gate_search import SEPARATED
+from fastgate.pruning.objective import Costs, Objective
 
 TOTAL = 20
 
@@ -138,12 +138,13 @@ def test_gates_that_are_nan_stop_the_training():
 
 
 def test_nothing_measured_is_an_error():
-    model = bert()
+    model = bert(head=transformers.BertForTokenClassification)
     pruner = a_pruner(model, distill=None)
     with pytest.raises(ArgumentError, match=r"measured: got no row.*whose attention_mask is not 0"):
         for i in range(3):
             padding = batch(i)
             padding["attention_mask"] = torch.zeros_like(padding["attention_mask"])
+            padding["labels"] = torch.full_like(padding["input_ids"], -100)
             loss_of(pruner, model, padding).backward()
             pruner.step()
 
