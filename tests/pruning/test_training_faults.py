@@ -17,7 +17,7 @@ import fastgate
 from fastgate.errors import ArgumentError, CheckpointError, Unsupported
 from fastgate.models.handle import get_encoder
 from fastgate.pruning import Distill, Fixed, baselines, finite
-from fastgate.pruning.finite import EVERY, OVERFLOWS, TASK, Finite
+from fastgate.pruning.finite import MAX_OVERFLOWS, STEPS_PER_LOOK, TASK, Finite
 from fastgate.pruning.gate_search import SEPARATED
 from fastgate.pruning.objective import Costs, Objective
 
@@ -72,9 +72,9 @@ def test_a_scaled_loss_may_overflow_now_and_then_but_not_for_ever():
         pruner.step(grad_scale=2.0)
         model.zero_grad()
 
-    for _ in range(OVERFLOWS):
+    for _ in range(MAX_OVERFLOWS):
         overflow()
-    assert torch.equal(before, pruner.learner.log_alpha.detach()) and pruner.steps == 12 + OVERFLOWS
+    assert torch.equal(before, pruner.learner.log_alpha.detach()) and pruner.steps == 12 + MAX_OVERFLOWS
     with pytest.raises(ArgumentError, match="gradients of the gates"):
         overflow()
 
@@ -83,11 +83,11 @@ def test_an_overflow_between_good_steps_does_not_count():
     model = bert()
     pruner = a_pruner(model, distill=None, total=200, harden=0.9)
     run(pruner, model, 20)
-    for i in range(2 * OVERFLOWS):
+    for i in range(2 * MAX_OVERFLOWS):
         ((float("inf") if i % 2 else 2.0) * loss_of(pruner, model, batch(i))).backward()
         pruner.step(grad_scale=2.0)
         model.zero_grad()
-    assert pruner.steps == 20 + 2 * OVERFLOWS
+    assert pruner.steps == 20 + 2 * MAX_OVERFLOWS
 
 
 @pytest.mark.parametrize("known", [True, False])
@@ -115,17 +115,17 @@ def test_a_grad_scaler_finds_its_scale_while_the_gates_are_learned(known):
 
 
 def test_a_device_is_waited_for_once_in_many_steps(monkeypatch):
-    monkeypatch.setattr(finite, "_several", lambda: True)
+    monkeypatch.setattr(finite, "_has_several_ranks", lambda: True)
     noted = Finite()
     looks = []
     look = noted._look
     monkeypatch.setattr(noted, "_look", lambda: (looks.append(1), look()))
-    for step in range(1, EVERY):
+    for step in range(1, STEPS_PER_LOOK):
         noted.note(TASK, torch.tensor(float("nan") if step == 7 else 1.0))
         noted.end_step(step, 1.0, look=False)
     assert not looks
     with pytest.raises(ArgumentError, match="the task's loss of step 7,"):
-        noted.end_step(EVERY, 1.0, look=False)
+        noted.end_step(STEPS_PER_LOOK, 1.0, look=False)
 
 
 def test_gates_that_are_nan_stop_the_training():
@@ -1006,7 +1006,7 @@ def test_layers_chosen_by_hand_are_indices(keep):
 
 @pytest.mark.parametrize("keep", [True, 1.5, "2", None, 0, 5])
 def test_a_number_of_layers_is_whole(keep):
-    with pytest.raises(ArgumentError, match="criteria: keep: got"):
+    with pytest.raises(ArgumentError, match="baselines: keep: got"):
         baselines.top_drop(4, keep)
 
 
