@@ -296,7 +296,7 @@ def test_two_processes_end_with_the_same_embedding_model(folder, tmp_path):
     port = subprocesses.free_port()
     calls = [[str(folder), str(tmp_path), rank, port] for rank in (0, 1)]
     lazy = "datasets sentence_transformers.cross_encoder sentence_transformers.sentence_transformer.losses"
-    subprocesses.fork("test_sentence_trainer", "train_as_rank", *calls, imports=lazy)
+    subprocesses.fork("pruning.test_sentence_trainer", "train_as_rank", *calls, imports=lazy)
     (kept, first), (other, second) = (torch.load(tmp_path / f"end-{rank}.pt") for rank in (0, 1))
     assert kept == other and len(kept) == 1
     assert all(torch.equal(value, second[name]) for name, value in first.items())
