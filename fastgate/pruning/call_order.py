@@ -18,7 +18,7 @@ ALLOWED = {"finalize": NOT_DETACHED, "state_dict": NOT_DETACHED} | dict.fromkeys
 
 GOT: dict[State, tuple[str, str]] = {
     "open": ("open", ""),
-    "closed": ("closed", "call load_state_dict to go on from a state, or make a new Pruner"),
+    "closed": ("closed", "call reopen() to go on, or make a new Pruner"),
     "detached": ("detached", "make a new Pruner"),
     "finalized": (
         "finalized",

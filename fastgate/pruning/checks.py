@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fastgate.errors import ArgumentError, CheckpointError, Unsupported, format_error
@@ -29,6 +30,14 @@ def check_arguments(model: nn.Module, config: PruningConfig, teacher: nn.Module 
         got, wanted = "the model itself", "another model or None"
         remedy = "pass copy.deepcopy(model), or None to distil from the model with its gates open"
         raise ArgumentError(format_error("Pruner", "teacher", got, wanted, remedy))
+
+
+def check_planned(schedule: Schedule | None) -> Schedule:
+    """Raises ArgumentError while the number of steps is unknown."""
+    if schedule is None:
+        wanted, remedy = "the number of optimizer steps", "pass it, or call plan_steps"
+        raise ArgumentError(format_error("Pruner", "total_steps", None, wanted, remedy))
+    return schedule
 
 
 def check_length(planned: Schedule | None, schedule: Schedule) -> None:
@@ -79,11 +88,20 @@ def check_batch(call: str, inputs: Any) -> None:
         raise ArgumentError(format_error(f"Pruner.{call}", "inputs", got, wanted, remedy))
 
 
-def task_loss_of(outputs: Any) -> Tensor:
-    """The loss in what a model returned. Raises ArgumentError if there is none."""
-    loss = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
+def task_loss_of(outputs: Any, task_loss: Tensor | None, weight: float, device: torch.device) -> Tensor:
+    """`task_loss`, or the loss in what a model returned, 0-d on `device`.
+
+    Raises ArgumentError if there is none, unless its `weight` is 0.
+    """
+    loss = task_loss
+    if loss is None:
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
+        loss = torch.zeros(()) if loss is None and weight == 0.0 else loss
+    if task_loss is not None and (not isinstance(loss, Tensor) or loss.dim()):
+        got, remedy = repr(task_loss), "pass the mean over the batch, as a tensor"
+        raise ArgumentError(format_error("Pruner.loss", "task_loss", got, "a 0-d tensor", remedy))
     if not isinstance(loss, Tensor):
         got, wanted = "no loss", "an output of transformers or a dict with `loss`"
         remedy = "pass labels in the batch, or the task's own loss: pruner.loss(outputs, batch, task_loss)"
         raise ArgumentError(format_error("Pruner.loss", "outputs", got, wanted, remedy))
-    return loss
+    return loss.to(device)

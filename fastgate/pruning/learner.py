@@ -89,6 +89,12 @@ class GateLearner:
         """The Lagrangian at the current draw; 0-d on the device, no transfer back."""
         return self._probe + self._value
 
+    def zero_grad(self) -> None:
+        """Forget what backward has left in the leaves."""
+        for leaf in (self._probe, *self._leaves):
+            if leaf is not None:
+                leaf.grad = None
+
     @torch.enable_grad()
     def learn(self, grad_scale: float) -> None:
         """Move log-alpha down and the multipliers up, by the gradients that backward left in the leaves.

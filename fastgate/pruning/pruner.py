@@ -16,7 +16,7 @@ from fastgate.pruning.config import PruningConfig
 from fastgate.pruning.numbers import number
 from fastgate.pruning.pruner_state import load_state, state_of
 from fastgate.pruning.pruning_run import PruningRun
-from fastgate.pruning.replacement_training import is_missing, set_rates
+from fastgate.pruning.replacement_training import set_rates
 
 _pruners: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Pruner]] = weakref.WeakKeyDictionary()
 
@@ -92,10 +92,6 @@ class Pruner(PruningRun):
         self.order.check("prepare_optimizer")
         set_rates(optimizer, self.handle, self.config.replacement_lr)
 
-    def lacks_replacements(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Whether a parameter of a replacement that is to be trained is not in `optimizer`."""
-        return is_missing(optimizer, self.handle)
-
     # -- the calls of a training loop
 
     def prepare(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -122,7 +118,7 @@ class Pruner(PruningRun):
         self.order.check("loss")
         checks.check_batch("loss", batch)
         self.order.loss(batch)
-        task_loss = checks.task_loss_of(outputs) if task_loss is None else task_loss
+        task_loss = checks.task_loss_of(outputs, task_loss, self.task_weight, self.device)
         forward = self.take_forward(outputs, batch)
         if self._scaler is not None and self._grad_scale is None:
             self._grad_scale = self._scaler.get_scale()
@@ -138,7 +134,6 @@ class Pruner(PruningRun):
         is scaled only if that lasts. Warns if the weights of the losses do not add up to 1.
         """
         self.order.check("step")
-        self.schedule  # noqa: B018 - says that the number of steps is unknown
         scale = self._scale(grad_scale)
         self.order.step(self.probe.losses, self.probe.has_gradient)
         self.probe.check(scale, stacklevel=2)
@@ -168,7 +163,7 @@ class Pruner(PruningRun):
 
     def close(self) -> None:
         """Give dropout back, the teacher's mode and its flags, and stop recording; every gate not hardened is
-        open. To be called when a loop ends before `finalize`. `load_state_dict` goes on from a state."""
+        open. To be called when a loop ends before `finalize`. `reopen` undoes it."""
         if self.order.state == "open":
             self.order.state = "closed"
             self.recorder.stop()
@@ -176,11 +171,15 @@ class Pruner(PruningRun):
             self.handle.set_gates(self.search.settled_gates)
 
     def reopen(self) -> None:
-        """Undo `close` of a Pruner that has not begun, or whose state is about to be loaded."""
+        """Undo `close`, to go on with the training. What a step that did not end has left is forgotten; call
+        `optimizer.zero_grad()` too."""
         self.order.check("reopen")
         if self.order.state == "closed":
             self.order.state = "open"
             self.distiller.engage()
+            self.handle.set_gates(self.gates_now)
+            self.learner.zero_grad()
+            self.begin_step()
 
     def __enter__(self) -> Pruner:
         return self

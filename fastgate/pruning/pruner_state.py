@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from fastgate.errors import CheckpointError, format_error
 from fastgate.pruning.finite import Finite
 from fastgate.pruning.replacement_training import MovementCheck
-from fastgate.pruning.schedule import SEARCH
 
 if TYPE_CHECKING:
     from fastgate.pruning.config import PruningConfig
@@ -50,7 +49,7 @@ def load_state(pruner: Pruner, state: Mapping[str, Any]) -> None:
     pruner.calibration.load_state_dict(state["measured"])
     search.learner.costs = pruner.calibration.costs
     search.learner.load_state_dict(state["learner"], pruner.device)
-    pruner.handle.set_gates(search.learner.drawn if pruner.phase == SEARCH else search.settled_gates)
+    pruner.handle.set_gates(pruner.gates_now)
 
 
 def _check_keys(state: Any, layers: int) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgate.errors import ArgumentError, format_error
 from fastgate.models.handle import get_encoder
 from fastgate.models.patching import patch
 from fastgate.pruning import checks
@@ -70,10 +69,7 @@ class PruningRun:
     @property
     def schedule(self) -> Schedule:
         """When the phases begin. Raises ArgumentError while the number of steps is unknown."""
-        if self._schedule is None:
-            wanted, remedy = "the number of optimizer steps", "pass it, or call plan_steps"
-            raise ArgumentError(format_error("Pruner", "total_steps", None, wanted, remedy))
-        return self._schedule
+        return checks.check_planned(self._schedule)
 
     @property
     def phase(self) -> Phase:
@@ -92,8 +88,7 @@ class PruningRun:
 
     @property
     def separated(self) -> bool | None:
-        """Whether `margin` is large enough that the layers kept are a choice of the search, and not of their
-        order; None before hardening and where nothing was searched for."""
+        """Whether `margin` is large enough to call the layers kept a choice; None where there is no margin."""
         return self.search.separated
 
     @property
@@ -117,6 +112,12 @@ class PruningRun:
         return self.order.state == "finalized"
 
     @property
+    def gates_now(self) -> Sequence[float | Tensor]:
+        """The gates of the step under way, as the encoder takes them."""
+        searches = self._schedule is not None and self.phase == SEARCH
+        return self.learner.drawn if searches else self.search.settled_gates
+
+    @property
     def device(self) -> torch.device:
         """That of the model."""
         return next(self.model.parameters()).device
@@ -138,8 +139,7 @@ class PruningRun:
         return self.distiller.is_swap_step(self.steps, self.phase)
 
     def metrics(self) -> dict[str, float]:
-        """Numbers for a logger: target and expected reduction now, the multipliers, P(open) of each gate; the
-        margin of the choice once it is made."""
+        """Numbers for a logger: target, expected reduction, multipliers, P(open) of each gate, margin."""
         return metrics_of(self)
 
     def begin_step(self) -> None:

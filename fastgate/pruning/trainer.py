@@ -14,6 +14,7 @@ from fastgate.pruning import trainer_checkpoints, trainer_compat
 from fastgate.pruning.config import PruningConfig
 from fastgate.pruning.pruner import Pruner
 from fastgate.pruning.recording import Forward
+from fastgate.pruning.replacement_training import is_missing
 from fastgate.pruning.sentences import is_sentence_model, watching
 from fastgate.pruning.trainer_saving import CheckpointingMixin
 from fastgate.pruning.trainer_settings import refuse_settings
@@ -52,7 +53,7 @@ class SelfPruningMixin(CheckpointingMixin):
         if isinstance(teacher, nn.Module):
             teacher.to(self.args.device)
         self.pruner = Pruner(cast(nn.Module, self.model), pruning, None, teacher)
-        if self.optimizer is not None and self.pruner.lacks_replacements(self.optimizer):
+        if self.optimizer is not None and is_missing(self.optimizer, self.pruner.handle):
             got = "an optimizer without the replacements' parameters, which the trainer has just added"
             remedy = "pass optimizer_cls_and_kwargs=(torch.optim.AdamW, {...}), or override create_optimizer"
             self.pruner.detach()

@@ -746,10 +746,25 @@ def test_a_task_loss_of_ones_own_takes_the_place_of_the_models():
         task_loss = 2.0 * outputs.loss if own else None
         losses.append(pruner.loss(outputs, inputs, task_loss).detach())
     torch.testing.assert_close(losses[1] - losses[0], 0.3 * known, rtol=1e-4, atol=1e-5)
+    for wrong in (0.5, torch.ones(2)):
+        with pytest.raises(ArgumentError, match=r"task_loss: got .*, wanted a 0-d tensor"):
+            pruner.loss(model(**pruner.prepare(inputs)), inputs, wrong)
     with pytest.raises(
         ArgumentError, match=r"outputs: got no loss.*pruner\.loss\(outputs, batch, task_loss\)"
     ):
         pruner.loss(model(**pruner.prepare({**inputs, "labels": None})), inputs)
+
+
+def test_labels_that_weigh_nothing_need_not_be_there():
+    model = bert()
+    pruner = a_pruner(model, bert(seed=1), distill=Distill(labels=0.0))
+    unlabelled = {name: value for name, value in batch().items() if name != "labels"}
+    loss = loss_of(pruner, model, unlabelled)
+    loss.backward()
+    pruner.step()
+    labelled = bert()
+    other = loss_of(a_pruner(labelled, bert(seed=1), distill=Distill(labels=0.0)), labelled, batch())
+    assert torch.equal(loss, other)
 
 
 @pytest.mark.parametrize("parts", [1, 2, 4])
@@ -792,16 +807,24 @@ def test_an_exception_in_a_loop_gives_back_what_was_changed(steps):
     ):
         assert set(facts(model)[0]) == {0.0}
         run(pruner, model, steps)
+        if steps:  # what is measured in the warm phase stays measured
+            (7.0 * loss_of(pruner, model, batch())).backward()
         pruner.prepare(batch())
         raise RuntimeError("out of memory")
     assert set(facts(model)[0]) == {0.4} and facts(teacher) == before
     assert get_encoder(model).runtime.record is None
     for call in (lambda: pruner.prepare(batch()), pruner.step):
-        with pytest.raises(ArgumentError, match=r"pruner: got closed.*load_state_dict"):
+        with pytest.raises(ArgumentError, match=r"pruner: got closed.*reopen\(\)"):
             call()
-    pruner.load_state_dict(pruner.state_dict())
+    pruner.reopen()
+    model.zero_grad()
     assert set(facts(model)[0]) == {0.0}
     run(pruner, model, TOTAL - steps, first=steps)
+    whole = bert(dropout=0.4)
+    other = a_pruner(whole, bert(seed=1))
+    run(other, whole, steps)
+    run(other, whole, TOTAL - steps, first=steps)
+    assert pruner.history == other.history and pruner.kept == other.kept
     pruner.finalize()
     pruner.close()  # which changes nothing
     assert set(facts(model)[0]) == {0.4} and facts(teacher) == before
@@ -990,7 +1013,7 @@ def test_a_seed_is_a_whole_number(seed):
 def test_a_run_has_a_whole_number_of_steps(total):
     if total is None:
         with pytest.raises(ArgumentError, match="total_steps: got None"):
-            a_pruner(total=None).step()
+            a_pruner(total=None).prepare(batch())
         return
     with pytest.raises(ArgumentError, match="total_steps: got"):
         a_pruner(total=total)
