@@ -88,7 +88,7 @@ class PruningRun:
 
     @property
     def separated(self) -> bool | None:
-        """Whether `margin` is large enough to call the layers kept a choice; None where there is no margin."""
+        """Whether `margin` is large enough to call the layers kept a choice; None without one."""
         return self.search.separated
 
     @property
