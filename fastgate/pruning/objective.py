@@ -36,7 +36,7 @@ class Sparsity:
 
 @dataclass(frozen=True)
 class Speedup:
-    """Cut the encoder's FLOPs by this factor, above 1, under row demand on batches like those trained on."""
+    """Cut the encoder's FLOPs by this factor, above 1, on batches like those trained on."""
 
     factor: float
 
@@ -48,7 +48,7 @@ class Speedup:
 
 @dataclass(frozen=True)
 class Fixed:
-    """Keep these layers' attention, chosen by hand or by a control of `criteria`; no gate is learned."""
+    """Keep these layers' attention, chosen by hand or by `fastgate.pruning.baselines`; no gate is learned."""
 
     keep: tuple[int, ...]
 

@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 
 from fastgate.errors import DataError, format_error
-from fastgate.pruning.pruner import SEPARATED
+from fastgate.pruning.gate_search import SEPARATED
 from fastgate.report.speedups import BFLOAT16, FLOAT32, Speeds, mean_speed, measured, pooling_of, read_speeds
 from fastgate.training.sweep import Line, read_lines
 from fastgate.training.sweep_config import read_recipe

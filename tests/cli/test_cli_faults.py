@@ -437,7 +437,7 @@ def test_a_demo_replaces_a_demo_and_nothing_else(world):
 @pytest.mark.parametrize("kind, pooling", [("text", "mean"), ("pair", "first"), ("tokens", "first")])
 def test_the_highest_speedup_is_the_one_that_pruning_counts(world, tmp_path, monkeypatch, kind, pooling):
     """Before training it is told from the lengths of the rows; the Pruner measures forwards."""
-    from fastgate.pruning import pruner
+    from fastgate.pruning.objective import Objective
 
     many, label = range(24), [0, 1] * 12
     rows = {
@@ -447,10 +447,10 @@ def test_the_highest_speedup_is_the_one_that_pruning_counts(world, tmp_path, mon
     }[kind]
     path = tiny_models.write_rows(tmp_path / "rows.jsonl", rows)
     told, counted = [], []
-    highest, choose = feasibility.highest_speedup, pruner.Objective.choose
+    highest, choose = feasibility.highest_speedup, Objective.choose
     monkeypatch.setattr(feasibility, "highest_speedup", lambda *a: told.append(highest(*a)) or told[-1])
     monkeypatch.setattr(
-        pruner.Objective, "choose", lambda self, p, costs: counted.append(costs) or choose(self, p, costs)
+        Objective, "choose", lambda self, p, costs: counted.append(costs) or choose(self, p, costs)
     )
     call(
         "finetune", "--model", world / "model", "--task-type", kind, "--train", path, "--validation", path,

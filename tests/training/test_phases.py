@@ -11,7 +11,7 @@ from helpers import tiny_models
 import fastgate
 from fastgate.data import load_task
 from fastgate.models.patching import patch
-from fastgate.pruning import pruner, trainer_checkpoints
+from fastgate.pruning import distiller, trainer_checkpoints
 from fastgate.training import dense_model, load_tokenizer, phases
 
 STEPS = 12
@@ -46,7 +46,7 @@ def train(world, out, monkeypatch, kills=()):
         return now[0]
 
     monkeypatch.setattr(phases, "time", SimpleNamespace(perf_counter=lambda: now[0]))
-    monkeypatch.setattr(pruner, "time", SimpleNamespace(perf_counter=lambda: ticking(1.0)))
+    monkeypatch.setattr(distiller, "time", SimpleNamespace(perf_counter=lambda: ticking(1.0)))
     left = dict(kills)
 
     def listen(progress):
