@@ -332,10 +332,10 @@ def test_a_model_that_is_no_bert_is_refused_before_training(world, tmp_path):
 
 
 def test_the_demo_runs_on_a_tiny_model_and_twice_in_one_folder(world, tmp_path, monkeypatch):
-    from fastgate.cli.main import demo
+    from fastgate.cli import demo_run
 
-    monkeypatch.setattr(demo, "demo_model_path", lambda: world / "model")
-    monkeypatch.setattr(demo, "MAX_LENGTH", 24)
+    monkeypatch.setattr(demo_run, "demo_model_path", lambda: world / "model")
+    monkeypatch.setattr(demo_run, "MAX_LENGTH", 24)
     out = tmp_path / "demo"
     for _ in range(2):
         shown = run("demo", "--task", "sst2", "--data-dir", world / "data", "--out", out).stdout

@@ -23,7 +23,7 @@ import fastgate
 from fastgate.cli.main import app
 from fastgate.cli.progress import Display
 from fastgate.training import feasibility
-from fastgate.training.disk import full_disk_told, write_json
+from fastgate.training.disk import full_disk_as_oserror, write_json
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +116,7 @@ def test_what_cannot_work_is_found_before_the_folder_is_claimed(world, tmp_path,
     "out", ["FILE", "FILE/in", "FILE/in/it", "/dev/null/in", "/proc/none/in", "x" * 300, "DATA", "."]
 )
 def test_a_folder_that_cannot_be_made_is_found_before_training(world, monkeypatch, out):
-    monkeypatch.setattr("fastgate.training.phases.Training.dense", lambda *_: pytest.fail("it trains"))
+    monkeypatch.setattr("fastgate.training.phases.TaskTrainer.dense", lambda *_: pytest.fail("it trains"))
     out = out.replace("FILE", str(world / "file")).replace("DATA", str(world / "data"))
     message = refused(*options(world), "--out", out)
     assert "--out" in message or "x" * 300 in message
@@ -184,12 +184,12 @@ def test_what_is_cut_off_the_rows_is_said_and_kept(world, tmp_path):
 
 
 def test_a_choice_that_was_not_learned_is_said(world, capsys):
-    from fastgate.cli.main import _print_result
+    from fastgate.cli.finetune import print_result
 
     result = json.loads((world / "out" / "result.json").read_text())
     for separated, said in ((True, False), (False, True)):
         result["pruned"] |= {"separated": separated, "margin": 0.012}
-        _print_result(result, world / "out")
+        print_result(result, world / "out")
         assert ("did not tell the layers apart (margin 0.012)" in capsys.readouterr().err) == said
 
 
@@ -338,7 +338,9 @@ def test_a_signal_ends_a_process_with_130(world, tmp_path):
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130 and "Traceback" not in errors
-    assert errors.strip().splitlines()[-1].startswith("error: interrupted; the same command with --resume")
+    assert (
+        errors.strip().splitlines()[-1].startswith("error: interrupted; run the same command with --resume")
+    )
 
 
 # -- a full disk
@@ -386,10 +388,10 @@ def test_each_writers_error_for_a_full_disk_becomes_one(disk, writer):
         "safetensors": lambda: save_file({"a": tensor}, place / "a"),
         "torch": lambda: torch.save(tensor, place / "a"),
     }[writer]
-    with pytest.raises(OSError) as error, full_disk_told(place):
+    with pytest.raises(OSError) as error, full_disk_as_oserror(place):
         write()
     assert error.value.errno == errno.ENOSPC and error.value.filename == str(place)
-    with pytest.raises(ValueError, match="another"), full_disk_told(place):
+    with pytest.raises(ValueError, match="another"), full_disk_as_oserror(place):
         raise ValueError("another")
 
 
@@ -513,7 +515,7 @@ def test_a_process_whose_console_is_not_utf_8_prints_the_name(world, odd_out):
     command = [
         sys.executable,
         "-m",
-        "fastgate.cli.main",
+        "fastgate",
         *map(str, options(world)),
         "--resume",
         "--out",
@@ -530,7 +532,7 @@ def test_a_name_that_the_locale_cannot_spell_is_told(world, tmp_path):
         **os.environ, "PYTHONPATH": subprocesses.PACKAGE_PARENT, "LC_ALL": "C", "PYTHONUTF8": "0",
         "PYTHONCOERCECLOCALE": "0", "OMP_NUM_THREADS": "1",
     }  # fmt: skip
-    command = [sys.executable, "-m", "fastgate.cli.main", *map(str, options(world)), "--out", out]
+    command = [sys.executable, "-m", "fastgate", *map(str, options(world)), "--out", out]
     done = subprocess.run(command, capture_output=True, env=environment, timeout=300)
     assert done.returncode == 2 and b"--out" in done.stderr and b"PYTHONUTF8=1" in done.stderr
 
@@ -562,7 +564,7 @@ def test_names_with_brackets_reach_the_screen(world, odd, tmp_path):
 
 @pytest.mark.parametrize("redirected", ["| head -c 1", "2>&- >&-", "> /dev/full"])
 def test_an_output_that_nobody_reads_is_no_fault(world, redirected):
-    command = f"'{sys.executable}' -m fastgate.cli.main explain '{world / 'out' / 'pruned'}' {redirected}"
+    command = f"'{sys.executable}' -m fastgate explain '{world / 'out' / 'pruned'}' {redirected}"
     environment = {**os.environ, "PYTHONPATH": subprocesses.PACKAGE_PARENT}
     done = subprocess.run(
         ["bash", "-c", command], capture_output=True, text=True, env=environment, timeout=120

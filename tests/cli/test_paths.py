@@ -17,7 +17,7 @@ from fastgate.benchmark.equivalence import check_outputs
 from fastgate.benchmark.model_variants import unpruned
 from fastgate.data import load_files, load_task
 from fastgate.training import load_tokenizer, phases
-from fastgate.training.max_drop import MaxDrop
+from fastgate.training.targets import MaxDrop
 
 QUICK = ["--epochs", 1, "--prune-epochs", 2, "--lr", 1e-3, "--batch-size", 16, "--max-length", 24]
 QUEUES = ("billing", "delivery", "other")
@@ -104,7 +104,7 @@ def test_a_bert_of_twelve_layers_within_a_budget(world, tmp_path, trained):
     out = tmp_path / "out"
     run("finetune", "--model", world / "bert", *data, "--max-drop", 0.99, *QUICK, "--out", out)
     result = json.loads((out / "result.json").read_text())
-    attempts, floor = result["pruned"]["attempts"], MaxDrop(0.99).floor(result["dense"]["held_out"])
+    attempts, floor = result["pruned"]["attempts"], MaxDrop(0.99).lowest_score(result["dense"]["held_out"])
     assert "6" in attempts
     cut = max([int(removed) for removed, score in attempts.items() if score >= floor], default=0)
     check_pruned(out, load_task("sst2", world / "data"), data, trained, layers=12, kept=12 - cut)

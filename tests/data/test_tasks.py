@@ -17,7 +17,7 @@ from fastgate.data import load_files, load_task, metrics
 from fastgate.data.catalog import CATALOG, hub_config
 from fastgate.errors import ArgumentError, DataError
 from fastgate.training import dense_model, load_tokenizer
-from fastgate.training.evaluate import score
+from fastgate.training.evaluate import collator_of, score
 
 
 def text_rows(*labels):
@@ -274,7 +274,7 @@ def test_the_label_sits_on_the_first_sub_word_only(tmp_path, files):
     assert found["labels"] == [-100, n, -100, p, n, x, -100, -100]
     short = task.tokenize(tokenizer, 4)["evaluation"][0]
     assert short["labels"] == [-100, n, -100, -100] and len(short["input_ids"]) == 4
-    batch = task.collator(tokenizer)([found, short])
+    batch = collator_of(task, tokenizer)([found, short])
     assert batch["labels"][1].tolist() == [-100, n, -100] + [-100] * 5
 
 
@@ -312,7 +312,7 @@ def test_every_task_of_the_catalogue_is_read_from_files_of_its_form(name, tmp_pa
         assert set(labels) == set(range(len(task.labels)))
     if spec.labels:
         assert task.labels == spec.labels
-    batch = task.collator(tokenizer)([found[i] for i in range(4)])
+    batch = collator_of(task, tokenizer)([found[i] for i in range(4)])
     assert batch["labels"].shape[0] == 4
 
 
@@ -345,7 +345,7 @@ def test_long_texts_become_windows_that_are_scored_as_one(tmp_path, files):
             return SimpleNamespace(logits=torch.stack([torch.zeros_like(there), there], 1))
 
     # The windows of the first text: -2, -2 and 7, in two batches; the mean is right, two of three are not.
-    assert score(Model(), task, found, task.collator(tokenizer), batch_size=2)["accuracy"] == 1.0
+    assert score(Model(), task, found, collator_of(task, tokenizer), batch_size=2)["accuracy"] == 1.0
     whole = task.tokenize(tokenizer, 64, stride=1)["evaluation"]
     assert whole["document"][:] == [2, 3]
 

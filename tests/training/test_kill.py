@@ -1,4 +1,4 @@
-"""A few points of what bench/robustness/kill.py does: SIGKILL inside save, a training and a sweep loses nothing."""
+"""A few points of bench/robustness/kill.py: SIGKILL inside save, a training and a sweep loses nothing."""
 
 from __future__ import annotations
 

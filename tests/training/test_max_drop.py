@@ -1,4 +1,4 @@
-"""The largest cut within a budget: the search, the rows held out, a run of it."""
+"""MaxDrop, the budget of score: the search, the rows held out, a run."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from helpers.commands import run
 
 import fastgate
 from fastgate.errors import ArgumentError, DataError
-from fastgate.training.max_drop import MaxDrop, hold_out, largest_cut
+from fastgate.training.max_drop import hold_out, most_removable
+from fastgate.training.targets import MaxDrop
 
 
 @pytest.mark.parametrize("layers", [1, 2, 3, 6, 12, 24])
-def test_the_search_finds_the_last_cut_above_the_floor(layers):
+def test_the_search_finds_the_most_that_can_be_removed(layers):
     for true in range(layers):
         tried = []
 
@@ -23,13 +24,13 @@ def test_the_search_finds_the_last_cut_above_the_floor(layers):
             tried.append(removed)
             return 1.0 if removed <= true else 0.0
 
-        assert largest_cut(layers, 0.5, attempt) == true
+        assert most_removable(layers, 0.5, attempt) == true
         assert len(tried) == len(set(tried)) <= layers.bit_length() and layers not in tried
 
 
 def test_a_budget_is_a_share_of_the_score():
-    assert MaxDrop(0.02).floor(0.5) == pytest.approx(0.49)
-    assert MaxDrop(0.02).floor(-0.5) == pytest.approx(-0.51)  # a correlation may be below 0
+    assert MaxDrop(0.02).lowest_score(0.5) == pytest.approx(0.49)
+    assert MaxDrop(0.02).lowest_score(-0.5) == pytest.approx(-0.51)  # a correlation may be below 0
     for share in (0.0, 1.0, -0.1, float("nan")):
         with pytest.raises(ArgumentError, match="MaxDrop: share: got"):
             MaxDrop(share)
@@ -69,7 +70,7 @@ def test_finetune_within_a_budget(tmp_path, drop, kept):
     found = result["pruned"]
     if kept is not None:
         assert len(found["kept"]) == kept and set(found["attempts"]) == {"1", "2"}
-    floor = MaxDrop(drop).floor(result["dense"]["held_out"])
+    floor = MaxDrop(drop).lowest_score(result["dense"]["held_out"])
     best = max([int(removed) for removed, score in found["attempts"].items() if score >= floor], default=0)
     assert len(found["kept"]) == 3 - best
     assert fastgate.explain(fastgate.load(tmp_path / "out" / "pruned")).kept == tuple(found["kept"])

@@ -24,7 +24,7 @@ import fastgate
 from fastgate.data import load_files, metrics
 from fastgate.errors import ArgumentError, CheckpointError, DataError, FastgateError
 from fastgate.training import dense_model, load_tokenizer
-from fastgate.training.evaluate import check_fits, class_names, read_model, score
+from fastgate.training.evaluate import check_fits, class_names, collator_of, read_model, score
 from fastgate.training.model import longest_row
 
 
@@ -309,7 +309,7 @@ def test_a_roberta_takes_rows_of_its_longest_length(tmp_path, pad):
 def scored(model, task, rows=None, tokenizer=None, tmp_path=None, length=16):
     tokenizer = tokenizer or tiny_models.tokenizer(tmp_path / "words")
     rows = rows or task.tokenize(tokenizer, length)["evaluation"]
-    return score(model, task, rows, task.collator(tokenizer))
+    return score(model, task, rows, collator_of(task, tokenizer))
 
 
 def test_a_row_longer_than_the_model_takes_is_not_scored(folder, tmp_path):
