@@ -237,7 +237,7 @@ def test_cut_rows_are_counted(tmp_path):
     task.tokenize(tokenizer, 8)
     assert task.counts["max_length"] == 8 and task.counts["rows"] == {"train": 4, "evaluation": 4}
     assert task.counts["truncated"] == {"train": 2, "evaluation": 2}
-    assert task.notes[0] == "2 of 4 rows of train were longer than 8 tokens and cut"
+    assert task.notes[0] == "2 of 4 rows of train were longer than 8 tokens and truncated"
     task.tokenize(tokenizer, 22)
     assert task.notes == [] and task.counts["truncated"] == {"train": 0, "evaluation": 0}
     windows = task.tokenize(tokenizer, 8, stride=2)
