@@ -88,7 +88,7 @@ def test_every_command_has_ranges(world, tmp_path, command, option, value):
 
 
 @pytest.mark.parametrize(
-    "arguments, said",
+    "arguments, expected",
     [
         (["--max-length", 65], "--max-length: got 65, wanted 3 to 64 tokens"),
         (["--max-length", 100_000], "--max-length: got 100000"),
@@ -107,8 +107,8 @@ def test_every_command_has_ranges(world, tmp_path, command, option, value):
         (["--task-type", "text"], "--task, --task-type"),
     ],
 )
-def test_what_cannot_work_is_found_before_the_folder_is_claimed(world, tmp_path, arguments, said):
-    assert said in refused(*options(world, *arguments), "--out", tmp_path / "new")
+def test_what_cannot_work_is_found_before_the_folder_is_claimed(world, tmp_path, arguments, expected):
+    assert expected in refused(*options(world, *arguments), "--out", tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 
@@ -177,23 +177,23 @@ def test_a_model_is_evaluated_only_on_a_task_its_head_is_for(world, tmp_path):
 
 
 def test_what_is_cut_off_the_rows_is_said_and_kept(world, tmp_path):
-    said = call(*options(world, "--max-length", 6), "--out", tmp_path / "out").stderr
+    message = call(*options(world, "--max-length", 6), "--out", tmp_path / "out").stderr
     counts = json.loads((tmp_path / "out" / "result.json").read_text())["input"]
     assert counts["max_length"] == 6 and counts["truncated"]["train"] > 0
-    assert f"{counts['truncated']['train']} of 64 rows of train were longer than 6 tokens" in said
+    assert f"{counts['truncated']['train']} of 64 rows of train were longer than 6 tokens" in message
 
 
 def test_a_choice_that_was_not_learned_is_said(world, capsys):
     from fastgate.cli.finetune import print_result
 
     result = json.loads((world / "out" / "result.json").read_text())
-    for separated, said in ((True, False), (False, True)):
+    for separated, noted in ((True, False), (False, True)):
         result["pruned"] |= {"separated": separated, "margin": 0.012}
         print_result(result, world / "out")
-        assert ("did not tell the layers apart (margin 0.012)" in capsys.readouterr().err) == said
+        assert ("did not tell the layers apart (margin 0.012)" in capsys.readouterr().err) == noted
 
 
-# -- going on with a run
+# -- resuming a run
 
 
 class Interrupting:
@@ -231,7 +231,7 @@ def stopped(stopped_once, tmp_path):
     "changed",
     [["--target-sparsity", 0.4], ["--target-speedup", 1.5], ["--prune-epochs", 1, "--target-sparsity", 0.9]],
 )
-def test_a_run_whose_pruning_has_not_begun_goes_on_with_another_target(world, stopped, changed):
+def test_a_run_whose_pruning_has_not_begun_resumes_with_another_target(world, stopped, changed):
     dense = (stopped / "dense" / "model.safetensors").stat().st_mtime_ns
     call(*options(world, *changed), "--out", stopped, "--resume")
     assert (stopped / "dense" / "model.safetensors").stat().st_mtime_ns == dense
@@ -261,7 +261,7 @@ def test_what_shaped_the_dense_model_stays_as_it_was(world, stopped, changed, na
     assert (stopped / "run.json").read_bytes() == before
 
 
-def test_rows_that_changed_are_not_gone_on_with(world, stopped, tmp_path):
+def test_rows_that_changed_are_refused(world, stopped, tmp_path):
     data = shutil.copytree(world / "data", tmp_path / "data")
     train = world / "data" / "sst2" / "train.jsonl"
     before = train.read_text()
@@ -353,23 +353,23 @@ def disk(tmp_path):
         pytest.skip("mounting needs root")
     place = tmp_path / "disk"
     place.mkdir()
-    made = []
+    sizes = []
 
     def resize(count):
-        size = f"remount,size={count}" if made else f"size={count}"
+        size = f"remount,size={count}" if sizes else f"size={count}"
         command = ["mount", "-t", "tmpfs", "-o", size, "none", place]
         if subprocess.run(command, capture_output=True).returncode:
             pytest.skip("no mounting here")
-        made.append(count)
+        sizes.append(count)
         return place
 
     yield resize
-    if made:
+    if sizes:
         subprocess.run(["umount", "-l", place], check=True)  # weights may be mapped still
 
 
 @pytest.mark.parametrize("kilobytes", [4, 200, 1000])
-def test_a_full_disk_is_told_in_one_line_and_the_run_goes_on_later(world, disk, kilobytes):
+def test_a_full_disk_is_told_in_one_line_and_the_run_resumes_later(world, disk, kilobytes):
     out = disk(kilobytes * 1024) / "out"
     message = call(*options(world), "--out", out, code=1).stderr
     assert "No space left on device" in message.splitlines()[-1]
@@ -487,7 +487,7 @@ def odd(world, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def odd_out(world, tmp_path_factory):
-    """A finished run in a folder with an odd name: going on with it prints its result again."""
+    """A finished run in a folder with an odd name: resuming it prints its result again."""
     out = tmp_path_factory.mktemp("a[b]") / "[/x] é ☃ :smile:"
     return shutil.copytree(world / "out", out)
 

@@ -26,14 +26,14 @@ QUEUES = ("billing", "delivery", "other")
 @pytest.fixture
 def trained(monkeypatch):
     """The models that were saved, as they were when they were."""
-    found, save = [], phases.save
+    models, save = [], phases.save
 
     def noting(model, *rest):
-        found.append(copy.deepcopy(model).eval())
+        models.append(copy.deepcopy(model).eval())
         return save(model, *rest)
 
     monkeypatch.setattr(phases, "save", noting)
-    return found
+    return models
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +57,9 @@ def tagged(column, count=48):
 
 def tickets(count):
     """Rows of a task that the catalogue does not have."""
-    said = ("she was in paris, not london", "the story was very good", "a plot, two of three")
+    sentences = ("she was in paris, not london", "the story was very good", "a plot, two of three")
     return [
-        {"subject": f"{said[i % 3]} {tiny_models.WORDS[i % 20]}", "queue": QUEUES[i % 3], "id": i}
+        {"subject": f"{sentences[i % 3]} {tiny_models.WORDS[i % 20]}", "queue": QUEUES[i % 3], "id": i}
         for i in range(count)
     ]
 
@@ -83,9 +83,9 @@ def check_pruned(out, task, data, trained, layers, kept):
     for batch in batches:
         assert torch.equal(model(**batch).logits, before(**batch).logits)
     assert check_outputs(model, unpruned(model), batches) < 1e-5
-    found = json.loads(run("evaluate", out / "pruned", *data, "--max-length", 24, "--json").stdout)
-    assert found["scores"] == pytest.approx(result["pruned"]["scores"])
-    assert found["rows"] == result["rows"]["evaluation"] == len(rows)
+    printed = json.loads(run("evaluate", out / "pruned", *data, "--max-length", 24, "--json").stdout)
+    assert printed["scores"] == pytest.approx(result["pruned"]["scores"])
+    assert printed["rows"] == result["rows"]["evaluation"] == len(rows)
 
 
 @pytest.mark.parametrize("name", ["sst2", "conll2003"])

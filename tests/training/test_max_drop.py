@@ -38,19 +38,19 @@ def test_a_budget_is_a_share_of_the_score():
 
 def test_rows_are_held_out_by_the_seed_and_documents_whole():
     rows = datasets.DatasetDict({"train": datasets.Dataset.from_dict({"x": list(range(50))})})
-    found = hold_out(rows, 0)
-    assert len(found["held_out"]) == 5 and sorted(found["train"]["x"][:] + found["held_out"]["x"][:]) == list(
-        range(50)
-    )
+    splits = hold_out(rows, 0)
+    assert len(splits["held_out"]) == 5 and sorted(
+        splits["train"]["x"][:] + splits["held_out"]["x"][:]
+    ) == list(range(50))
     assert (
         hold_out(rows, 0)["held_out"]["x"][:]
-        == found["held_out"]["x"][:]
+        == splits["held_out"]["x"][:]
         != hold_out(rows, 1)["held_out"]["x"][:]
     )
     windows = {"x": list(range(60)), "document": [i // 3 for i in range(60)]}
-    found = hold_out(datasets.DatasetDict({"train": datasets.Dataset.from_dict(windows)}), 0)
-    assert not set(found["train"]["document"][:]) & set(found["held_out"]["document"][:])
-    assert len(found["held_out"]) == 6
+    splits = hold_out(datasets.DatasetDict({"train": datasets.Dataset.from_dict(windows)}), 0)
+    assert not set(splits["train"]["document"][:]) & set(splits["held_out"]["document"][:])
+    assert len(splits["held_out"]) == 6
     with pytest.raises(DataError, match="MaxDrop: train: got 19 training rows"):
         hold_out(datasets.DatasetDict({"train": datasets.Dataset.from_dict({"x": [0] * 19})}), 0)
 
@@ -67,13 +67,13 @@ def test_finetune_within_a_budget(tmp_path, drop, kept):
     ]  # fmt: skip
     run(*command)
     result = json.loads((tmp_path / "out" / "result.json").read_text())
-    found = result["pruned"]
+    pruned = result["pruned"]
     if kept is not None:
-        assert len(found["kept"]) == kept and set(found["attempts"]) == {"1", "2"}
+        assert len(pruned["kept"]) == kept and set(pruned["attempts"]) == {"1", "2"}
     floor = MaxDrop(drop).lowest_score(result["dense"]["held_out"])
-    best = max([int(removed) for removed, score in found["attempts"].items() if score >= floor], default=0)
-    assert len(found["kept"]) == 3 - best
-    assert fastgate.explain(fastgate.load(tmp_path / "out" / "pruned")).kept == tuple(found["kept"])
+    best = max([int(removed) for removed, score in pruned["attempts"].items() if score >= floor], default=0)
+    assert len(pruned["kept"]) == 3 - best
+    assert fastgate.explain(fastgate.load(tmp_path / "out" / "pruned")).kept == tuple(pruned["kept"])
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "dense", "pruned", "result.json", "run.json", "history.json",
     }  # fmt: skip

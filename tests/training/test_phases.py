@@ -62,24 +62,24 @@ def train(world, out, monkeypatch, kills=()):
             return own.dense(patch(dense_model(source, task)), FIT)
         return own.prune(fastgate.PruningConfig(fastgate.Sparsity(0.67)), FIT)
 
-    found = {}
+    results = {}
     for phase in (phases.DENSE, phases.PRUNE):
         if phase in left:
             with pytest.raises(Killed):
                 sitting(phase)
             now[0] += 5000.0  # nobody trains
-        found[phase] = sitting(phase)
-        assert sitting(phase) == found[phase]  # read again
-    return found
+        results[phase] = sitting(phase)
+        assert sitting(phase) == results[phase]  # read again
+    return results
 
 
 def test_seconds_are_those_of_every_sitting(world, tmp_path, monkeypatch):
     whole = train(world, tmp_path / "whole", monkeypatch)
     cut = train(world, tmp_path / "cut", monkeypatch, {"dense": 8, "prune": 11})
-    for found in (whole, cut):
-        assert found["dense"]["seconds"] == 10.0 * STEPS
-        assert found["prune"]["teacher_seconds"] == 1.0 * STEPS
-        assert found["prune"]["seconds"] == 12.0 * STEPS
+    for results in (whole, cut):
+        assert results["dense"]["seconds"] == 10.0 * STEPS
+        assert results["prune"]["teacher_seconds"] == 1.0 * STEPS
+        assert results["prune"]["seconds"] == 12.0 * STEPS
     assert whole["prune"]["kept"] == cut["prune"]["kept"]
     assert whole["dense"]["scores"] == cut["dense"]["scores"]
 

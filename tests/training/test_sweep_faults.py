@@ -30,17 +30,17 @@ def world(tmp_path_factory):
     return folder
 
 
-def recipe_of(world, path, **changes):
+def sweep_file(world, path, **changes):
     import yaml
 
     runs = [{"method": "dense"}, {"method": "fixed", "keep": [0]}]
-    recipe = {"model": str(world / "model"), "tasks": ["sst2"], "seeds": [0], **QUICK, "runs": runs} | changes
-    path.write_text(yaml.safe_dump(recipe))
+    config = {"model": str(world / "model"), "tasks": ["sst2"], "seeds": [0], **QUICK, "runs": runs} | changes
+    path.write_text(yaml.safe_dump(config))
     return path
 
 
 def command_of(world, folder, *more, **changes):
-    recipe = recipe_of(world, folder / "recipe.yaml", **changes)
+    recipe = sweep_file(world, folder / "recipe.yaml", **changes)
     return [
         "sweep",
         recipe,
@@ -56,14 +56,14 @@ def command_of(world, folder, *more, **changes):
 
 def processes_of(folder):
     """Ids of the processes whose command names this folder."""
-    found = []
+    ids = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             if str(folder).encode() in path.read_bytes():
-                found.append(int(path.parent.name))
+                ids.append(int(path.parent.name))
         except OSError:  # it ended meanwhile
             continue
-    return found
+    return ids
 
 
 def wait_until(true, seconds=120):
@@ -78,7 +78,7 @@ def wait_until(true, seconds=120):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="it reads /proc")
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGINT])
-def test_workers_end_with_their_parent_and_the_sweep_goes_on(world, tmp_path, end):
+def test_workers_end_with_their_parent_and_the_sweep_resumes(world, tmp_path, end):
     """SIGTERM ends the parent at once, as SIGKILL does: it does nothing any more that could end a worker."""
     command = command_of(world, tmp_path, "--workers", 2, seeds=[0, 1], dense_epochs=400)
     parent = subprocesses.start(CODE, *command)
@@ -128,9 +128,9 @@ def test_what_another_process_holds_is_said_and_is_no_success(world, tmp_path, w
     assert {line["seed"] for line in read_lines(tmp_path / "tasks.jsonl")} == {1}
     holder.kill()
     holder.communicate()
-    said = call(*command, "--workers", 1).output
+    printed = call(*command, "--workers", 1).output
     assert len(read_lines(tmp_path / "tasks.jsonl")) == 4
-    assert "4 runs, 2 of them in" in said
+    assert "4 runs, 2 of them in" in printed
     assert "4 of them in" in call(*command).output  # nothing left is a success, and is said
 
 
@@ -153,7 +153,7 @@ def test_progress_is_printed_without_a_terminal(world, tmp_path):
         assert any(part in line for line in lines), lines
 
 
-def test_ctrl_c_in_a_sweep_says_how_to_go_on(world, tmp_path, monkeypatch):
+def test_ctrl_c_in_a_sweep_says_how_to_continue(world, tmp_path, monkeypatch):
     command = command_of(world, tmp_path)
 
     def stop(*_, **__):
@@ -273,7 +273,7 @@ def test_results_that_cannot_be_read_or_written_are_found_first(tmp_path, monkey
 
 
 @pytest.mark.parametrize(
-    "changes, said",
+    "changes, expected",
     [
         ({"max_length": 65}, "max_length: got 65, wanted 3 to 64"),
         ({"epochs": 0.2}, "epochs: got 0.2, which is 1 optimizer step of 16 rows"),
@@ -287,9 +287,9 @@ def test_results_that_cannot_be_read_or_written_are_found_first(tmp_path, monkey
         ({"evaluate_on": "nope"}, "nope"),
     ],
 )
-def test_a_sweep_is_checked_whole_before_anything_trains(world, tmp_path, monkeypatch, changes, said):
+def test_a_sweep_is_checked_whole_before_anything_trains(world, tmp_path, monkeypatch, changes, expected):
     monkeypatch.setattr("fastgate.training.phases.TaskTrainer.dense", lambda *_: pytest.fail("it trains"))
-    assert said in call(*command_of(world, tmp_path, **changes), code=1).stderr.splitlines()[-1]
+    assert expected in call(*command_of(world, tmp_path, **changes), code=1).stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
