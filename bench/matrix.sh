@@ -37,7 +37,7 @@ PY
 
 # The pins of constraints.txt, without those that follow the versions of torch and transformers.
 pins() {
-  grep -viE '^(torch|triton|transformers|tokenizers|huggingface_hub|accelerate|datasets|peft|sentence-transformers)==' \
+  grep -viE '^(torch|triton|setuptools|transformers|tokenizers|huggingface_hub|accelerate|datasets|peft|sentence-transformers)==' \
     constraints.txt
 }
 

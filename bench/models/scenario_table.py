@@ -1,7 +1,7 @@
 """The results of bench/models/scenarios.py as Markdown.
 
-python bench/models/scenario_table.py [FILE]          all tables
-python bench/models/scenario_table.py [FILE] --worst  what is behind a peer or below 85% of the floor, a line each
+python bench/models/scenario_table.py [FILE]          all tables python bench/models/scenario_table.py [FILE]
+--worst  what is behind a peer or below 85% of the floor, a line each
 """
 
 from __future__ import annotations

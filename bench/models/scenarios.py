@@ -1,12 +1,12 @@
-"""The sweep of scenarios on the CPU: fastgate with every choice of kept layers, and each peer, a line a run.
+"""The sweep of scenarios on the CPU: fastgate with every choice of kept layers, and each baseline, a line a run.
 
     python bench/models/scenarios.py --data-dir D [--out FILE] [--threads 2] [--only TEXT] [--minutes M] [--list]
 
 A run is one model size, precision, task, order of the rows and batch size. All its contenders take turns on
-the same batches: the peers, fastgate unpruned and pruned, and the floor of each. Runs of one size, precision
-and kind of head that follow one another share a process: a peer is exported or compiled once for them. The
-most important runs come first; one whose line with the same settings is in FILE already is left out, so a
-sweep that was cut off goes on where it was. BERT-large in float32 takes 22 GB of memory.
+the same batches: the baselines, fastgate unpruned and pruned, and the floor of each. Runs of one size,
+precision and kind of head that follow one another share a process: a baseline is exported or compiled once
+for them. The most important runs come first; one whose line with the same settings is in FILE already is left
+out, so a sweep that was cut off goes on where it was. BERT-large in float32 takes 22 GB of memory.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ KINDS = {"sst2": "text", "imdb": "text", "wnut17": "tokens"}
 MAX_LENGTH = {"sst2": 128, "imdb": 512, "wnut17": 128}
 BATCHES = {1: 8, 8: 4, 32: 3, 128: 1}  # how many of a size
 LONG_BATCHES = {1: 4, 8: 2, 32: 1}  # and of documents
-PEERS = ("sdpa", "eager", "compile", "onnxruntime", "openvino")
+BASELINES = ("sdpa", "eager", "compile", "onnxruntime", "openvino")
 SHARES = (0.5, 0.67, 0.83)  # of the attention sublayers that are pruned
 
 
@@ -60,7 +60,7 @@ class Run:
     @property
     def against(self) -> tuple[str, ...]:
         """Eager attention is behind SDPA or level with it: not worth its minutes everywhere."""
-        return tuple(name for name in PEERS if self.whole or name != "eager")
+        return tuple(name for name in BASELINES if self.whole or name != "eager")
 
     @property
     def choices(self) -> list[str]:
@@ -112,7 +112,7 @@ def runs() -> list[Run]:
 def choices(model: str) -> dict[str, tuple[str, list[int] | None]]:
     """Name -> (where the kept layers lie, which they are; None for all), each set of layers once.
 
-    At the largest size only as many as fit in memory beside the peers.
+    At the largest size only as many as fit in memory beside the baselines.
     """
     layers = model_variants.layers_of(model)
     found: dict[str, tuple[str, list[int] | None]] = {"all": ("all", None)}
@@ -148,13 +148,15 @@ def line(
     names: dict[str, tuple[str, list[int] | None]],
     found: list[compare.Comparison],
 ) -> dict[str, Any]:
-    """A run as plain data: the peers once, then fastgate and its floor for each choice of layers."""
+    """A run as plain data: the baselines once, then fastgate and its floor for each choice of layers."""
     plain = [one.to_dict() for one in found]
     first = plain[0]
     return {
         "settings": {**settings, "environment": environment()},
         **{key: first[key] for key in ("rows", "tokens", "filled", "absent")},
-        "peers": {name: {"form": form, **first["contenders"][name]} for name, form in first["peers"].items()},
+        "baselines": {
+            name: {"form": form, **first["contenders"][name]} for name, form in first["baselines"].items()
+        },
         "fastgate": [
             {
                 "name": name,
@@ -180,7 +182,7 @@ def run_group(chosen: list[Run], data_dir: Path, out: Path, threads: int, deadli
         name: model_variants.pruned(reference, kept) for name, (_, kept) in names.items() if name in needed
     }
     rows: dict[str, Any] = {}
-    built: dict[str, baselines.Peer] = {}
+    built: dict[str, baselines.Baseline] = {}
     absent: dict[str, str] | None = None
     for run in chosen:
         if time.time() > deadline:
@@ -193,9 +195,9 @@ def run_group(chosen: list[Run], data_dir: Path, out: Path, threads: int, deadli
             rows[run.task], tokenizer, batch_size=run.batch_size, count=settings["batches"], order=run.order
         )
         if absent is None:
-            built, absent = baselines.build(PEERS, reference, batches[0])
+            built, absent = baselines.build_baselines(BASELINES, reference, batches[0])
             missing = "; ".join(f"{name} is not timed: {why}" for name, why in absent.items())
-            print(f"{run.group}: {missing or 'every peer runs'}", flush=True)
+            print(f"{run.group}: {missing or 'every baseline runs'}", flush=True)
         give_back()
         start = time.perf_counter()
         try:
@@ -203,7 +205,7 @@ def run_group(chosen: list[Run], data_dir: Path, out: Path, threads: int, deadli
                 {name: models[name] for name in run.choices},
                 reference,
                 batches,
-                {name: peer for name, peer in built.items() if name in run.against},
+                {name: baseline for name, baseline in built.items() if name in run.against},
                 absent,
                 progress=give_back,
             )
@@ -213,7 +215,7 @@ def run_group(chosen: list[Run], data_dir: Path, out: Path, threads: int, deadli
             continue
         with out.open("a") as file:
             file.write(json.dumps(line(settings, {name: names[name] for name in run.choices}, found)) + "\n")
-        best = min(found[0].peers, key=found[0].ratio)
+        best = min(found[0].baselines, key=found[0].ratio)
         said = f"{found[0].ratio(best):.2f}x {best}, {time.perf_counter() - start:.0f} s"
         print(f"{run.group}: {run.task}, {run.order} order, batches of {run.batch_size}: {said}", flush=True)
     return right

@@ -1,4 +1,4 @@
-"""`fastgate bench`: the same real batches through fastgate and its peers in turn, outputs compared first."""
+"""`fastgate bench`: the same real batches through fastgate and its baselines in turn, outputs compared first."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from fastgate.benchmark.baselines import PEERS, Batch, Peer, build
+from fastgate.benchmark.baselines import BASELINES, Baseline, Batch, build_baselines
 from fastgate.benchmark.batches import check_order, real_batches
-from fastgate.benchmark.equivalence import check_outputs, hold_peers
+from fastgate.benchmark.equivalence import check_baselines, check_outputs
 from fastgate.benchmark.matmul_bound import MatmulLowerBound
-from fastgate.benchmark.model_variants import DTYPES, contenders
+from fastgate.benchmark.model_variants import DTYPES, load_models
 from fastgate.benchmark.timing import Timing, interleave
 from fastgate.data.load import load_task
 from fastgate.env import environment
@@ -29,10 +29,10 @@ SECONDS = 0.2  # of a contender on a batch, at least: small batches are run more
 
 @dataclass(frozen=True)
 class Comparison:
-    """Timings of one run, by contender: `fastgate`, the peers, and `floor`, the products alone.
+    """Timings of one run, by contender: `fastgate`, the baselines, and `floor`, the products alone.
 
     tokens: attended tokens in all batches. max_difference: largest difference of any logit of fastgate's from
-    Hugging Face's. peers: in which form each peer ran. absent: why a peer did not.
+    Hugging Face's. baselines: in which form each baseline ran. absent: why a baseline did not.
     """
 
     timings: dict[str, Timing]
@@ -41,13 +41,13 @@ class Comparison:
     padded: int
     max_difference: float
     kept: list[int]
-    peers: dict[str, str] = field(default_factory=dict)
+    baselines: dict[str, str] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
 
-    def ratio(self, rival: str) -> float:
-        """How many times faster fastgate is than `rival`, over all batches."""
-        return self.timings[rival].total / self.timings["fastgate"].total
+    def ratio(self, baseline: str) -> float:
+        """How many times faster fastgate is than `baseline`, over all batches."""
+        return self.timings[baseline].total / self.timings["fastgate"].total
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data: medians in milliseconds, ratios, tokens/s, share of the floor."""
@@ -68,7 +68,7 @@ class Comparison:
             "tokens": self.tokens,
             "filled": self.tokens / self.padded,
             "max_difference": self.max_difference,
-            "peers": self.peers,
+            "baselines": self.baselines,
             "absent": self.absent,
             "contenders": contenders,
             "ratio": {name: self.ratio(name) for name in self.timings if name not in ("fastgate", "floor")},
@@ -88,15 +88,17 @@ def compare(
     """Check that `ours` computes what `reference` does, then time both, and the products alone, on every
     batch.
 
-    against: names of peers.PEERS; one that cannot run here, or is not right, is left out with the reason.
-    Raises OutputsDiffer and times nothing if a logit of `ours` differs by more than TOLERANCES, ArgumentError
-    if no peer is left.
+    against: names of baselines.BASELINES; one that cannot run here, or is not right, is left out with the
+    reason. Raises OutputsDiffer and times nothing if a logit of `ours` differs by more than TOLERANCES,
+    ArgumentError if no baseline is left.
     """
-    _check_peers(against)
+    _check_names(against)
     device = next(ours.parameters()).device
     batches = [{key: value.to(device) for key, value in batch.items()} for batch in batches]
-    peers, absent = build(against, reference, batches[0])
-    (found,) = compare_all({"": ours}, reference, batches, peers, absent, repeats=repeats, progress=progress)
+    baselines, absent = build_baselines(against, reference, batches[0])
+    (found,) = compare_all(
+        {"": ours}, reference, batches, baselines, absent, repeats=repeats, progress=progress
+    )
     return found
 
 
@@ -104,26 +106,28 @@ def compare_all(
     models: Mapping[str, Any],
     reference: Any,
     batches: Sequence[Batch],
-    peers: Mapping[str, Peer],
+    baselines: Mapping[str, Baseline],
     absent: Mapping[str, str],
     *,
     repeats: int = 3,
     progress: Callable[[], None] | None = None,
 ) -> list[Comparison]:
-    """As `compare`, for several models of ours that share the peers' timings; batches on the models' device.
+    """As `compare`, for several models of ours that share the baselines' timings; batches on the models' device.
 
-    peers, absent: what peers.build returned, whatever batch it was given. One Comparison a model, in their
-    order.
+    baselines, absent: what baselines.build returned, whatever batch it was given. One Comparison a model, in
+    their order.
     """
     device = batches[0]["attention_mask"].device
     worst = {name: check_outputs(model, reference, batches[:2]) for name, model in models.items()}
-    peers, wrong = hold_peers(peers, reference, batches[:2])
+    baselines, wrong = check_baselines(baselines, reference, batches[:2])
     absent = {**absent, **wrong}
-    if not peers:
+    if not baselines:
         got = "; ".join(f"{name}: {why}" for name, why in absent.items())
-        raise ArgumentError(format_error("bench", "--against", got, "a peer that runs here", "name another"))
+        raise ArgumentError(
+            format_error("bench", "--against", got, "a baseline that runs here", "name another")
+        )
     runs: dict[str, Callable[[Batch], object]] = {f"fastgate {n}": _call(m) for n, m in models.items()}
-    runs |= {name: peer.run for name, peer in peers.items()}
+    runs |= {name: baseline.run for name, baseline in baselines.items()}
     runs |= {f"floor {name}": MatmulLowerBound(model, batches) for name, model in models.items()}
     timings = interleave(
         runs, batches, repeats=repeats, seconds=SECONDS, device=device, progress=progress
@@ -132,7 +136,7 @@ def compare_all(
         Comparison(
             {
                 "fastgate": timings[f"fastgate {name}"],
-                **{peer: timings[peer] for peer in peers},
+                **{baseline: timings[baseline] for baseline in baselines},
                 "floor": timings[f"floor {name}"],
             },
             tokens=sum(int(batch["attention_mask"].sum()) for batch in batches),
@@ -140,19 +144,19 @@ def compare_all(
             padded=sum(batch["attention_mask"].numel() for batch in batches),
             max_difference=worst[name],
             kept=[i for i, gate in enumerate(get_encoder(model).gates) if gate != 0.0],
-            peers={name: peer.form for name, peer in peers.items()},
+            baselines={name: baseline.form for name, baseline in baselines.items()},
             absent=absent,
         )
         for name, model in models.items()
     ]
 
 
-def _check_peers(against: Sequence[str]) -> None:
-    unknown = [name for name in against if name not in PEERS]
+def _check_names(against: Sequence[str]) -> None:
+    unknown = [name for name in against if name not in BASELINES]
     if unknown or not against:
         got = ", ".join(unknown) or "none"
         raise ArgumentError(
-            format_error("bench", "--against", got, " or ".join(PEERS), "pass one or more, by commas")
+            format_error("bench", "--against", got, " or ".join(BASELINES), "pass one or more, by commas")
         )
 
 
@@ -185,13 +189,13 @@ def bench(
     dtype: str = "float32",
 ) -> Comparison:
     """The body of `fastgate bench`: load, check, time. `console` shows a progress bar."""
-    _check_peers(against)
+    _check_names(against)
     precision = dtype_of("bench", dtype)
     if threads is not None:
         torch.set_num_threads(threads)
     check_order(order)
     task = load_task(task_name, data_dir, max_train_rows=1)
-    ours, reference, tokenizer = contenders(model, task, keep, precision)
+    ours, reference, tokenizer = load_models(model, task, keep, precision)
     made = real_batches(
         task, tokenizer, max_length=max_length, batch_size=batch_size, count=batches, order=order
     )
@@ -225,7 +229,7 @@ def bench_table(found: Comparison) -> Table:
     caption = "\n".join(
         [
             f"logits within {data['max_difference']:.0e} of Hugging Face's; floor: the products alone",
-            *data["peers"].values(),
+            *data["baselines"].values(),
             *(f"{name} was not timed: {why}" for name, why in data["absent"].items()),
         ]
     )

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgate.benchmark.baselines import Batch, Peer, Run
+from fastgate.benchmark.baselines import Baseline, Batch, Run
 from fastgate.errors import FastgateError, format_error
 from fastgate.models.handle import get_encoder
 from fastgate.runtime.unpadding import left_neighbour_mask
@@ -100,18 +100,18 @@ def _difference(run: Run, reference: Any, batches: Sequence[Batch]) -> tuple[flo
     return worst, share
 
 
-def hold_peers(
-    peers: Mapping[str, Peer], reference: Any, batches: Sequence[Batch]
-) -> tuple[dict[str, Peer], dict[str, str]]:
-    """(the peers whose logits are Hugging Face's within TOLERANCES, why the others are not timed)."""
+def check_baselines(
+    baselines: Mapping[str, Baseline], reference: Any, batches: Sequence[Batch]
+) -> tuple[dict[str, Baseline], dict[str, str]]:
+    """(the baselines whose logits are Hugging Face's within TOLERANCES, why the others are not timed)."""
     tolerance = TOLERANCES[reference.dtype]
-    held: dict[str, Peer] = {}
+    held: dict[str, Baseline] = {}
     wrong: dict[str, str] = {}
     with torch.inference_mode():
-        for name, peer in peers.items():
-            worst, share = _difference(peer.run, reference, batches)
+        for name, baseline in baselines.items():
+            worst, share = _difference(baseline.run, reference, batches)
             if share <= tolerance:
-                held[name] = peer
+                held[name] = baseline
             else:
                 wrong[name] = (
                     f"a logit differs by {worst:.1e} from Hugging Face's, at most {tolerance} is allowed"

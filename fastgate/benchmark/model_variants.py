@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fastgate.benchmark.baselines import twin
+from fastgate.benchmark.baselines import copy_sharing_weights
 from fastgate.data.task import Task
 from fastgate.errors import ArgumentError, format_error
 from fastgate.models.architectures import base_class
@@ -28,7 +28,7 @@ _SHAPES = {  # hidden, layers, heads, intermediate
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def contenders(
+def load_models(
     source: str | Path,
     task: Task,
     keep: Sequence[int] | None,
@@ -53,7 +53,7 @@ def contenders(
             )
         ours = load(name).to(device, dtype)
         reference = unpruned(ours).to(device, dtype)
-        return ours_at_best(ours), reference, load_tokenizer(name, task)
+        return freeze_on_cpu(ours), reference, load_tokenizer(name, task)
     reference, tokenizer = dense(name, task, dtype)
     layers = int(reference.config.num_hidden_layers)
     if keep is not None and not all(0 <= layer < layers for layer in keep):
@@ -63,7 +63,7 @@ def contenders(
 
 
 def dense(source: str | Path, task: Task, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
-    """(Hugging Face's model, the tokenizer) of a size, the hub or a folder, as `contenders` takes them."""
+    """(Hugging Face's model, the tokenizer) of a size, the hub or a folder, as `load_models` takes them."""
     name = str(source)
     if name in _SHAPES:
         tokenizer = load_tokenizer(demo_model_path(), task)
@@ -82,13 +82,13 @@ def pruned(
     reference: Any, keep: Sequence[int] | None, pooling: str | None = None, replacement: str = "zero"
 ) -> Any:
     """fastgate's model with the weights of a Hugging Face model, attention kept in the layers of `keep`."""
-    ours = patch(twin(reference), pooling=pooling)
+    ours = patch(copy_sharing_weights(reference), pooling=pooling)
     if keep is not None:
         prune(ours, keep=list(keep), replacement=replacement)
-    return ours_at_best(ours)
+    return freeze_on_cpu(ours)
 
 
-def ours_at_best(model: Any) -> Any:
+def freeze_on_cpu(model: Any) -> Any:
     """A patched model, on the device it will run on, in the form it is timed in: on the CPU frozen."""
     return freeze(model) if next(model.parameters()).device.type == "cpu" else model
 

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from fastgate.benchmark.baselines import Batch
 from fastgate.benchmark.equivalence import check_outputs
-from fastgate.benchmark.model_variants import ours_at_best, unpruned
+from fastgate.benchmark.model_variants import freeze_on_cpu, unpruned
 from fastgate.benchmark.timing import interleave
 from fastgate.cli.progress import Display
 from fastgate.data import Task, load_task
@@ -120,7 +120,7 @@ def measure(out: Path, task: Task, result: dict[str, Any]) -> tuple[list[Contend
     models = {"Hugging Face": reference, "fastgate dense": dense, "fastgate pruned": pruned}
     parameters = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
     for ours in (dense, pruned):
-        ours_at_best(ours)
+        freeze_on_cpu(ours)
     device = next(reference.parameters()).device
     rows = task.tokenize(tokenizer, result["settings"]["max_length"])["evaluation"].remove_columns("labels")
 

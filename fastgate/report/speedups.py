@@ -62,7 +62,7 @@ def measured(
     those of other processors; what was measured on this one is not measured again."""
     from fastgate.benchmark.batches import real_batches
     from fastgate.benchmark.compare import compare, dtype_of
-    from fastgate.benchmark.model_variants import contenders
+    from fastgate.benchmark.model_variants import load_models
     from fastgate.data.load import load_task
 
     speeds, precision = read_speeds(path), dtype_of("report", dtype)
@@ -73,7 +73,7 @@ def measured(
             continue
         task = load_task(line["task"], data_dir, max_train_rows=1)
         source = line["settings"]["model"]
-        ours, reference, tokenizer = contenders(
+        ours, reference, tokenizer = load_models(
             source, task, line["kept"], precision, pooling_of(line), line["replacement"]
         )
         batches = real_batches(

@@ -34,11 +34,11 @@ def bench(monkeypatch):
         sys.modules.pop(name, None)
 
 
-def work(bench, **contenders):
+def work(bench, **implementations):
     truth = torch.arange(6.0)
     return bench.harness.Work(
         "doubling",
-        contenders,
+        implementations,
         bytes=48,
         ceilings={"copy": bench.harness.copying(48, 1)},
         truth=[truth * 2],
@@ -54,33 +54,33 @@ def test_a_wrong_contender_is_not_timed(bench):
         return x * 2.001
 
     with pytest.raises(AssertionError, match=r"doubling: wrong, result 0: error 5\.0e-04"):
-        bench.harness.hold(work(bench, fastgate=lambda place: x * 2, wrong=wrong), 2)
+        bench.harness.time_all(work(bench, fastgate=lambda place: x * 2, wrong=wrong), 2)
     assert timed == [0]
     with pytest.raises(AssertionError, match="error inf"):
-        bench.harness.hold(work(bench, fastgate=lambda place: x * math.nan), 2)
+        bench.harness.time_all(work(bench, fastgate=lambda place: x * math.nan), 2)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="laps of the CPU")
-def test_contenders_take_turns(bench, monkeypatch):
-    monkeypatch.setattr(bench.harness, "LAP_SECONDS", 0.0)  # one call a lap
+@pytest.mark.skipif(torch.cuda.is_available(), reason="blocks of the CPU")
+def test_implementations_take_turns(bench, monkeypatch):
+    monkeypatch.setattr(bench.harness, "BLOCK_SECONDS", 0.0)  # one call a block
     x, called = torch.arange(6.0), []
 
-    def contender(name):
+    def implementation(name):
         def call(place):
             called.append(name)
             return x * 2
 
         return call
 
-    found = bench.harness.hold(work(bench, fastgate=contender("a"), other=contender("b")), 3)
-    # Checked, tried once each, then lap about: who begins moves on, over the ceiling's turn too.
+    found = bench.harness.time_all(work(bench, fastgate=implementation("a"), other=implementation("b")), 3)
+    # Checked, tried once each, then block about: who begins moves on, over the ceiling's turn too.
     assert "".join(called) == "ab" + "ab" + "ab" + "ba" + "ab" + "ab"
     assert set(found) == {"fastgate", "other", "copy"}
     assert all(len(result.seconds) == 3 and result.median > 0 for result in found.values())
 
 
 class FakeGpu:
-    """As much of torch.cuda as laps use; a call takes a microsecond."""
+    """As much of torch.cuda as blocks use; a call takes a microsecond."""
 
     def __init__(self, refuse: bool) -> None:
         self.refuse, self.clock, self.slept = refuse, 0.0, 0
@@ -131,25 +131,25 @@ class FakeGpu:
 
 
 @pytest.mark.parametrize("refuse", [False, True])
-def test_laps_of_a_gpu_walk_over_all_sets(bench, monkeypatch, refuse):
+def test_timed_blocks_of_a_gpu_walk_over_all_sets(bench, monkeypatch, refuse):
     """On a device that is not there: a graph of whole walks, or the same queued behind a wait."""
     gpu = FakeGpu(refuse)
     gpu.install(monkeypatch)
-    lap = bench.harness._gpu_lap(gpu.call, sets=3)
-    assert lap.how == ("queue" if refuse else "graph") and lap.calls % 3 == 0
+    block = bench.harness._gpu_timed_block(gpu.call, sets=3)
+    assert block.how == ("queue" if refuse else "graph") and block.calls % 3 == 0
     before = len(gpu.places)
-    lap.run()
-    assert lap.seconds() == pytest.approx(1e-6)
-    assert (gpu.places[before:] == [turn % 3 for turn in range(lap.calls)]) == refuse
-    assert (gpu.slept > 0) == refuse and lap.kept == [0, 1, 2]
+    block.run()
+    assert block.seconds() == pytest.approx(1e-6)
+    assert (gpu.places[before:] == [turn % 3 for turn in range(block.calls)]) == refuse
+    assert (gpu.slept > 0) == refuse and block.kept == [0, 1, 2]
 
 
 ENVIRONMENT = {"device": "NVIDIA H200", "torch": "2.11.0"}
 
 
-def line(work, contender, us, **more):
+def line(work, implementation, us, **more):
     return {
-        "work": work, "contender": contender, "us": us, "gb_per_s": 1.0, "tflop_per_s": 300.0, "bytes": 100,
+        "work": work, "implementation": implementation, "us": us, "gb_per_s": 1.0, "tflop_per_s": 300.0, "bytes": 100,
         "flops": 0, "bound": "copy", "share": 0.8, "ceilings_us": {"copy": 8.0}, **more,
     }  # fmt: skip
 
@@ -173,7 +173,7 @@ def test_table_and_aims(bench, tmp_path):
         line(product, "fastgate", 10.0, **ceilings),
         line(product, "eager", 11.0, **ceilings),
         *(
-            {"work": "gated_add_norm host time of a call, inference", "contender": name, "host_us": us}
+            {"work": "gated_add_norm host time of a call, inference", "implementation": name, "host_us": us}
             for name, us in (("fastgate", 15.0), ("layer_norm", 10.0))
         ),
     ]
@@ -285,10 +285,12 @@ def test_models_are_timed_and_traced(tmp_path):
     assert first["environment"]["torch"] == torch.__version__ and traced["pruned_attention_kernels"] == 0
     assert [line["scenario"] for line in lines] == ["half padding", "batch 1, length 32", "training step"]
     for line in lines:
-        rows = line["contenders"]
-        assert {"fastgate", "fastgate {0,4,8}", "fastgate {0,1}", "sdpa", "eager"} <= set(rows)
+        rows = line["models"]
+        assert {"fastgate", "fastgate {0,4,8}", "fastgate {0,1}", "sdpa", "eager", "flash varlen"} <= set(
+            rows
+        )
         assert all(row["ms"] > 0 for row in rows.values()) and line["largest_difference"] < 0.1
-        assert set(rows["fastgate"]["faster_than"]) >= {"sdpa", "eager"}
+        assert set(rows["fastgate"]["speedups"]) >= {"sdpa", "eager", "flash varlen"}
         # The work that is left: both are counted from the same steps.
         assert rows["fastgate"]["tflop_per_s"] > 0 and "flash" in {*rows, *line["absent"]}
     table = (tmp_path / "models.md").read_text()

@@ -21,7 +21,7 @@ NAMES = ("scenarios", "scenario_table", "scenario_plots")
 
 @pytest.fixture
 def bench(monkeypatch, tmp_path):
-    """The modules of the sweep, with a size `tiny`, two tasks in files, one peer and short turns."""
+    """The modules of the sweep, with a size `tiny`, two tasks in files, one baseline and short turns."""
     monkeypatch.syspath_prepend(str(BENCH / "models"))
     import scenario_plots
     import scenario_table
@@ -36,7 +36,7 @@ def bench(monkeypatch, tmp_path):
     monkeypatch.setitem(model_variants._SHAPES, "tiny", (32, 6, 4, 64))
     monkeypatch.setattr(model_variants, "demo_model_path", lambda: folder)
     monkeypatch.setattr(compare, "SECONDS", 0.0)
-    monkeypatch.setattr(scenarios, "PEERS", ("sdpa", "onnxruntime"))
+    monkeypatch.setattr(scenarios, "BASELINES", ("sdpa", "onnxruntime"))
     monkeypatch.setattr(scenarios, "BATCHES", {1: 3, 8: 2, 32: 1})
     monkeypatch.setattr("fastgate.benchmark.baselines.importlib.util.find_spec", lambda package: None)
     modules = {"scenarios": scenarios, "table": scenario_table, "plots": scenario_plots}
@@ -94,7 +94,7 @@ def test_a_sweep_goes_on_where_it_was_and_is_shown(bench, monkeypatch, capsys):
     assert first["settings"]["order"] == "length" and first["settings"]["batches"] == 3
     assert [v["name"] for v in first["fastgate"]] == ["all", "67% spread", "83% low"]
     assert first["fastgate"][1]["kept"] == [0, 3] and first["fastgate"][0]["ratio"]["sdpa"] > 0
-    assert set(first["peers"]) == {"sdpa"} and "fastgate[peers]" in first["absent"]["onnxruntime"]
+    assert set(first["baselines"]) == {"sdpa"} and "fastgate[baselines]" in first["absent"]["onnxruntime"]
     assert lines[-1]["settings"]["dtype"] == "bfloat16" and torch.get_num_threads() == 1
 
     shown = bench.table.tables(lines)
@@ -115,7 +115,7 @@ def test_a_sweep_goes_on_where_it_was_and_is_shown(bench, monkeypatch, capsys):
 def test_what_misses_an_aim_is_named(bench):
     ours = {"name": "all", "ratio": {"sdpa": 2.0, "openvino": 0.9}, "floor_share": 0.8}
     settings = {"model": "m", "dtype": "float32", "task": "sst2", "order": "data", "batch_size": 8}
-    run = {"settings": settings, "peers": {"sdpa": {}, "openvino": {}}, "fastgate": [ours]}
+    run = {"settings": settings, "baselines": {"sdpa": {}, "openvino": {}}, "fastgate": [ours]}
     assert bench.table.worst([run]) == [
         "m float32 sst2, data order, 8: all: 0.90x openvino",
         "m float32 sst2, data order, 8: all: 80% of the floor",
