@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import os
 import subprocess
 import sys
@@ -59,6 +60,7 @@ PRUNINGS: dict[str, tuple[tuple[int, ...], str] | None] = {
     "zero none": ((), "zero"),
 }
 DTYPES = ("fp32", "bf16", "autocast")
+LARGE = 1 << 14  # elements: of larger tensors a digest is compared
 Result = dict[str, Tensor]
 
 
@@ -146,6 +148,16 @@ def prepared(model: Any, pruning: str, frozen: bool, dtype: str) -> Any:
 
 def precision(dtype: str) -> contextlib.AbstractContextManager[Any]:
     return torch.autocast("cpu", torch.bfloat16) if dtype == "autocast" else contextlib.nullcontext()
+
+
+def compact(tensor: Tensor) -> Tensor:
+    """The tensor, or a digest of its type, shape and bits if it is large: thousands of them are compared."""
+    if tensor.numel() <= LARGE:
+        return tensor
+    flat = tensor.detach().contiguous().flatten().view(torch.uint8)
+    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    digest.update(flat.numpy().tobytes())
+    return torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)
 
 
 def tensors(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
@@ -298,7 +310,7 @@ def serve(folder: Path, results: Path, only: str, threads: int, write: bool) -> 
     for title, compute in cases(checkpoints, write):
         if only in title:
             try:
-                stored[title] = compute()
+                stored[title] = {name: compact(tensor) for name, tensor in compute().items()}
             except Exception as error:
                 stored[title] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     torch.save(stored, results)
@@ -330,6 +342,8 @@ def difference(old: Result | str, new: Result | str) -> str | None:
     a, b = old[name], new[name]
     if a.shape != b.shape or a.dtype != b.dtype:
         return f"{name}: {a.dtype} {tuple(a.shape)}, new {b.dtype} {tuple(b.shape)}"
+    if a.dtype == torch.uint8:
+        return f"{len(unequal)} of {len(old)} tensors, first {name}: a large one, of other bits"
     largest = (a.double() - b.double()).abs().max().item()
     return f"{len(unequal)} of {len(old)} tensors, first {name}: largest difference {largest:.1e}"
 
