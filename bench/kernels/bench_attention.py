@@ -73,7 +73,7 @@ class Call:
         return t.view(-1, self.heads, self.head_dim)
 
 
-# An implementation: its operands of a set from the packed ones, the function, and the packed rows from its result.
+# An implementation: its operands of a set, the function, and the unpadded rows of its result.
 Form = tuple[Callable[[Tensor], Tensor], Callable[..., Tensor], Callable[[Tensor], Tensor]]
 
 

@@ -1,6 +1,6 @@
-"""The kernel timings that `pytest bench/kernels --lines FILE` writes: a table, and a comparison with the aims.
+"""A table of the kernel timings that `pytest bench/kernels --lines FILE` writes, and the aims they meet.
 
-    python bench/kernels/kernel_table.py lines JSON > FILE    (of `pytest bench/kernels --benchmark-json=JSON`)
+    python bench/kernels/kernel_table.py lines JSON > FILE    (JSON: from pytest's --benchmark-json=JSON)
     python bench/kernels/kernel_table.py table bench/results/kernels_h200.jsonl
     python bench/kernels/kernel_table.py aims bench/results/kernels_h200.jsonl
 

@@ -1,4 +1,4 @@
-"""Whole models on a GPU: fastgate and Hugging Face's in turn on the same batches, and the kernels they launch.
+"""Whole models on a GPU: fastgate and Hugging Face's in turn on the same batches, and their kernels.
 
     python bench/models/gpu_models.py --out FOLDER [--traces FOLDER] [--seconds N] [--quick]
 

@@ -1,4 +1,4 @@
-"""`fastgate bench`: the same real batches through fastgate and its baselines in turn, outputs compared first."""
+"""`fastgate bench`: fastgate and its baselines in turn on the same real batches, outputs compared first."""
 
 from __future__ import annotations
 
@@ -24,15 +24,17 @@ from fastgate.errors import ArgumentError, format_error
 from fastgate.models.handle import get_encoder
 from fastgate.training.feasibility import check_rows
 
-SECONDS = 0.2  # of a contender on a batch, at least: small batches are run more often for steady medians
+SECONDS = 0.2  # of a model on a batch, at least: small batches are run more often for steady medians
+LOWER_BOUND = "lower bound"  # the name of the matmul lower bound among the timings
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Timings of one run, by contender: `fastgate`, the baselines, and `floor`, the products alone.
+    """Timings of one run, by name: `fastgate`, the baselines, and the matmul lower bound.
 
-    tokens: attended tokens in all batches. max_difference: largest difference of any logit of fastgate's from
-    Hugging Face's. baselines: in which form each baseline ran. absent: why a baseline did not.
+    tokens: attended tokens in all batches. rows: sequences in all batches. padded: tokens with the padding.
+    max_difference: largest difference of any logit of fastgate's from Hugging Face's. kept: the layers that
+    keep their attention. baselines: in which form each baseline ran. absent: why a baseline did not run.
     """
 
     timings: dict[str, Timing]
@@ -45,13 +47,13 @@ class Comparison:
     absent: dict[str, str] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
 
-    def ratio(self, baseline: str) -> float:
-        """How many times faster fastgate is than `baseline`, over all batches."""
+    def speedup(self, baseline: str) -> float:
+        """The time of `baseline` over that of fastgate, of all batches."""
         return self.timings[baseline].total / self.timings["fastgate"].total
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data: medians in milliseconds, ratios, tokens/s, share of the floor."""
-        contenders = {
+        """Plain data: medians in milliseconds, tokens/s, speed-ups, share of the matmul lower bound."""
+        models = {
             name: {
                 "median_ms": 1e3 * timing.median,
                 "total_ms": 1e3 * timing.total,
@@ -70,9 +72,11 @@ class Comparison:
             "max_difference": self.max_difference,
             "baselines": self.baselines,
             "absent": self.absent,
-            "contenders": contenders,
-            "ratio": {name: self.ratio(name) for name in self.timings if name not in ("fastgate", "floor")},
-            "floor_share": self.timings["floor"].total / self.timings["fastgate"].total,
+            "models": models,
+            "speedup": {
+                name: self.speedup(name) for name in self.timings if name not in ("fastgate", LOWER_BOUND)
+            },
+            "lower_bound_share": self.timings[LOWER_BOUND].total / self.timings["fastgate"].total,
         }
 
 
@@ -85,7 +89,7 @@ def compare(
     repeats: int = 3,
     progress: Callable[[], None] | None = None,
 ) -> Comparison:
-    """Check that `ours` computes what `reference` does, then time both, and the products alone, on every
+    """Check that `ours` computes what `reference` does, then time both, and the matmul lower bound, on every
     batch.
 
     against: names of baselines.BASELINES; one that cannot run here, or is not right, is left out with the
@@ -96,10 +100,10 @@ def compare(
     device = next(ours.parameters()).device
     batches = [{key: value.to(device) for key, value in batch.items()} for batch in batches]
     baselines, absent = build_baselines(against, reference, batches[0])
-    (found,) = compare_all(
+    (comparison,) = compare_all(
         {"": ours}, reference, batches, baselines, absent, repeats=repeats, progress=progress
     )
-    return found
+    return comparison
 
 
 def compare_all(
@@ -112,9 +116,9 @@ def compare_all(
     repeats: int = 3,
     progress: Callable[[], None] | None = None,
 ) -> list[Comparison]:
-    """As `compare`, for several models of ours that share the baselines' timings; batches on the models' device.
+    """As `compare`, for several models that share the timings of the baselines. Batches are on their device.
 
-    baselines, absent: what baselines.build returned, whatever batch it was given. One Comparison a model, in
+    baselines, absent: what build_baselines returned, whatever batch it was given. One Comparison a model, in
     their order.
     """
     device = batches[0]["attention_mask"].device
@@ -128,7 +132,7 @@ def compare_all(
         )
     runs: dict[str, Callable[[Batch], object]] = {f"fastgate {n}": _call(m) for n, m in models.items()}
     runs |= {name: baseline.run for name, baseline in baselines.items()}
-    runs |= {f"floor {name}": MatmulLowerBound(model, batches) for name, model in models.items()}
+    runs |= {f"{LOWER_BOUND} {name}": MatmulLowerBound(model, batches) for name, model in models.items()}
     timings = interleave(
         runs, batches, repeats=repeats, seconds=SECONDS, device=device, progress=progress
     )  # fmt: skip
@@ -137,7 +141,7 @@ def compare_all(
             {
                 "fastgate": timings[f"fastgate {name}"],
                 **{baseline: timings[baseline] for baseline in baselines},
-                "floor": timings[f"floor {name}"],
+                LOWER_BOUND: timings[f"{LOWER_BOUND} {name}"],
             },
             tokens=sum(int(batch["attention_mask"].sum()) for batch in batches),
             rows=sum(batch["attention_mask"].shape[0] for batch in batches),
@@ -196,29 +200,29 @@ def bench(
     check_order(order)
     task = load_task(task_name, data_dir, max_train_rows=1)
     ours, reference, tokenizer = load_models(model, task, keep, precision)
-    made = real_batches(
+    chosen = real_batches(
         task, tokenizer, max_length=max_length, batch_size=batch_size, count=batches, order=order
     )
-    check_rows("bench", "--max-length", [batch["input_ids"][0] for batch in made], ours)
+    check_rows("bench", "--max-length", [batch["input_ids"][0] for batch in chosen], ours)
     with Progress(console=console, transient=True) as bar:
-        job = bar.add_task("timing", total=len(made))
-        found = compare(ours, reference, made, against=against, progress=lambda: bar.advance(job))
+        job = bar.add_task("timing", total=len(chosen))
+        comparison = compare(ours, reference, chosen, against=against, progress=lambda: bar.advance(job))
     settings = {
         "model": model,
         "task": task_name,
         "batch_size": batch_size,
-        "batches": len(made),
+        "batches": len(chosen),
         "order": order,
         "max_length": max_length,
         "dtype": dtype,
         "environment": environment(),
     }
-    return replace(found, settings=settings)
+    return replace(comparison, settings=settings)
 
 
-def bench_table(found: Comparison) -> Table:
+def bench_table(comparison: Comparison) -> Table:
     """What `to_dict` says, for the screen."""
-    data = found.to_dict()
+    data = comparison.to_dict()
     settings = data["settings"]
     threads = settings["environment"]["threads"]
     title = (
@@ -228,17 +232,17 @@ def bench_table(found: Comparison) -> Table:
     )
     caption = "\n".join(
         [
-            f"logits within {data['max_difference']:.0e} of Hugging Face's; floor: the products alone",
+            f"logits within {data['max_difference']:.0e} of Hugging Face's; lower bound: the matmuls alone",
             *data["baselines"].values(),
             *(f"{name} was not timed: {why}" for name, why in data["absent"].items()),
         ]
     )
     table = Table(title=title, caption=caption)
-    for name in ("", "median ms a batch", "tokens/s", "fastgate is", "share of the floor"):
+    for name in ("", "median ms a batch", "tokens/s", "speed-up of fastgate", "share of the lower bound"):
         table.add_column(name, justify="left" if not name else "right")
-    total = found.timings["fastgate"].total
-    for name, numbers in data["contenders"].items():
-        ratio = f"{1e-3 * numbers['total_ms'] / total:.2f}x as fast" if name in data["ratio"] else ""
-        share = f"{found.timings['floor'].total / found.timings[name].total:.0%}"
-        table.add_row(name, f"{numbers['median_ms']:.1f}", f"{numbers['tokens_per_s']:,.0f}", ratio, share)
+    total = comparison.timings["fastgate"].total
+    for name, numbers in data["models"].items():
+        speedup = f"{1e-3 * numbers['total_ms'] / total:.2f}x" if name in data["speedup"] else ""
+        share = f"{comparison.timings[LOWER_BOUND].total / comparison.timings[name].total:.0%}"
+        table.add_row(name, f"{numbers['median_ms']:.1f}", f"{numbers['tokens_per_s']:,.0f}", speedup, share)
     return table

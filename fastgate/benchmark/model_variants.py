@@ -1,4 +1,4 @@
-"""The models that `fastgate bench` sets against each other: ours, and Hugging Face's of the same weights."""
+"""The models that `fastgate bench` compares: fastgate's, and Hugging Face's of the same weights."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def load_models(
     source: a size (`minilm`, `bert-base`, `bert-large`: random weights, the demo model's tokenizer), a
     fastgate checkpoint, or a model of the hub or in a folder. keep: layers whose attention stays, None for
     all. dtype: of both models' parameters; they are on the GPU if there is one. pooling: of fastgate's, None
-    for what the source says. replacement: what stands where `keep` leaves attention out
-    (fastgate.prune).
+    for what the source says. replacement: what takes the place of a pruned attention (fastgate.prune).
+    Raises ArgumentError for layers that the model does not have.
     """
     name, device = os.path.expanduser(source), _device()
     if (Path(name) / "fastgate.json").is_file():

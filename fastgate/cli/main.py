@@ -580,7 +580,7 @@ def bench(
     task: Annotated[str, typer.Option(help="Task whose evaluation rows are run.")],
     data_dir: DataDir = None,
     against: Annotated[
-        str, typer.Option(help="Peers, by commas: sdpa, eager, compile, onnxruntime, openvino.")
+        str, typer.Option(help="Baselines, by commas: sdpa, eager, compile, onnxruntime, openvino.")
     ] = "sdpa,eager",
     keep: Annotated[
         Optional[str],  # noqa: UP045
@@ -597,7 +597,7 @@ def bench(
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16, for everyone.")] = "float32",
     as_json: AsJson = False,
 ) -> None:
-    """Time fastgate and its peers on the same real batches in turn, once their outputs are found equal."""
+    """Time fastgate and its baselines on the same real batches in turn, once their outputs are found equal."""
     from fastgate.benchmark.compare import bench as run
     from fastgate.benchmark.compare import bench_table
 

@@ -149,8 +149,8 @@ ENVIRONMENT = {"device": "NVIDIA H200", "torch": "2.11.0"}
 
 def line(work, implementation, us, **more):
     return {
-        "work": work, "implementation": implementation, "us": us, "gb_per_s": 1.0, "tflop_per_s": 300.0, "bytes": 100,
-        "flops": 0, "bound": "copy", "share": 0.8, "ceilings_us": {"copy": 8.0}, **more,
+        "work": work, "implementation": implementation, "us": us, "gb_per_s": 1.0,
+        "tflop_per_s": 300.0, "bytes": 100, "flops": 0, "bound": "copy", "share": 0.8, "ceilings_us": {"copy": 8.0}, **more,
     }  # fmt: skip
 
 

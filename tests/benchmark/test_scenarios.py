@@ -46,14 +46,14 @@ def bench(monkeypatch, tmp_path):
 
 
 def test_the_runs_are_different_and_cover_what_is_claimed(bench):
-    runs = bench.scenarios.runs()
+    runs = bench.scenarios.planned_runs()
     assert len(set(runs)) == len(runs)
     assert {run.task for run in runs} == {"sst2", "imdb", "wnut17"}
     assert {run.batch_size for run in runs} == {1, 8, 32, 128}
     assert {(run.model, run.dtype) for run in runs} == {
         (model, dtype) for model in ("minilm", "bert-base", "bert-large") for dtype in ("float32", "bfloat16")
     }
-    assert runs[0] == bench.scenarios.Run("bert-base", "float32", "sst2", "data", 32)
+    assert runs[0] == bench.scenarios.Scenario("bert-base", "float32", "sst2", "data", 32)
 
 
 def test_kept_layers_lie_low_spread_and_high(bench):
@@ -67,10 +67,12 @@ def test_kept_layers_lie_low_spread_and_high(bench):
 
 
 def test_a_sweep_goes_on_where_it_was_and_is_shown(bench, monkeypatch, capsys):
-    Run = bench.scenarios.Run
-    runs = [Run("tiny", "float32", "sst2", order, size) for order in ("data", "length") for size in (1, 32)]
-    runs += [Run("tiny", "bfloat16", "wnut17", "data", 8)]
-    monkeypatch.setattr(bench.scenarios, "runs", lambda: runs)
+    Scenario = bench.scenarios.Scenario
+    runs = [
+        Scenario("tiny", "float32", "sst2", order, size) for order in ("data", "length") for size in (1, 32)
+    ]
+    runs += [Scenario("tiny", "bfloat16", "wnut17", "data", 8)]
+    monkeypatch.setattr(bench.scenarios, "planned_runs", lambda: runs)
     options = ["scenarios.py", "--data-dir", str(bench.data), "--out", str(bench.out), "--threads", "1"]
 
     def sweep(*more):
@@ -93,7 +95,7 @@ def test_a_sweep_goes_on_where_it_was_and_is_shown(bench, monkeypatch, capsys):
     first = lines[0]
     assert first["settings"]["order"] == "length" and first["settings"]["batches"] == 3
     assert [v["name"] for v in first["fastgate"]] == ["all", "67% spread", "83% low"]
-    assert first["fastgate"][1]["kept"] == [0, 3] and first["fastgate"][0]["ratio"]["sdpa"] > 0
+    assert first["fastgate"][1]["kept"] == [0, 3] and first["fastgate"][0]["speedup"]["sdpa"] > 0
     assert set(first["baselines"]) == {"sdpa"} and "fastgate[baselines]" in first["absent"]["onnxruntime"]
     assert lines[-1]["settings"]["dtype"] == "bfloat16" and torch.get_num_threads() == 1
 
@@ -113,23 +115,23 @@ def test_a_sweep_goes_on_where_it_was_and_is_shown(bench, monkeypatch, capsys):
 
 
 def test_what_misses_an_aim_is_named(bench):
-    ours = {"name": "all", "ratio": {"sdpa": 2.0, "openvino": 0.9}, "floor_share": 0.8}
+    ours = {"name": "all", "speedup": {"sdpa": 2.0, "openvino": 0.9}, "lower_bound_share": 0.8}
     settings = {"model": "m", "dtype": "float32", "task": "sst2", "order": "data", "batch_size": 8}
     run = {"settings": settings, "baselines": {"sdpa": {}, "openvino": {}}, "fastgate": [ours]}
     assert bench.table.worst([run]) == [
         "m float32 sst2, data order, 8: all: 0.90x openvino",
-        "m float32 sst2, data order, 8: all: 80% of the floor",
+        "m float32 sst2, data order, 8: all: 80% of the lower bound",
     ]
 
 
 def test_no_run_is_started_after_the_deadline(bench, monkeypatch):
-    run = bench.scenarios.Run("tiny", "float32", "sst2", "data", 8)
+    run = bench.scenarios.Scenario("tiny", "float32", "sst2", "data", 8)
     assert bench.scenarios.run_group([run], bench.data, bench.out, 1, time.time() - 1)
     assert not bench.out.exists()
 
 
 def test_outputs_that_differ_leave_no_line(bench, monkeypatch, capsys):
     monkeypatch.setattr(equivalence, "TOLERANCES", {torch.float32: -1.0})
-    run = bench.scenarios.Run("tiny", "float32", "sst2", "data", 8)
+    run = bench.scenarios.Scenario("tiny", "float32", "sst2", "data", 8)
     assert not bench.scenarios.run_group([run], bench.data, bench.out, 1, time.time() + 60)
     assert not bench.out.exists() and "no figure is given" in capsys.readouterr().err
