@@ -139,24 +139,28 @@ prepare() {
 # The tests of all ops at once. Sets `passed`, the ops whose tests pass.
 test_ops() {
   local op names=() files workers=()
-  "$python" -c 'import xdist' 2>/dev/null && [[ -z $dry ]] && workers=(-n "$(((($(nproc) + 4) / 5)))")
+  "$python" -c 'import xdist' 2>/dev/null && workers=(-n "$((($(nproc) + 4) / 5))")
   for op in "${ops[@]}"; do
     files=("tests/ops/test_triton_$op.py")
     [[ $op == gated_add_norm ]] && files+=(tests/ops/test_cuda_build.py)
-    if [[ -n $dry ]]; then
-      export TRITON_INTERPRET=1
-      mapfile -t files < <("$python" -m pytest -q --collect-only "${files[0]}" 2>/dev/null | grep :: | head -n 1)
-      unset TRITON_INTERPRET
-      command_file "test_$op" env TRITON_INTERPRET=1 "$python" -m pytest -q -p no:cacheprovider "${files[@]}"
-    else
-      command_file "test_$op" "$python" -m pytest -q -m gpu "${workers[@]}" -p no:cacheprovider "${files[@]}"
-    fi
+    command_file "test_$op" "$python" -m pytest -q -m gpu "${workers[@]}" -p no:cacheprovider "${files[@]}"
     names+=("test_$op")
   done
   command_file small_calls "$python" bench/kernels/small_calls.py
   together "$(limit kernels tests)" "${names[@]}" small_calls
   passed=()
   for op in "${ops[@]}"; do [[ " ${failed[*]} " == *" test_$op "* ]] || passed+=("$op"); done
+}
+
+# In a dry run: the first test of each op, in Triton's interpreter.
+test_ops_in_the_interpreter() {
+  local first
+  passed=("${ops[@]}")
+  TRITON_INTERPRET=1 "$python" -m pytest -q --collect-only tests/ops/test_triton_*.py 2>>"$log" | grep :: >"$work/ids"
+  mapfile -t first < <(awk -F:: '!seen[$1]++' "$work/ids")
+  step kernels tests env TRITON_INTERPRET=1 "$python" -m pytest -q -p no:cacheprovider "${first[@]}"
+  command_file small_calls "$python" bench/kernels/small_calls.py
+  together "$(limit kernels tests)" small_calls
 }
 
 # Small cases under compute-sanitizer, without torch's allocator, whose large blocks hide what is out of bounds.
@@ -183,7 +187,7 @@ kernel_tables() {
 kernels() {
   local seconds options op files=()
   prepare kernels
-  test_ops
+  if [[ -n $dry ]]; then test_ops_in_the_interpreter; else test_ops; fi
   sanitize
   for op in "${passed[@]}"; do files+=("bench/kernels/bench_$op.py"); done
   if ((${#files[@]})); then

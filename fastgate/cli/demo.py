@@ -24,7 +24,7 @@ from fastgate.models.checkpoint import load
 from fastgate.models.patching import patch
 from fastgate.pruning import PruningConfig
 from fastgate.pruning.objective import Target
-from fastgate.report.demo_report import Contender, gate_picture, how_chosen, table, write_report
+from fastgate.report.demo_report import ModelResult, gate_picture, how_chosen, table, write_demo_report
 from fastgate.training import dense_model, load_tokenizer
 from fastgate.training.finetune import Recipe, finetune
 from fastgate.training.model import demo_model_path
@@ -99,7 +99,7 @@ def demo(
         f"the whole demo took {seconds:.0f} s",
     ]
     title = f"fastgate demo: {task.name}, MiniLM-L6"
-    write_report(out / "report.md", title, contenders, result, notes)
+    write_demo_report(out / "report.md", title, contenders, result, notes)
     console.print(table(contenders, task.metric, title))
     kept = result["pruned"]["kept"]
     console.print(
@@ -110,7 +110,7 @@ def demo(
     return {**result, "contenders": [vars(c) for c in contenders], "seconds": seconds}
 
 
-def measure(out: Path, task: Task, result: dict[str, Any]) -> tuple[list[Contender], float]:
+def measure(out: Path, task: Task, result: dict[str, Any]) -> tuple[list[ModelResult], float]:
     """Hugging Face's dense model, fastgate's and the pruned one on the same rows; the largest difference."""
     tokenizer = load_tokenizer(out / "dense", task)
     reference = dense_model(out / "dense", task).eval()
@@ -144,7 +144,7 @@ def measure(out: Path, task: Task, result: dict[str, Any]) -> tuple[list[Contend
         phase = folders[name]
         weights = out / phase / "model.safetensors"
         found.append(
-            Contender(
+            ModelResult(
                 name=name,
                 score=result[phase]["score"],
                 kept=layers if phase == "dense" else len(result["pruned"]["kept"]),

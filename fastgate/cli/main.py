@@ -534,14 +534,14 @@ def report(
 ) -> None:
     """Tables and plots of a sweep: scores, paired differences to dense, speed-ups, what survives."""
     from fastgate.benchmark.compare import dtype_of
-    from fastgate.report.sweep_report import write
+    from fastgate.report.sweep_report import write_sweep_report
     from fastgate.training.disk import check_makeable
     from fastgate.training.sweep import check_results
 
     dtype_of("report", dtype)
     check_results(lines)
     check_makeable("report", "--out", out)
-    write(lines, out, data_dir, measure, console(stderr=True), recipe, dtype)
+    write_sweep_report(lines, out, data_dir, measure, console(stderr=True), recipe, dtype)
     console().print((out / "tables.md").read_text(encoding="utf-8"), soft_wrap=True)
 
 
@@ -597,7 +597,7 @@ def bench(
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16, for everyone.")] = "float32",
     as_json: AsJson = False,
 ) -> None:
-    """Time fastgate and its baselines on the same real batches in turn, once their outputs are found equal."""
+    """Time fastgate and its baselines in turn on the same real batches, once their outputs are found equal."""
     from fastgate.benchmark.compare import bench as run
     from fastgate.benchmark.compare import bench_table
 

@@ -148,10 +148,9 @@ ENVIRONMENT = {"device": "NVIDIA H200", "torch": "2.11.0"}
 
 
 def line(work, implementation, us, **more):
-    return {
-        "work": work, "implementation": implementation, "us": us, "gb_per_s": 1.0,
-        "tflop_per_s": 300.0, "bytes": 100, "flops": 0, "bound": "copy", "share": 0.8, "ceilings_us": {"copy": 8.0}, **more,
-    }  # fmt: skip
+    figures = {"us": us, "gb_per_s": 1.0, "tflop_per_s": 300.0, "bytes": 100, "flops": 0, "share": 0.8}
+    bound = {"bound": "copy", "ceilings_us": {"copy": 8.0}}
+    return {"work": work, "implementation": implementation, **figures, **bound, **more}
 
 
 def test_table_and_aims(bench, tmp_path):

@@ -200,7 +200,9 @@ def test_bench_sees_wrong_neighbours(monkeypatch):
     model = pruned("ForTokenClassification", [0])
     inputs, reference = batch(model, "ForTokenClassification"), unpruned(model)
     monkeypatch.setattr(
-        UnpaddedBatch, "has_left_neighbour", property(lambda unpadded: unpadded.host_has_left_neighbour.roll(1))
+        UnpaddedBatch,
+        "has_left_neighbour",
+        property(lambda unpadded: unpadded.host_has_left_neighbour.roll(1)),
     )
     with pytest.raises(FastgateError, match="logits"):
         check_outputs(model, reference, [inputs])
