@@ -6,9 +6,9 @@
 A scenario is one model size, precision, task, order of the rows and batch size. All models take turns on the
 same batches: the baselines, fastgate unpruned and pruned, and the matmul lower bound of each. Scenarios of
 one size, precision and kind of head that follow one another share a process: a baseline is exported or
-compiled once for them. The most important scenarios come first. One whose line with the same settings is
-in FILE already is left out, so a sweep that was cut off goes on where it was. BERT-large in float32 takes 22 GB of
-memory.
+compiled once for them. The most important scenarios come first. A scenario whose line with the same settings
+is in FILE already is left out, so a sweep that was cut off goes on where it was. BERT-large in float32 takes
+22 GB of memory.
 """
 
 from __future__ import annotations

@@ -597,7 +597,7 @@ def bench(
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16, for everyone.")] = "float32",
     as_json: AsJson = False,
 ) -> None:
-    """Time fastgate and its baselines in turn on the same real batches, once their outputs are found equal."""
+    """Time fastgate and its baselines in turn on the same real batches, once their outputs are equal."""
     from fastgate.benchmark.compare import bench as run
     from fastgate.benchmark.compare import bench_table
 

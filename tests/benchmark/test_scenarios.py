@@ -68,7 +68,7 @@ def test_kept_layers_lie_low_spread_and_high(bench):
 
 @pytest.fixture
 def sweep(bench, monkeypatch):
-    """Runs the sweep of two groups of tiny scenarios with more options, here; `main` starts a process each."""
+    """Runs two groups of tiny scenarios in this process, with more options."""
     Scenario = bench.scenarios.Scenario
     planned = [
         Scenario("tiny", "float32", "sst2", order, size) for order in ("data", "length") for size in (1, 32)
@@ -164,7 +164,8 @@ def test_results_of_earlier_versions_are_read(bench, name):
     assert [line["baselines"] for line in lines] == [line["peers"] for line in stored]
     assert lines[0]["fastgate"][0]["speedup"] == stored[0]["fastgate"][0]["ratio"]
     assert lines[0]["fastgate"][0]["lower_bound_share"] == stored[0]["fastgate"][0]["floor_share"]
-    assert "## bert-base, float32" in bench.table.tables(lines)
+    settings = stored[0]["settings"]
+    assert f"## {settings['model']}, {settings['dtype']}" in bench.table.tables(lines)
 
 
 def test_what_misses_an_aim_is_named(bench):
