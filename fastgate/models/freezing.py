@@ -20,8 +20,9 @@ from fastgate.nn.packed_linear import (
     unpack_linear,
     without_gradients,
 )
+from fastgate.nn.plain_modules import is_plain
 from fastgate.ops.linear import ONEDNN_DTYPES, Packed, missing_for_onednn, pack_together
-from fastgate.runtime.layer import is_plain, is_skipped, shifts_of
+from fastgate.runtime.layer import is_skipped, layers_that_mix
 
 
 def freeze(model: nn.Module) -> nn.Module:
@@ -135,7 +136,7 @@ def _absorbed(state: EncoderHandle) -> set[nn.Module]:
     """The key and value Linears of the last attention: with one query a sequence their weights are read."""
     gates = state.gates
     top = max((i for i, gate in enumerate(gates) if not is_skipped(gate)), default=-1)
-    if max(shifts_of(state.encoder.encoder.layer, gates), default=-1) >= top:
+    if max(layers_that_mix(state.encoder.encoder.layer, gates), default=-1) >= top:
         return set()
     attention = state.layers[top].attention.self
     return {attention.key, attention.value}

@@ -18,7 +18,7 @@ from fastgate.models.freezing import forward_frozen, thaw
 from fastgate.models.handle import POOLING_KEY, POOLINGS, EncoderHandle, EncoderRuntime, check_module
 from fastgate.models.head_forward import masked_lm, rows_read
 from fastgate.nn.packed_linear import check_apply
-from fastgate.runtime.cuda_graphs import CudaGraphs
+from fastgate.runtime.executor import Executor
 
 
 def patch(
@@ -84,7 +84,7 @@ def patch(
         _swap(item, *settings)
         if graphs is not None:
             runtime: EncoderRuntime = item.encoder.fastgate_runtime  # type: ignore[assignment]
-            runtime.graphs = (runtime.graphs or CudaGraphs()) if graphs else None
+            runtime.executor.use_graphs(graphs)
     for module in _around(model, found):
         module.__dict__.setdefault("save_pretrained", SaveAround(module))
     sentence_transformers.watch(model)
@@ -161,7 +161,9 @@ def _demand(
 def _swap(found: Found, reads: str | None, asked: str | None, pooling: str) -> None:
     if not hasattr(found.encoder, "fastgate_runtime"):
         layers = len(found.encoder.encoder.layer)  # type: ignore[union-attr, arg-type]
-        found.encoder.fastgate_runtime = EncoderRuntime(reads, [1.0] * layers, graphs=CudaGraphs())  # type: ignore[assignment]
+        found.encoder.fastgate_runtime = EncoderRuntime(
+            reads, [1.0] * layers, executor=Executor(cuda_graphs=True)
+        )  # type: ignore[assignment]
     runtime = EncoderHandle(found.encoder).runtime
     runtime.reads, runtime.asked, runtime.pooling = reads, asked, pooling
     if pooling == "first":

@@ -57,8 +57,8 @@ def prune(model: nn.Module, keep: Iterable[int], replacement: str = "zero") -> n
         raise Unsupported(format_error("prune", "keep", got, "layers of their own to drop", remedy))
     patch(model)
     state.add_replacements(replacement, layers=dropped)
-    for view in state.layers:
-        if view.index in kept:
+    for i, view in enumerate(state.layers):
+        if i in kept:
             view.attention._modules.pop("replacement", None)
         else:
             view.attention.self = Removed()

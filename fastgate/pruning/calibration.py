@@ -11,7 +11,7 @@ from torch import Tensor
 from fastgate.errors import ArgumentError, format_error
 from fastgate.pruning.objective import Costs, costs_of
 from fastgate.runtime.context import ActivationTrace
-from fastgate.runtime.plan import Sizes
+from fastgate.runtime.costs import Sizes
 
 RIDGE = 1e-3  # of the mean square of a channel
 
@@ -82,14 +82,18 @@ class Calibration:
         self._price()
 
     def _price(self) -> None:
-        packed, demanded, pairs, sequences = (int(n) for n in self.sizes.tolist())
-        config = self.config
+        rows, output_rows, pairs, sequences = (int(n) for n in self.sizes.tolist())
         sizes = Sizes(
-            config.hidden_size, config.intermediate_size, packed, packed, (demanded,), pairs, sequences
+            hidden=self.config.hidden_size,
+            intermediate=self.config.intermediate_size,
+            heads=self.config.num_attention_heads,
+            rows=rows,
+            keys=rows,
+            rows_within_halo=(output_rows,),
+            pairs=pairs,
+            sequences=sequences,
         )
-        output_rows_only, single = demanded < packed, demanded == sequences
-        heads, layers = config.num_attention_heads, self.gram.shape[0]
-        self.costs = costs_of(sizes, heads, layers, output_rows_only, single, self.reads_neighbours)
+        self.costs = costs_of(sizes, self.gram.shape[0], self.reads_neighbours)
 
     def state_dict(self) -> dict[str, Any]:
         return {

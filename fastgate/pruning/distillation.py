@@ -133,14 +133,14 @@ class SelfTeacher:
 
     @torch.no_grad()
     def __call__(self, inputs: Mapping[str, Any], want_hidden: bool) -> TeacherOutputs:
-        gates, recording = self.state.gates, self.state.runtime.record
+        gates, recording = self.state.gates, self.state.runtime.trace
         self.state.set_gates([1.0] * self.state.num_layers)
         try:
             with evaluating(self.model):
                 return _ask(self.model, self.state, inputs, want_hidden)
         finally:
             self.state.set_gates(gates)
-            self.state.runtime.record = recording
+            self.state.runtime.trace = recording
 
 
 def _check_shared(teacher: nn.Module, student: nn.Module) -> None:

@@ -211,7 +211,7 @@ class Pruner:
             self._when_lost.detach()
         if isinstance(self._teacher, Teacher):
             self._teacher.release()
-        self.state.runtime.record = None
+        self.state.runtime.trace = None
         self.state.set_gates(self._settled_gates)
 
     def detach(self) -> nn.Module:
@@ -334,7 +334,7 @@ class Pruner:
         """The forward just run, for `loss_of`; its hidden states are then no longer recorded. None if hidden
         states are needed and there are none, as the encoder has not run."""
         self._check_training("take")
-        record = self.state.runtime.record
+        record = self.state.runtime.trace
         if record is not None and not record.hidden:
             return None
         forward = Forward(inputs, outputs, has_gradient=torch.is_grad_enabled())
@@ -637,9 +637,9 @@ class Pruner:
         measuring = self.kept is None and (self._schedule is None or self.phase == WARM)
         matching = self._teaches and self.config.distill is not None and self.config.distill.hidden > 0
         if not self._engaged or not (measuring or matching):
-            self.state.runtime.record = None
-        elif self.state.runtime.record is None:
-            self.state.runtime.record = ActivationTrace()
+            self.state.runtime.trace = None
+        elif self.state.runtime.trace is None:
+            self.state.runtime.trace = ActivationTrace()
 
     def _note(self) -> None:
         marks = (self.schedule.begin, self.schedule.harden, self.schedule.total)

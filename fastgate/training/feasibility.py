@@ -17,7 +17,7 @@ from fastgate.errors import ArgumentError, format_error
 from fastgate.models.handle import get_encoder
 from fastgate.pruning import Sparsity, Speedup
 from fastgate.pruning.objective import Target, costs_of
-from fastgate.runtime.plan import Sizes
+from fastgate.runtime.costs import Sizes
 from fastgate.training.max_drop import MaxDrop
 from fastgate.training.model import longest_row
 
@@ -79,16 +79,21 @@ def highest_speedup(model: Any, train: Any, replacement: str) -> float:
     state = get_encoder(model)
     config, layers = state.encoder.config, state.num_layers
     lengths = np.asarray([len(ids) for ids in train["input_ids"]], dtype=np.int64)
-    packed, sequences = int(lengths.sum()), len(lengths)
-    demanded = packed
+    rows, sequences = int(lengths.sum()), len(lengths)
+    output_rows = rows
     if state.runtime.demand in ("first", "start"):
-        demanded = sequences
+        output_rows = sequences
     elif state.runtime.demand == "labelled":
-        demanded = sum(int((np.asarray(labels) != IGNORED).sum()) for labels in train["labels"])
-    pairs = int(np.square(lengths).sum())
-    sizes = Sizes(config.hidden_size, config.intermediate_size, packed, packed, (demanded,), pairs, sequences)
-    costs = costs_of(
-        sizes, config.num_attention_heads, layers, demanded < packed, demanded == sequences,
-        replacement == "shift",
-    )  # fmt: skip
+        output_rows = sum(int((np.asarray(labels) != IGNORED).sum()) for labels in train["labels"])
+    sizes = Sizes(
+        hidden=config.hidden_size,
+        intermediate=config.intermediate_size,
+        heads=config.num_attention_heads,
+        rows=rows,
+        keys=rows,
+        rows_within_halo=(output_rows,),
+        pairs=int(np.square(lengths).sum()),
+        sequences=sequences,
+    )
+    costs = costs_of(sizes, layers, replacement == "shift")
     return float(1.0 / costs.share(torch.zeros(layers, dtype=torch.float64)))

@@ -27,7 +27,7 @@ def patched(head="ForSequenceClassification", keep=None, family="Bert", replacem
 
 
 def graphs_of(model) -> CudaGraphs:
-    found = get_encoder(model).runtime.graphs
+    found = get_encoder(model).runtime.executor.graphs
     assert found is not None
     return found
 

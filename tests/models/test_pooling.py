@@ -41,9 +41,9 @@ def pair(keep=None, **options):
 
 
 def rows_of_the_last_layer(model, **inputs):
-    with get_encoder(model).record() as record, torch.no_grad():
+    with get_encoder(model).record() as trace, torch.no_grad():
         model(**inputs)
-    return record.steps[-1][2]
+    return trace.steps[-1].rows
 
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["plain", "frozen"])
@@ -72,7 +72,7 @@ def test_every_attended_row_is_computed_and_no_other(side):
     inputs = batch(patched, HEAD, side)
     assert rows_of_the_last_layer(patched, **inputs) == sum(LENGTHS)
     explained = fastgate.explain(patched)
-    assert explained.demand == "attended" and explained.output_row_mask == explained.packed_rows
+    assert explained.demand == "attended" and explained.output_rows == explained.unpadded_rows
     assert not any("absorbed_attention" in layer.steps for layer in explained.layers)
     fastgate.patch(patched, pooling="first")
     assert rows_of_the_last_layer(patched, **inputs) == len(LENGTHS)

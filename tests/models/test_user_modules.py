@@ -480,10 +480,10 @@ def test_capture_hooks_of_transformers_are_no_hooks(monkeypatch):
         hook.__qualname__ = "another.name"
     fastgate.freeze(fastgate.patch(model))
     assert_alike(plain(), model, "frozen")
-    programs = model.bert.fastgate_runtime.programs
-    (program,) = programs.made.values()
+    cache = model.bert.fastgate_runtime.executor.plans
+    (compiled,) = cache.plans
     run(model)
-    assert program.kept and list(programs.made.values()) == [program]
+    assert compiled.is_cached and cache.plans == [compiled]
 
 
 class Int8(torch.Tensor):

@@ -282,10 +282,10 @@ def test_a_training_that_ends_before_hardening_says_so(tmp_path):
     with pytest.raises(ArgumentError, match=r"train: steps: got an end after step 5 of 12, wanted 8 steps"):
         found.train()
     assert set(facts(found.model)[0]) == {0.1} and found.pruner.state.gates == [1.0] * 3
-    assert found.pruner.state.runtime.record is None
+    assert found.pruner.state.runtime.trace is None
     found.pruner.harden()
     found.pruner.finalize()
-    assert len(found.pruner.kept) == 1 and found.pruner.state.runtime.record is None
+    assert len(found.pruner.kept) == 1 and found.pruner.state.runtime.trace is None
 
 
 def test_a_training_that_ends_after_hardening_is_pruned(tmp_path):
@@ -306,7 +306,7 @@ def test_an_exception_gives_back_what_was_changed(tmp_path, error, step):
     before = facts(small(seed=5))
     with pytest.raises(type(error)):
         found.train()
-    assert set(facts(found.model)[0]) == {0.1} and found.pruner.state.runtime.record is None
+    assert set(facts(found.model)[0]) == {0.1} and found.pruner.state.runtime.trace is None
     assert facts(found._teacher) == before
     kept = found.pruner.kept
     assert found.pruner.state.gates == ([1.0] * 3 if kept is None else [float(i in kept) for i in range(3)])
@@ -432,7 +432,7 @@ def test_detach_leaves_a_dense_model_with_the_weights_it_has(tmp_path, teaches, 
     run(pruner, model, steps)
     assert pruner.detach() is model
     assert list(model.state_dict()) == names and set(facts(model)[0]) == {0.4}
-    assert get_encoder(model).gates == [1.0] * 4 and get_encoder(model).runtime.record is None
+    assert get_encoder(model).gates == [1.0] * 4 and get_encoder(model).runtime.trace is None
     if teaches:
         assert facts(teacher) == teacher_before
     plain = bert(dropout=0.4)
