@@ -240,7 +240,11 @@ def run(scenario: Scenario, quick: bool, deadline: float = float("inf")) -> dict
         row["tflop_per_s"] = flops[name] / row["ms"] / 1e9
         row["speedups"] = {other: rows[other]["ms"] / row["ms"] for other in others if other in rows}
         graphs = get_encoder(model).runtime.executor.graphs
-        row["graphs"] = {"captures": graphs.captures, "replays": graphs.replays, "eager": dict(graphs.eager)}
+        row["graphs"] = {
+            "captures": graphs.captures,
+            "replays": graphs.replays,
+            "eager_reasons": dict(graphs.eager_reasons),
+        }
         row |= replay_times(graphs, quick)
     return {
         "scenario": scenario.name,
