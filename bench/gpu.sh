@@ -139,7 +139,7 @@ prepare() {
 # The tests of all ops at once. Sets `passed`, the ops whose tests pass.
 test_ops() {
   local op names=() files workers=()
-  "$python" -c 'import xdist' 2>/dev/null && workers=(-n "$((($(nproc) + 4) / 5))")
+  "$python" -c 'import xdist' 2>/dev/null && workers=(-n "$((($(nproc) + 5) / 6))")
   for op in "${ops[@]}"; do
     files=("tests/ops/test_triton_$op.py")
     [[ $op == gated_add_norm ]] && files+=(tests/ops/test_cuda_build.py)
