@@ -25,11 +25,11 @@ TOLERANCE = 3e-2 if ON_GPU else 1e-4
 # (lengths, hidden, heads); a pair: so many sequences of that length.
 MIXES = ((1, 32), (32, 25), (256, 128), *lengths.ROWS) if ON_GPU else ((1, 32), (32, 25), (8, 300))
 SHAPES = [(which, hidden, heads) for which in MIXES for hidden, heads in ((384, 12), (768, 12), (1024, 16))]
-CONTENDERS = ("fastgate", "padded", "formed")
+IMPLEMENTATIONS = ("fastgate", "padded", "formed")
 
 
 class Call:
-    """q, x and the two weights in sets, and the contenders as functions of them."""
+    """q, x and the two weights in sets, and the implementations as functions of them."""
 
     def __init__(self, which: str | tuple[int, int], hidden: int, heads: int, matrices: int) -> None:
         counts = lengths.mix(which) if isinstance(which, str) else (which[1],) * which[0]
@@ -106,13 +106,13 @@ def backward(which: str | tuple[int, int], hidden: int, heads: int) -> Work:
     )
 
 
-@pytest.mark.parametrize("contender", CONTENDERS)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("which, hidden, heads", SHAPES)
-def test_forward(report, which, hidden, heads, contender):
-    report(forward, (which, hidden, heads), contender)
+def test_forward(report, which, hidden, heads, implementation):
+    report(forward, (which, hidden, heads), implementation)
 
 
-@pytest.mark.parametrize("contender", CONTENDERS)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("which, hidden, heads", SHAPES)
-def test_backward(report, which, hidden, heads, contender):
-    report(backward, (which, hidden, heads), contender)
+def test_backward(report, which, hidden, heads, implementation):
+    report(backward, (which, hidden, heads), implementation)

@@ -26,7 +26,7 @@ from fastgate.ops.ragged import SequenceOffsets
 DTYPE = torch.bfloat16 if ON_GPU else torch.float32
 TOLERANCE = 1e-2 if ON_GPU else 1e-5
 ROWS = 32768 if ON_GPU else 1024
-CONTENDERS = ("fastgate", "flash", "cudnn", "flex", "sdpa")
+IMPLEMENTATIONS = ("fastgate", "flash", "cudnn", "flex", "sdpa")
 # (lengths, heads, head_dim); a number: sequences of that length, ROWS in all.
 SHAPES = [
     *((length, 12, 64) for length in (32, 64, 128, 256, 512)),
@@ -73,7 +73,7 @@ class Call:
         return t.view(-1, self.heads, self.head_dim)
 
 
-# A contender: its operands of a set from the packed ones, the function, and the packed rows from its result.
+# An implementation: its operands of a set, the function, and the unpadded rows of its result.
 Form = tuple[Callable[[Tensor], Tensor], Callable[..., Tensor], Callable[[Tensor], Tensor]]
 
 
@@ -146,18 +146,18 @@ def forward(which: int | str, heads: int, head_dim: int) -> Work:
     call = Call(which, heads, head_dim, 4)
     found, absent = forms(call)
 
-    def contender(form: Form) -> harness.Call:
+    def implementation(form: Form) -> harness.Call:
         into, function, _ = form
         return harness.inference(function, [[into(t) for t in tensors[:3]] for tensors in call.packed])
 
-    contenders = {name: contender(form) for name, form in found.items()}
-    checked = {name: _then(found[name][2], run) for name, run in contenders.items()}
+    implementations = {name: implementation(form) for name, form in found.items()}
+    checked = {name: _then(found[name][2], run) for name, run in implementations.items()}
     truth = torch_attention(
         *(t.double() for t in call.packed[0][:3]), call.ragged, call.ragged, heads, call.scale
     )
     return Work(
         f"attention forward {which} {heads}x{head_dim} {str(DTYPE).removeprefix('torch.')}",
-        contenders,
+        implementations,
         call.bytes,
         call.flops,
         call.sets,
@@ -176,21 +176,21 @@ def backward(which: int | str, heads: int, head_dim: int) -> Work:
     call = Call(which, heads, head_dim, 8)
     found, absent = forms(call)
 
-    def contender(form: Form) -> harness.Call:
+    def implementation(form: Form) -> harness.Call:
         into, function, _ = form
         given = [[into(t).detach().requires_grad_() for t in tensors[:3]] for tensors in call.packed]
         grads = [into(tensors[3]).contiguous() for tensors in call.packed]
         return harness.differentiation(function, given, grads)
 
-    contenders = {name: contender(form) for name, form in found.items()}
-    checked = {name: _then(found[name][2], run) for name, run in contenders.items()}
+    implementations = {name: implementation(form) for name, form in found.items()}
+    checked = {name: _then(found[name][2], run) for name, run in implementations.items()}
     leaves = [t.double().requires_grad_() for t in call.packed[0][:3]]
     out = torch_attention(*leaves, call.ragged, call.ragged, heads, call.scale)
     truth = torch.autograd.grad(out, leaves, call.packed[0][3].double())
     flops = 5 * call.flops // 2
     return Work(
         f"attention backward {which} {heads}x{head_dim} {str(DTYPE).removeprefix('torch.')}",
-        contenders,
+        implementations,
         call.bytes,
         flops,
         call.sets,
@@ -210,13 +210,13 @@ def _then(rows: Callable[[Tensor], Tensor], run: harness.Call) -> harness.Call:
     return both
 
 
-@pytest.mark.parametrize("contender", CONTENDERS)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("which, heads, head_dim", SHAPES)
-def test_forward(report, which, heads, head_dim, contender):
-    report(forward, (which, heads, head_dim), contender)
+def test_forward(report, which, heads, head_dim, implementation):
+    report(forward, (which, heads, head_dim), implementation)
 
 
-@pytest.mark.parametrize("contender", CONTENDERS)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("which, heads, head_dim", SHAPES)
-def test_backward(report, which, heads, head_dim, contender):
-    report(backward, (which, heads, head_dim), contender)
+def test_backward(report, which, heads, head_dim, implementation):
+    report(backward, (which, heads, head_dim), implementation)

@@ -22,7 +22,7 @@ ROWS = (512, 4096, 32768, 131072) if ON_GPU else (32, 800)
 HIDDEN = (384, 768, 1024)
 VOCABULARY, POSITIONS, TYPES = 30522, 512, 2
 EPS = 1e-12
-CONTENDERS = ("fastgate", "eager", "compile")
+IMPLEMENTATIONS = ("fastgate", "eager", "compile")
 
 
 def fused(words: Tensor, positions: Tensor, types: Tensor, *rest: Tensor) -> Tensor:
@@ -97,15 +97,15 @@ def backward(rows: int, hidden: int) -> Work:
     )
 
 
-@pytest.mark.parametrize("contender", CONTENDERS)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("hidden", HIDDEN)
 @pytest.mark.parametrize("rows", ROWS)
-def test_forward(report, rows, hidden, contender):
-    report(forward, (rows, hidden), contender)
+def test_forward(report, rows, hidden, implementation):
+    report(forward, (rows, hidden), implementation)
 
 
-@pytest.mark.parametrize("contender", CONTENDERS)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("hidden", HIDDEN)
 @pytest.mark.parametrize("rows", ROWS)
-def test_backward(report, rows, hidden, contender):
-    report(backward, (rows, hidden), contender)
+def test_backward(report, rows, hidden, implementation):
+    report(backward, (rows, hidden), implementation)

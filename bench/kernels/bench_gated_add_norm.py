@@ -1,4 +1,4 @@
-"""Times gated_add_norm, forward and backward, against torch: `pytest bench/kernels/bench_gated_add_norm.py`."""
+"""Times gated_add_norm against torch, both ways: `pytest bench/kernels/bench_gated_add_norm.py`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROWS = (512, 4096, 32768, 131072) if ON_GPU else (32, 300, 4000)
 HIDDEN = (384, 768, 1024)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 TOLERANCE = {"bf16": 3e-2, "fp32": 1e-5}  # eager rounds u to bf16 before the norm
-CONTENDERS = ("fastgate", "cuda", "triton", "eager", "compile", "liger")
+IMPLEMENTATIONS = ("fastgate", "cuda", "triton", "eager", "compile", "liger")
 
 
 def fused(x, residual, weight, norm_bias, bias, dropout_p):
@@ -78,7 +78,7 @@ def forward(rows: int, hidden: int, dtype: str) -> Work:
     given = operands(rows, hidden, dtype, sets)
     found, absent = functions()
 
-    contenders = {
+    implementations = {
         name: harness.inference(function, [(*tensors, 0.0) for tensors in given])
         for name, function in found.items()
     }
@@ -87,12 +87,12 @@ def forward(rows: int, hidden: int, dtype: str) -> Work:
         if implementation is None:
             absent[language] = reason
         else:
-            contenders[language] = lambda place, run=implementation.forward: run(
+            implementations[language] = lambda place, run=implementation.forward: run(
                 *positional(given[place], 0.0, None)
             )
     return Work(
         f"gated_add_norm forward {rows}x{hidden} {dtype}",
-        contenders,
+        implementations,
         size,
         sets=sets,
         absent=absent,
@@ -111,7 +111,9 @@ def backward(rows: int, hidden: int, dtype: str, dropout_p: float) -> Work:
     found, absent = functions()
 
     leaves = [(*(t.detach().requires_grad_() for t in tensors), dropout_p) for tensors in given]
-    contenders = {name: harness.differentiation(function, leaves, grads) for name, function in found.items()}
+    implementations = {
+        name: harness.differentiation(function, leaves, grads) for name, function in found.items()
+    }
     wanted = sum(PARAMETER_BIT[name] for name in ("bias", "weight", "norm_bias")) | DRESIDUAL
     wanted |= DX if dropout_p else 0
     seed = torch.tensor(7, device=DEVICE) if dropout_p else None
@@ -126,14 +128,14 @@ def backward(rows: int, hidden: int, dtype: str, dropout_p: float) -> Work:
             dbias, dweight, dnorm_bias = rows.unbind(0)
             return dx if dropout_p else dresidual, dresidual, dweight, dnorm_bias, dbias
 
-        contenders[language] = call
+        implementations[language] = call
     truth: list[Tensor] = []
     if not dropout_p:
         exact = [t.double().requires_grad_() for t in given[0]]
         truth = list(torch.autograd.grad(eager(*exact, 0.0), exact, grads[0].double()))
     return Work(
         f"gated_add_norm backward {rows}x{hidden} {dtype} p={dropout_p}",
-        contenders,
+        implementations,
         size,
         sets=sets,
         absent=absent,
@@ -153,34 +155,35 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize("contender", CONTENDERS)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("rows, hidden, dtype", SHAPES)
-def test_forward(report, rows, hidden, dtype, contender):
-    report(forward, (rows, hidden, dtype), contender)
+def test_forward(report, rows, hidden, dtype, implementation):
+    report(forward, (rows, hidden, dtype), implementation)
 
 
-@pytest.mark.parametrize("contender", CONTENDERS)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
 @pytest.mark.parametrize("rows, hidden, dtype", SHAPES)
-def test_backward(report, rows, hidden, dtype, dropout_p, contender):
-    report(backward, (rows, hidden, dtype, dropout_p), contender)
+def test_backward(report, rows, hidden, dtype, dropout_p, implementation):
+    report(backward, (rows, hidden, dtype, dropout_p), implementation)
 
 
-HOST_CONTENDERS = {
+HOST_IMPLEMENTATIONS = {
     "fastgate": fused,
     "layer_norm": lambda x, r, w, n, b, p: layer_norm(x, w.shape, w, n, EPS),
 }
 
 
 @pytest.mark.skipif(not ON_GPU, reason="no CUDA device: on the CPU a call is its own work")
-@pytest.mark.parametrize("contender", HOST_CONTENDERS)
-def test_host_time_of_a_call(benchmark, contender):
+@pytest.mark.parametrize("implementation", HOST_IMPLEMENTATIONS)
+def test_host_time_of_a_call(benchmark, write_line, implementation):
     """What a call costs the host while the device is behind: at most twice F.layer_norm's is wanted."""
     (given,) = operands(64, 768, "bf16", 1)
     benchmark.group = "gated_add_norm host time of a call, inference"
     with torch.inference_mode():
         benchmark.extra_info.update(
-            contender=contender,
-            host_us=1e6 * harness.host_seconds(partial(HOST_CONTENDERS[contender], *given, 0.0)),
+            implementation=implementation,
+            host_us=1e6 * harness.host_seconds(partial(HOST_IMPLEMENTATIONS[implementation], *given, 0.0)),
         )
         benchmark.pedantic(lambda: None)
+    write_line(benchmark)

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(ON_GPU, reason="on a GPU a Linear's product is t
 ROWS = (1, 16, 32, 128, 800)
 SHAPES = ((384, 384), (1536, 384), (384, 1536), (768, 768), (3072, 768), (768, 3072))
 WEIGHTS = 64 << 20  # bytes of all weights: more than a core's share of a third-level cache
-CONTENDERS = ("fastgate", "frozen", "onednn", "eager")
+IMPLEMENTATIONS = ("fastgate", "frozen", "onednn", "eager")
 
 
 def work(rows: int, outer: int, inner: int, dtype: torch.dtype) -> Work:
@@ -52,9 +52,9 @@ def work(rows: int, outer: int, inner: int, dtype: torch.dtype) -> Work:
     )
 
 
-@pytest.mark.parametrize("contender", CONTENDERS)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize(("outer", "inner"), SHAPES)
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_forward(report, dtype, rows, outer, inner, contender):
-    report(work, (rows, outer, inner, dtype), contender)
+def test_forward(report, dtype, rows, outer, inner, implementation):
+    report(work, (rows, outer, inner, dtype), implementation)

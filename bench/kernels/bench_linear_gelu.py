@@ -24,7 +24,7 @@ TOLERANCE = 3e-2 if ON_GPU else 1e-5
 ROWS = (512, 4096, 32768, 131072) if ON_GPU else (32, 800)
 HIDDEN = (384, 768, 1024)
 FORMS = ("fused", "cublas")
-CONTENDERS = ("fastgate", *FORMS, "eager", "compile")
+IMPLEMENTATIONS = ("fastgate", *FORMS, "eager", "compile")
 
 
 def eager(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -103,15 +103,15 @@ def backward(rows: int, hidden: int) -> Work:
     )
 
 
-@pytest.mark.parametrize("contender", CONTENDERS)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("hidden", HIDDEN)
 @pytest.mark.parametrize("rows", ROWS)
-def test_forward(report, rows, hidden, contender):
-    report(forward, (rows, hidden), contender)
+def test_forward(report, rows, hidden, implementation):
+    report(forward, (rows, hidden), implementation)
 
 
-@pytest.mark.parametrize("contender", CONTENDERS)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("hidden", HIDDEN)
 @pytest.mark.parametrize("rows", ROWS)
-def test_backward(report, rows, hidden, contender):
-    report(backward, (rows, hidden), contender)
+def test_backward(report, rows, hidden, implementation):
+    report(backward, (rows, hidden), implementation)

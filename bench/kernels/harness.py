@@ -1,11 +1,11 @@
-"""Times contenders on one piece of work in turn, on the CPU or a GPU: same inputs, one run, medians.
+"""Times the implementations of one work in turn, on the CPU or a GPU: same inputs, one run, medians.
 
-A lap is a number of calls; contenders run lap about, and who begins changes from round to round. On a GPU a
-lap is one replay of a CUDA graph between two events, so no time of the host is in it; a contender that cannot
-be captured is queued behind a wait that is longer than the queueing. The calls of a lap walk over as many
-sets of inputs, and leave as many sets of outputs alive, as are three times the size of the L2: nothing is
-found there that a call before has left. On the CPU there is one set, as in a model, where the operands of one
-step have just been written by the step before.
+A timed block is a number of calls. The implementations take turns, a block each, and who begins changes from
+round to round. On a GPU a block is one replay of a CUDA graph between two events, so no time of the host is
+in it; an implementation that cannot be captured is queued behind a wait that is longer than the queueing. The
+calls of a block walk over as many sets of inputs, and leave as many sets of outputs alive, as are three times
+the size of the L2: nothing is in it that a call before has left. On the CPU there is one set, as in a model,
+where the operands of one step have just been written by the step before.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from torch import Tensor
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
-MOST_SETS = 256
+MAX_SETS = 256
 ROUNDS, QUICK_ROUNDS = 15, 2
-LAP_SECONDS = 2e-3
+BLOCK_SECONDS = 2e-3
 WAIT_CYCLES = 4e9  # a second of queueing: at 2 GHz, twice over
 
 Call = Callable[[int], object]  # of the place of a set of inputs
@@ -34,16 +34,17 @@ Call = Callable[[int], object]  # of the place of a set of inputs
 class Work:
     """One op, direction, shape and dtype, and who does it.
 
-    contenders: fastgate first. absent: contenders that cannot run here, and why. bytes: each operand read
-    once, each result written once. flops: multiplications and additions of the products. ceilings: what
-    bounds the work, by name: `copy`, or `product`; shares are taken of the slowest. tolerance: of the largest
-    relative error (the norm of the difference over that of `truth`'s tensors), which every contender meets
-    before it is timed. Without a truth (dropout, whose masks differ) the same work without dropout has one.
-    checked: calls to check in place of the contenders, where those give their results in a form of their own.
+    implementations: fastgate first. absent: implementations that cannot run here, and why. bytes: each
+    operand read once, each result written once. flops: multiplications and additions of the products.
+    ceilings: what bounds the work, by name: `copy`, or `product`; shares are taken of the slowest. tolerance:
+    of the largest relative error (the norm of the difference over that of `truth`'s tensors), which every
+    implementation meets before it is timed. Without a truth (dropout, whose masks differ) the same work
+    without dropout has one. checked: calls to check in place of the implementations, where those give their
+    results in a form of their own.
     """
 
     group: str
-    contenders: dict[str, Call]
+    implementations: dict[str, Call]
     bytes: int
     flops: int = 0
     sets: int = 1
@@ -67,11 +68,11 @@ class Result:
 
 
 def sets_for(size: int) -> int:
-    """How many sets of `size` bytes of inputs and outputs a lap walks over."""
+    """How many sets of `size` bytes of inputs and outputs a block walks over."""
     if not ON_GPU:
         return 1
     cache = torch.cuda.get_device_properties(DEVICE).L2_cache_size
-    return max(2, min(MOST_SETS, math.ceil(3 * cache / max(size, 1))))
+    return max(2, min(MAX_SETS, math.ceil(3 * cache / max(size, 1))))
 
 
 def relative_error(got: Tensor, truth: Tensor) -> float:
@@ -82,8 +83,8 @@ def relative_error(got: Tensor, truth: Tensor) -> float:
 
 
 def verify(work: Work) -> None:
-    """Every contender against the truth, on the first set of inputs."""
-    calls = work.checked or work.contenders
+    """Every implementation against the truth, on the first set of inputs."""
+    calls = work.checked or work.implementations
     for name, call in calls.items() if work.truth else ():
         found = call(0)
         results = [found] if isinstance(found, Tensor) else list(found)  # type: ignore[call-overload]
@@ -93,25 +94,25 @@ def verify(work: Work) -> None:
             assert error <= work.tolerance, f"{work.group}: {name}, result {place}: error {error:.1e}"
 
 
-def hold(work: Work, rounds: int) -> dict[str, Result]:
-    """The times of all contenders and ceilings, once the contenders are found right."""
+def time_all(work: Work, rounds: int) -> dict[str, Result]:
+    """The times of all implementations and ceilings, once the implementations are found right."""
     verify(work)
-    calls = {**work.contenders, **work.ceilings}
-    make = _gpu_lap if ON_GPU else _Loop
-    laps = {name: make(call, work.sets) for name, call in calls.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in laps}
-    order = list(laps)
+    calls = {**work.implementations, **work.ceilings}
+    make = _gpu_timed_block if ON_GPU else _LoopBlock
+    blocks = {name: make(call, work.sets) for name, call in calls.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in blocks}
+    order = list(blocks)
     for turn in range(rounds + 1):  # the first round warms up
         begin = turn % len(order)
         for name in order[begin:] + order[:begin]:
-            laps[name].run()
-        for name, lap in laps.items():
+            blocks[name].run()
+        for name, block in blocks.items():
             if turn:
-                seconds[name].append(lap.seconds())
-    return {name: Result(seconds[name], laps[name].how) for name in order}
+                seconds[name].append(block.seconds())
+    return {name: Result(seconds[name], blocks[name].how) for name in order}
 
 
-class _Loop:
+class _LoopBlock:
     """Calls in a row, timed on the host: for the CPU."""
 
     how = "loop"
@@ -120,7 +121,7 @@ class _Loop:
         self.call, self.sets = call, sets
         start = time.perf_counter()
         call(0)
-        self.calls = max(1, round(LAP_SECONDS / (time.perf_counter() - start)))
+        self.calls = max(1, round(BLOCK_SECONDS / (time.perf_counter() - start)))
 
     def run(self) -> None:
         start = time.perf_counter()
@@ -132,7 +133,7 @@ class _Loop:
         return self.taken / self.calls
 
 
-class _Graph:
+class _GraphBlock:
     """The replay of a captured row of calls."""
 
     how = "graph"
@@ -156,7 +157,7 @@ class _Graph:
         return 1e-3 * self.start.elapsed_time(self.end) / self.calls
 
 
-class _Queue(_Graph):
+class _QueueBlock(_GraphBlock):
     """Calls queued behind a wait: for what cannot be captured."""
 
     how = "queue"
@@ -174,7 +175,7 @@ class _Queue(_Graph):
         self.end.record()
 
 
-def _gpu_lap(call: Call, sets: int) -> _Graph:
+def _gpu_timed_block(call: Call, sets: int) -> _GraphBlock:
     for _ in range(2):  # compiles, allocates; the second time tells how long a walk over the sets takes
         torch.cuda.synchronize()
         start = time.perf_counter()
@@ -182,13 +183,13 @@ def _gpu_lap(call: Call, sets: int) -> _Graph:
         torch.cuda.synchronize()
         taken = time.perf_counter() - start
     del kept
-    calls = sets * max(1, round(LAP_SECONDS / taken))
+    calls = sets * max(1, round(BLOCK_SECONDS / taken))
     try:
-        return _Graph(call, sets, calls)
+        return _GraphBlock(call, sets, calls)
     except RuntimeError:
         torch.cuda.synchronize()
         cycles = round(min(WAIT_CYCLES, WAIT_CYCLES * taken * calls / sets))
-        return _Queue(call, sets, calls, cycles)
+        return _QueueBlock(call, sets, calls, cycles)
 
 
 def inference(function: Callable[..., Any], given: Sequence[Sequence[Any]]) -> Call:

@@ -24,8 +24,8 @@ NORM_FLOPS_A_BYTE = 2.0
 def roofs(works: dict[str, dict[str, kernel_table.Line]]) -> tuple[float, float]:
     """(bytes a second of the fastest copy, FLOPs a second of the fastest product; 0 where none was timed)."""
     copies, products = [0.0], [0.0]
-    for contenders in works.values():
-        for line in contenders.values():
+    for implementations in works.values():
+        for line in implementations.values():
             ceilings = line.get("ceilings_us", {})
             if "copy" in ceilings:
                 copies.append(line["bytes"] / (1e-6 * ceilings["copy"]))
@@ -37,8 +37,8 @@ def roofs(works: dict[str, dict[str, kernel_table.Line]]) -> tuple[float, float]
 def points(works: dict[str, dict[str, kernel_table.Line]]) -> dict[str, list[tuple[float, float, str]]]:
     """op and direction -> (FLOPs a byte, FLOPs a second, work) of fastgate's timings."""
     found: dict[str, list[tuple[float, float, str]]] = {}
-    for work, contenders in works.items():
-        line = contenders.get("fastgate", {})
+    for work, implementations in works.items():
+        line = implementations.get("fastgate", {})
         if "us" not in line:
             continue
         flops = line["flops"] or NORM_FLOPS_A_BYTE * line["bytes"]

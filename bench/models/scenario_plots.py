@@ -1,6 +1,9 @@
-"""Two plots of the results of bench/models/scenarios.py: speed against the layers kept, and the share of the floor.
+"""Two plots of the results of bench/models/scenarios.py.
 
-python bench/models/scenario_plots.py [FILE] [FOLDER]    writes FOLDER/speed.svg and FOLDER/floor.svg
+    python bench/models/scenario_plots.py [FILE] [FOLDER]
+
+writes FOLDER/speed.svg, the speed-up over SDPA against the number of layers that keep their attention, and
+FOLDER/floor.svg, the share of the matmul lower bound against the batch size.
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ def scenario_of(run: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def speed(runs: list[dict[str, Any]], dtype: str) -> plt.Figure:
-    """A panel a size and task: times as fast as SDPA against the attention sublayers kept, a line a place."""
+    """A panel a size and task: the speed-up over SDPA against the attention kept, a line a place."""
     panels = [run for run in pick(runs, dtype=dtype) if {v["place"] for v in run["fastgate"]} >= set(WORDS)]
     figure, axes = plt.subplots(
         1, len(panels), figsize=(3.1 * len(panels), 3.3), sharey=True, layout="constrained", squeeze=False
@@ -45,13 +48,13 @@ def speed(runs: list[dict[str, Any]], dtype: str) -> plt.Figure:
         whole = run["fastgate"][0]
         for place, word in WORDS.items():
             line = sorted(
-                (len(v["kept"]), v["ratio"]["sdpa"]) for v in run["fastgate"] if v["place"] == place
+                (len(v["kept"]), v["speedup"]["sdpa"]) for v in run["fastgate"] if v["place"] == place
             )
-            line.append((len(whole["kept"]), whole["ratio"]["sdpa"]))
+            line.append((len(whole["kept"]), whole["speedup"]["sdpa"]))
             axis.plot(*zip(*line, strict=True), "o-", ms=4, lw=1.3, color=COLOURS[place], label=word)
-        for name, peer in run["peers"].items():
+        for name, baseline in run["baselines"].items():
             if name not in ("sdpa", "eager"):
-                level = run["peers"]["sdpa"]["total_ms"] / peer["total_ms"]
+                level = run["baselines"]["sdpa"]["total_ms"] / baseline["total_ms"]
                 axis.axhline(level, color="#999999", lw=0.8, ls=":")
                 axis.annotate(
                     name, (1, level), xycoords=("axes fraction", "data"), fontsize=6, ha="right", va="bottom"
@@ -65,13 +68,13 @@ def speed(runs: list[dict[str, Any]], dtype: str) -> plt.Figure:
         axis.set_yticks(ticks, [f"{tick}x" for tick in ticks])
         axis.minorticks_off()
         axis.grid(alpha=0.2)
-    axes[0][0].set_ylabel(f"times as fast as SDPA, {dtype}", fontsize=8)
+    axes[0][0].set_ylabel(f"speed-up over SDPA, {dtype}", fontsize=8)
     axes[0][-1].legend(title="which are kept", fontsize=7, title_fontsize=7)
     return figure
 
 
-def floor(runs: list[dict[str, Any]], model: str, dtype: str) -> plt.Figure:
-    """A panel a task: share of the floor against the batch size, data order, a line a choice of layers."""
+def lower_bound(runs: list[dict[str, Any]], model: str, dtype: str) -> plt.Figure:
+    """A panel a task: share of the matmul lower bound against the batch size, a line a choice of layers."""
     names = {v["name"] for run in pick(runs, model=model) for v in run["fastgate"]}
     spread = "75% spread" if "75% spread" in names else "67% spread"
     wanted = {"all": "all", spread: "spread", "83% low": "low"}
@@ -86,17 +89,19 @@ def floor(runs: list[dict[str, Any]], model: str, dtype: str) -> plt.Figure:
         )
         sizes = [run["settings"]["batch_size"] for run in chosen]
         for name, place in wanted.items():
-            shares = [100 * v["floor_share"] for run in chosen for v in run["fastgate"] if v["name"] == name]
+            shares = [
+                100 * v["lower_bound_share"] for run in chosen for v in run["fastgate"] if v["name"] == name
+            ]
             if len(shares) == len(sizes):
                 axis.plot(sizes, shares, "o-", ms=4, lw=1.3, color=COLOURS[place], label=name)
-        axis.axhline(100 * scenario_table.FLOOR_AIM, color="#999999", lw=0.8, ls=":")
+        axis.axhline(100 * scenario_table.LOWER_BOUND_AIM, color="#999999", lw=0.8, ls=":")
         axis.set_xscale("log", base=2)
         axis.set_xticks(sizes, [str(size) for size in sizes])
         axis.set_title(TITLES[task], fontsize=8)
         axis.set_xlabel("rows in a batch", fontsize=8)
         axis.set_ylim(0, 110)
         axis.grid(alpha=0.2)
-    axes[0][0].set_ylabel(f"% of the floor, {model}, {dtype}", fontsize=8)
+    axes[0][0].set_ylabel(f"% of the lower bound, {model}, {dtype}", fontsize=8)
     axes[0][-1].legend(title="pruned, kept", fontsize=7, title_fontsize=7)
     return figure
 
@@ -107,7 +112,7 @@ def main() -> None:
     runs = list({scenario_of(run): run for run in scenario_table.read(path)}.values())
     model, dtype = runs[0]["settings"]["model"], runs[0]["settings"]["dtype"]
     plt.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "fastgate", "font.size": 8}
-    for name, figure in (("speed", speed(runs, dtype)), ("floor", floor(runs, model, dtype))):
+    for name, figure in (("speed", speed(runs, dtype)), ("floor", lower_bound(runs, model, dtype))):
         figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
 
 

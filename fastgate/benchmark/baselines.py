@@ -1,4 +1,4 @@
-"""The peers `fastgate bench` times against: each makes a callable, batch -> logits, of Hugging Face's model.
+"""What `fastgate bench` times fastgate against: each baseline is Hugging Face's model in another runtime.
 
 Each runs in the form that was the fastest of those tried (BERT, real batches of changing lengths, two cores):
 
@@ -11,7 +11,7 @@ Each runs in the form that was the fastest of those tried (BERT, real batches of
 - openvino: SDPA through OpenVINO's own PyTorch front end, for latency. The eager attention is as fast or
   a little slower there; of ONNX graphs none was faster.
 
-onnxruntime and openvino are optional packages, imported when asked for: the extra `peers`.
+onnxruntime and openvino are optional packages, imported when asked for: the extra `baselines`.
 """
 
 from __future__ import annotations
@@ -37,83 +37,97 @@ from torch import Tensor, nn
 from fastgate.errors import FastgateError
 
 Batch = Mapping[str, Tensor]
-Run = Callable[[Batch], Tensor]
+Run = Callable[[Batch], Tensor]  # batch -> logits
 
 
 class Unavailable(FastgateError):
-    """A peer cannot run here; the message is the reason, in one line."""
+    """A baseline cannot run here. The message is the reason, in one line."""
 
 
 @dataclass(frozen=True)
-class Peer:
-    """run: a batch (batch, length) -> its logits. form: in which form it runs, in one line."""
+class Baseline:
+    """A model to be timed: `run` maps a batch (batch, length) to its logits, `form` says how, in one line."""
 
     run: Run
     form: str
 
 
-def build(names: Sequence[str], reference: Any, batch: Batch) -> tuple[dict[str, Peer], dict[str, str]]:
-    """(the peers of these names that run here, why the others do not).
+def build_baselines(
+    names: Sequence[str], reference: Any, batch: Batch
+) -> tuple[dict[str, Baseline], dict[str, str]]:
+    """(the baselines of these names that run here, why the others do not).
 
-    reference: Hugging Face's model in evaluation mode, in the precision and on the device the peers shall
+    reference: Hugging Face's model in evaluation mode, in the precision and on the device the baselines shall
     have; its weights are shared where they can be. batch: model inputs to trace it with; any other batch size
-    and length runs too. Threads are torch's at this moment.
+    and length runs too. The number of threads is torch's at this moment.
+
+    On the CPU `compile` resets torch.compile: what this process compiled before is compiled again at its next
+    call. Without it, models that were built here earlier would count against the limit of recompilations,
+    beyond which torch.compile runs a model uncompiled.
     """
-    built: dict[str, Peer] = {}
+    built: dict[str, Baseline] = {}
     absent: dict[str, str] = {}
     for name in names:
         try:
-            built[name] = PEERS[name](reference, batch)
+            built[name] = BASELINES[name](reference, batch)
         except Unavailable as reason:
             absent[name] = str(reason)
     return built, absent
 
 
-def twin(model: Any, attention: str | None = None) -> Any:
+def copy_sharing_weights(model: Any, attention: str | None = None) -> Any:
     """A copy of a model that shares its weights, with another attention implementation if one is named."""
     shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
-    found = copy.deepcopy(model, memo=shared)
+    twin = copy.deepcopy(model, memo=shared)
     if attention is not None:
-        found.set_attn_implementation(attention)
-    return found
+        twin.set_attn_implementation(attention)
+    return twin
 
 
-def _transformers(attention: str) -> Callable[[Any, Batch], Peer]:
-    def make(reference: Any, batch: Batch) -> Peer:
-        model = twin(reference, attention)
-        return Peer(lambda batch: model(**batch).logits, f"transformers, {attention} attention")
+def _logits(model: Callable[..., Any]) -> Run:
+    def run(batch: Batch) -> Tensor:
+        logits: Tensor = model(**batch).logits
+        return logits
+
+    return run
+
+
+def _transformers(attention: str) -> Callable[[Any, Batch], Baseline]:
+    def make(reference: Any, batch: Batch) -> Baseline:
+        model = copy_sharing_weights(reference, attention)
+        return Baseline(_logits(model), f"transformers, {attention} attention")
 
     return make
 
 
-def _compiled(reference: Any, batch: Batch) -> Peer:
+def _compiled(reference: Any, batch: Batch) -> Baseline:
     import torch._inductor.config as inductor
 
-    model = twin(reference, "sdpa")
+    model = copy_sharing_weights(reference, "sdpa")
     if next(model.parameters()).is_cuda:
         compiled = torch.compile(model, mode="reduce-overhead")
-        return Peer(lambda batch: compiled(**batch).logits, "torch.compile of sdpa, CUDA graphs")
-    torch._dynamo.reset()
-    compiled = torch.compile(model, dynamic=True)
+        return Baseline(_logits(compiled), "torch.compile of sdpa, CUDA graphs")
+    torch.compiler.reset()
+    logits = _logits(torch.compile(model, dynamic=True))
     seen: set[torch.Size] = set()
 
     def run(batch: Batch) -> Tensor:
         shape = batch["attention_mask"].shape
         if shape in seen:
-            return compiled(**batch).logits
+            return logits(batch)
         seen.add(shape)  # it may be compiled now: a batch size of 1 is a case of its own to torch.compile
         with inductor.patch(freezing=True), torch.inference_mode():
-            return compiled(**batch).logits
+            return logits(batch)
 
     with _quiet():
         try:
             run(batch)
         except torch._inductor.exc.InductorError as error:
             raise Unavailable(f"torch.compile failed: {str(error).splitlines()[0]}") from error
-    return Peer(run, "torch.compile of sdpa, dynamic shapes, frozen weights")
+    return Baseline(run, "torch.compile of sdpa, dynamic shapes, frozen weights")
 
 
-def _onnxruntime(reference: Any, batch: Batch) -> Peer:
+def _onnxruntime(reference: Any, batch: Batch) -> Baseline:
     dtype = _need("onnxruntime", reference, "onnx", "onnxruntime")
     if dtype != torch.float32:
         # InferenceSession says so itself: NOT_IMPLEMENTED: could not find an implementation for MatMul(13).
@@ -138,7 +152,7 @@ def _onnxruntime(reference: Any, batch: Batch) -> Peer:
         return torch.from_numpy(logits)
 
     nodes = ", ".join(f"{kind} {count}" for kind, count in fused.items())
-    return Peer(run, f"onnxruntime {onnxruntime.__version__}, fused: {nodes}")
+    return Baseline(run, f"onnxruntime {onnxruntime.__version__}, fused: {nodes}")
 
 
 def _fused_graph(reference: Any, batch: Batch, path: Path) -> dict[str, int]:
@@ -150,8 +164,9 @@ def _fused_graph(reference: Any, batch: Batch, path: Path) -> dict[str, int]:
     axes = {name: {0: "batch", 1: "length"} for name in names} | {"logits": {0: "batch"}}
     if _logits_per_token(reference):
         axes["logits"][1] = "length"
+    model = _Positional(copy_sharing_weights(reference, "eager"), names)
     torch.onnx.export(
-        _Positional(twin(reference, "eager"), names), tuple(batch[name] for name in names), str(path),
+        model, tuple(batch[name] for name in names), str(path),
         input_names=names, output_names=["logits"], dynamic_axes=axes, opset_version=17, dynamo=False,
     )  # fmt: skip
     graph = optimizer.optimize_model(
@@ -162,12 +177,8 @@ def _fused_graph(reference: Any, batch: Batch, path: Path) -> dict[str, int]:
     return {kind: count for kind, count in graph.get_fused_operator_statistics().items() if count}
 
 
-def _openvino(reference: Any, batch: Batch) -> Peer:
+def _openvino(reference: Any, batch: Batch) -> Baseline:
     dtype = _need("openvino", reference, "openvino")
-    # Its converter reports its use to a web service unless opted out of; without this module it has a stub.
-    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
-    import openvino
-
     precision = {torch.float32: "f32", torch.bfloat16: "bf16"}[dtype]
     settings = {
         "INFERENCE_PRECISION_HINT": precision,
@@ -175,9 +186,13 @@ def _openvino(reference: Any, batch: Batch) -> Peer:
         "PERFORMANCE_HINT": "LATENCY",
     }
     names = _inputs(batch)
-    model = twin(reference) if dtype == torch.float32 else copy.deepcopy(reference).float()
+    model: Any = (
+        copy_sharing_weights(reference) if dtype == torch.float32 else copy.deepcopy(reference).float()
+    )
     model.set_attn_implementation("sdpa")
-    with _quiet():
+    with _quiet(), _without_telemetry():
+        import openvino
+
         converted = openvino.convert_model(
             _Positional(model, names),
             example_input=tuple(batch[name] for name in names),
@@ -190,11 +205,27 @@ def _openvino(reference: Any, batch: Batch) -> Peer:
     request = compiled.create_infer_request()
 
     def run(batch: Batch) -> Tensor:
-        found = request.infer([batch[name].numpy() for name in names], share_inputs=True)
-        return torch.from_numpy(found[0])
+        outputs = request.infer([batch[name].numpy() for name in names], share_inputs=True)
+        return torch.from_numpy(outputs[0])
 
     version = importlib.metadata.version("openvino")
-    return Peer(run, f"openvino {version}, {runs_in}, latency hint, PyTorch front end")
+    return Baseline(run, f"openvino {version}, {runs_in}, latency hint, PyTorch front end")
+
+
+@contextlib.contextmanager
+def _without_telemetry() -> Iterator[None]:
+    """OpenVINO's converter reports its use to a web service unless it opts out. While this module cannot be
+    imported, it takes a stub of its own instead."""
+    name = "openvino_telemetry"
+    before = sys.modules.get(name)
+    sys.modules[name] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        if before is None:
+            del sys.modules[name]
+        else:
+            sys.modules[name] = before
 
 
 class _Positional(nn.Module):
@@ -206,15 +237,16 @@ class _Positional(nn.Module):
         self.eval()
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        return self.model(**dict(zip(self.names, inputs, strict=True))).logits
+        logits: Tensor = self.model(**dict(zip(self.names, inputs, strict=True))).logits
+        return logits
 
 
 def _need(name: str, reference: Any, *packages: str) -> torch.dtype:
     """The dtype of the model; raises Unavailable if a package is missing or the model is not on the CPU."""
     missing = [package for package in packages if importlib.util.find_spec(package) is None]
     if missing:
-        raise Unavailable(f'no package {" and ".join(missing)}; pip install "fastgate[peers]"')
-    parameter = next(reference.parameters())
+        raise Unavailable(f'no package {" and ".join(missing)}; pip install "fastgate[baselines]"')
+    parameter: Tensor = next(reference.parameters())
     if parameter.device.type != "cpu":
         raise Unavailable(f"{name} is timed on the CPU only, the model is on {parameter.device.type}")
     return parameter.dtype
@@ -241,7 +273,7 @@ def _quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-PEERS: dict[str, Callable[[Any, Batch], Peer]] = {
+BASELINES: dict[str, Callable[[Any, Batch], Baseline]] = {
     "sdpa": _transformers("sdpa"),
     "eager": _transformers("eager"),
     "compile": _compiled,

@@ -1,4 +1,4 @@
-"""`fastgate bench`: the same real batches through fastgate and its peers in turn, outputs compared first."""
+"""`fastgate bench`: fastgate and its baselines in turn on the same real batches, outputs compared first."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from fastgate.benchmark.baselines import PEERS, Batch, Peer, build
+from fastgate.benchmark.baselines import BASELINES, Baseline, Batch, build_baselines
 from fastgate.benchmark.batches import check_order, real_batches
-from fastgate.benchmark.equivalence import check_outputs, hold_peers
+from fastgate.benchmark.equivalence import check_baselines, check_outputs
 from fastgate.benchmark.matmul_bound import MatmulLowerBound
-from fastgate.benchmark.model_variants import DTYPES, contenders
+from fastgate.benchmark.model_variants import DTYPES, load_models
 from fastgate.benchmark.timing import Timing, interleave
 from fastgate.data.load import load_task
 from fastgate.env import environment
@@ -24,15 +24,17 @@ from fastgate.errors import ArgumentError, format_error
 from fastgate.models.handle import get_encoder
 from fastgate.training.feasibility import check_rows
 
-SECONDS = 0.2  # of a contender on a batch, at least: small batches are run more often for steady medians
+SECONDS = 0.2  # of a model on a batch, at least: small batches are run more often for steady medians
+LOWER_BOUND = "lower bound"  # the name of the matmul lower bound among the timings
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Timings of one run, by contender: `fastgate`, the peers, and `floor`, the products alone.
+    """Timings of one run, by name: `fastgate`, the baselines, and the matmul lower bound.
 
-    tokens: attended tokens in all batches. max_difference: largest difference of any logit of fastgate's from
-    Hugging Face's. peers: in which form each peer ran. absent: why a peer did not.
+    tokens: attended tokens in all batches. rows: sequences in all batches. padded: tokens with the padding.
+    max_difference: largest difference of any logit of fastgate's from Hugging Face's. kept: the layers that
+    keep their attention. baselines: in which form each baseline ran. absent: why a baseline did not run.
     """
 
     timings: dict[str, Timing]
@@ -41,17 +43,17 @@ class Comparison:
     padded: int
     max_difference: float
     kept: list[int]
-    peers: dict[str, str] = field(default_factory=dict)
+    baselines: dict[str, str] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
 
-    def ratio(self, rival: str) -> float:
-        """How many times faster fastgate is than `rival`, over all batches."""
-        return self.timings[rival].total / self.timings["fastgate"].total
+    def speedup(self, baseline: str) -> float:
+        """The time of `baseline` over that of fastgate, of all batches."""
+        return self.timings[baseline].total / self.timings["fastgate"].total
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data: medians in milliseconds, ratios, tokens/s, share of the floor."""
-        contenders = {
+        """Plain data: medians in milliseconds, tokens/s, speed-ups, share of the matmul lower bound."""
+        models = {
             name: {
                 "median_ms": 1e3 * timing.median,
                 "total_ms": 1e3 * timing.total,
@@ -68,11 +70,13 @@ class Comparison:
             "tokens": self.tokens,
             "filled": self.tokens / self.padded,
             "max_difference": self.max_difference,
-            "peers": self.peers,
+            "baselines": self.baselines,
             "absent": self.absent,
-            "contenders": contenders,
-            "ratio": {name: self.ratio(name) for name in self.timings if name not in ("fastgate", "floor")},
-            "floor_share": self.timings["floor"].total / self.timings["fastgate"].total,
+            "models": models,
+            "speedup": {
+                name: self.speedup(name) for name in self.timings if name not in ("fastgate", LOWER_BOUND)
+            },
+            "lower_bound_share": self.timings[LOWER_BOUND].total / self.timings["fastgate"].total,
         }
 
 
@@ -85,46 +89,50 @@ def compare(
     repeats: int = 3,
     progress: Callable[[], None] | None = None,
 ) -> Comparison:
-    """Check that `ours` computes what `reference` does, then time both, and the products alone, on every
+    """Check that `ours` computes what `reference` does, then time both, and the matmul lower bound, on every
     batch.
 
-    against: names of peers.PEERS; one that cannot run here, or is not right, is left out with the reason.
-    Raises OutputsDiffer and times nothing if a logit of `ours` differs by more than TOLERANCES, ArgumentError
-    if no peer is left.
+    against: names of baselines.BASELINES; one that cannot run here, or is not right, is left out with the
+    reason. Raises OutputsDiffer and times nothing if a logit of `ours` differs by more than TOLERANCES,
+    ArgumentError if no baseline is left.
     """
-    _check_peers(against)
+    _check_names(against)
     device = next(ours.parameters()).device
     batches = [{key: value.to(device) for key, value in batch.items()} for batch in batches]
-    peers, absent = build(against, reference, batches[0])
-    (found,) = compare_all({"": ours}, reference, batches, peers, absent, repeats=repeats, progress=progress)
-    return found
+    baselines, absent = build_baselines(against, reference, batches[0])
+    (comparison,) = compare_all(
+        {"": ours}, reference, batches, baselines, absent, repeats=repeats, progress=progress
+    )
+    return comparison
 
 
 def compare_all(
     models: Mapping[str, Any],
     reference: Any,
     batches: Sequence[Batch],
-    peers: Mapping[str, Peer],
+    baselines: Mapping[str, Baseline],
     absent: Mapping[str, str],
     *,
     repeats: int = 3,
     progress: Callable[[], None] | None = None,
 ) -> list[Comparison]:
-    """As `compare`, for several models of ours that share the peers' timings; batches on the models' device.
+    """As `compare`, for several models that share the timings of the baselines. Batches are on their device.
 
-    peers, absent: what peers.build returned, whatever batch it was given. One Comparison a model, in their
-    order.
+    baselines, absent: what build_baselines returned, whatever batch it was given. One Comparison a model, in
+    their order.
     """
     device = batches[0]["attention_mask"].device
     worst = {name: check_outputs(model, reference, batches[:2]) for name, model in models.items()}
-    peers, wrong = hold_peers(peers, reference, batches[:2])
+    baselines, wrong = check_baselines(baselines, reference, batches[:2])
     absent = {**absent, **wrong}
-    if not peers:
+    if not baselines:
         got = "; ".join(f"{name}: {why}" for name, why in absent.items())
-        raise ArgumentError(format_error("bench", "--against", got, "a peer that runs here", "name another"))
+        raise ArgumentError(
+            format_error("bench", "--against", got, "a baseline that runs here", "name another")
+        )
     runs: dict[str, Callable[[Batch], object]] = {f"fastgate {n}": _call(m) for n, m in models.items()}
-    runs |= {name: peer.run for name, peer in peers.items()}
-    runs |= {f"floor {name}": MatmulLowerBound(model, batches) for name, model in models.items()}
+    runs |= {name: baseline.run for name, baseline in baselines.items()}
+    runs |= {f"{LOWER_BOUND} {name}": MatmulLowerBound(model, batches) for name, model in models.items()}
     timings = interleave(
         runs, batches, repeats=repeats, seconds=SECONDS, device=device, progress=progress
     )  # fmt: skip
@@ -132,27 +140,27 @@ def compare_all(
         Comparison(
             {
                 "fastgate": timings[f"fastgate {name}"],
-                **{peer: timings[peer] for peer in peers},
-                "floor": timings[f"floor {name}"],
+                **{baseline: timings[baseline] for baseline in baselines},
+                LOWER_BOUND: timings[f"{LOWER_BOUND} {name}"],
             },
             tokens=sum(int(batch["attention_mask"].sum()) for batch in batches),
             rows=sum(batch["attention_mask"].shape[0] for batch in batches),
             padded=sum(batch["attention_mask"].numel() for batch in batches),
             max_difference=worst[name],
             kept=[i for i, gate in enumerate(get_encoder(model).gates) if gate != 0.0],
-            peers={name: peer.form for name, peer in peers.items()},
+            baselines={name: baseline.form for name, baseline in baselines.items()},
             absent=absent,
         )
         for name, model in models.items()
     ]
 
 
-def _check_peers(against: Sequence[str]) -> None:
-    unknown = [name for name in against if name not in PEERS]
+def _check_names(against: Sequence[str]) -> None:
+    unknown = [name for name in against if name not in BASELINES]
     if unknown or not against:
         got = ", ".join(unknown) or "none"
         raise ArgumentError(
-            format_error("bench", "--against", got, " or ".join(PEERS), "pass one or more, by commas")
+            format_error("bench", "--against", got, " or ".join(BASELINES), "pass one or more, by commas")
         )
 
 
@@ -185,36 +193,36 @@ def bench(
     dtype: str = "float32",
 ) -> Comparison:
     """The body of `fastgate bench`: load, check, time. `console` shows a progress bar."""
-    _check_peers(against)
+    _check_names(against)
     precision = dtype_of("bench", dtype)
     if threads is not None:
         torch.set_num_threads(threads)
     check_order(order)
     task = load_task(task_name, data_dir, max_train_rows=1)
-    ours, reference, tokenizer = contenders(model, task, keep, precision)
-    made = real_batches(
+    ours, reference, tokenizer = load_models(model, task, keep, precision)
+    chosen = real_batches(
         task, tokenizer, max_length=max_length, batch_size=batch_size, count=batches, order=order
     )
-    check_rows("bench", "--max-length", [batch["input_ids"][0] for batch in made], ours)
+    check_rows("bench", "--max-length", [batch["input_ids"][0] for batch in chosen], ours)
     with Progress(console=console, transient=True) as bar:
-        job = bar.add_task("timing", total=len(made))
-        found = compare(ours, reference, made, against=against, progress=lambda: bar.advance(job))
+        job = bar.add_task("timing", total=len(chosen))
+        comparison = compare(ours, reference, chosen, against=against, progress=lambda: bar.advance(job))
     settings = {
         "model": model,
         "task": task_name,
         "batch_size": batch_size,
-        "batches": len(made),
+        "batches": len(chosen),
         "order": order,
         "max_length": max_length,
         "dtype": dtype,
         "environment": environment(),
     }
-    return replace(found, settings=settings)
+    return replace(comparison, settings=settings)
 
 
-def bench_table(found: Comparison) -> Table:
+def bench_table(comparison: Comparison) -> Table:
     """What `to_dict` says, for the screen."""
-    data = found.to_dict()
+    data = comparison.to_dict()
     settings = data["settings"]
     threads = settings["environment"]["threads"]
     title = (
@@ -224,17 +232,17 @@ def bench_table(found: Comparison) -> Table:
     )
     caption = "\n".join(
         [
-            f"logits within {data['max_difference']:.0e} of Hugging Face's; floor: the products alone",
-            *data["peers"].values(),
+            f"logits within {data['max_difference']:.0e} of Hugging Face's; lower bound: the matmuls alone",
+            *data["baselines"].values(),
             *(f"{name} was not timed: {why}" for name, why in data["absent"].items()),
         ]
     )
     table = Table(title=title, caption=caption)
-    for name in ("", "median ms a batch", "tokens/s", "fastgate is", "share of the floor"):
+    for name in ("", "median ms a batch", "tokens/s", "speed-up of fastgate", "share of the lower bound"):
         table.add_column(name, justify="left" if not name else "right")
-    total = found.timings["fastgate"].total
-    for name, numbers in data["contenders"].items():
-        ratio = f"{1e-3 * numbers['total_ms'] / total:.2f}x as fast" if name in data["ratio"] else ""
-        share = f"{found.timings['floor'].total / found.timings[name].total:.0%}"
-        table.add_row(name, f"{numbers['median_ms']:.1f}", f"{numbers['tokens_per_s']:,.0f}", ratio, share)
+    total = comparison.timings["fastgate"].total
+    for name, numbers in data["models"].items():
+        speedup = f"{1e-3 * numbers['total_ms'] / total:.2f}x" if name in data["speedup"] else ""
+        share = f"{comparison.timings[LOWER_BOUND].total / comparison.timings[name].total:.0%}"
+        table.add_row(name, f"{numbers['median_ms']:.1f}", f"{numbers['tokens_per_s']:,.0f}", speedup, share)
     return table

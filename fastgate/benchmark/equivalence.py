@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgate.benchmark.baselines import Batch, Peer, Run
+from fastgate.benchmark.baselines import Baseline, Batch, Run
 from fastgate.errors import FastgateError, format_error
 from fastgate.models.handle import get_encoder
 from fastgate.runtime.unpadding import left_neighbour_mask
@@ -28,29 +28,30 @@ class OutputsDiffer(FastgateError):
 def _as_pruned(reference: Any, ours: nn.Module) -> Iterator[None]:
     """While open, layers of `reference` whose attention `ours` skips put its replacement in place of it, and
     its pooler reads what that of `ours` does."""
-    state = get_encoder(ours)
+    handle = get_encoder(ours)
     encoder = getattr(reference, reference.base_model_prefix, reference)
     has_left_neighbour: Tensor
 
-    def link(module: Any, args: tuple[()], batch: Batch) -> None:
+    def note_neighbours(module: Any, args: tuple[()], batch: Batch) -> None:
         nonlocal has_left_neighbour
         has_left_neighbour = left_neighbour_mask(batch["attention_mask"].bool()).flatten()
 
-    def stand_in(module: Any, args: tuple[Tensor, Tensor], output: Tensor, replacement: Any = None) -> Tensor:
+    def replace(module: Any, args: tuple[Tensor, Tensor], output: Tensor, replacement: Any = None) -> Tensor:
         rows = args[1].flatten(0, 1)
         rows = rows if replacement is None else rows + replacement(rows, has_left_neighbour)
-        return module.LayerNorm(rows.view_as(output))
+        normed: Tensor = module.LayerNorm(rows.view_as(output))
+        return normed
 
-    hooks = [reference.register_forward_pre_hook(link, with_kwargs=True)]
+    hooks = [reference.register_forward_pre_hook(note_neighbours, with_kwargs=True)]
     hooks += [
         encoder.encoder.layer[i].attention.output.register_forward_hook(
-            functools.partial(stand_in, replacement=state.replacement(i))
+            functools.partial(replace, replacement=handle.replacement(i))
         )
-        for i, gate in enumerate(state.gates)
+        for i, gate in enumerate(handle.gates)
         if gate == 0.0
     ]
-    if state.runtime.pooling == "mean":
-        hooks += _reading_the_mean(encoder)
+    if handle.runtime.pooling == "mean":
+        hooks += _pool_the_mean(encoder)
     try:
         yield
     finally:
@@ -58,7 +59,7 @@ def _as_pruned(reference: Any, ours: nn.Module) -> Iterator[None]:
             hook.remove()
 
 
-def _reading_the_mean(encoder: Any) -> list[Any]:
+def _pool_the_mean(encoder: Any) -> list[Any]:
     """Hooks by which an encoder of transformers hands its pooler the mean over the attended rows."""
     masks: list[Tensor] = []
 
@@ -100,20 +101,20 @@ def _difference(run: Run, reference: Any, batches: Sequence[Batch]) -> tuple[flo
     return worst, share
 
 
-def hold_peers(
-    peers: Mapping[str, Peer], reference: Any, batches: Sequence[Batch]
-) -> tuple[dict[str, Peer], dict[str, str]]:
-    """(the peers whose logits are Hugging Face's within TOLERANCES, why the others are not timed)."""
+def check_baselines(
+    baselines: Mapping[str, Baseline], reference: Any, batches: Sequence[Batch]
+) -> tuple[dict[str, Baseline], dict[str, str]]:
+    """(the baselines whose logits are Hugging Face's within TOLERANCES, why the others are not timed)."""
     tolerance = TOLERANCES[reference.dtype]
-    held: dict[str, Peer] = {}
+    right: dict[str, Baseline] = {}
     wrong: dict[str, str] = {}
     with torch.inference_mode():
-        for name, peer in peers.items():
-            worst, share = _difference(peer.run, reference, batches)
+        for name, baseline in baselines.items():
+            worst, share = _difference(baseline.run, reference, batches)
             if share <= tolerance:
-                held[name] = peer
+                right[name] = baseline
             else:
                 wrong[name] = (
                     f"a logit differs by {worst:.1e} from Hugging Face's, at most {tolerance} is allowed"
                 )
-    return held, wrong
+    return right, wrong

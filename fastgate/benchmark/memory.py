@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 
-class _Kept:
+class _SavedTensor:
     """A tensor that autograd keeps, for as long as it does."""
 
     def __init__(self, tensor: Tensor):
@@ -24,17 +24,17 @@ def saved_bytes(step: Callable[[], Tensor], model: nn.Module) -> int:
     in the backward (dropout masks, gradient checkpointing) does not either. A step's peak is higher by what
     the backward itself allocates.
     """
-    kept: weakref.WeakSet[_Kept] = weakref.WeakSet()
+    alive: weakref.WeakSet[_SavedTensor] = weakref.WeakSet()
 
-    def pack(tensor: Tensor) -> _Kept:
-        saved = _Kept(tensor)
-        kept.add(saved)
+    def pack(tensor: Tensor) -> _SavedTensor:
+        saved = _SavedTensor(tensor)
+        alive.add(saved)
         return saved
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor):
         loss = step()
-    there = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    storages = [saved.tensor.untyped_storage() for saved in kept]
-    found = {s.data_ptr(): s.nbytes() for s in storages if s.data_ptr() not in there}
+    of_model = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    storages = [saved.tensor.untyped_storage() for saved in alive]
+    sizes = {s.data_ptr(): s.nbytes() for s in storages if s.data_ptr() not in of_model}
     del loss  # until here its graph kept what is counted
-    return sum(found.values())
+    return sum(sizes.values())

@@ -1,4 +1,4 @@
-"""The models that `fastgate bench` sets against each other: ours, and Hugging Face's of the same weights."""
+"""The models that `fastgate bench` compares: fastgate's, and Hugging Face's of the same weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fastgate.benchmark.baselines import twin
+from fastgate.benchmark.baselines import copy_sharing_weights
 from fastgate.data.task import Task
 from fastgate.errors import ArgumentError, format_error
 from fastgate.models.architectures import base_class
@@ -18,6 +18,7 @@ from fastgate.models.checkpoint import load
 from fastgate.models.freezing import freeze
 from fastgate.models.patching import patch
 from fastgate.models.pruning import prune
+from fastgate.nn.choices import Pooling, ReplacementKind
 from fastgate.training.model import demo_model_path, dense_model, load_tokenizer
 
 _SHAPES = {  # hidden, layers, heads, intermediate
@@ -28,21 +29,21 @@ _SHAPES = {  # hidden, layers, heads, intermediate
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def contenders(
+def load_models(
     source: str | Path,
     task: Task,
     keep: Sequence[int] | None,
     dtype: torch.dtype = torch.float32,
-    pooling: str | None = None,
-    replacement: str = "zero",
+    pooling: Pooling | None = None,
+    replacement: ReplacementKind = "zero",
 ) -> tuple[Any, Any, Any]:
     """(fastgate's model, Hugging Face's unpruned one, the tokenizer) for `bench`.
 
     source: a size (`minilm`, `bert-base`, `bert-large`: random weights, the demo model's tokenizer), a
     fastgate checkpoint, or a model of the hub or in a folder. keep: layers whose attention stays, None for
     all. dtype: of both models' parameters; they are on the GPU if there is one. pooling: of fastgate's, None
-    for what the source says. replacement: what stands where `keep` leaves attention out
-    (fastgate.prune).
+    for what the source says. replacement: what takes the place of a pruned attention (fastgate.prune).
+    Raises ArgumentError for layers that the model does not have.
     """
     name, device = os.path.expanduser(source), _device()
     if (Path(name) / "fastgate.json").is_file():
@@ -51,9 +52,10 @@ def contenders(
             raise ArgumentError(
                 format_error("bench", "--keep", list(keep), "none for a pruned checkpoint", remedy)
             )
-        ours = load(name).to(device, dtype)
+        ours: Any = load(name)
+        ours = ours.to(device, dtype)
         reference = unpruned(ours).to(device, dtype)
-        return ours_at_best(ours), reference, load_tokenizer(name, task)
+        return freeze_on_cpu(ours), reference, load_tokenizer(name, task)
     reference, tokenizer = dense(name, task, dtype)
     layers = int(reference.config.num_hidden_layers)
     if keep is not None and not all(0 <= layer < layers for layer in keep):
@@ -63,7 +65,7 @@ def contenders(
 
 
 def dense(source: str | Path, task: Task, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
-    """(Hugging Face's model, the tokenizer) of a size, the hub or a folder, as `contenders` takes them."""
+    """(Hugging Face's model, the tokenizer) of a size, the hub or a folder, as `load_models` takes them."""
     name = str(source)
     if name in _SHAPES:
         tokenizer = load_tokenizer(demo_model_path(), task)
@@ -79,16 +81,19 @@ def _device() -> torch.device:
 
 
 def pruned(
-    reference: Any, keep: Sequence[int] | None, pooling: str | None = None, replacement: str = "zero"
+    reference: Any,
+    keep: Sequence[int] | None,
+    pooling: Pooling | None = None,
+    replacement: ReplacementKind = "zero",
 ) -> Any:
     """fastgate's model with the weights of a Hugging Face model, attention kept in the layers of `keep`."""
-    ours = patch(twin(reference), pooling=pooling)
+    ours = patch(copy_sharing_weights(reference), pooling=pooling)
     if keep is not None:
         prune(ours, keep=list(keep), replacement=replacement)
-    return ours_at_best(ours)
+    return freeze_on_cpu(ours)
 
 
-def ours_at_best(model: Any) -> Any:
+def freeze_on_cpu(model: Any) -> Any:
     """A patched model, on the device it will run on, in the form it is timed in: on the CPU frozen."""
     return freeze(model) if next(model.parameters()).device.type == "cpu" else model
 

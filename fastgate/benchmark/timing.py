@@ -1,4 +1,4 @@
-"""Interleaved timing: every contender on the same batch in turn, medians over the repeats."""
+"""Interleaved timing: every model on the same batch in turn, medians over the repeats."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Batch = TypeVar("Batch")
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one contender: the median of the repeats for each batch, in the order of the batches."""
+    """Seconds of one model: the median of the repeats for each batch, in the order of the batches."""
 
     batches: tuple[float, ...]
 
@@ -60,15 +60,15 @@ def interleave(
     """Time each of `runs` on every batch: A, B, ... on batch 0, again `repeats` times, then batch 1, and so
     on.
 
-    Each contender sees a batch once before it is timed, and who begins changes from repeat to repeat. With
-    `seconds`, a contender whose `repeats` calls take less than that is called more often: a turn of it is
+    Each one sees a batch once before it is timed, and who begins changes from repeat to repeat. With
+    `seconds`, one whose `repeats` calls take less than that is called more often: a turn of it is
     then a pause for the threads of the one before, a call that is not timed, and as many calls as make
     `repeats` turns last `seconds` in all. Runs under `torch.inference_mode`. progress: called after each
     batch.
     """
     device = torch.device(device)
     order = list(runs)
-    found: dict[str, list[float]] = {name: [] for name in order}
+    medians: dict[str, list[float]] = {name: [] for name in order}
     with torch.inference_mode():
         for batch in batches:
             first = {name: _call(runs[name], batch, device) for name in order}
@@ -86,7 +86,7 @@ def interleave(
                         if left <= 0:
                             break
             for name in order:
-                found[name].append(statistics.median(taken[name]))
+                medians[name].append(statistics.median(taken[name]))
             if progress is not None:
                 progress()
-    return {name: Timing(tuple(times)) for name, times in found.items()}
+    return {name: Timing(tuple(times)) for name, times in medians.items()}

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from fastgate.benchmark.baselines import Batch
 from fastgate.benchmark.equivalence import check_outputs
-from fastgate.benchmark.model_variants import ours_at_best, unpruned
+from fastgate.benchmark.model_variants import freeze_on_cpu, unpruned
 from fastgate.benchmark.timing import interleave
 from fastgate.cli.progress import Display
 from fastgate.data import Task, load_task
@@ -22,7 +22,7 @@ from fastgate.data.docstrings import docstring_task
 from fastgate.models.checkpoint import load
 from fastgate.models.patching import patch
 from fastgate.pruning import Sparsity
-from fastgate.report.demo_report import Contender, gate_picture, how_chosen, table, write_report
+from fastgate.report.demo_report import ModelResult, gate_picture, how_chosen, table, write_demo_report
 from fastgate.training import dense_model, load_tokenizer
 from fastgate.training.config import FinetuneConfig, PruningOptions
 from fastgate.training.finetune import finetune
@@ -79,7 +79,7 @@ def run_demo(
         config = demo_config(task.name, str(model_path), seed)
         result = finetune(config, task, out, listener=display, tell=console.print, save_every=None)
     console.print("Timing the same rows on Hugging Face and on fastgate, in turn ...")
-    contenders, worst = measure(out, task, result)
+    results, worst = measure(out, task, result)
     seconds = time.perf_counter() - started
     history = json.loads((out / "history.json").read_text(encoding="utf-8"))
     gate_picture(history["steps"], history["kept"], out / "gates.png")
@@ -91,28 +91,29 @@ def run_demo(
         f"the whole demo took {seconds:.0f} s",
     ]
     title = f"fastgate demo: {task.name}, MiniLM-L6"
-    write_report(out / "report.md", title, contenders, result, notes)
-    console.print(table(contenders, task.metric, title))
+    write_demo_report(out / "report.md", title, results, result, notes)
+    console.print(table(results, task.metric, title))
     kept = result["pruned"]["kept"]
     console.print(
         f"attention kept in layers {kept}; {seconds:.0f} s in all; see {out}/report.md, {out}/gates.png"
     )
     console.print(how_chosen(result["pruned"]))
     console.print(f"the pruned model: fastgate.load({str(out / 'pruned')!r})")
-    return {**result, "contenders": [vars(c) for c in contenders], "seconds": seconds}
+    return {**result, "models": [vars(c) for c in results], "seconds": seconds}
 
 
-def measure(out: Path, task: Task, result: dict[str, Any]) -> tuple[list[Contender], float]:
+def measure(out: Path, task: Task, result: dict[str, Any]) -> tuple[list[ModelResult], float]:
     """Hugging Face's dense model, fastgate's and the pruned one on the same rows; the largest difference."""
     tokenizer = load_tokenizer(out / "dense", task)
     reference: Any = dense_model(out / "dense", task).eval()
-    dense, pruned = patch(copy.deepcopy(reference)), load(out / "pruned")
+    dense: Any = patch(copy.deepcopy(reference))
+    pruned: Any = load(out / "pruned")
     if torch.cuda.is_available():
         reference, dense, pruned = (model.cuda() for model in (reference, dense, pruned))
     models = {"Hugging Face": reference, "fastgate dense": dense, "fastgate pruned": pruned}
     parameters = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
     for ours in (dense, pruned):
-        ours_at_best(ours)
+        freeze_on_cpu(ours)
     device = next(reference.parameters()).device
     rows = task.tokenize(tokenizer, result["settings"]["max_length"])["evaluation"].remove_columns("labels")
 
@@ -131,12 +132,12 @@ def measure(out: Path, task: Task, result: dict[str, Any]) -> tuple[list[Contend
     latency = interleave(runs, single, device=device)
     layers = result["pruned"]["layers"]
     folders = {"Hugging Face": "dense", "fastgate dense": "dense", "fastgate pruned": "pruned"}
-    contenders = []
+    results = []
     for name in models:
         phase = folders[name]
         weights = out / phase / "model.safetensors"
-        contenders.append(
-            Contender(
+        results.append(
+            ModelResult(
                 name=name,
                 score=result[phase]["score"],
                 kept=layers if phase == "dense" else len(result["pruned"]["kept"]),
@@ -148,7 +149,7 @@ def measure(out: Path, task: Task, result: dict[str, Any]) -> tuple[list[Contend
                 tokens_per_s=_tokens(many) / throughput[name].total,
             )
         )
-    return contenders, worst
+    return results, worst
 
 
 def _call(model: Any) -> Callable[[Batch], object]:

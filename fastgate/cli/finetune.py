@@ -109,9 +109,9 @@ def finetune(  # typer reads the options from the signature
     from fastgate.training.config import FinetuneConfig, check_pooling
 
     target = _target(sparsity=target_sparsity, speedup=target_speedup, max_drop=max_drop)
-    check_pooling("finetune", "--pooling", pooling)
     config = FinetuneConfig(
-        model=model, task="", target=target, max_length=max_length, stride=stride, pooling=pooling,
+        model=model, task="", target=target, max_length=max_length, stride=stride,
+        pooling=check_pooling("finetune", "--pooling", pooling),
         batch_size=batch_size, bf16=bf16, seed=seed, dense_epochs=epochs, prune_epochs=prune_epochs,
         dense_lr=lr, prune_lr=lr,
     )  # fmt: skip

@@ -33,12 +33,12 @@ def report(
 ) -> None:
     """Make tables and plots of a sweep: scores, paired differences to dense, speed-ups, kept layers."""
     from fastgate.benchmark.compare import dtype_of
-    from fastgate.report.sweep_report import write
+    from fastgate.report.sweep_report import write_sweep_report
     from fastgate.training.disk import check_makeable
     from fastgate.training.sweep_results import check_results
 
     dtype_of("report", dtype)
     check_results(lines)
     check_makeable("report", "--out", out)
-    write(lines, out, data_dir, measure, console(stderr=True), recipe, dtype)
+    write_sweep_report(lines, out, data_dir, measure, console(stderr=True), recipe, dtype)
     console().print((out / "tables.md").read_text(encoding="utf-8"), soft_wrap=True)

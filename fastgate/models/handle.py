@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fastgate.errors import ArgumentError, CheckpointError, NothingPatched, Unsupported, format_error
 from fastgate.models.architectures import find_encoders
 from fastgate.models.inspection import Inspections
+from fastgate.nn.choices import Pooling, ReplacementKind
 from fastgate.nn.replacement import Replacement
 from fastgate.runtime.context import ActivationTrace
 from fastgate.runtime.executor import Executor
@@ -40,7 +41,7 @@ class EncoderRuntime:
     asked: str | None = None
     executor: Executor = field(default_factory=Executor)
     inspections: Inspections = field(default_factory=Inspections)
-    pooling: str = "first"
+    pooling: Pooling = "first"
     unfinished: bool = False
     frozen: bool = False
     removed: tuple[int, ...] = ()
@@ -173,7 +174,7 @@ class EncoderHandle:
     def replacement(self, layer: int) -> Replacement | None:
         return replacement_of(self.encoder.encoder.layer[layer])
 
-    def add_replacements(self, kind: str, layers: Sequence[int] | None = None) -> None:
+    def add_replacements(self, kind: ReplacementKind, layers: Sequence[int] | None = None) -> None:
         """Give each layer (or those named) a replacement; one of the same kind keeps its values."""
         for i, layer in enumerate(self.encoder.encoder.layer):
             if layers is None or i in layers:

@@ -1,4 +1,4 @@
-"""The end of a run: one table of contenders, report.md, and a picture of the gates over the steps."""
+"""The end of a demo: one table of its models, report.md, and a picture of the gates over the steps."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ from typing import Any
 import rich.box
 from rich.table import Table
 
+from fastgate.report.markdown import markdown_table
+
 
 @dataclass(frozen=True)
-class Contender:
-    """One line of the table.
+class ModelResult:
+    """A model of the demo: one line of the table.
 
     score: the task's main metric. kept, layers: attention sublayers that run, of all. parameters: their
     number. checkpoint_bytes: size of the weights on disk. latency_ms: median milliseconds of one row by
-    itself. rows_per_s, tokens_per_s: over the same batches for every contender.
+    itself. rows_per_s, tokens_per_s: over the same batches for every model.
     """
 
     name: str
@@ -32,10 +34,10 @@ class Contender:
     tokens_per_s: float
 
 
-def _cells(contenders: Sequence[Contender], metric: str) -> tuple[list[str], list[list[str]]]:
-    """Header and rows as text; the first contender is what the others are measured against."""
+def _cells(results: Sequence[ModelResult], metric: str) -> tuple[list[str], list[list[str]]]:
+    """Header and rows as text; the first model is what the others are compared with."""
     header = ["", metric, "kept", "params", "on disk", "one row", "", "rows/s", ""]
-    base = contenders[0]
+    base = results[0]
     rows = [
         [
             c.name,
@@ -48,27 +50,25 @@ def _cells(contenders: Sequence[Contender], metric: str) -> tuple[list[str], lis
             f"{c.rows_per_s:,.0f}",
             f"{c.rows_per_s / base.rows_per_s:.1f}x",
         ]
-        for c in contenders
+        for c in results
     ]
     return header, rows
 
 
-def table(contenders: Sequence[Contender], metric: str, title: str) -> Table:
+def table(results: Sequence[ModelResult], metric: str, title: str) -> Table:
     """The table for the screen."""
-    header, rows = _cells(contenders, metric)
-    found = Table(title=title, box=rich.box.SIMPLE_HEAD, padding=0, pad_edge=False)
+    header, rows = _cells(results, metric)
+    screen_table = Table(title=title, box=rich.box.SIMPLE_HEAD, padding=0, pad_edge=False)
     for i, name in enumerate(header):
-        found.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
+        screen_table.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
     for row in rows:
-        found.add_row(*row)
-    return found
+        screen_table.add_row(*row)
+    return screen_table
 
 
-def markdown_table(contenders: Sequence[Contender], metric: str) -> str:
+def as_markdown(results: Sequence[ModelResult], metric: str) -> str:
     """The same table in Markdown."""
-    header, rows = _cells(contenders, metric)
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    return markdown_table(*_cells(results, metric))
 
 
 def standard_error(metric: str, score: float, rows: int) -> float | None:
@@ -76,17 +76,17 @@ def standard_error(metric: str, score: float, rows: int) -> float | None:
     return math.sqrt(score * (1 - score) / rows) if metric == "accuracy" and rows else None
 
 
-def write_report(
-    path: Path, title: str, contenders: Sequence[Contender], result: Mapping[str, Any], notes: Sequence[str]
+def write_demo_report(
+    path: Path, title: str, results: Sequence[ModelResult], result: Mapping[str, Any], notes: Sequence[str]
 ) -> None:
     """Write report.md: the table, what was kept, the settings and the environment. `result` is finetune's."""
     metric, rows = result["metric"], result["rows"]["evaluation"]
     error = standard_error(metric, result["dense"]["score"], rows)
     spread = "" if error is None else f"; one standard error of the dense score is {error:.4f}"
-    lines = [f"# {title}", "", markdown_table(contenders, metric), ""]
+    lines = [f"# {title}", "", as_markdown(results, metric), ""]
     lines += ["kept: attention sublayers that run. one row: median latency of a batch of one.", ""]
     lines += [
-        f"Scores on {rows} rows that were not trained on{spread}. Speed is against {contenders[0].name}.",
+        f"Scores on {rows} rows that were not trained on{spread}. Speed is against {results[0].name}.",
         "",
     ]
     lines += [f"Attention kept in layers {result['pruned']['kept']}. {how_chosen(result['pruned'])}", ""]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, cast
 
 from fastgate.errors import ArgumentError, format_error
 from fastgate.models.handle import POOLINGS
+from fastgate.nn.choices import Pooling, ReplacementKind
 from fastgate.pruning import Distill, Fixed, PruningConfig, Sparsity
 from fastgate.pruning.objective import Target
 from fastgate.training.phases import TEACHERS, Fit
@@ -27,7 +28,7 @@ class PruningOptions:
     distillation off. teacher is one of TEACHERS. The others are fields of PruningConfig.
     """
 
-    replacement: str | None = None
+    replacement: ReplacementKind | None = None
     logits: float | None = None
     hidden: float | None = None
     temperature: float | None = None
@@ -90,7 +91,7 @@ class FinetuneConfig:
     target: RunTarget | None = Sparsity(0.8)  # noqa: RUF009  it is frozen
     max_length: int = 128
     stride: int | None = None
-    pooling: str = "first"
+    pooling: Pooling = "first"
     batch_size: int = 32
     bf16: bool = False
     seed: int = 0
@@ -162,8 +163,12 @@ class FinetuneConfig:
         return {**settings, **self.pruning.changes}
 
 
-def check_pooling(where: str, argument: str, pooling: object) -> None:
-    """Raises ArgumentError unless `pooling` is one of fastgate.patch's. where, argument: for the message."""
+def check_pooling(where: str, argument: str, pooling: object) -> Pooling:
+    """`pooling`, once it is one of fastgate.patch's.
+
+    where, argument: for the message. Raises ArgumentError.
+    """
     if not isinstance(pooling, str) or pooling not in POOLINGS:
         wanted = "one of " + ", ".join(POOLINGS)
         raise ArgumentError(format_error(where, argument, repr(pooling)[:80], wanted, "pass one of these"))
+    return cast(Pooling, pooling)

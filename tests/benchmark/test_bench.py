@@ -34,11 +34,11 @@ def bench(monkeypatch):
         sys.modules.pop(name, None)
 
 
-def work(bench, **contenders):
+def work(bench, **implementations):
     truth = torch.arange(6.0)
     return bench.harness.Work(
         "doubling",
-        contenders,
+        implementations,
         bytes=48,
         ceilings={"copy": bench.harness.copying(48, 1)},
         truth=[truth * 2],
@@ -46,7 +46,7 @@ def work(bench, **contenders):
     )
 
 
-def test_a_wrong_contender_is_not_timed(bench):
+def test_a_wrong_implementation_is_not_timed(bench):
     x, timed = torch.arange(6.0), []
 
     def wrong(place):
@@ -54,33 +54,33 @@ def test_a_wrong_contender_is_not_timed(bench):
         return x * 2.001
 
     with pytest.raises(AssertionError, match=r"doubling: wrong, result 0: error 5\.0e-04"):
-        bench.harness.hold(work(bench, fastgate=lambda place: x * 2, wrong=wrong), 2)
+        bench.harness.time_all(work(bench, fastgate=lambda place: x * 2, wrong=wrong), 2)
     assert timed == [0]
     with pytest.raises(AssertionError, match="error inf"):
-        bench.harness.hold(work(bench, fastgate=lambda place: x * math.nan), 2)
+        bench.harness.time_all(work(bench, fastgate=lambda place: x * math.nan), 2)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="laps of the CPU")
-def test_contenders_take_turns(bench, monkeypatch):
-    monkeypatch.setattr(bench.harness, "LAP_SECONDS", 0.0)  # one call a lap
+@pytest.mark.skipif(torch.cuda.is_available(), reason="blocks of the CPU")
+def test_implementations_take_turns(bench, monkeypatch):
+    monkeypatch.setattr(bench.harness, "BLOCK_SECONDS", 0.0)  # one call a block
     x, called = torch.arange(6.0), []
 
-    def contender(name):
+    def implementation(name):
         def call(place):
             called.append(name)
             return x * 2
 
         return call
 
-    found = bench.harness.hold(work(bench, fastgate=contender("a"), other=contender("b")), 3)
-    # Checked, tried once each, then lap about: who begins moves on, over the ceiling's turn too.
+    found = bench.harness.time_all(work(bench, fastgate=implementation("a"), other=implementation("b")), 3)
+    # Checked, tried once each, then block about: who begins moves on, over the ceiling's turn too.
     assert "".join(called) == "ab" + "ab" + "ab" + "ba" + "ab" + "ab"
     assert set(found) == {"fastgate", "other", "copy"}
     assert all(len(result.seconds) == 3 and result.median > 0 for result in found.values())
 
 
 class FakeGpu:
-    """As much of torch.cuda as laps use; a call takes a microsecond."""
+    """As much of torch.cuda as blocks use; a call takes a microsecond."""
 
     def __init__(self, refuse: bool) -> None:
         self.refuse, self.clock, self.slept = refuse, 0.0, 0
@@ -131,27 +131,26 @@ class FakeGpu:
 
 
 @pytest.mark.parametrize("refuse", [False, True])
-def test_laps_of_a_gpu_walk_over_all_sets(bench, monkeypatch, refuse):
+def test_timed_blocks_of_a_gpu_walk_over_all_sets(bench, monkeypatch, refuse):
     """On a device that is not there: a graph of whole walks, or the same queued behind a wait."""
     gpu = FakeGpu(refuse)
     gpu.install(monkeypatch)
-    lap = bench.harness._gpu_lap(gpu.call, sets=3)
-    assert lap.how == ("queue" if refuse else "graph") and lap.calls % 3 == 0
+    block = bench.harness._gpu_timed_block(gpu.call, sets=3)
+    assert block.how == ("queue" if refuse else "graph") and block.calls % 3 == 0
     before = len(gpu.places)
-    lap.run()
-    assert lap.seconds() == pytest.approx(1e-6)
-    assert (gpu.places[before:] == [turn % 3 for turn in range(lap.calls)]) == refuse
-    assert (gpu.slept > 0) == refuse and lap.kept == [0, 1, 2]
+    block.run()
+    assert block.seconds() == pytest.approx(1e-6)
+    assert (gpu.places[before:] == [turn % 3 for turn in range(block.calls)]) == refuse
+    assert (gpu.slept > 0) == refuse and block.kept == [0, 1, 2]
 
 
 ENVIRONMENT = {"device": "NVIDIA H200", "torch": "2.11.0"}
 
 
-def line(work, contender, us, **more):
-    return {
-        "work": work, "contender": contender, "us": us, "gb_per_s": 1.0, "tflop_per_s": 300.0, "bytes": 100,
-        "flops": 0, "bound": "copy", "share": 0.8, "ceilings_us": {"copy": 8.0}, **more,
-    }  # fmt: skip
+def line(work, implementation, us, **more):
+    figures = {"us": us, "gb_per_s": 1.0, "tflop_per_s": 300.0, "bytes": 100, "flops": 0, "share": 0.8}
+    bound = {"bound": "copy", "ceilings_us": {"copy": 8.0}}
+    return {"work": work, "implementation": implementation, **figures, **bound, **more}
 
 
 def test_table_and_aims(bench, tmp_path):
@@ -173,7 +172,7 @@ def test_table_and_aims(bench, tmp_path):
         line(product, "fastgate", 10.0, **ceilings),
         line(product, "eager", 11.0, **ceilings),
         *(
-            {"work": "gated_add_norm host time of a call, inference", "contender": name, "host_us": us}
+            {"work": "gated_add_norm host time of a call, inference", "implementation": name, "host_us": us}
             for name, us in (("fastgate", 15.0), ("layer_norm", 10.0))
         ),
     ]
@@ -285,10 +284,12 @@ def test_models_are_timed_and_traced(tmp_path):
     assert first["environment"]["torch"] == torch.__version__ and traced["pruned_attention_kernels"] == 0
     assert [line["scenario"] for line in lines] == ["half padding", "batch 1, length 32", "training step"]
     for line in lines:
-        rows = line["contenders"]
-        assert {"fastgate", "fastgate {0,4,8}", "fastgate {0,1}", "sdpa", "eager"} <= set(rows)
+        rows = line["models"]
+        assert {"fastgate", "fastgate {0,4,8}", "fastgate {0,1}", "sdpa", "eager", "flash varlen"} <= set(
+            rows
+        )
         assert all(row["ms"] > 0 for row in rows.values()) and line["largest_difference"] < 0.1
-        assert set(rows["fastgate"]["faster_than"]) >= {"sdpa", "eager"}
+        assert set(rows["fastgate"]["speedups"]) >= {"sdpa", "eager", "flash varlen"}
         # The work that is left: both are counted from the same steps.
         assert rows["fastgate"]["tflop_per_s"] > 0 and "flash" in {*rows, *line["absent"]}
     table = (tmp_path / "models.md").read_text()
@@ -305,6 +306,134 @@ def test_kernels_of_a_pruned_attention_are_counted(bench, monkeypatch):
         found = {"layers": 12, "feed_forward": 3, "kernels": counts}
         assert gpu_models.pruned_attention_kernels(found) == extra
     sys.modules.pop("gpu_models")
+
+
+@pytest.fixture
+def models(monkeypatch):
+    """The modules of bench/models, which find each other by name."""
+    monkeypatch.syspath_prepend(str(BENCH / "models"))
+    before = set(sys.modules)
+    yield
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(BENCH)):
+            del sys.modules[name]
+
+
+def test_the_flattened_model_is_the_padded_one(models):
+    """Logits, loss and gradients; and its logits depend on where each sequence begins."""
+    import flattened
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64, "num_hidden_layers": 3}
+    padded = BertForSequenceClassification(BertConfig(vocab_size=50, num_labels=3, **sizes)).eval()
+    for parameter in padded.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    flat = flattened.FlattenedClassifier(padded).eval()
+    mask = (torch.arange(9) < torch.tensor([9, 1, 4])[:, None]).long()
+    batch = {"input_ids": torch.randint(1, 50, (3, 9)) * mask, "attention_mask": mask}
+    batch["labels"] = torch.tensor([0, 2, 1])
+    inputs = flattened.flatten(batch)
+    assert inputs["input_ids"].shape == (1, 14) and inputs["cu_seq_lens_q"].tolist() == [0, 9, 10, 14]
+    want, got = padded(**batch), flat(**inputs)
+    torch.testing.assert_close(got.logits, want.logits)
+    torch.testing.assert_close(got.loss, want.loss)
+    want.loss.backward()
+    got.loss.backward()
+    query = padded.bert.encoder.layer[0].attention.self.query.weight.grad
+    torch.testing.assert_close(flat.encoder.encoder.layer[0].attention.self.query.weight.grad, query)
+    moved = flat(**inputs | {"cu_seq_lens_q": torch.tensor([0, 8, 10, 14])})
+    assert (moved.logits - want.logits).abs().max() > 1e-3
+
+
+def test_two_versions_are_compared_bit_for_bit(models):
+    import same_bits
+
+    one = {"logits": torch.tensor([1.0, 2.0]), "loss": torch.tensor(torch.nan)}
+    assert same_bits.difference(one, {name: t.clone() for name, t in one.items()}) is None
+    other = one | {"logits": torch.tensor([1.0, 2.0]).nextafter(torch.tensor(3.0))}
+    assert "1 of 2 tensors, first logits: largest difference 2.4e-07" in same_bits.difference(one, other)
+    assert "zero" not in str(same_bits.difference({"a": torch.tensor(0.0)}, {"a": torch.tensor(0.0)}))
+    assert same_bits.difference({"a": torch.tensor(0.0)}, {"a": torch.tensor(-0.0)}) is not None
+    assert "only new has ['b']" in same_bits.difference({}, {"b": torch.zeros(1)})
+    assert same_bits.difference("KeyError: a", "KeyError: b") is None
+    assert same_bits.difference("KeyError: a", "ValueError: a") is not None
+    assert same_bits.difference(one, "KeyError: a") == "old ran, new KeyError: a"
+    large = torch.zeros(same_bits.LARGE + 1)
+    digests = [{"a": same_bits.compact(t)} for t in (large, large + 1)]
+    assert same_bits.difference(digests[0], digests[0]) is None and digests[0]["a"].numel() == 32
+    assert "other bits" in same_bits.difference(*digests)
+
+
+def test_common_shapes_are_timed_first_and_the_ops_take_turns(bench, monkeypatch):
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("bench_conftest", BENCH / "kernels" / "conftest.py")
+    conftest = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, conftest)
+    spec.loader.exec_module(conftest)
+
+    def item(name, **parameters):
+        return SimpleNamespace(path=name, name=f"test_{name}[]", callspec=SimpleNamespace(params=parameters))
+
+    rows = [(512, 384), (512, 768), (4096, 768), (32768, 768)]
+    items = [item(op, rows=r, hidden=h, implementation=i) for op in "ab" for r, h in rows for i in ("x", "y")]
+
+    class Item(SimpleNamespace):
+        __hash__ = object.__hash__
+
+    ordered = conftest.by_priority([Item(**vars(one)) for one in items])
+    works = [(one.path, one.callspec.params["rows"], one.callspec.params["hidden"]) for one in ordered[::2]]
+    assert works == [
+        ("a", 4096, 768), ("b", 4096, 768), ("a", 32768, 768), ("b", 32768, 768),
+        ("a", 512, 768), ("b", 512, 768), ("a", 512, 384), ("b", 512, 384),
+    ]  # fmt: skip
+    assert [one.callspec.params["implementation"] for one in ordered] == ["x", "y"] * 8
+
+
+def test_the_gpu_run_fits_into_nine_minutes():
+    text = (BENCH / "gpu.sh").read_text()
+    table = text[text.index("<<'TABLE'") : text.index("\nTABLE\n")].splitlines()[1:]
+    limits = {"kernels": 0, "models": 0}
+    for row in table:
+        part, _, seconds, *_ = row.split()
+        limits[part] += int(seconds)
+    assert limits == {"kernels": 300, "models": 240}
+
+
+STUB = """#!/usr/bin/env bash
+# A Python whose tests of models fail, whose timings fail after two lines, and whose models never end.
+case "$*" in
+  *collect-only*) echo "tests/ops/test_triton_attention.py::test_one" ;;
+  *graphs_on_gpu*) echo "FAILED tests/runtime/test_a.py::test_b - assert 1 == 2"; exit 1 ;;
+  *--lines*) printf '{}' >"$OUT/kernels.jsonl"; echo "Fatal Python error | here"; exit 3 ;;
+  *gpu_models*) echo "a line" >"$OUT/models.jsonl"; kill -9 $$ ;;
+  *) echo "well" ;;
+esac
+"""
+
+
+@pytest.mark.parametrize("only", ["kernels", "models", ""])
+def test_a_failing_step_of_the_gpu_run_does_not_stop_the_next_one(tmp_path, only):
+    stub = tmp_path / "python"
+    stub.write_text(STUB)
+    stub.chmod(0o755)
+    out = tmp_path / "out"
+    environment = os.environ | {"OUT": str(out), "PYTHON": str(stub), "FASTGATE_GPU_DRY_RUN": "1"}
+    environment |= {"ONLY": only} if only else {}
+    found = subprocess.run(
+        ["bash", BENCH / "gpu.sh"], env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert found.returncode == 1, found.stdout + found.stderr
+    failures = (out / "failures.md").read_text().splitlines()[2:]
+    kernels = ["| timings | 3 | Fatal Python error   here |"]
+    models = ["| graphs | 1 | tests/runtime/test_a.py::test_b |", "| models | 137 |"]
+    wanted = {"kernels": kernels, "models": models, "": kernels + models}[only]
+    assert len(failures) == len(wanted)
+    assert all(row.startswith(want) for row, want in zip(failures, wanted, strict=True))
+    assert "steps failed: " in found.stdout and (out / "log.txt").read_text().count("environment: well") >= 1
+    assert (out / "kernels.jsonl").exists() == (only != "models")
+    assert (out / "models.jsonl").exists() == (only != "kernels")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import json
 import sys
 import time
 from pathlib import Path
@@ -21,7 +21,7 @@ NAMES = ("scenarios", "scenario_table", "scenario_plots")
 
 @pytest.fixture
 def bench(monkeypatch, tmp_path):
-    """The modules of the sweep, with a size `tiny`, two tasks in files, one peer and short turns."""
+    """The modules of the sweep, with a size `tiny`, two tasks in files, one baseline and short turns."""
     monkeypatch.syspath_prepend(str(BENCH / "models"))
     import scenario_plots
     import scenario_table
@@ -36,7 +36,7 @@ def bench(monkeypatch, tmp_path):
     monkeypatch.setitem(model_variants._SHAPES, "tiny", (32, 6, 4, 64))
     monkeypatch.setattr(model_variants, "demo_model_path", lambda: folder)
     monkeypatch.setattr(compare, "SECONDS", 0.0)
-    monkeypatch.setattr(scenarios, "PEERS", ("sdpa", "onnxruntime"))
+    monkeypatch.setattr(scenarios, "BASELINES", ("sdpa", "onnxruntime"))
     monkeypatch.setattr(scenarios, "BATCHES", {1: 3, 8: 2, 32: 1})
     monkeypatch.setattr("fastgate.benchmark.baselines.importlib.util.find_spec", lambda package: None)
     modules = {"scenarios": scenarios, "table": scenario_table, "plots": scenario_plots}
@@ -46,14 +46,14 @@ def bench(monkeypatch, tmp_path):
 
 
 def test_the_runs_are_different_and_cover_what_is_claimed(bench):
-    runs = bench.scenarios.runs()
+    runs = bench.scenarios.planned_runs()
     assert len(set(runs)) == len(runs)
     assert {run.task for run in runs} == {"sst2", "imdb", "wnut17"}
     assert {run.batch_size for run in runs} == {1, 8, 32, 128}
     assert {(run.model, run.dtype) for run in runs} == {
         (model, dtype) for model in ("minilm", "bert-base", "bert-large") for dtype in ("float32", "bfloat16")
     }
-    assert runs[0] == bench.scenarios.Run("bert-base", "float32", "sst2", "data", 32)
+    assert runs[0] == bench.scenarios.Scenario("bert-base", "float32", "sst2", "data", 32)
 
 
 def test_kept_layers_lie_low_spread_and_high(bench):
@@ -66,70 +66,126 @@ def test_kept_layers_lie_low_spread_and_high(bench):
     assert list(bench.scenarios.choices("bert-large")) == ["all", "67% spread", "83% low"]
 
 
-def test_a_sweep_goes_on_where_it_was_and_is_shown(bench, monkeypatch, capsys):
-    Run = bench.scenarios.Run
-    runs = [Run("tiny", "float32", "sst2", order, size) for order in ("data", "length") for size in (1, 32)]
-    runs += [Run("tiny", "bfloat16", "wnut17", "data", 8)]
-    monkeypatch.setattr(bench.scenarios, "runs", lambda: runs)
+@pytest.fixture
+def sweep(bench, monkeypatch):
+    """Runs two groups of tiny scenarios in this process, with more options."""
+    Scenario = bench.scenarios.Scenario
+    planned = [
+        Scenario("tiny", "float32", "sst2", order, size) for order in ("data", "length") for size in (1, 32)
+    ]
+    planned += [Scenario("tiny", "bfloat16", "wnut17", "data", 8)]
+    monkeypatch.setattr(bench.scenarios, "planned_runs", lambda: planned)
     options = ["scenarios.py", "--data-dir", str(bench.data), "--out", str(bench.out), "--threads", "1"]
 
     def sweep(*more):
-        """The children's part, here: `main` would start a process for each group."""
         monkeypatch.setattr(sys, "argv", [*options, *more])
         return bench.scenarios.main()
 
-    def listed():
+    return sweep
+
+
+def test_a_sweep_goes_on_where_it_was(bench, sweep, capsys):
+    def left():
         capsys.readouterr()
         assert sweep("--list") == 0
-        return capsys.readouterr().out.splitlines()
+        return len(capsys.readouterr().out.splitlines())
 
-    assert len(listed()) == 5
+    assert left() == 5
     assert sweep("--group", "tiny float32 text", "--only", "length") == 0
-    assert len(bench.table.read(bench.out)) == 2 and len(listed()) == 3
-    assert sweep("--group", "tiny float32 text") == 0 and sweep("--group", "tiny bfloat16 tokens") == 0
-    assert listed() == []
-    lines = bench.table.read(bench.out)
-    assert len(lines) == 5
-    first = lines[0]
-    assert first["settings"]["order"] == "length" and first["settings"]["batches"] == 3
-    assert [v["name"] for v in first["fastgate"]] == ["all", "67% spread", "83% low"]
-    assert first["fastgate"][1]["kept"] == [0, 3] and first["fastgate"][0]["ratio"]["sdpa"] > 0
-    assert set(first["peers"]) == {"sdpa"} and "fastgate[peers]" in first["absent"]["onnxruntime"]
-    assert lines[-1]["settings"]["dtype"] == "bfloat16" and torch.get_num_threads() == 1
+    assert left() == 3 and len(bench.table.read(bench.out)) == 2
+    assert sweep("--group", "tiny float32 text") == 0
+    assert left() == 1 and len(bench.table.read(bench.out)) == 4
 
+
+def test_a_line_says_what_was_timed(bench, sweep):
+    assert sweep("--group", "tiny bfloat16 tokens") == 0 and torch.get_num_threads() == 1
+    (line,) = bench.table.read(bench.out)
+    assert line["settings"]["dtype"] == "bfloat16" and line["settings"]["batches"] == 2
+    assert [v["name"] for v in line["fastgate"]] == ["all", "67% spread", "83% low"]
+    assert line["fastgate"][1]["kept"] == [0, 3]
+    assert set(line["baselines"]) == {"sdpa"} and "fastgate[baselines]" in line["absent"]["onnxruntime"]
+    ours = line["fastgate"][0]
+    assert ours["speedup"]["sdpa"] == line["baselines"]["sdpa"]["total_ms"] / ours["total_ms"]
+    assert ours["lower_bound_share"] == ours["lower_bound"]["total_ms"] / ours["total_ms"]
+
+
+PLACES = {"all": "all", "50% low": "low", "50% spread": "spread", "50% high": "high"}
+KEPT = {"all": list(range(6)), "50% low": [0, 1, 2], "50% spread": [0, 2, 4], "50% high": [3, 4, 5]}
+
+
+def line_of(dtype="float32", task="sst2", order="data", batch_size=32, processor="a processor"):
+    """A line as the sweep writes it: fastgate takes 5 ms whole and 2 ms pruned, SDPA 10 ms."""
+    times = {"median_ms": 5.0, "total_ms": 10.0}
+    environment = {"processor": processor, "torch": "2.13.0"}
+    settings = {"model": "tiny", "dtype": dtype, "task": task, "order": order, "batch_size": batch_size}
+    fastgate = [
+        {"name": name, "place": place, "kept": KEPT[name], "max_difference": 0.0, **times,
+         "speedup": {"sdpa": 2.0 if name == "all" else 5.0}, "lower_bound_share": 0.9, "lower_bound": times}
+        for name, place in PLACES.items()
+    ]  # fmt: skip
+    return {
+        "settings": settings | {"threads": 1, "environment": environment},
+        "rows": 64, "tokens": 640, "filled": 0.5, "absent": {"onnxruntime": "no package onnxruntime"},
+        "baselines": {"sdpa": {"form": "transformers", **times}}, "fastgate": fastgate,
+    }  # fmt: skip
+
+
+def test_the_tables_have_a_section_for_each_size_precision_and_processor(bench):
+    lines = [line_of(), line_of(order="length"), line_of(dtype="bfloat16"), line_of(processor="another")]
     shown = bench.table.tables(lines)
-    assert "## tiny, float32" in shown and "## tiny, bfloat16" in shown
-    assert "onnxruntime was not timed: no package" in shown and "| sst2, sorted, 32 |" in shown
-    assert "50% spread: 0, 2, 4" in shown and shown.count("## tiny, float32") == 1
-    elsewhere = copy.deepcopy(first)
-    elsewhere["settings"]["environment"]["processor"] = "another"
-    apart = bench.table.tables([*lines, elsewhere])
-    assert apart.count("## tiny, float32") == 2 and "threads, another, torch" in apart
-    assert len({bench.plots.scenario_of(run) for run in [*lines, elsewhere]}) == 5
+    assert shown.count("## tiny, float32") == 2 and shown.count("## tiny, bfloat16") == 1
+    assert "1 threads, another, torch 2.13.0" in shown
+    assert "onnxruntime was not timed: no package" in shown
+    assert "| sst2, sorted, 32 | 50% | 5.0 ms | 90% | 2.00x |" in shown
+    assert "| all: 0-5 | 50% low: 0-2 | 50% spread: 0, 2, 4 | 50% high: 3-5 |" in shown
+    assert "| sst2, data order, 32 | 2.00x, 90% | 5.00x, 90% | 5.00x, 90% | 5.00x, 90% |" in shown
+
+
+def test_of_scenarios_timed_on_two_machines_one_is_plotted(bench):
+    lines = [line_of(), line_of(processor="another"), line_of(order="length")]
+    assert len({bench.plots.scenario_of(line) for line in lines}) == 2
+
+
+def test_the_plots_are_written(bench, monkeypatch):
+    lines = [line_of(batch_size=size) for size in (1, 32)]
+    bench.out.write_text("".join(json.dumps(line) + "\n" for line in lines))
     monkeypatch.setattr(sys, "argv", ["plots", str(bench.out), str(bench.out.parent)])
     bench.plots.main()
-    for name in ("speed", "floor"):
-        assert "</svg>" in (bench.out.parent / f"{name}.svg").read_text()
+    for name, label in (("speed", "speed-up over SDPA"), ("floor", "% of the lower bound")):
+        assert label in (bench.out.parent / f"{name}.svg").read_text()
+
+
+@pytest.mark.parametrize("name", ["scenarios_cpu.jsonl", "scenarios_amx.jsonl"])
+def test_results_of_earlier_versions_are_read(bench, name):
+    """They call baselines peers, speed-ups ratios, and the matmul lower bound the floor."""
+    path = BENCH / "results" / name
+    lines = bench.table.read(path)
+    stored = [json.loads(text) for text in path.read_text().splitlines()]
+    assert [line["baselines"] for line in lines] == [line["peers"] for line in stored]
+    assert lines[0]["fastgate"][0]["speedup"] == stored[0]["fastgate"][0]["ratio"]
+    assert lines[0]["fastgate"][0]["lower_bound_share"] == stored[0]["fastgate"][0]["floor_share"]
+    settings = stored[0]["settings"]
+    assert f"## {settings['model']}, {settings['dtype']}" in bench.table.tables(lines)
 
 
 def test_what_misses_an_aim_is_named(bench):
-    ours = {"name": "all", "ratio": {"sdpa": 2.0, "openvino": 0.9}, "floor_share": 0.8}
+    ours = {"name": "all", "speedup": {"sdpa": 2.0, "openvino": 0.9}, "lower_bound_share": 0.8}
     settings = {"model": "m", "dtype": "float32", "task": "sst2", "order": "data", "batch_size": 8}
-    run = {"settings": settings, "peers": {"sdpa": {}, "openvino": {}}, "fastgate": [ours]}
+    run = {"settings": settings, "baselines": {"sdpa": {}, "openvino": {}}, "fastgate": [ours]}
     assert bench.table.worst([run]) == [
         "m float32 sst2, data order, 8: all: 0.90x openvino",
-        "m float32 sst2, data order, 8: all: 80% of the floor",
+        "m float32 sst2, data order, 8: all: 80% of the lower bound",
     ]
 
 
 def test_no_run_is_started_after_the_deadline(bench, monkeypatch):
-    run = bench.scenarios.Run("tiny", "float32", "sst2", "data", 8)
+    run = bench.scenarios.Scenario("tiny", "float32", "sst2", "data", 8)
     assert bench.scenarios.run_group([run], bench.data, bench.out, 1, time.time() - 1)
     assert not bench.out.exists()
 
 
 def test_outputs_that_differ_leave_no_line(bench, monkeypatch, capsys):
     monkeypatch.setattr(equivalence, "TOLERANCES", {torch.float32: -1.0})
-    run = bench.scenarios.Run("tiny", "float32", "sst2", "data", 8)
+    run = bench.scenarios.Scenario("tiny", "float32", "sst2", "data", 8)
     assert not bench.scenarios.run_group([run], bench.data, bench.out, 1, time.time() + 60)
     assert not bench.out.exists() and "no figure is given" in capsys.readouterr().err

@@ -226,39 +226,37 @@ def test_bench_compares_equal_outputs_on_real_rows(world, keep):
         3,
     ]
     chosen = [] if keep is None else ["--keep", keep]
-    printed = json.loads(run("bench", "--model", world / "model", *data, *chosen, "--json").stdout)
-    assert printed["kept"] == [int(i) for i in (keep or "0,1,2").split(",")]
-    assert printed["max_difference"] < 1e-5 and printed["rows"] == 24
-    numbers = printed["contenders"]
-    assert set(numbers) == {"fastgate", "sdpa", "eager", "floor"}
-    assert printed["ratio"]["sdpa"] == pytest.approx(
+    found = json.loads(run("bench", "--model", world / "model", *data, *chosen, "--json").stdout)
+    assert found["kept"] == [int(i) for i in (keep or "0,1,2").split(",")]
+    assert found["max_difference"] < 1e-5 and found["rows"] == 24
+    numbers = found["models"]
+    assert set(numbers) == {"fastgate", "sdpa", "eager", "lower bound"}
+    assert found["speedup"]["sdpa"] == pytest.approx(
         numbers["sdpa"]["total_ms"] / numbers["fastgate"]["total_ms"]
     )
     assert numbers["sdpa"]["tokens_per_s"] == pytest.approx(
-        1e3 * printed["tokens"] / numbers["sdpa"]["total_ms"]
+        1e3 * found["tokens"] / numbers["sdpa"]["total_ms"]
     )
-    assert 0 < printed["floor_share"] < 1
+    assert 0 < found["lower_bound_share"] < 1
 
 
 def test_bench_of_a_pruned_checkpoint_sorted_by_length(world, monkeypatch):
     data = ["--task", "sst2", "--data-dir", world / "data", "--max-length", 24, "--batch-size", 8]
     arguments = ["--batches", 2, "--order", "length", "--against", "sdpa"]
-    printed = json.loads(
-        run("bench", "--model", world / "out" / "pruned", *data, *arguments, "--json").stdout
-    )
-    assert len(printed["kept"]) == 1 and printed["filled"] > 0.85 and set(printed["ratio"]) == {"sdpa"}
+    found = json.loads(run("bench", "--model", world / "out" / "pruned", *data, *arguments, "--json").stdout)
+    assert len(found["kept"]) == 1 and found["filled"] > 0.85 and set(found["speedup"]) == {"sdpa"}
     monkeypatch.setenv("HOME", str(world))
     shown = run("bench", "--model", "~/out/pruned", *data, *arguments).stdout
-    assert "as fast" in shown and "floor" in shown
+    assert "speed-up of fastgate" in shown and "lower bound" in shown
 
 
 def test_bench_in_bfloat16_names_who_sat_out(world, monkeypatch):
     monkeypatch.setattr("fastgate.benchmark.baselines.importlib.util.find_spec", lambda package: None)
     data = ["--task", "sst2", "--data-dir", world / "data", "--max-length", 24, "--batches", 1]
     arguments = [*data, "--dtype", "bfloat16", "--against", "sdpa,openvino"]
-    printed = json.loads(run("bench", "--model", world / "model", *arguments, "--json").stdout)
-    assert printed["settings"]["dtype"] == "bfloat16" and printed["max_difference"] > 1e-6
-    assert set(printed["ratio"]) == {"sdpa"} and "fastgate[peers]" in printed["absent"]["openvino"]
+    found = json.loads(run("bench", "--model", world / "model", *arguments, "--json").stdout)
+    assert found["settings"]["dtype"] == "bfloat16" and found["max_difference"] > 1e-6
+    assert set(found["speedup"]) == {"sdpa"} and "fastgate[baselines]" in found["absent"]["openvino"]
     assert "openvino was not timed" in run("bench", "--model", world / "model", *arguments).stdout
 
 

@@ -9,9 +9,10 @@ from helpers import tiny_models
 from helpers.commands import run
 from scipy.stats import ttest_rel
 
+from fastgate.benchmark import model_variants
 from fastgate.errors import DataError
 from fastgate.report import sweep_report
-from fastgate.report.speedups import speed_key, this_processor
+from fastgate.report.speedups import speedup_key, this_processor
 from fastgate.training.sweep_config import read_sweep_config
 
 
@@ -39,7 +40,7 @@ LINES += [line("dense", s, (0, 1, 2), b, b) for s, (_, b) in SCORES.items()]
 
 
 def test_means_spreads_and_paired_intervals():
-    dense, learned, random = sweep_report.rows(LINES)
+    dense, learned, random = sweep_report.group_runs(LINES)
     assert [r.method for r in (dense, learned, random)] == ["dense", "learned", "random"]
     assert learned.score == pytest.approx(0.8233, abs=1e-4) and learned.spread == pytest.approx(
         0.0208, abs=1e-4
@@ -52,7 +53,7 @@ def test_means_spreads_and_paired_intervals():
 
 
 def test_one_seed_has_no_interval():
-    (row,) = sweep_report.rows(LINES[:1])
+    (row,) = sweep_report.group_runs(LINES[:1])
     assert row.interval is row.spread is None and row.seeds == 1
 
 
@@ -74,8 +75,8 @@ def test_learned_gates_against_a_control():
 
 def test_rows_that_a_setting_tells_apart_say_which():
     plain, labelled = line(seed=0, dropout=None), line(seed=0, labels=1.0, dropout=0.1)
-    found = sweep_report.rows([plain, labelled, line("dense", 0, (0, 1, 2))])
-    told = [sweep_report.told_apart(row, found) for row in found]
+    found = sweep_report.group_runs([plain, labelled, line("dense", 0, (0, 1, 2))])
+    told = [sweep_report.distinguishing_settings(row, found) for row in found]
     assert sorted(told) == ["", "", ", dropout 0.1, labels 1.0"]
     assert "| learned, mean, dropout 0.1, labels 1.0 |" in sweep_report.tables([plain, labelled], {})
 
@@ -83,7 +84,7 @@ def test_rows_that_a_setting_tells_apart_say_which():
 def test_the_tables_and_plots(tmp_path):
     path = tmp_path / "tasks.jsonl"
     path.write_text("".join(json.dumps(one) + "\n" for one in LINES))
-    known = {speed_key(one): 4.0 + one["seed"] for one in LINES if one["method"] == "learned"}
+    known = {speedup_key(one): 4.0 + one["seed"] for one in LINES if one["method"] == "learned"}
     other = {key: 2 * value for key, value in known.items()}
     (tmp_path / "speeds.json").write_text(json.dumps({"slow one": known, "fast one": other}))
     shown = run("report", path, "--out", tmp_path / "report").output
@@ -114,8 +115,8 @@ def test_one_table_of_a_recipe(tmp_path):
         lines += [made | {"settings": settings.identity}, line(score=0.1)]  # and one of other settings
     path = tmp_path / "tasks.jsonl"
     path.write_text("".join(json.dumps(one) + "\n" for one in lines))
-    sst2 = {speed_key(one): 3.0 + one["seed"] for one in lines if one["task"] == "sst2"}
-    cola = {speed_key(one, "bfloat16"): 5.0 for one in lines if one["task"] == "cola"}
+    sst2 = {speedup_key(one): 3.0 + one["seed"] for one in lines if one["task"] == "sst2"}
+    cola = {speedup_key(one, "bfloat16"): 5.0 for one in lines if one["task"] == "cola"}
     (tmp_path / "speeds.json").write_text(json.dumps({"slow one": sst2 | cola, "fast one": {}}))
     shown = run("report", path, "--recipe", tmp_path / "recipe.yaml", "--out", tmp_path / "report").output
     assert shown.splitlines()[:6] == [
@@ -125,7 +126,7 @@ def test_one_table_of_a_recipe(tmp_path):
         "| sst2 | accuracy | 0.8000 ± 0.0000 | 67% | 92.5% (90.0% to 95.0%) | {0} {1} | 3.5x |  |  |  |",
         "| cola | accuracy | 0.8000 ± 0.0000 | 67% | 90.0%, 1 of 2 seeds | {0} |  | 5.0x |  |  |",
         "",
-        "Times as fast as SDPA on [1] slow one; [2] fast one.",
+        "Speed-ups over SDPA on [1] slow one; [2] fast one.",
     ]
 
 
@@ -134,7 +135,7 @@ def test_a_choice_that_was_not_learned_has_a_star():
     dense = [line("dense", seed, (0, 1, 2), 0.9) for seed in (0, 1)]
     for shown, kept in (
         (sweep_report.tables([*unsure, *dense], {}), "| 0*; 1 |"),
-        (sweep_report.by_task([*unsure, *dense], {}), "| {0}* {1} |"),
+        (sweep_report.recipe_table([*unsure, *dense], {}), "| {0}* {1} |"),
     ):
         assert kept in shown and "* In 1 of 2 learned runs the search did not tell these layers" in shown
     assert "*" not in sweep_report.tables([*LINES, unsure[1]], {})
@@ -147,9 +148,9 @@ def test_lines_of_earlier_versions_are_judged_by_their_last_soft_gates():
         return made | {"gates": gates, "settings": made["settings"] | {"sparsity": 0.67} | settings}
 
     tie = of((0.9, 0.9, 0.9), (0.06, 0.05, 0.05), (1, 0, 0))
-    assert sweep_report.margin_of(tie) == pytest.approx(0.01) and sweep_report.star(tie) == "*"
+    assert sweep_report.margin_of(tie) == pytest.approx(0.01) and sweep_report.doubt_mark(tie) == "*"
     told = of((0.06, 0.05, 0.05), (0.9, 0.2, 0.1), (1.0, 0.0, 0.0))
-    assert sweep_report.margin_of(told) == pytest.approx(0.7) and sweep_report.star(told) == ""
+    assert sweep_report.margin_of(told) == pytest.approx(0.7) and sweep_report.doubt_mark(told) == ""
     assert "the last gates it recorded" in sweep_report.tables([tie], {})
     assert "the last gates it recorded" not in sweep_report.tables([tie | {"margin": 0.02}], {})
     unknown = of((0.06, 0.05, 0.05), (1, 0, 0), sparsity=None, speedup=3.0), of((1, 0, 0)), line("random")
@@ -158,11 +159,11 @@ def test_lines_of_earlier_versions_are_judged_by_their_last_soft_gates():
 
 def test_another_pooling_is_another_row_and_another_speed():
     lines = [*LINES[:3], *(line(seed=s, kept=(s,), score=0.5, pooling="mean") for s in range(3))]
-    first, mean = sweep_report.rows(lines)
+    first, mean = sweep_report.group_runs(lines)
     assert (first.pooling, mean.pooling) == ("first", "mean") and (first.seeds, mean.seeds) == (3, 3)
     assert "| learned, mean, pooling mean | 67% |" in sweep_report.tables(lines, {})
-    keys = {speed_key(one) for one in lines}
-    assert len(keys) == 6 and speed_key(LINES[0]) == '["minilm", "sst2", [0], 32]'
+    keys = {speedup_key(one) for one in lines}
+    assert len(keys) == 6 and speedup_key(LINES[0]) == '["minilm", "sst2", [0], 32]'
     assert sweep_report.learned_against([*LINES[:3], line("random", pooling="mean")], "random")[2] == 0
 
 
@@ -170,16 +171,14 @@ def test_speeds_are_measured_once(tmp_path, monkeypatch):
     folder = tiny_models.model_folder(tmp_path / "model")
     monkeypatch.setattr("fastgate.benchmark.compare.SECONDS", 0.0)
     monkeypatch.setattr("fastgate.benchmark.model_variants.demo_model_path", lambda: folder)
-    monkeypatch.setitem(
-        __import__("fastgate.benchmark.model_variants").contenders._SHAPES, "minilm", (32, 3, 4, 64)
-    )
+    monkeypatch.setitem(model_variants._SHAPES, "minilm", (32, 3, 4, 64))
     for split in ("train", "validation", "test"):
         tiny_models.write_rows(tmp_path / "data" / "sst2" / f"{split}.jsonl", tiny_models.sentiment(40))
     path = tmp_path / "tasks.jsonl"
     lines = [*LINES, line(kept=(0,), pooling="mean")]
     path.write_text("".join(json.dumps(one) + "\n" for one in lines))
     options = ["--data-dir", tmp_path / "data", "--measure", "--out", tmp_path / "report"]
-    elsewhere = {"another processor": {speed_key(one): 7.0 for one in lines}}
+    elsewhere = {"another processor": {speedup_key(one): 7.0 for one in lines}}
     (tmp_path / "speeds.json").write_text(json.dumps(elsewhere))
 
     def found():
@@ -190,7 +189,7 @@ def test_speeds_are_measured_once(tmp_path, monkeypatch):
 
     run("report", path, *options)
     speeds = found()
-    assert set(speeds) == {speed_key(one) for one in lines if one["method"] != "dense"}
+    assert set(speeds) == {speedup_key(one) for one in lines if one["method"] != "dense"}
     assert all(value > 0 for value in speeds.values())
     run("report", path, *options)
     assert found() == speeds
@@ -200,4 +199,4 @@ def test_speeds_are_measured_once(tmp_path, monkeypatch):
 
 def test_no_lines_no_report(tmp_path):
     with pytest.raises(DataError, match="without a line"):
-        sweep_report.write(tmp_path / "none.jsonl", tmp_path / "out", None, False, None)
+        sweep_report.write_sweep_report(tmp_path / "none.jsonl", tmp_path / "out", None, False, None)
