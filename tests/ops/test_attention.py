@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from fastgate.errors import ArgumentError
 from fastgate.ops import backends, reference
-from fastgate.ops.attention import attention, attention_probabilities, torch_attention
+from fastgate.ops.attention import attention, attention_probabilities
 from fastgate.ops.ragged import SequenceOffsets
 
 CPU = torch.device("cpu")
@@ -85,7 +85,7 @@ def test_backend_is_as_near_to_fp64_as_torch(
     truth = exact(*leaves, queries, keys, heads, scale, dropout_p, seed, biases)
     sums = [(t + b).to(dtype) for t, b in zip((q, k, v), biases, strict=True)] if biases else (q, k, v)
     sums = [t.detach().requires_grad_() for t in sums]
-    ours = torch_attention(*sums, queries, keys, heads, scale, dropout_p, seed)
+    ours = reference.attention(*sums, queries, keys, heads, scale, dropout_p, seed)
     unit = torch.finfo(dtype).eps
     bound = 2 * (ours.double() - truth).abs().max().item() + 4 * unit if q.numel() else 0.0
     assert out.dtype == dtype and out.shape == q.shape

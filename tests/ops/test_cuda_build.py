@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers import cubin_stats, cuda_resources, subprocesses
 from helpers.cases import BF16, DTYPES, FP16, FP32, SHAPES, Dtypes
-from helpers.norm_cases import CALLS, SEED, check, make, run, requested_bits
+from helpers.norm_cases import CALLS, SEED, check, make, requested_bits, run
 from hypothesis import given as drawn
 from hypothesis import settings
 from hypothesis import strategies as st

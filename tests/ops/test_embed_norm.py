@@ -20,8 +20,8 @@ from helpers.embed_cases import (
     eager,
     gradients,
     make,
-    run,
     requested_bits,
+    run,
 )
 from helpers.norm_cases import differentiable, double
 from hypothesis import given, settings

@@ -19,8 +19,8 @@ from helpers.embed_cases import (
     check_strides,
     check_unrequested,
     make,
-    run,
     requested_bits,
+    run,
 )
 from helpers.triton_device import DEVICE, INTERPRETED, gpu_only, moved
 from hypothesis import given, settings

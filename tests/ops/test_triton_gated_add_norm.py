@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import triton_device
 from helpers.cases import DTYPES, SHAPES
-from helpers.norm_cases import CALLS, SEED, check, check_masks, check_strides, make, run, requested_bits
+from helpers.norm_cases import CALLS, SEED, check, check_masks, check_strides, make, requested_bits, run
 from helpers.triton_device import DEVICE, INTERPRETED, gpu_only, moved
 from hypothesis import given, settings
 from hypothesis import strategies as st

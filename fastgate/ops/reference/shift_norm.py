@@ -38,8 +38,8 @@ class ShiftGradients(NamedTuple):
 def neighbours(x: Tensor, has_left_neighbour: Tensor) -> tuple[Tensor, Tensor]:
     """The rows above and below each row of x (rows, H), zeros where those are no neighbours.
 
-    has_left_neighbour: (rows,) bool, whether a row and the one above it are neighbours. Not by a product with 0:
-    what a row that is no neighbour holds, NaN even, stays there."""
+    has_left_neighbour: (rows,) bool, whether a row and the one above it are neighbours. Not by a product with
+    0: what a row that is no neighbour holds, NaN even, stays there."""
     above = torch.where(has_left_neighbour[:, None], x.roll(1, 0), 0.0)
     return above, torch.where(has_left_neighbour.roll(-1)[:, None], x.roll(-1, 0), 0.0)
 
