@@ -132,10 +132,10 @@ _OPERANDS = "Tensor probe, Tensor x, Tensor cu_seqlens, float scale, float dropo
 # total is float32, float64 for float64. lse: the log-sum-exp of every probe's scores, (sequences, heads), and
 # residue, as mixed, what mixed's rounding took away, both in the form that the backend's own backward takes;
 # without elements where it takes none.
-registry.LIBRARY.define(
+_FORWARD_SCHEMA = (
     f"absorbed_attention({_OPERANDS}) -> (Tensor mixed, Tensor total, Tensor lse, Tensor residue)"
 )
-registry.LIBRARY.define(
+_BACKWARD_SCHEMA = (
     "absorbed_attention_backward(Tensor grad_mixed, Tensor? grad_total, Tensor mixed, Tensor total, "
     f"Tensor lse, Tensor residue, {_OPERANDS}) -> (Tensor dprobe, Tensor dx)"
 )
@@ -196,11 +196,6 @@ def _backward(
     return chosen.backward(grad, grad_total, probe, *operands)  # type: ignore[no-any-return]
 
 
-registry.LIBRARY.impl("absorbed_attention", _forward, "CompositeExplicitAutograd")
-registry.LIBRARY.impl("absorbed_attention_backward", _backward, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("fastgate::absorbed_attention", lib=registry.LIBRARY)
 def _fake(probe: Tensor, x: Tensor, *operands: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     saving, pairs = _chosen(probe).saving is not None, probe.shape[:2]
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -212,7 +207,6 @@ def _fake(probe: Tensor, x: Tensor, *operands: Any) -> tuple[Tensor, Tensor, Ten
     )
 
 
-@torch.library.register_fake("fastgate::absorbed_attention_backward", lib=registry.LIBRARY)
 def _fake_backward(
     grad: Tensor,
     grad_total: Tensor | None,
@@ -225,6 +219,10 @@ def _fake_backward(
     *operands: Any,
 ) -> tuple[Tensor, Tensor]:
     return probe.new_empty(probe.shape), x.new_empty(x.shape)
+
+
+registry.define_op(_FORWARD_SCHEMA, _forward, _fake)
+registry.define_op(_BACKWARD_SCHEMA, _backward, _fake_backward)
 
 
 def _keep_for_backward(ctx: autograd.Context, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -111,16 +111,17 @@ _OPERANDS = (
 )
 # lse: the log-sum-exp of every query's scores, (heads, queries), in the form that the backend's own backward
 # takes; without elements where it takes none.
-registry.LIBRARY.define(f"attention({_OPERANDS}) -> (Tensor out, Tensor lse)")
-registry.LIBRARY.define(
+_FORWARD_SCHEMA = f"attention({_OPERANDS}) -> (Tensor out, Tensor lse)"
+_BACKWARD_SCHEMA = (
     f"attention_backward(Tensor grad, Tensor out, Tensor lse, {_OPERANDS}) -> (Tensor, Tensor, Tensor)"
 )
 
 
 def _reference_forward(q: Tensor, k: Tensor, v: Tensor, *operands: Any) -> Tensor:
-    q_bias, k_bias, v_bias, cu_q, cu_k, *rest = operands
+    q_bias, k_bias, v_bias, cu_q, cu_k, heads, scale, dropout_p, seed = operands
     queries, keys = SequenceOffsets.from_cu_seqlens(cu_q), SequenceOffsets.from_cu_seqlens(cu_k)
-    return reference.attention(q, k, v, queries, keys, *rest, biases=(q_bias, k_bias, v_bias))
+    biases = (q_bias, k_bias, v_bias)
+    return reference.attention(q, k, v, queries, keys, heads, scale, dropout_p, seed, biases)
 
 
 def _reference_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *operands: Any) -> tuple[Tensor, ...]:
@@ -156,22 +157,20 @@ def _backward(grad: Tensor, out: Tensor, lse: Tensor, *operands: Any) -> tuple[T
     return chosen.backward(grad, *operands)  # type: ignore[no-any-return]
 
 
-registry.LIBRARY.impl("attention", _forward, "CompositeExplicitAutograd")
-registry.LIBRARY.impl("attention_backward", _backward, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("fastgate::attention", lib=registry.LIBRARY)
 def _fake(*operands: Any) -> tuple[Tensor, Tensor]:
     q, heads = operands[0], operands[8]
     lse = (0,) if _chosen(q, heads).saving is None else (heads, q.shape[0])
     return q.new_empty(q.shape), q.new_empty(lse, dtype=torch.float32)
 
 
-@torch.library.register_fake("fastgate::attention_backward", lib=registry.LIBRARY)
 def _fake_backward(
     grad: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *operands: Any
 ) -> tuple[Tensor, ...]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+registry.define_op(_FORWARD_SCHEMA, _forward, _fake)
+registry.define_op(_BACKWARD_SCHEMA, _backward, _fake_backward)
 
 
 def _keep_for_backward(ctx: autograd.Context, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -69,7 +69,7 @@ def _load(library: Path, reason: str, namespace: str, ops: tuple[str, ...]) -> s
         why = record.get(reason, "built before it was there: build again")
         return f"not built: {why}" if why else f"{library.name} has been removed"
     try:
-        torch.ops.load_library(str(library))
+        torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
     except OSError as error:
         return _broken(f"{library.name} does not load under torch {torch.__version__}: {error}")
     absent = [op for op in ops if not hasattr(getattr(torch.ops, namespace), op)]

@@ -23,8 +23,8 @@ TABLES = ("word_table", "position_table", "type_table")
 PARAMETERS = ("weight", "norm_bias", "weight2", "norm_bias2")
 BIT = {name: 1 << place for place, name in enumerate((*TABLES, *PARAMETERS))}
 
-registry.LIBRARY.define(f"embed_norm({_SCHEMA}) -> Tensor")
-registry.LIBRARY.define(
+_FORWARD_SCHEMA = f"embed_norm({_SCHEMA}) -> Tensor"
+_BACKWARD_SCHEMA = (
     f"embed_norm_backward(Tensor grad, {_SCHEMA}, int requested) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -119,18 +119,16 @@ def _backward(grad: Tensor, *operands: Any) -> Gradients:
     return chosen.backward(grad, *operands)  # type: ignore[no-any-return]
 
 
-registry.LIBRARY.impl("embed_norm", _forward, "CompositeExplicitAutograd")
-registry.LIBRARY.impl("embed_norm_backward", _backward, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("fastgate::embed_norm", lib=registry.LIBRARY)
 def _fake(words: Tensor, positions: Tensor, types: Tensor | None, word_table: Tensor, *rest: Any) -> Tensor:
     return word_table.new_empty((words.shape[0], word_table.shape[1]))
 
 
-@torch.library.register_fake("fastgate::embed_norm_backward", lib=registry.LIBRARY)
 def _fake_backward(grad: Tensor, *operands: Any) -> Gradients:
     return _empty_gradients(operands[3:6], operands[-1])
+
+
+registry.define_op(_FORWARD_SCHEMA, _forward, _fake)
+registry.define_op(_BACKWARD_SCHEMA, _backward, _fake_backward)
 
 
 def _differentiate(ctx: autograd.Context, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -22,8 +22,8 @@ DX, DRESIDUAL = 1, 2
 PARAMETERS = ("bias", "gate", "scale", "offset", "weight", "norm_bias", "weight2", "norm_bias2")
 PARAMETER_BIT = {name: 4 << place for place, name in enumerate(PARAMETERS)}
 
-registry.LIBRARY.define(f"gated_add_norm({_SCHEMA}) -> Tensor")
-registry.LIBRARY.define(
+_FORWARD_SCHEMA = f"gated_add_norm({_SCHEMA}) -> Tensor"
+_BACKWARD_SCHEMA = (
     f"gated_add_norm_backward(Tensor grad, {_SCHEMA}, int requested) -> (Tensor, Tensor, Tensor)"
 )
 
@@ -90,18 +90,16 @@ def _backward(grad: Tensor, x: Tensor, residual: Tensor, *operands: Any) -> tupl
     return chosen.backward(grad, x, residual, *operands)  # type: ignore[no-any-return]
 
 
-registry.LIBRARY.impl("gated_add_norm", _forward, "CompositeExplicitAutograd")
-registry.LIBRARY.impl("gated_add_norm_backward", _backward, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("fastgate::gated_add_norm", lib=registry.LIBRARY)
 def _fake(x: Tensor, residual: Tensor, *operands: Any) -> Tensor:
     return x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
 
 
-@torch.library.register_fake("fastgate::gated_add_norm_backward", lib=registry.LIBRARY)
 def _fake_backward(grad: Tensor, x: Tensor, residual: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     return _empty_gradients(x, residual, rest[-1])
+
+
+registry.define_op(_FORWARD_SCHEMA, _forward, _fake)
+registry.define_op(_BACKWARD_SCHEMA, _backward, _fake_backward)
 
 
 def _differentiate(ctx: autograd.Context, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -89,7 +89,7 @@ class Packed:
             return F.gelu(y) if gelu else y
         if not self.in_panels:
             return onednn_product(x, self.data, bias, gelu)
-        return torch.ops.fastgate_cpu.packed_linear.default(x, self.data, bias, self.shape[0], gelu)
+        return torch.ops.fastgate_cpu.packed_linear.default(x, self.data, bias, self.shape[0], gelu)  # type: ignore[no-any-return]
 
 
 def pack(weight: Tensor) -> Packed:
@@ -132,7 +132,7 @@ def pack_together(weights: Sequence[Tensor]) -> list[Packed]:
     whole = pack(torch.cat([weight.detach() for weight in weights])) if rows % PANEL_ROWS == 0 else None
     if whole is None or not whole.in_panels:
         return [pack(weight) for weight in weights]
-    return [Packed(part, (rows, depth), whole) for part in whole.data.split(rows // PANEL_ROWS)]
+    return [Packed(part, (rows, depth), whole) for part in whole.data.split(rows // PANEL_ROWS)]  # type: ignore[no-untyped-call]
 
 
 def linear(x: Tensor, weight: Tensor | Packed) -> Tensor:
@@ -160,7 +160,7 @@ def linear(x: Tensor, weight: Tensor | Packed) -> Tensor:
     if chosen is registry.REFERENCE["linear"]:
         return F.linear(x, weight)
     if autograd.any_requires_grad(x, weight):
-        return _Linear.apply(chosen, x, weight)  # type: ignore[no-any-return]
+        return _Linear.apply(chosen, x, weight)  # type: ignore[no-any-return, no-untyped-call]
     return chosen.forward(x, weight)  # type: ignore[no-any-return]
 
 
@@ -180,7 +180,7 @@ def onednn_supports(x: Tensor, weight: Tensor) -> bool:
 @functools.cache
 def missing_for_onednn() -> str:
     """The reason oneDNN's products cannot be called here, empty if they can."""
-    if not torch.backends.mkldnn.is_available():
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return "this torch was built without oneDNN"
     if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return f"torch {torch.__version__} has no mkldnn._linear_pointwise"
@@ -205,7 +205,7 @@ def onednn_product(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: 
 def _compiled_product(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
     """The product as one call, for which oneDNN compiles and keeps code for x's number of rows."""
     call = torch.ops.mkldnn._linear_pointwise.default
-    return call(x, weight, bias, "gelu" if gelu else "none", [], "none")
+    return call(x, weight, bias, "gelu" if gelu else "none", [], "none")  # type: ignore[no-any-return]
 
 
 def _pad_rows(x: Tensor, rows: int) -> Tensor:
@@ -268,7 +268,7 @@ class _Linear(torch.autograd.Function):
         return chosen.forward(x, weight)  # type: ignore[no-any-return]
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         operands, needs = ctx.saved_tensors, ctx.needs_input_grad[1:]
         if autograd.needs_torch((grad,)):
             return None, *autograd.differentiate_by_torch(F.linear, operands, needs, (grad,))

@@ -24,12 +24,12 @@ from fastgate.ops.linear import (
 DX, DWEIGHT, DBIAS = 1, 2, 4
 
 _OPERANDS = "Tensor x, Tensor weight, Tensor? bias"
-registry.LIBRARY.define(f"linear_gelu({_OPERANDS}) -> Tensor")
+_FORWARD_SCHEMA = f"linear_gelu({_OPERANDS}) -> Tensor"
 # v: x W^T + b, which backward then need not make again.
-registry.LIBRARY.define(f"linear_gelu_saving({_OPERANDS}) -> (Tensor y, Tensor v)")
+_SAVING_SCHEMA = f"linear_gelu_saving({_OPERANDS}) -> (Tensor y, Tensor v)"
 # v: None to make it again. requested: the bits above; what is not requested has no elements. db is float32,
 # or 64.
-registry.LIBRARY.define(
+_BACKWARD_SCHEMA = (
     f"linear_gelu_backward(Tensor grad, Tensor? v, {_OPERANDS}, int requested) -> (Tensor, Tensor, Tensor)"
 )
 
@@ -202,9 +202,24 @@ def _backward(grad: Tensor, v: Tensor | None, x: Tensor, *rest: Any) -> tuple[Te
     return _chosen(x).backward(grad, v, x, *rest)  # type: ignore[no-any-return]
 
 
-registry.LIBRARY.impl("linear_gelu", _forward, "CompositeExplicitAutograd")
-registry.LIBRARY.impl("linear_gelu_saving", _saving, "CompositeExplicitAutograd")
-registry.LIBRARY.impl("linear_gelu_backward", _backward, "CompositeExplicitAutograd")
+def _fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _fake_saving(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    y = _fake(x, weight, bias)
+    return y, torch.empty_like(y)
+
+
+def _fake_backward(
+    grad: Tensor, v: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None, requested: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty_gradients(x, weight, requested)
+
+
+registry.define_op(_FORWARD_SCHEMA, _forward, _fake)
+registry.define_op(_SAVING_SCHEMA, _saving, _fake_saving)
+registry.define_op(_BACKWARD_SCHEMA, _backward, _fake_backward)
 
 
 def _cast_by_autocast(op: Callable[..., Any]) -> Callable[..., Any]:
@@ -219,32 +234,13 @@ def _cast_by_autocast(op: Callable[..., Any]) -> Callable[..., Any]:
 
 
 for _key in ("AutocastCPU", "AutocastCUDA"):
-    registry.LIBRARY.impl("linear_gelu", _cast_by_autocast(torch.ops.fastgate.linear_gelu), _key)
-    registry.LIBRARY.impl(
-        "linear_gelu_saving", _cast_by_autocast(torch.ops.fastgate.linear_gelu_saving), _key
-    )
-
-
-@torch.library.register_fake("fastgate::linear_gelu", lib=registry.LIBRARY)
-def _fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
-
-
-@torch.library.register_fake("fastgate::linear_gelu_saving", lib=registry.LIBRARY)
-def _fake_saving(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    y = _fake(x, weight, bias)
-    return y, torch.empty_like(y)
-
-
-@torch.library.register_fake("fastgate::linear_gelu_backward", lib=registry.LIBRARY)
-def _fake_backward(
-    grad: Tensor, v: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None, requested: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty_gradients(x, weight, requested)
+    for _name in ("linear_gelu", "linear_gelu_saving"):
+        _op = getattr(torch.ops.fastgate, _name)
+        registry.LIBRARY.impl(_name, _cast_by_autocast(_op), _key)  # type: ignore[no-untyped-call]
 
 
 def _keep_operands(ctx: autograd.Context, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.save_for_backward(None, *inputs)
+    ctx.save_for_backward(None, *inputs)  # type: ignore[arg-type]
 
 
 def _keep_product(ctx: autograd.Context, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -21,8 +21,8 @@ DX = 1
 PARAMETERS = ("offset", "scale", "before", "after", "weight", "norm_bias")
 PARAMETER_BIT = {name: 2 << place for place, name in enumerate(PARAMETERS)}
 
-registry.LIBRARY.define(f"shift_norm({_SCHEMA}) -> Tensor")
-registry.LIBRARY.define(f"shift_norm_backward(Tensor grad, {_SCHEMA}, int requested) -> (Tensor, Tensor)")
+_FORWARD_SCHEMA = f"shift_norm({_SCHEMA}) -> Tensor"
+_BACKWARD_SCHEMA = f"shift_norm_backward(Tensor grad, {_SCHEMA}, int requested) -> (Tensor, Tensor)"
 
 
 def _requested_parameters(requested: int) -> list[str]:
@@ -63,18 +63,16 @@ def _backward(grad: Tensor, x: Tensor, *operands: Any) -> tuple[Tensor, Tensor]:
     return chosen.backward(grad, x, *operands)  # type: ignore[no-any-return]
 
 
-registry.LIBRARY.impl("shift_norm", _forward, "CompositeExplicitAutograd")
-registry.LIBRARY.impl("shift_norm_backward", _backward, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("fastgate::shift_norm", lib=registry.LIBRARY)
 def _fake(x: Tensor, *operands: Any) -> Tensor:
     return x.new_empty(x.shape)
 
 
-@torch.library.register_fake("fastgate::shift_norm_backward", lib=registry.LIBRARY)
 def _fake_backward(grad: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return _empty_gradients(x, rest[-1])
+
+
+registry.define_op(_FORWARD_SCHEMA, _forward, _fake)
+registry.define_op(_BACKWARD_SCHEMA, _backward, _fake_backward)
 
 
 def _differentiate(ctx: autograd.Context, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -72,7 +74,9 @@ def test_backward_passes_gradcheck():
 def test_what_onednn_onednn_supports():
     x, weight, _ = make(4, 8, 6, FP32)
     assert (
-        onednn_supports(x, weight) and onednn_supports(x, torch.nn.Parameter(weight)) and onednn_supports(x.bfloat16(), weight.bfloat16())
+        onednn_supports(x, weight)
+        and onednn_supports(x, torch.nn.Parameter(weight))
+        and onednn_supports(x.bfloat16(), weight.bfloat16())
     )
     assert not onednn_supports(x.double(), weight.double()) and not onednn_supports(x.bfloat16(), weight)
     assert not onednn_supports(x, torch.nn.Buffer(weight).as_subclass(type("Own", (torch.Tensor,), {})))
@@ -105,7 +109,7 @@ def form(request, monkeypatch):
     """The layout that `pack` gives float32 weights."""
     linear(torch.zeros(1, 1), torch.zeros(1, 1))
     if request.param == "oneDNN":
-        monkeypatch.setattr("fastgate.ops.linear.PACKED_LINEAR", "absent")
+        monkeypatch.setattr(sys.modules["fastgate.ops.linear"], "PACKED_LINEAR", "absent")
     return request.param
 
 

@@ -117,7 +117,9 @@ def test_the_compiled_op_refuses_what_would_read_elsewhere(name):
         "x, (linked|has_left_neighbour): got other dtypes or shapes": dict(
             has_left_neighbour=given["has_left_neighbour"][:3]
         ),
-        "x, (linked|has_left_neighbour): got other dtypes": dict(has_left_neighbour=given["has_left_neighbour"].int()),
+        "x, (linked|has_left_neighbour): got other dtypes": dict(
+            has_left_neighbour=given["has_left_neighbour"].int()
+        ),
         "x, (linked|has_left_neighbour): got other": dict(x=given["x"].double()),
         "vectors: got 23 elements, wanted 24": dict(after=torch.randn(23)),
     }

@@ -59,8 +59,8 @@ def attention(
         # float64 is for derivatives of every order, which torch's own attention does not have.
         return attention_by_sequence(q, k, v, queries, keys, heads, scale, dropout_p, seed)
     if queries.equal and keys.equal:
-        by_head = (split_heads(t, len(queries.lengths), heads) for t in (q, k, v))
-        out = F.scaled_dot_product_attention(*by_head, scale=scale)
+        q_head, k_head, v_head = (split_heads(t, len(queries.lengths), heads) for t in (q, k, v))
+        out = F.scaled_dot_product_attention(q_head, k_head, v_head, scale=scale)
         return out.transpose(1, 2).reshape(q.shape)
     return _padded(q, k, v, queries, keys, heads, scale)
 
@@ -81,12 +81,12 @@ def _padded(
 ) -> Tensor:
     """Pads to the longest sequence and masks the keys."""
     sequences = len(queries.lengths)
-    by_head = (
+    q_head, k_head, v_head = (
         split_heads(offsets.grid(t).flatten(0, 1), sequences, heads)
         for t, offsets in ((q, queries), (k, keys), (v, keys))
     )
     mask = keys.padded[1][:, None, None, :]
-    out = F.scaled_dot_product_attention(*by_head, attn_mask=mask, scale=scale)
+    out = F.scaled_dot_product_attention(q_head, k_head, v_head, attn_mask=mask, scale=scale)
     return out.transpose(1, 2).reshape(-1, q.shape[-1]).index_select(0, queries.padded[0])
 
 
