@@ -158,8 +158,7 @@ def gated_add_norm(
         offset: (H,), added before the LayerNorm.
         dropout_p: probability of dropping an element of x + bias, in [0, 1). The mask is a function of a seed
             drawn from torch's default generator of x's device.
-        weight2, norm_bias2: (H,), those of a second LayerNorm; both or neither.
-        eps2: added to the variance of the second LayerNorm.
+        weight2, norm_bias2, eps2: (H,), (H,) and a number, those of a second LayerNorm; vectors both or none.
 
     Returns:
         (..., H) in the promoted dtype of x and residual. Statistics are float32, float64 for float64.

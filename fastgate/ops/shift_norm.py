@@ -116,8 +116,7 @@ def shift_norm(
         eps: added to the variance of the LayerNorm.
 
     Returns:
-        (rows, H) in the dtype of x. Statistics are float32, float64 for float64. Differentiable in x and in
-        every vector.
+        (rows, H) in the dtype of x. Statistics are float32, float64 for float64. Differentiable.
 
     Raises:
         ArgumentError: for shapes, dtypes or devices that do not fit.

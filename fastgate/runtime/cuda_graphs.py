@@ -37,6 +37,7 @@ import torch
 from torch import Tensor
 
 from fastgate.ops.ragged import SequenceOffsets, ends_of, place_bytes
+from fastgate.ops.registry import selections
 from fastgate.runtime.context import ForwardContext, TokenIds
 from fastgate.runtime.executor import run_plan
 from fastgate.runtime.fingerprint import ModuleFingerprint
@@ -190,6 +191,7 @@ class GraphKey(NamedTuple):
     empty: bool
     precision: str
     deterministic: bool
+    backends: tuple[tuple[tuple[str, str], str], ...]  # that set_backend chose
 
 
 def kind_of(run: ForwardContext, ids: TokenIds) -> GraphKey:
@@ -209,6 +211,7 @@ def kind_of(run: ForwardContext, ids: TokenIds) -> GraphKey:
         0 in unpadded.keys.lengths,
         str(getattr(torch.backends.cuda.matmul, "fp32_precision", "")),
         torch.are_deterministic_algorithms_enabled(),
+        selections(),
     )
 
 
