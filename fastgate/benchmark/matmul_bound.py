@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgate.models.handle import get_encoder
-from fastgate.ops.linear import Packed, linear, pack, pack_together, onednn_supports
+from fastgate.ops.linear import Packed, linear, onednn_supports, pack, pack_together
 from fastgate.runtime.plan import Sizes, Step, products
 
 Batch = Mapping[str, Tensor]

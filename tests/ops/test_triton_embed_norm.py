@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 
 from fastgate import ops
 from fastgate.ops import reference
-from fastgate.ops.embed_norm import BIT, OPERANDS
+from fastgate.ops.embed_norm import BIT, OPERANDS, PARAMETERS
 from fastgate.ops.embed_norm import embed_norm as public_embed_norm
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -212,5 +212,5 @@ def test_the_slot_is_filled_and_trains():
 
 
 def test_gradients_have_the_schemas_bits():
-    bits = [getattr(embed_norm, name.upper()) for name in BIT]
-    assert [getattr(bit, "value", bit) for bit in bits] == list(BIT.values())
+    bits = {name: getattr(embed_norm, name.upper()).value for name in PARAMETERS}
+    assert bits == {name: BIT[name] for name in PARAMETERS} and embed_norm.BIT is BIT
