@@ -1,6 +1,6 @@
 """Triton kernels compiled for devices that are not here, and the table of what they are made of.
 
-In tests/, this compares kernels/resources.json with what compiles now, and writes it anew, all or some ops' part:
+From tests/: compare kernels/resources.json with what compiles now, and write it anew, all or some ops' part.
 
     python -m helpers.triton_resources
     python -m helpers.triton_resources --write [OP ...]
