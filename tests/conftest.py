@@ -34,9 +34,9 @@ def _threads():
 @pytest.fixture(autouse=True)
 def _no_product_compiled(monkeypatch):
     """Which ops a product calls depends on how many were compiled before, and not on the tests before."""
-    from fastgate.ops import row_counts
+    from fastgate.ops import onednn_shapes
 
-    monkeypatch.setattr(row_counts, "_compiled", set())
+    monkeypatch.setattr(onednn_shapes, "_compiled", set())
 
 
 @pytest.fixture(scope="session")

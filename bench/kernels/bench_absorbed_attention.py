@@ -16,7 +16,8 @@ from harness import DEVICE, ON_GPU, Work
 from torch import Tensor
 from torch.nn.functional import linear
 
-from fastgate.ops.absorbed_attention import absorbed_attention, torch_absorbed_attention
+from fastgate.ops import reference
+from fastgate.ops.absorbed_attention import absorbed_attention
 from fastgate.ops.attention import attention
 from fastgate.ops.ragged import SequenceOffsets
 
@@ -58,7 +59,7 @@ class Call:
     def padded(self, q: Tensor, x: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
         split = (self.heads, self.hidden // self.heads, -1)
         probe = torch.bmm(q.view(-1, *split[:2]).transpose(0, 1), key.view(split)).transpose(0, 1)
-        mixed, _ = torch_absorbed_attention(probe, x, self.keys, self.scale)
+        mixed, _ = reference.absorbed_attention(probe, x, self.keys, self.scale)
         out = torch.bmm(mixed.transpose(0, 1), value.view(split).transpose(1, 2))
         return out.transpose(0, 1).reshape(q.shape) + bias
 

@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from fastgate.ops.attention import attention, torch_attention
+from fastgate.ops import reference
+from fastgate.ops.attention import attention
 from fastgate.ops.ragged import SequenceOffsets
 
 DTYPE = torch.bfloat16 if ON_GPU else torch.float32
@@ -152,7 +153,7 @@ def forward(which: int | str, heads: int, head_dim: int) -> Work:
 
     implementations = {name: implementation(form) for name, form in found.items()}
     checked = {name: _then(found[name][2], run) for name, run in implementations.items()}
-    truth = torch_attention(
+    truth = reference.attention(
         *(t.double() for t in call.packed[0][:3]), call.ragged, call.ragged, heads, call.scale
     )
     return Work(
@@ -185,7 +186,7 @@ def backward(which: int | str, heads: int, head_dim: int) -> Work:
     implementations = {name: implementation(form) for name, form in found.items()}
     checked = {name: _then(found[name][2], run) for name, run in implementations.items()}
     leaves = [t.double().requires_grad_() for t in call.packed[0][:3]]
-    out = torch_attention(*leaves, call.ragged, call.ragged, heads, call.scale)
+    out = reference.attention(*leaves, call.ragged, call.ragged, heads, call.scale)
     truth = torch.autograd.grad(out, leaves, call.packed[0][3].double())
     flops = 5 * call.flops // 2
     return Work(

@@ -14,7 +14,7 @@ from harness import ON_GPU, Work
 from torch import Tensor
 from torch.nn.functional import linear as eager
 
-from fastgate.ops import linear as products
+from fastgate.ops.linear import ONEDNN_ROWS, onednn_product, pack
 
 pytestmark = pytest.mark.skipif(ON_GPU, reason="on a GPU a Linear's product is torch's own")
 ROWS = (1, 16, 32, 128, 800)
@@ -28,11 +28,11 @@ def work(rows: int, outer: int, inner: int, dtype: torch.dtype) -> Work:
     sets = max(2, WEIGHTS // (size * outer * inner))
     x, bias = torch.randn(rows, inner, dtype=dtype), torch.randn(outer, dtype=dtype)
     weights = [(torch.randn(outer, inner) / inner**0.5).to(dtype) for _ in range(sets)]
-    packed = [products.pack(weight) for weight in weights]
-    library = [torch.ops.mkldnn._reorder_linear_weight(weight, products.ONEDNN_ROWS) for weight in weights]
+    packed = [pack(weight) for weight in weights]
+    library = [torch.ops.mkldnn._reorder_linear_weight(weight, ONEDNN_ROWS) for weight in weights]
 
     def fastgate(weight: Tensor) -> Tensor:
-        return products.product(x, weight, bias)
+        return onednn_product(x, weight, bias)
 
     return Work(
         f"linear forward {rows}x{inner} to {outer} {str(dtype)[6:]}",

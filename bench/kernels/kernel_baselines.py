@@ -20,9 +20,9 @@ def implementation(op: str, language: str) -> tuple[ops.Implementation | None, s
     """One GPU language's implementation of an op, or None and why it does not run here."""
     if not harness.ON_GPU:
         return None, "no CUDA device"
-    missing, make = backends.LANGUAGES[language]
-    reason = missing()
-    return (None, reason) if reason else (make(op), "")
+    backend = backends.GPU_LANGUAGES[language]
+    reason = backend.why_not()
+    return (None, reason) if reason else (backend.load(op), "")
 
 
 def triton_kernels(op: str) -> tuple[Any, str]:

@@ -32,15 +32,14 @@ def trained(y: Tensor) -> None:
 
 
 def norms(dtype: torch.dtype) -> None:
-    ops.implementation("gated_add_norm", DEVICE.type)  # the first call fills the slots, which are set here
-    for language in backends.implementations("gated_add_norm", DEVICE.type)[1:]:
-        ops.IMPLEMENTATIONS["gated_add_norm", DEVICE.type] = language
+    for implementation in backends.implementations("gated_add_norm", DEVICE.type)[1:]:
+        ops.set_backend("gated_add_norm", implementation.backend)
         for rows, hidden in ((13, 771), (5, 384), (3, 4100)):
             x, residual = draw(rows, hidden, dtype=dtype), draw(rows, hidden, dtype=dtype)
             vectors = [draw(hidden, dtype=dtype) for _ in range(5)]
             bias, scale, shift = vectors[2:]
             gate = draw(dtype=torch.float32)
-            gated = {"bias": bias, "gate": gate, "scale": scale, "shift": shift, "dropout_p": 0.1}
+            gated = {"bias": bias, "gate": gate, "scale": scale, "offset": shift, "dropout_p": 0.1}
             trained(gated_add_norm(x, residual, *vectors[:2], 1e-5, **gated))
             trained(
                 gated_add_norm(x, residual, *vectors[:2], 1e-5, weight2=bias, norm_bias2=scale, eps2=1e-5)

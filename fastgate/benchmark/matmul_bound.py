@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgate.models.handle import get_encoder
-from fastgate.ops.linear import Packed, linear, pack, pack_together, takes
+from fastgate.ops.linear import Packed, linear, onednn_supports, pack, pack_together
 from fastgate.runtime.context import ExecutedStep
 from fastgate.runtime.costs import Matmul, Sizes
 from fastgate.runtime.steps.attention import Attention, ProjectQKV
@@ -93,13 +93,13 @@ class MatmulLowerBound:
     def _fuses_qkv(self, hidden: int) -> bool:
         """Whether query, key and value of a frozen model are one product."""
         weight = torch.empty(hidden, hidden, device=self.device, dtype=self.dtype)
-        return takes(weight, weight) and pack_together([weight] * 3)[0].fused_qkv is not None
+        return onednn_supports(weight, weight) and pack_together([weight] * 3)[0].fused_qkv is not None
 
     def _weight(self, name: object, *shape: int) -> Tensor | Packed:
         key = (name, *shape)
         if key not in self._weights:
             weight = torch.randn(*shape, device=self.device, dtype=self.dtype)
-            self._weights[key] = pack(weight) if takes(weight, weight) else weight
+            self._weights[key] = pack(weight) if onednn_supports(weight, weight) else weight
         return self._weights[key]
 
     def _tensor(self, name: object, *shape: int) -> Tensor:

@@ -15,7 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAtte
 from fastgate.errors import ArgumentError, Unsupported, format_error
 from fastgate.models.handle import EncoderHandle, EncoderRuntime
 from fastgate.models.inspection import Inspection, verify_places
-from fastgate.ops.derivatives import is_transformed
+from fastgate.ops.autograd import is_transformed
 from fastgate.ops.ragged import HOST, on_device
 from fastgate.ops.registry import bypasses_dispatcher
 from fastgate.runtime.context import ForwardContext

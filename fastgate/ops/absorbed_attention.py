@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastgate.errors import ArgumentError, format_error
-from fastgate.ops import reference, registry
+from fastgate.ops import autograd, reference, registry
 from fastgate.ops.ragged import SequenceOffsets
 
 
@@ -24,19 +24,44 @@ def absorbed_attention(
     scale: float,
     dropout_p: float = 0.0,
 ) -> Tensor:
-    """dropout(softmax(q k^T * scale)) v for one query a sequence, with k and v what a Linear makes of x.
+    """Attention with one query a sequence, which forms neither keys nor values.
 
-    q: (sequences, hidden), one query a sequence; x: (keys.rows, H), what keys and values would be made from,
-    brought to q's dtype, as the weights are; key, value: (hidden, H) weights; value_bias: (hidden,) or None.
-    The key's bias adds the same to every score of a query and cancels in the softmax. A head at a time:
+    Computes dropout(softmax(q k^T * scale)) v, where k and v are what a Linear makes of x. The weights are
+    absorbed into the query and the output, as in multi-head latent attention, a head at a time:
 
         probe = W_k^T q      p = softmax_j(scale * probe . x_j)      out = W_v (sum_j p_j x_j) + b_v sum_j p_j
 
-    so 2 * heads * H multiply-adds a row of x in place of 2 * hidden * H. Returns (sequences, hidden); a
-    sequence without rows gives zeros. The dropout mask is a function of a seed from torch's default
-    generator, of sequence * heads + head, and of the row's place in its sequence. Differentiable in all.
+    That is 2 * heads * H multiply-adds a row of x instead of 2 * hidden * H. The key's bias adds the same to
+    every score of a query and cancels in the softmax.
 
-    Raises ArgumentError for shapes, dtypes or values that do not fit.
+    Args:
+        q: (sequences, hidden), floating: one query a sequence.
+        x: (keys.rows, H), floating: the rows that keys and values would be made of. It is cast to q's dtype,
+            as the weights are.
+        key, value: (hidden, H), the weights of the Linears.
+        value_bias: (hidden,) or None.
+        keys: where the sequences begin and end in x.
+        heads: number of heads; divides hidden.
+        scale: multiplies the scores, such as head_dim ** -0.5.
+        dropout_p: probability of dropping a probability, in [0, 1). The mask is a function of a seed drawn
+            from torch's default generator of the device, of sequence * heads + head, and of the row's place
+            in its sequence.
+
+    Returns:
+        (sequences, hidden) in q's dtype. A sequence without rows gives zeros. Differentiable in every tensor.
+
+    Raises:
+        ArgumentError: for shapes, dtypes or values that do not fit.
+
+    Example:
+        >>> q, x, weight = torch.randn(2, 8), torch.randn(5, 8), torch.randn(8, 8)
+        >>> keys = fastgate.ops.SequenceOffsets.from_lengths([2, 3])
+        >>> one_query = fastgate.ops.SequenceOffsets.from_lengths([1, 1])
+        >>> absorbed = fastgate.ops.absorbed_attention(q, x, weight, weight, None, keys, heads=2, scale=0.5)
+        >>> k = v = x @ weight.T
+        >>> usual = fastgate.ops.attention(q, k, v, one_query, keys, heads=2, scale=0.5)
+        >>> torch.allclose(absorbed, usual, rtol=1e-4, atol=1e-4)
+        True
     """
     sequences, hidden = _check(q, x, key, value, value_bias, keys, heads)
     width = hidden // heads
@@ -44,15 +69,15 @@ def absorbed_attention(
     per_head = q.reshape(sequences, heads, width).transpose(0, 1)
     probe = torch.bmm(per_head, key.to(q.dtype).view(heads, width, -1)).transpose(0, 1)
     mixed, total = _mix(probe, x.to(probe.dtype), keys, scale, dropout_p, seed)  # autocast's, of a product
-    per_head, back = mixed.transpose(0, 1), value.to(q.dtype).view(heads, width, -1).transpose(1, 2)
+    per_head, to_values = mixed.transpose(0, 1), value.to(q.dtype).view(heads, width, -1).transpose(1, 2)
     if value_bias is None:
-        return torch.bmm(per_head, back).transpose(0, 1).reshape(sequences, hidden)
+        return torch.bmm(per_head, to_values).transpose(0, 1).reshape(sequences, hidden)
     bias = value_bias.to(q.dtype).view(heads, 1, width)
     # Weights add up to 1: known of real lengths only, since traced ones may stand for others.
     if registry.bypasses_dispatcher(q) and not dropout_p and 0 not in keys.lengths:
-        out = torch.baddbmm(bias, per_head, back)
+        out = torch.baddbmm(bias, per_head, to_values)
     else:
-        out = (torch.bmm(per_head, back) + total.t().unsqueeze(-1) * bias).to(q.dtype)
+        out = (torch.bmm(per_head, to_values) + total.t().unsqueeze(-1) * bias).to(q.dtype)
     return out.transpose(0, 1).reshape(sequences, hidden)
 
 
@@ -71,7 +96,7 @@ def _check(
     if q.dtype not in registry.DTYPES or not x.is_floating_point():
         _refuse("q, x", f"{q.dtype}, {x.dtype}", "floating dtypes", "convert them before the call")
     if x.dim() != 2 or x.shape[0] != keys.rows:
-        _refuse("x", f"shape {tuple(x.shape)}", f"({keys.rows}, H), the rows of keys", "pack the rows")
+        _refuse("x", f"shape {tuple(x.shape)}", f"({keys.rows}, H), the rows of keys", "unpad the batch")
     wanted_shape = (q.shape[1], x.shape[1])
     if key.shape != wanted_shape or value.shape != wanted_shape:
         got = f"shapes {tuple(key.shape)}, {tuple(value.shape)}"
@@ -90,11 +115,12 @@ def _mix(
 ) -> tuple[Tensor, Tensor]:
     """(mixed, total), by the implementation that fits."""
     direct = registry.bypasses_dispatcher(probe)
-    if direct and _chosen(probe).backend == "reference":
-        return torch_absorbed_attention(probe, x, keys, scale, dropout_p, seed)
+    chosen = _chosen(probe) if direct else None
+    if chosen is registry.REFERENCE["absorbed_attention"]:
+        return reference.absorbed_attention(probe, x, keys, scale, dropout_p, seed)
     operands = (probe, x, keys.cu_seqlens, scale, dropout_p, seed)
-    if direct and not registry.any_requires_grad(probe, x):
-        return _chosen(probe).forward(*operands)
+    if chosen is not None and not autograd.any_requires_grad(probe, x):
+        return chosen.forward(*operands)  # type: ignore[no-any-return]
     call: Callable[..., tuple[Tensor, ...]] = torch.ops.fastgate.absorbed_attention
     if direct:
         call = _trained
@@ -102,50 +128,24 @@ def _mix(
     return mixed, total
 
 
-def torch_absorbed_attention(
-    probe: Tensor,
-    x: Tensor,
-    keys: SequenceOffsets,
-    scale: float,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """(mixed, total) in plain torch, for every device and dtype: what runs where no kernel does."""
-    return reference.absorbed_attention(probe, keys.grid(x), scale, **_on_grid(probe, keys, dropout_p, seed))
-
-
-def _on_grid(probe: Tensor, keys: SequenceOffsets, dropout_p: float, seed: Tensor | None) -> dict[str, Any]:
-    """The reference's keywords: which places of the grid are rows, and which weights are kept."""
-    sequences, heads, _ = probe.shape
-    mask = None
-    if dropout_p:
-        assert seed is not None
-        mask = reference.keep_mask(seed, sequences * heads, keys.longest, dropout_p)
-        mask = mask.view(sequences, heads, keys.longest)
-    whole = keys.equal and keys.longest > 0
-    return {
-        "there": None if whole else keys.padded[1],
-        "empty": 0 in keys.lengths,
-        "dropout_p": dropout_p,
-        "mask": mask,
-    }
-
-
 _OPERANDS = "Tensor probe, Tensor x, Tensor cu_seqlens, float scale, float dropout_p, Tensor? seed"
 # total is float32, float64 for float64. lse: the log-sum-exp of every probe's scores, (sequences, heads), and
 # residue, as mixed, what mixed's rounding took away, both in the form that the backend's own backward takes;
 # without elements where it takes none.
-registry.LIBRARY.define(
+_FORWARD_SCHEMA = (
     f"absorbed_attention({_OPERANDS}) -> (Tensor mixed, Tensor total, Tensor lse, Tensor residue)"
 )
-registry.LIBRARY.define(
+_BACKWARD_SCHEMA = (
     "absorbed_attention_backward(Tensor grad_mixed, Tensor? grad_total, Tensor mixed, Tensor total, "
     f"Tensor lse, Tensor residue, {_OPERANDS}) -> (Tensor dprobe, Tensor dx)"
 )
 
 
-def _reference_forward(probe: Tensor, x: Tensor, cu_seqlens: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return torch_absorbed_attention(probe, x, SequenceOffsets.of(cu_seqlens), *rest)
+def _reference_forward(
+    probe: Tensor, x: Tensor, cu_seqlens: Tensor, scale: float, dropout_p: float, seed: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    keys = SequenceOffsets.from_cu_seqlens(cu_seqlens)
+    return reference.absorbed_attention(probe, x, keys, scale, dropout_p, seed)
 
 
 def _reference_backward(
@@ -158,12 +158,8 @@ def _reference_backward(
     dropout_p: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    keys = SequenceOffsets.of(cu_seqlens)
-    dprobe, dgrid = reference.absorbed_attention_backward(
-        grad, grad_total, probe, keys.grid(x), scale, **_on_grid(probe, keys, dropout_p, seed)
-    )
-    dx = dgrid.flatten(0, 1)
-    return dprobe, dx if keys.equal else dx.index_select(0, keys.padded[0])
+    keys = SequenceOffsets.from_cu_seqlens(cu_seqlens)
+    return reference.absorbed_attention_backward(grad, grad_total, probe, x, keys, scale, dropout_p, seed)
 
 
 registry.REFERENCE["absorbed_attention"] = registry.Implementation(
@@ -172,14 +168,13 @@ registry.REFERENCE["absorbed_attention"] = registry.Implementation(
 
 
 def _chosen(probe: Tensor) -> registry.Implementation:
-    found = registry.implementation("absorbed_attention", probe.device.type, probe.dtype)
-    return found if found.fits is None or found.fits(probe) else registry.REFERENCE["absorbed_attention"]
+    return registry.implementation("absorbed_attention", probe.device.type, probe.dtype, probe=probe)
 
 
 def _forward(probe: Tensor, *operands: Any) -> tuple[Tensor, ...]:
     chosen = _chosen(probe)
     if chosen.saving is not None:
-        return chosen.saving[0](probe, *operands)
+        return chosen.saving.forward(probe, *operands)  # type: ignore[no-any-return]
     return *chosen.forward(probe, *operands), probe.new_empty(0, dtype=torch.float32), probe.new_empty(0)
 
 
@@ -194,16 +189,13 @@ def _backward(
     *operands: Any,
 ) -> tuple[Tensor, ...]:
     chosen = _chosen(probe)
-    if chosen.saving is not None:
-        return chosen.saving[1](grad, grad_total, mixed, total, lse, residue, probe, *operands)
-    return chosen.backward(grad, grad_total, probe, *operands)
+    # Without lse another implementation ran forward: set_backend was called in between.
+    if chosen.saving is not None and lse.numel():
+        saved = (mixed, total, lse, residue)
+        return chosen.saving.backward(grad, grad_total, *saved, probe, *operands)  # type: ignore[no-any-return]
+    return chosen.backward(grad, grad_total, probe, *operands)  # type: ignore[no-any-return]
 
 
-registry.LIBRARY.impl("absorbed_attention", _forward, "CompositeExplicitAutograd")
-registry.LIBRARY.impl("absorbed_attention_backward", _backward, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("fastgate::absorbed_attention", lib=registry.LIBRARY)
 def _fake(probe: Tensor, x: Tensor, *operands: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     saving, pairs = _chosen(probe).saving is not None, probe.shape[:2]
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -215,7 +207,6 @@ def _fake(probe: Tensor, x: Tensor, *operands: Any) -> tuple[Tensor, Tensor, Ten
     )
 
 
-@torch.library.register_fake("fastgate::absorbed_attention_backward", lib=registry.LIBRARY)
 def _fake_backward(
     grad: Tensor,
     grad_total: Tensor | None,
@@ -230,15 +221,22 @@ def _fake_backward(
     return probe.new_empty(probe.shape), x.new_empty(x.shape)
 
 
-def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+registry.define_op(_FORWARD_SCHEMA, _forward, _fake)
+registry.define_op(_BACKWARD_SCHEMA, _backward, _fake_backward)
+
+
+def _keep_for_backward(ctx: autograd.Context, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     """mixed costs no memory: the product after it keeps it too."""
-    probe, x, cu_seqlens, *ctx.numbers, seed = inputs
+    probe, x, cu_seqlens, *numbers, seed = inputs
+    ctx.numbers = numbers
     ctx.save_for_backward(*output, probe, x, cu_seqlens, seed)
     ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx: Any, grad: Tensor | None, grad_total: Tensor | None, *_: None) -> tuple[Any, ...]:
+def _differentiate(
+    ctx: autograd.Context, grad: Tensor | None, grad_total: Tensor | None, *_: None
+) -> tuple[Any, ...]:
     *tensors, seed = ctx.saved_tensors
     direct = registry.bypasses_dispatcher(tensors[0])
     call = _backward if direct else torch.ops.fastgate.absorbed_attention_backward
@@ -247,11 +245,11 @@ def _differentiate(ctx: Any, grad: Tensor | None, grad_total: Tensor | None, *_:
     return dprobe, dx, None, None, None, None
 
 
-def _operands(ctx: Any) -> tuple[Any, ...]:
+def _operands(ctx: autograd.Context) -> tuple[Any, ...]:
     *_, probe, x, cu_seqlens, seed = ctx.saved_tensors
     return probe, x, cu_seqlens, *ctx.numbers, seed
 
 
-_trained = registry.register_autograd_formula(
+_trained = autograd.register_autograd_formula(
     "absorbed_attention", _forward, _differentiate, _reference_forward, _keep_for_backward, _operands
 )

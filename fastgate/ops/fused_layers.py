@@ -13,11 +13,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastgate.ops import registry
+from fastgate.ops import autograd, registry
 from fastgate.ops.linear import ONEDNN_DTYPES, Packed
 
-CALL = "packed_layers"  # the compiled op
-OPS = ("attention", "absorbed_attention", "gated_add_norm", "shift_norm")  # what it calls, besides products
+COMPILED_OP = "packed_layers"
+OPS = ("attention", "absorbed_attention", "gated_add_norm", "shift_norm")  # what it calls, besides
+PRODUCT_OPS = ("linear", "linear_gelu")
 ATTENTION, ABSORBED, FEED_FORWARD, SHIFT_NORM = range(4)  # kinds of halves, as csrc/ops.h has them
 ALL_ROWS = -1  # the reach of a shift_norm that leaves no row out
 NORM = 4  # place of the first LayerNorm's weight and bias in the operands of a feed-forward half
@@ -60,10 +61,11 @@ def runs(h: Tensor) -> bool:
         h.dtype in ONEDNN_DTYPES
         and h.device.type == "cpu"
         and registry.bypasses_dispatcher(h)
-        and not registry.any_requires_grad(h)
+        and not autograd.any_requires_grad(h)
         and not torch.is_autocast_enabled("cpu")
-        and all(registry.implementation(op, "cpu").backend == "cpp" for op in OPS)
-        and hasattr(torch.ops.fastgate_cpu, CALL)
+        and all(registry.implementation(op, "cpu").fused for op in OPS)
+        and not any(registry.reference_is_selected(op, "cpu") for op in PRODUCT_OPS)
+        and hasattr(torch.ops.fastgate_cpu, COMPILED_OP)
     )
 
 
@@ -156,6 +158,6 @@ class FusedSegment:
             operands = list(operands)
             for at, norm in self.anew:
                 operands[at : at + 2] = norm()
-        call = torch.ops.fastgate_cpu.packed_layers.default
-        found: Tensor = call(h, operands, self.kinds, self.numbers, cu_seqlens, wanted, links)
-        return found
+        call = getattr(torch.ops.fastgate_cpu, COMPILED_OP).default
+        rows: Tensor = call(h, operands, self.kinds, self.numbers, cu_seqlens, wanted, links)
+        return rows

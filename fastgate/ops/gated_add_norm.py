@@ -1,4 +1,4 @@
-"""gated_add_norm: LayerNorm(scale * residual + gate * dropout(x + bias) + shift), and a second LayerNorm."""
+"""gated_add_norm: LayerNorm(scale * residual + gate * dropout(x + bias) + offset), and a second LayerNorm."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ import torch
 from torch import Tensor
 
 from fastgate.errors import ArgumentError, format_error
-from fastgate.ops import reference, registry
+from fastgate.ops import autograd, reference, registry
 
 _SCHEMA = (
     "Tensor x, Tensor residual, Tensor weight, Tensor norm_bias, float eps, Tensor? bias, Tensor? gate, "
-    "Tensor? scale, Tensor? shift, float dropout_p, Tensor? seed, Tensor? weight2, Tensor? norm_bias2, "
+    "Tensor? scale, Tensor? offset, float dropout_p, Tensor? seed, Tensor? weight2, Tensor? norm_bias2, "
     "float eps2"
 )
 OPERANDS = tuple(operand.split()[1] for operand in _SCHEMA.split(", "))
-# Bits of the backward's `wanted`, and the order in which it stacks the gradients of the parameters.
+# Bits of the backward's `requested`, and the order in which it stacks the gradients of the parameters.
 DX, DRESIDUAL = 1, 2
-PARAMETERS = ("bias", "gate", "scale", "shift", "weight", "norm_bias", "weight2", "norm_bias2")
+PARAMETERS = ("bias", "gate", "scale", "offset", "weight", "norm_bias", "weight2", "norm_bias2")
 PARAMETER_BIT = {name: 4 << place for place, name in enumerate(PARAMETERS)}
 
-registry.LIBRARY.define(f"gated_add_norm({_SCHEMA}) -> Tensor")
-registry.LIBRARY.define(
-    f"gated_add_norm_backward(Tensor grad, {_SCHEMA}, int wanted) -> (Tensor, Tensor, Tensor)"
+_FORWARD_SCHEMA = f"gated_add_norm({_SCHEMA}) -> Tensor"
+_BACKWARD_SCHEMA = (
+    f"gated_add_norm_backward(Tensor grad, {_SCHEMA}, int requested) -> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -44,33 +44,34 @@ def _reference_forward(*operands: Any) -> Tensor:
 
 
 def _reference_backward(grad: Tensor, *operands: Any) -> tuple[Tensor, Tensor, Tensor]:
-    wanted = operands[-1]
+    requested = operands[-1]
     named = _for_reference(operands[:-1])
-    found = reference.gated_add_norm_backward(grad, **named)
-    dx, dresidual, parameters = _empty_gradients(named["x"], named["residual"], wanted)
-    if wanted & DX:
-        dx.copy_(found.x.reshape(dx.shape))
-    if wanted & DRESIDUAL:
-        dresidual.copy_(found.residual.reshape(dresidual.shape))
-    for row, name in zip(parameters, _asked(wanted), strict=True):
+    gradients = reference.gated_add_norm_backward(grad, **named)
+    dx, dresidual, parameters = _empty_gradients(named["x"], named["residual"], requested)
+    if requested & DX:
+        dx.copy_(gradients.x.reshape(dx.shape))
+    if requested & DRESIDUAL:
+        dresidual.copy_(gradients.residual.reshape(dresidual.shape))
+    for row, name in zip(parameters, _requested_parameters(requested), strict=True):
         if name == "gate":  # its row sums to the gradient
-            row.zero_()[:1] = found.gate
+            row.zero_()[:1] = gradients.gate
         else:
-            row.copy_(getattr(found, name))
+            row.copy_(getattr(gradients, name))
     return dx, dresidual, parameters
 
 
-def _asked(wanted: int) -> list[str]:
-    return [name for name in PARAMETERS if wanted & PARAMETER_BIT[name]]
+def _requested_parameters(requested: int) -> list[str]:
+    """The parameters whose gradients are requested, in the order in which backward stacks them."""
+    return [name for name in PARAMETERS if requested & PARAMETER_BIT[name]]
 
 
-def _empty_gradients(x: Tensor, residual: Tensor, wanted: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dresidual, parameters): unwanted ones have no elements; parameters is (number wanted, H)."""
+def _empty_gradients(x: Tensor, residual: Tensor, requested: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx, dresidual, parameters): those not requested have no elements; parameters is (requested, H)."""
     dtype = torch.float64 if torch.float64 in (x.dtype, residual.dtype) else torch.float32
     return (
-        x.new_empty(x.shape if wanted & DX else (0,)),
-        residual.new_empty(residual.shape if wanted & DRESIDUAL else (0,)),
-        x.new_empty((len(_asked(wanted)), x.shape[-1]), dtype=dtype),
+        x.new_empty(x.shape if requested & DX else (0,)),
+        residual.new_empty(residual.shape if requested & DRESIDUAL else (0,)),
+        x.new_empty((len(_requested_parameters(requested)), x.shape[-1]), dtype=dtype),
     )
 
 
@@ -81,51 +82,49 @@ registry.REFERENCE["gated_add_norm"] = registry.Implementation(
 
 def _forward(x: Tensor, residual: Tensor, *operands: Any) -> Tensor:
     chosen = registry.implementation("gated_add_norm", x.device.type, x.dtype, residual.dtype)
-    return chosen.forward(x, residual, *operands)
+    return chosen.forward(x, residual, *operands)  # type: ignore[no-any-return]
 
 
 def _backward(grad: Tensor, x: Tensor, residual: Tensor, *operands: Any) -> tuple[Tensor, Tensor, Tensor]:
     chosen = registry.implementation("gated_add_norm", x.device.type, x.dtype, residual.dtype)
-    return chosen.backward(grad, x, residual, *operands)  # type: ignore[return-value]
+    return chosen.backward(grad, x, residual, *operands)  # type: ignore[no-any-return]
 
 
-registry.LIBRARY.impl("gated_add_norm", _forward, "CompositeExplicitAutograd")
-registry.LIBRARY.impl("gated_add_norm_backward", _backward, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("fastgate::gated_add_norm", lib=registry.LIBRARY)
 def _fake(x: Tensor, residual: Tensor, *operands: Any) -> Tensor:
     return x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
 
 
-@torch.library.register_fake("fastgate::gated_add_norm_backward", lib=registry.LIBRARY)
 def _fake_backward(grad: Tensor, x: Tensor, residual: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     return _empty_gradients(x, residual, rest[-1])
 
 
-def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    operands = registry.saved_inputs(ctx)
-    given = dict(zip(OPERANDS, operands, strict=True))
+registry.define_op(_FORWARD_SCHEMA, _forward, _fake)
+registry.define_op(_BACKWARD_SCHEMA, _backward, _fake_backward)
+
+
+def _differentiate(ctx: autograd.Context, grad: Tensor) -> tuple[Tensor | None, ...]:
+    operands = autograd.saved_inputs(ctx)
+    named = dict(zip(OPERANDS, operands, strict=True))
     needs = dict(zip(OPERANDS, ctx.needs_input_grad, strict=True))
-    # Where u adds x and residual alike, one gradient serves both and is written once.
-    alike = given["gate"] is None and given["scale"] is None and given["dropout_p"] == 0.0
-    shared = alike and given["x"].dtype == given["residual"].dtype and needs["x"] and needs["residual"]
-    wanted = sum(PARAMETER_BIT[name] for name in PARAMETERS if needs[name])
-    wanted |= DX if needs["x"] and not shared else 0
-    wanted |= DRESIDUAL if needs["residual"] else 0
+    # Where u adds x and residual as they are, one gradient serves both and is written once.
+    plain_sum = named["gate"] is None and named["scale"] is None and named["dropout_p"] == 0.0
+    shared = plain_sum and named["x"].dtype == named["residual"].dtype and needs["x"] and needs["residual"]
+    requested = sum(PARAMETER_BIT[name] for name in PARAMETERS if needs[name])
+    requested |= DX if needs["x"] and not shared else 0
+    requested |= DRESIDUAL if needs["residual"] else 0
     call = _backward if registry.bypasses_dispatcher(grad) else torch.ops.fastgate.gated_add_norm_backward
-    dx, dresidual, stacked = call(grad, *operands, wanted)
-    found: dict[str, Tensor] = {}
+    dx, dresidual, stacked = call(grad, *operands, requested)
+    gradients: dict[str, Tensor] = {}
     if needs["x"]:
-        found["x"] = dresidual if shared else dx
+        gradients["x"] = dresidual if shared else dx
     if needs["residual"]:
-        found["residual"] = dresidual
-    for name, row in zip(_asked(wanted), stacked.unbind(0), strict=True):
-        found[name] = (row.sum() if name == "gate" else row).to(given[name].dtype)
-    return tuple(found.get(name) for name in OPERANDS)
+        gradients["residual"] = dresidual
+    for name, row in zip(_requested_parameters(requested), stacked.unbind(0), strict=True):
+        gradients[name] = (row.sum() if name == "gate" else row).to(named[name].dtype)
+    return tuple(gradients.get(name) for name in OPERANDS)
 
 
-_trained = registry.register_autograd_formula("gated_add_norm", _forward, _differentiate, _reference_forward)
+_trained = autograd.register_autograd_formula("gated_add_norm", _forward, _differentiate, _reference_forward)
 
 
 def gated_add_norm(
@@ -138,67 +137,95 @@ def gated_add_norm(
     bias: Tensor | None = None,
     gate: Tensor | float | None = None,
     scale: Tensor | None = None,
-    shift: Tensor | None = None,
+    offset: Tensor | None = None,
     dropout_p: float = 0.0,
     weight2: Tensor | None = None,
     norm_bias2: Tensor | None = None,
     eps2: float = 0.0,
 ) -> Tensor:
-    """LayerNorm(scale * residual + gate * dropout(x + bias) + shift), and a second LayerNorm given weight2.
+    """The end of a sublayer: LayerNorm(scale * residual + gate * dropout(x + bias) + offset).
 
-    x, residual: (..., H), floating. weight, norm_bias, weight2, norm_bias2, bias, scale, shift: (H,).
-    gate: 0-d tensor or float; a gate and a second norm never meet in one call. dropout_p: in [0, 1); the
-    mask is a function of a seed drawn from torch's default generator of x's device. Returns (..., H) in the
-    promoted dtype of x and residual; statistics are float32 (float64 for float64). Differentiable in every
-    tensor.
+    Given weight2, a second LayerNorm follows.
 
-    Raises ArgumentError for shapes, dtypes or values that do not fit.
+    Args:
+        x: (..., H), floating: the sublayer's output, without the bias of its last Linear.
+        residual: (..., H), floating, of x's shape and device; its dtype may be another one.
+        weight, norm_bias: (H,), those of the LayerNorm.
+        eps: added to the variance of the LayerNorm.
+        bias: (H,), added to x before dropout.
+        gate: a 0-d tensor or a number. A gate and a second LayerNorm never meet in one call.
+        scale: (H,), multiplies residual.
+        offset: (H,), added before the LayerNorm.
+        dropout_p: probability of dropping an element of x + bias, in [0, 1). The mask is a function of a seed
+            drawn from torch's default generator of x's device.
+        weight2, norm_bias2, eps2: (H,), (H,) and a number, those of a second LayerNorm; vectors both or none.
+
+    Returns:
+        (..., H) in the promoted dtype of x and residual. Statistics are float32, float64 for float64.
+        Differentiable in every tensor.
+
+    Raises:
+        ArgumentError: for shapes, dtypes, devices or values that do not fit.
+
+    Example:
+        >>> x, residual = torch.tensor([[1.0, 3.0]]), torch.tensor([[0.0, 4.0]])
+        >>> y = fastgate.ops.gated_add_norm(x, residual, torch.ones(2), torch.zeros(2), 1e-5, gate=0.5)
+        >>> y.round(decimals=3)
+        tensor([[-1.,  1.]])
     """
-    shape = weight.shape
-    if x.shape != residual.shape or x.shape[-1:] != shape or norm_bias.shape != shape:
-        got = ", ".join(str(tuple(tensor.shape)) for tensor in (x, residual, weight, norm_bias))
-        _refuse(
-            "x, residual, weight, norm_bias",
-            f"shapes {got}",
-            "(..., H), (..., H), (H,), (H,)",
-            "reshape them",
-        )
-    if x.dtype not in registry.DTYPES or residual.dtype not in registry.DTYPES:
-        _refuse(
-            "x, residual", f"{x.dtype}, {residual.dtype}", "floating dtypes", "convert them before the call"
-        )
-    if x.device != residual.device or x.device != weight.device:
-        got = f"{x.device}, {residual.device}, {weight.device}"
-        _refuse("x, residual, weight", got, "one device", "move them to x's device")
-    if bias is not None and bias.shape != shape:
-        _refuse_vector("bias", bias, shape)
-    if scale is not None and scale.shape != shape:
-        _refuse_vector("scale", scale, shape)
-    if shift is not None and shift.shape != shape:
-        _refuse_vector("shift", shift, shape)
+    _check_operands(x, residual, weight, norm_bias)
+    _check_vectors(weight.shape, bias, scale, offset)
     if weight2 is not None or norm_bias2 is not None:
-        if weight2 is None or norm_bias2 is None:
-            _refuse("weight2, norm_bias2", "one of them", "both or neither", "pass the other one too")
-        if gate is not None:
-            _refuse(
-                "gate",
-                "a gate with a second norm",
-                "one of the two",
-                "apply the second norm in a call of its own",
-            )
-        if weight2.shape != shape or norm_bias2.shape != shape:
-            _refuse_vector("weight2, norm_bias2", weight2 if weight2.shape != shape else norm_bias2, shape)
+        _check_second_norm(weight.shape, weight2, norm_bias2, gate)
     if gate is not None:
         gate = _gate_tensor(gate, x)
     seed = registry.draw_seed("gated_add_norm", dropout_p, x.device)
     call: Callable[..., Tensor] = torch.ops.fastgate.gated_add_norm
     if registry.bypasses_dispatcher(x):
-        tensors = (x, residual, weight, norm_bias, bias, gate, scale, shift, weight2, norm_bias2)
-        call = _trained if registry.any_requires_grad(*tensors) else _forward
+        tensors = (x, residual, weight, norm_bias, bias, gate, scale, offset, weight2, norm_bias2)
+        call = _trained if autograd.any_requires_grad(*tensors) else _forward
     return call(
         x, residual, weight, norm_bias, eps,
-        bias, gate, scale, shift, dropout_p, seed, weight2, norm_bias2, eps2,
+        bias, gate, scale, offset, dropout_p, seed, weight2, norm_bias2, eps2,
     )  # fmt: skip
+
+
+def _check_operands(x: Tensor, residual: Tensor, weight: Tensor, norm_bias: Tensor) -> None:
+    shape = weight.shape
+    if x.shape != residual.shape or x.shape[-1:] != shape or norm_bias.shape != shape:
+        got = ", ".join(str(tuple(tensor.shape)) for tensor in (x, residual, weight, norm_bias))
+        wanted = "(..., H), (..., H), (H,), (H,)"
+        _refuse("x, residual, weight, norm_bias", f"shapes {got}", wanted, "reshape them")
+    if x.dtype not in registry.DTYPES or residual.dtype not in registry.DTYPES:
+        got = f"{x.dtype}, {residual.dtype}"
+        _refuse("x, residual", got, "floating dtypes", "convert them before the call")
+    if x.device != residual.device or x.device != weight.device:
+        got = f"{x.device}, {residual.device}, {weight.device}"
+        _refuse("x, residual, weight", got, "one device", "move them to x's device")
+
+
+def _check_vectors(
+    shape: torch.Size, bias: Tensor | None, scale: Tensor | None, offset: Tensor | None
+) -> None:
+    if bias is not None and bias.shape != shape:
+        _refuse_vector("bias", bias, shape)
+    if scale is not None and scale.shape != shape:
+        _refuse_vector("scale", scale, shape)
+    if offset is not None and offset.shape != shape:
+        _refuse_vector("offset", offset, shape)
+
+
+def _check_second_norm(
+    shape: torch.Size, weight2: Tensor | None, norm_bias2: Tensor | None, gate: Tensor | float | None
+) -> None:
+    if weight2 is None or norm_bias2 is None:
+        _refuse("weight2, norm_bias2", "one of them", "both or neither", "pass the other one too")
+    if gate is not None:
+        remedy = "apply the second norm in a call of its own"
+        _refuse("gate", "a gate with a second norm", "one of the two", remedy)
+    for vector in (weight2, norm_bias2):
+        if vector.shape != shape:
+            _refuse_vector("weight2, norm_bias2", vector, shape)
 
 
 def _gate_tensor(gate: Tensor | float, x: Tensor) -> Tensor | None:

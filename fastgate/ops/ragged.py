@@ -1,8 +1,8 @@
-"""Rows of sequences one after another, and how what the host knows of them reaches the device."""
+"""Where the sequences of an unpadded batch lie, and how what the host knows of them reaches the device."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeVar
@@ -10,9 +10,12 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from fastgate.errors import ArgumentError, format_error
+
 HOST = torch.device("cpu")
 # Where each tensor of a joint copy begins, in bytes: kernels read 16 at a time.
 ALIGNMENT = 16
+END_DTYPES = (torch.int32, torch.int64)
 
 
 def on_device(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
@@ -25,11 +28,11 @@ def on_device(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     staging = torch.empty(size, dtype=torch.uint8, device=HOST, pin_memory=on_gpu)
     for t, (begin, end, dtype) in zip(tensors, places.values(), strict=True):
         staging[begin:end].view(dtype).copy_(t.reshape(-1))
-    there = staging.to(device, non_blocking=True)
+    copies = staging.to(device, non_blocking=True)
     if on_gpu and torch.cuda.is_current_stream_capturing():
         _captured.append(staging)
     return [
-        there[begin:end].view(dtype).view(t.shape)
+        copies[begin:end].view(dtype).view(t.shape)
         for t, (begin, end, dtype) in zip(tensors, places.values(), strict=True)
     ]
 
@@ -59,31 +62,75 @@ def ends_of(lengths: Sequence[int]) -> Tensor:
 
 @dataclass(frozen=True)
 class SequenceOffsets:
-    """Rows of sequences one after another: `lengths` on the host, `cu_seqlens` (sequences + 1,) int32."""
+    """Where the sequences of an unpadded batch begin and end: their rows lie one after another.
+
+    Attributes:
+        lengths: rows of each sequence, on the host; a sequence may have none.
+        device: where `cu_seqlens` and the other tensors are.
+
+    Example:
+        >>> offsets = fastgate.ops.SequenceOffsets.from_lengths([2, 3])
+        >>> offsets.rows, offsets.cu_seqlens.tolist()
+        (5, [0, 2, 5])
+        >>> fastgate.ops.SequenceOffsets.from_cu_seqlens(offsets.cu_seqlens).lengths
+        (2, 3)
+    """
 
     lengths: tuple[int, ...]
     device: torch.device
 
     @staticmethod
-    def of(cu_seqlens: Tensor) -> SequenceOffsets:
-        """From (sequences + 1,) ends; brings them to the host."""
-        return SequenceOffsets(tuple(cu_seqlens.diff().tolist()), cu_seqlens.device)
+    def from_lengths(lengths: Iterable[int], device: torch.device | str = HOST) -> SequenceOffsets:
+        """From the rows of each sequence.
+
+        Raises:
+            ArgumentError: for a negative length.
+        """
+        lengths = tuple(int(length) for length in lengths)
+        if min(lengths, default=0) < 0:
+            raise ArgumentError(
+                format_error(
+                    "SequenceOffsets", "lengths", min(lengths), "0 or more rows each", "count the rows"
+                )
+            )
+        return SequenceOffsets(lengths, torch.device(device))
+
+    @staticmethod
+    def from_cu_seqlens(cu_seqlens: Tensor) -> SequenceOffsets:
+        """From the ends of the sequences, (sequences + 1,) int32 or int64 that begin with 0, as
+        flash-attention takes them. Brings them to the host, which on a GPU waits for the device.
+
+        Raises:
+            ArgumentError: for another shape or dtype, or ends that fall.
+        """
+        if cu_seqlens.dim() != 1 or not cu_seqlens.numel() or cu_seqlens.dtype not in END_DTYPES:
+            got = f"{cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}"
+            raise ArgumentError(
+                format_error(
+                    "SequenceOffsets", "cu_seqlens", got, "(sequences + 1,) int32 or int64",
+                    "accumulate the lengths from 0",
+                )
+            )  # fmt: skip
+        return SequenceOffsets.from_lengths(cu_seqlens.diff().tolist(), cu_seqlens.device)
 
     @cached_property
     def cu_seqlens(self) -> Tensor:
+        """(sequences + 1,) int32: 0, then the row after each sequence's last."""
         return on_device([ends_of(self.lengths)], self.device)[0]
 
     @property
     def rows(self) -> int:
+        """Of all sequences."""
         return sum(self.lengths)
 
     @cached_property
     def longest(self) -> int:
+        """Rows of the longest sequence."""
         return max(self.lengths, default=0)
 
     @cached_property
     def equal(self) -> bool:
-        """Every sequence is as long as the longest."""
+        """Whether every sequence is as long as the longest."""
         return all(n == self.longest for n in self.lengths)
 
     @cached_property
@@ -98,8 +145,8 @@ class SequenceOffsets:
     def sequence_of_row(self) -> Tensor:
         """(rows,) int64."""
         lengths = torch.tensor(self.lengths, dtype=torch.int64, device=HOST)
-        found = torch.repeat_interleave(torch.arange(len(self.lengths), device=HOST), lengths)
-        return on_device([found], self.device)[0]
+        sequence = torch.repeat_interleave(torch.arange(len(self.lengths), device=HOST), lengths)
+        return on_device([sequence], self.device)[0]
 
     def grid(self, rows: Tensor) -> Tensor:
         """(rows, hidden) -> (sequences, longest, hidden), zeros where no row is."""

@@ -1,86 +1,170 @@
-"""Which implementation runs an op: one slot an op and kind of device, the reference where it is empty.
+"""The registry: which implementation runs an op on a kind of device; the reference where none does.
 
 An op's public function calls the implementation directly on plain tensors, through an autograd function only
-if a gradient is wanted; where torch traces, it calls the registered op. A registered autograd formula costs 8
-microseconds a call where no gradient is wanted, and for gated_add_norm's many arguments 200 where one is.
+if a gradient is requested. Where torch traces, it calls the registered op. A registered autograd formula
+costs 8 microseconds a call without a gradient, and 200 with one for the many arguments of gated_add_norm.
+
+Backends are described in backends.py, which leaves a loader here. It runs before the first op.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastgate.errors import ArgumentError, format_error
-from fastgate.ops import derivatives
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-LIBRARY = torch.library.Library("fastgate", "DEF")
+LIBRARY = torch.library.Library("fastgate", "DEF")  # type: ignore[no-untyped-call]
+
+
+class Saving(NamedTuple):
+    """A forward that also returns what spares backward work, and the backward that takes it.
+
+    The op's module says what is saved.
+    """
+
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]
 
 
 @dataclass(frozen=True)
 class Implementation:
-    """One backend's functions for one op, which take the schema's arguments by position, and their dtypes.
+    """One backend's functions for one op, and what they take.
 
-    saving: a forward that returns something to keep for backward too, and a backward that takes it, where
-    that spares work; the op's module says what it is. head_dims, for attention: the ones it takes, None for
-    all. fits, for absorbed_attention: whether its kernels take a probe's shape on its device, None for all.
+    backend: its name, as set_backend takes it.
+    forward, backward: take the arguments of the op's schema by position.
+    dtypes: of the op's floating operands.
+    saving: where it saves something for backward.
+    fits: decides by an op's operands, given by name: `head_dim` for attention, `probe` for
+        absorbed_attention, `x` and `weight` for linear and linear_gelu. None: it takes all of them.
+    fused: fused_layers.py calls the same code.
     """
 
     backend: str
     forward: Callable[..., Any]
     backward: Callable[..., Any]
     dtypes: frozenset[torch.dtype]
-    saving: tuple[Callable[..., Any], Callable[..., Any]] | None = None
-    head_dims: tuple[int, ...] | None = None  # a tuple: traced sizes have no hash
-    fits: Callable[[Tensor], bool] | None = None
+    saving: Saving | None = None
+    fits: Callable[..., bool] | None = None
+    fused: bool = False
+
+    def supports(self, dtypes: Iterable[torch.dtype], operands: Mapping[str, Any] | None = None) -> bool:
+        """Whether it runs a call whose floating operands have these dtypes.
+
+        operands: what `fits` is asked about. Without them the dtypes alone decide.
+        """
+        if not self.dtypes.issuperset(dtypes):
+            return False
+        return not operands or self.fits is None or self.fits(**operands)
 
 
+Key = tuple[str, str]  # (op, device type)
 # Each op's module leaves its own here.
 REFERENCE: dict[str, Implementation] = {}
-# (op, device type) -> implementation; fastgate.ops.backends fills it once. What is not in it runs the reference.
-IMPLEMENTATIONS: dict[tuple[str, str], Implementation] = {}
-_fill: Callable[[], None] | None = None
-_filling = threading.RLock()
+# What runs; the reference runs what is not in it.
+IMPLEMENTATIONS: dict[Key, Implementation] = {}
+# What `select` has put in place of the defaults.
+_selected: dict[Key, Implementation] = {}
+_defaults: dict[Key, Implementation] = {}
+_loader: Callable[[], Mapping[Key, Implementation]] | None = None
+_lock = threading.RLock()
 
 
-def register_loader(fill: Callable[[], None]) -> None:
-    """Leave a function that fills IMPLEMENTATIONS, to be called before the first op runs. An op raises what it raises,
-    and the next op calls it again."""
-    global _fill
-    _fill = fill
+def register_loader(loader: Callable[[], Mapping[Key, Implementation]]) -> None:
+    """Leave the function that finds the default implementations. It is called before the first op runs.
+
+    An op raises what the loader raises, and the next op calls it again.
+    """
+    global _loader
+    with _lock:
+        _loader = loader
 
 
-def _fill_slots() -> None:
-    """Call the function that was left, once, whichever thread comes first; the others wait for it."""
-    global _fill
-    with _filling:
-        if _fill is not None:
-            _fill()
-            _fill = None
+def load_defaults() -> None:
+    """Call the loader once, in the thread that comes first; the others wait for it."""
+    global _loader
+    with _lock:
+        if _loader is not None:
+            loaded = _loader()
+            _defaults.update(loaded)
+            IMPLEMENTATIONS.update({**loaded, **_selected})
+            _loader = None
 
 
-def implementation(op: str, device_type: str, *dtypes: torch.dtype) -> Implementation:
-    """The implementation that runs `op` on tensors of these dtypes on this kind of device."""
-    if _fill is not None:
-        _fill_slots()
-    found = IMPLEMENTATIONS.get((op, device_type))
-    if found is None or not found.dtypes.issuperset(dtypes):
+def implementation(op: str, device_type: str, *dtypes: torch.dtype, **operands: Any) -> Implementation:
+    """The implementation that runs `op` on tensors of these dtypes on this kind of device.
+
+    operands: as Implementation.supports takes them.
+    """
+    if _loader is not None:
+        load_defaults()
+    chosen = IMPLEMENTATIONS.get((op, device_type))
+    # Without operands the dtypes decide, and a call of `supports` would cost a tenth of a microsecond.
+    if chosen is None or not chosen.dtypes.issuperset(dtypes):
         return REFERENCE[op]
-    return found
+    if operands and not chosen.supports(dtypes, operands):
+        return REFERENCE[op]
+    return chosen
+
+
+def select(op: str, device_type: str, implementation: Implementation | None) -> None:
+    """Run `op` on this kind of device by an implementation, where that supports the call.
+
+    None: by the default again.
+    """
+    with _lock:
+        load_defaults()
+        key = (op, device_type)
+        if implementation is None:
+            _selected.pop(key, None)
+            implementation = _defaults.get(key)
+        else:
+            _selected[key] = implementation
+        if implementation is None:
+            IMPLEMENTATIONS.pop(key, None)
+        else:
+            IMPLEMENTATIONS[key] = implementation
+
+
+def selected(op: str, device_type: str) -> Implementation | None:
+    """What `select` put in place of the default, None for the default."""
+    return _selected.get((op, device_type))
+
+
+def reference_is_selected(op: str, device_type: str) -> bool:
+    """Whether `select` put the reference in place of the default."""
+    return _selected.get((op, device_type)) is REFERENCE[op]
+
+
+def selections() -> tuple[tuple[Key, str], ...]:
+    """All that `select` put in place of defaults: ((op, device type), backend) in order.
+
+    For the key of a CUDA graph, whose kernels are chosen once.
+    """
+    return tuple(sorted((key, chosen.backend) for key, chosen in _selected.items())) if _selected else ()
+
+
+def define_op(schema: str, function: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Define an op of torch.ops.fastgate.
+
+    schema: begins with the op's name. function: runs it on every kind of device. fake: gives outputs without
+    elements, for tracing.
+    """
+    name = schema.partition("(")[0]
+    LIBRARY.define(schema)  # type: ignore[no-untyped-call]
+    LIBRARY.impl(name, function, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    torch.library.register_fake(f"fastgate::{name}", fake, lib=LIBRARY)
 
 
 def bypasses_dispatcher(tensor: Tensor) -> bool:
     """Whether implementations may be called without the dispatcher: nothing traces, no tensor subclass."""
     return type(tensor) is Tensor and not torch.compiler.is_compiling()
-
-
-def any_requires_grad(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def draw_seed(op: str, dropout_p: float, device: torch.device) -> Tensor | None:
@@ -94,46 +178,3 @@ def draw_seed(op: str, dropout_p: float, device: torch.device) -> Tensor | None:
             )
         )
     return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)
-
-
-def save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    """An autograd formula's setup that keeps the inputs only: backward computes again what it needs besides,
-    from rows it has to read anyway."""
-    ctx.places = [place for place, value in enumerate(inputs) if isinstance(value, Tensor)]
-    ctx.numbers = [None if isinstance(value, Tensor) else value for value in inputs]
-    ctx.save_for_backward(*(inputs[place] for place in ctx.places))
-
-
-def saved_inputs(ctx: Any) -> list[Any]:
-    """The inputs as save_inputs had them."""
-    operands = list(ctx.numbers)
-    for place, tensor in zip(ctx.places, ctx.saved_tensors, strict=True):
-        operands[place] = tensor
-    return operands
-
-
-def register_autograd_formula(
-    op: str,
-    forward: Callable[..., Any],
-    differentiate: Callable[..., Any],
-    plain: Callable[..., Any],
-    keep: Callable[[Any, tuple[Any, ...], Any], None] = save_inputs,
-    operands_of: Callable[[Any], Sequence[Any]] = saved_inputs,
-) -> Callable[..., Any]:
-    """Register an op's autograd formula; returns `forward` with the same formula for eager training, without
-    the registration's cost. plain: the op in plain torch, for second derivatives."""
-    torch.library.register_autograd(f"fastgate::{op}", differentiate, setup_context=keep, lib=LIBRARY)
-
-    def run(ctx: Any, *operands: Any) -> Any:
-        output = forward(*operands)
-        keep(ctx, operands, output)
-        return output
-
-    def backward(ctx: Any, *grads: Any) -> Any:
-        if derivatives.needs_torch(grads):
-            return derivatives.differentiate_by_torch(plain, operands_of(ctx), ctx.needs_input_grad, grads)
-        return differentiate(ctx, *grads)
-
-    functions = {"forward": staticmethod(run), "backward": staticmethod(backward)}
-    trained: Callable[..., Any] = type(op, (torch.autograd.Function,), functions).apply  # type: ignore[attr-defined]
-    return trained

@@ -1,4 +1,4 @@
-"""shift_norm: LayerNorm(x + r(x)), where r(x) reads a row and the two beside it: a `shift`, normalised."""
+"""shift_norm: LayerNorm(x + r(x)), where r is a token shift: it reads a row and the two beside it."""
 
 from __future__ import annotations
 
@@ -9,41 +9,42 @@ import torch
 from torch import Tensor
 
 from fastgate.errors import ArgumentError, format_error
-from fastgate.ops import reference, registry
+from fastgate.ops import autograd, reference, registry
 
 _SCHEMA = (
-    "Tensor x, Tensor linked, Tensor shift, Tensor scale, Tensor before, Tensor after, Tensor weight, "
-    "Tensor norm_bias, float eps"
+    "Tensor x, Tensor has_left_neighbour, Tensor offset, Tensor scale, Tensor before, Tensor after, "
+    "Tensor weight, Tensor norm_bias, float eps"
 )
 OPERANDS = tuple(operand.split()[1] for operand in _SCHEMA.split(", "))
-# Bits of the backward's `wanted`, and the order in which it stacks the gradients of the parameters.
+# Bits of the backward's `requested`, and the order in which it stacks the gradients of the parameters.
 DX = 1
-PARAMETERS = ("shift", "scale", "before", "after", "weight", "norm_bias")
+PARAMETERS = ("offset", "scale", "before", "after", "weight", "norm_bias")
 PARAMETER_BIT = {name: 2 << place for place, name in enumerate(PARAMETERS)}
 
-registry.LIBRARY.define(f"shift_norm({_SCHEMA}) -> Tensor")
-registry.LIBRARY.define(f"shift_norm_backward(Tensor grad, {_SCHEMA}, int wanted) -> (Tensor, Tensor)")
+_FORWARD_SCHEMA = f"shift_norm({_SCHEMA}) -> Tensor"
+_BACKWARD_SCHEMA = f"shift_norm_backward(Tensor grad, {_SCHEMA}, int requested) -> (Tensor, Tensor)"
 
 
-def _asked(wanted: int) -> list[str]:
-    return [name for name in PARAMETERS if wanted & PARAMETER_BIT[name]]
+def _requested_parameters(requested: int) -> list[str]:
+    """The parameters whose gradients are requested, in the order in which backward stacks them."""
+    return [name for name in PARAMETERS if requested & PARAMETER_BIT[name]]
 
 
-def _empty_gradients(x: Tensor, wanted: int) -> tuple[Tensor, Tensor]:
-    """(dx, parameters): unwanted ones have no elements; parameters is (number wanted, H)."""
+def _empty_gradients(x: Tensor, requested: int) -> tuple[Tensor, Tensor]:
+    """(dx, parameters): those not requested have no elements; parameters is (number requested, H)."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    dx = x.new_empty(x.shape if wanted & DX else (0,))
-    return dx, x.new_empty((len(_asked(wanted)), x.shape[1]), dtype=dtype)
+    dx = x.new_empty(x.shape if requested & DX else (0,))
+    return dx, x.new_empty((len(_requested_parameters(requested)), x.shape[1]), dtype=dtype)
 
 
 def _reference_backward(grad: Tensor, *operands: Any) -> tuple[Tensor, Tensor]:
-    wanted = operands[-1]
-    found = reference.shift_norm_backward(grad, *operands[:-1])
-    dx, parameters = _empty_gradients(operands[0], wanted)
-    if wanted & DX:
-        dx.copy_(found.x)
-    for row, name in zip(parameters, _asked(wanted), strict=True):
-        row.copy_(getattr(found, name))
+    requested = operands[-1]
+    gradients = reference.shift_norm_backward(grad, *operands[:-1])
+    dx, parameters = _empty_gradients(operands[0], requested)
+    if requested & DX:
+        dx.copy_(gradients.x)
+    for row, name in zip(parameters, _requested_parameters(requested), strict=True):
+        row.copy_(getattr(gradients, name))
     return dx, parameters
 
 
@@ -62,40 +63,38 @@ def _backward(grad: Tensor, x: Tensor, *operands: Any) -> tuple[Tensor, Tensor]:
     return chosen.backward(grad, x, *operands)  # type: ignore[no-any-return]
 
 
-registry.LIBRARY.impl("shift_norm", _forward, "CompositeExplicitAutograd")
-registry.LIBRARY.impl("shift_norm_backward", _backward, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("fastgate::shift_norm", lib=registry.LIBRARY)
 def _fake(x: Tensor, *operands: Any) -> Tensor:
     return x.new_empty(x.shape)
 
 
-@torch.library.register_fake("fastgate::shift_norm_backward", lib=registry.LIBRARY)
 def _fake_backward(grad: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return _empty_gradients(x, rest[-1])
 
 
-def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    operands = registry.saved_inputs(ctx)
-    given = dict(zip(OPERANDS, operands, strict=True))
+registry.define_op(_FORWARD_SCHEMA, _forward, _fake)
+registry.define_op(_BACKWARD_SCHEMA, _backward, _fake_backward)
+
+
+def _differentiate(ctx: autograd.Context, grad: Tensor) -> tuple[Tensor | None, ...]:
+    operands = autograd.saved_inputs(ctx)
+    named = dict(zip(OPERANDS, operands, strict=True))
     needs = dict(zip(OPERANDS, ctx.needs_input_grad, strict=True))
-    wanted = sum(bit for name, bit in PARAMETER_BIT.items() if needs[name]) | (DX if needs["x"] else 0)
+    requested = sum(bit for name, bit in PARAMETER_BIT.items() if needs[name]) | (DX if needs["x"] else 0)
     call = _backward if registry.bypasses_dispatcher(grad) else torch.ops.fastgate.shift_norm_backward
-    dx, stacked = call(grad, *operands, wanted)
-    found = {"x": dx} if needs["x"] else {}
-    for name, row in zip(_asked(wanted), stacked.unbind(0), strict=True):
-        found[name] = row.to(given[name].dtype)
-    return tuple(found.get(name) for name in OPERANDS)
+    dx, stacked = call(grad, *operands, requested)
+    gradients = {"x": dx} if needs["x"] else {}
+    for name, row in zip(_requested_parameters(requested), stacked.unbind(0), strict=True):
+        gradients[name] = row.to(named[name].dtype)
+    return tuple(gradients.get(name) for name in OPERANDS)
 
 
-_trained = registry.register_autograd_formula("shift_norm", _forward, _differentiate, reference.shift_norm)
+_trained = autograd.register_autograd_formula("shift_norm", _forward, _differentiate, reference.shift_norm)
 
 
 def shift_norm(
     x: Tensor,
-    linked: Tensor,
-    shift: Tensor,
+    has_left_neighbour: Tensor,
+    offset: Tensor,
     scale: Tensor,
     before: Tensor,
     after: Tensor,
@@ -103,30 +102,55 @@ def shift_norm(
     norm_bias: Tensor,
     eps: float,
 ) -> Tensor:
-    """LayerNorm(x + shift + scale * x + before * (the row above) + after * (the row below)).
+    """A token shift and its LayerNorm: LayerNorm(x + offset + scale * x + before * left + after * right).
 
-    x: (rows, H), floating. linked: (rows,) bool, whether a row and the one above it are neighbours; one that
-    is not linked counts as zero, and linked[0] is False. Vectors: (H,). Returns (rows, H) in the dtype of x;
-    statistics are float32 (float64 for float64). Differentiable in x and in every vector.
+    left and right are the rows before and after a row where those are its neighbours, zeros where they are
+    not.
 
-    Raises ArgumentError for shapes, dtypes or devices that do not fit.
+    Args:
+        x: (rows, H), floating: the rows of an unpadded batch.
+        has_left_neighbour: (rows,) bool: whether the row before a row is its neighbour, such as the token
+            before it in the same sequence. has_left_neighbour[0] is False.
+        offset, scale, before, after: (H,), those of the token shift.
+        weight, norm_bias: (H,), those of the LayerNorm.
+        eps: added to the variance of the LayerNorm.
+
+    Returns:
+        (rows, H) in the dtype of x. Statistics are float32, float64 for float64. Differentiable.
+
+    Raises:
+        ArgumentError: for shapes, dtypes or devices that do not fit.
+
+    Example:
+        >>> x, zeros, ones = torch.tensor([[1.0, 2.0], [2.0, 6.0]]), torch.zeros(2), torch.ones(2)
+        >>> has_left_neighbour = torch.tensor([False, True])
+        >>> fastgate.ops.shift_norm(
+        ...     x, has_left_neighbour, zeros, zeros, ones, zeros, ones, zeros, 1e-5
+        ... ).round(decimals=3)
+        tensor([[-1.,  1.],
+                [-1.,  1.]])
     """
-    vectors = (shift, scale, before, after, weight, norm_bias)
-    if x.dim() != 2 or linked.shape != x.shape[:1]:
-        got = f"shapes {tuple(x.shape)}, {tuple(linked.shape)}"
-        _refuse("x, linked", got, "(rows, H), (rows,)", "pack the rows")
+    vectors = (offset, scale, before, after, weight, norm_bias)
+    if x.dim() != 2 or has_left_neighbour.shape != x.shape[:1]:
+        got = f"shapes {tuple(x.shape)}, {tuple(has_left_neighbour.shape)}"
+        _refuse("x, has_left_neighbour", got, "(rows, H), (rows,)", "unpad the batch")
     for name, vector in zip(PARAMETERS, vectors, strict=True):
         if vector.shape != x.shape[1:]:
             _refuse(name, f"shape {tuple(vector.shape)}", f"({x.shape[1]},)", "match x's last dimension")
-    if x.dtype not in registry.DTYPES or linked.dtype != torch.bool:
-        _refuse("x, linked", f"{x.dtype}, {linked.dtype}", "a floating dtype, bool", "convert them")
-    if x.device != linked.device or x.device != weight.device:
-        got = f"{x.device}, {linked.device}, {weight.device}"
-        _refuse("x, linked, weight", got, "one device", "move them to x's device")
+    if x.dtype not in registry.DTYPES or has_left_neighbour.dtype != torch.bool:
+        _refuse(
+            "x, has_left_neighbour",
+            f"{x.dtype}, {has_left_neighbour.dtype}",
+            "a floating dtype, bool",
+            "convert them",
+        )
+    if x.device != has_left_neighbour.device or x.device != weight.device:
+        got = f"{x.device}, {has_left_neighbour.device}, {weight.device}"
+        _refuse("x, has_left_neighbour, weight", got, "one device", "move them to x's device")
     call: Callable[..., Tensor] = torch.ops.fastgate.shift_norm
     if registry.bypasses_dispatcher(x):
-        call = _trained if registry.any_requires_grad(x, *vectors) else _forward
-    return call(x, linked, *vectors, eps)
+        call = _trained if autograd.any_requires_grad(x, *vectors) else _forward
+    return call(x, has_left_neighbour, *vectors, eps)
 
 
 def _refuse(argument: str, got: object, wanted: str, remedy: str) -> NoReturn:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from fastgate.ops.registry import selections
 from fastgate.runtime.context import ForwardContext
 from fastgate.runtime.embedding_inputs import TokenIds
 
@@ -43,6 +44,7 @@ class GraphKey(NamedTuple):
     has_empty: bool
     precision: str
     deterministic: bool
+    backends: tuple[tuple[tuple[str, str], str], ...]  # that fastgate.ops.set_backend chose
 
 
 def key_of(context: ForwardContext, ids: TokenIds) -> GraphKey:
@@ -63,4 +65,5 @@ def key_of(context: ForwardContext, ids: TokenIds) -> GraphKey:
         0 in unpadded.keys.lengths,
         str(getattr(torch.backends.cuda.matmul, "fp32_precision", "")),
         torch.are_deterministic_algorithms_enabled(),
+        selections(),
     )

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from fastgate import ops
 from fastgate.ops import reference
-from fastgate.ops.absorbed_attention import torch_absorbed_attention
 from fastgate.ops.ragged import SequenceOffsets
 
 SEED = 81985529216486895
@@ -150,7 +149,7 @@ def truth(call: Call) -> list[Tensor]:
 
 def torchs_own(call: Call) -> list[Tensor]:
     return differentiated(
-        lambda probe, x: torch_absorbed_attention(probe, x, call.keys, *call.rest[1:]), call, call.x.dtype
+        lambda probe, x: reference.absorbed_attention(probe, x, call.keys, *call.rest[1:]), call, call.x.dtype
     )
 
 
@@ -214,7 +213,7 @@ def check_masks(backend: Any, longest: int, seed: int, dtype: torch.dtype, devic
 
 
 def as_implementation(kernels: Any) -> ops.Implementation:
-    saving = (kernels.forward_saving, kernels.backward_saved)
+    saving = ops.Saving(kernels.forward_saving, kernels.backward_saved)
     return ops.Implementation(
-        "triton", kernels.forward, kernels.backward, frozenset(kernels.DTYPES), saving, None, kernels.fits
+        "triton", kernels.forward, kernels.backward, frozenset(kernels.DTYPES), saving, kernels.fits
     )

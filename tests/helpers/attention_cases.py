@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastgate import ops
 from fastgate.ops import reference
-from fastgate.ops.attention import attention, torch_attention
+from fastgate.ops.attention import attention
 from fastgate.ops.ragged import SequenceOffsets
 
 SEED = 81985529216486895
@@ -112,7 +112,7 @@ def torchs(call: Call, dtype: torch.dtype) -> list[Tensor]:
         leaf if bias is None else (leaf + bias).to(dtype)
         for leaf, bias in zip(leaves, call.operands[:3], strict=True)
     ]
-    out = torch_attention(*sums, call.queries, call.keys, *call.operands[5:])
+    out = reference.attention(*sums, call.queries, call.keys, *call.operands[5:])
     grads = torch.autograd.grad(out, leaves, call.grad.to(dtype), materialize_grads=True)
     return [out.detach(), *grads]
 
@@ -148,14 +148,14 @@ def check(kernels: Any, case: Case, device: torch.device) -> None:
 
 def check_autograd(kernels: Any, device: torch.device) -> None:
     """Through the op's slot: eager, with nothing to differentiate, traced; other head_dims run in torch."""
-    saving = (kernels.forward_saving, kernels.backward_saved)
+    saving = ops.Saving(kernels.forward_saving, kernels.backward_saved)
     ours = ops.Implementation(
         "triton",
         kernels.forward,
         kernels.backward,
         frozenset(kernels.DTYPES),
         saving,
-        kernels.HEAD_DIMS,
+        lambda head_dim: head_dim in kernels.HEAD_DIMS,
     )
     ops.implementation("attention", device.type, FP32)  # fills the slots
     before = ops.IMPLEMENTATIONS.get(("attention", device.type))
@@ -168,7 +168,7 @@ def check_autograd(kernels: Any, device: torch.device) -> None:
             named = dict(zip(("q_bias", "k_bias", "v_bias"), biases, strict=True))
             out = attention(*leaves, lengths, lengths, heads, 0.2, **named)
             sums = [leaf + bias for leaf, bias in zip(leaves, biases, strict=True)]
-            wanted = torch_attention(*sums, lengths, lengths, heads, 0.2)
+            wanted = reference.attention(*sums, lengths, lengths, heads, 0.2)
             grad = torch.randn_like(out)
             for one, two in zip(
                 torch.autograd.grad(out, [*leaves, *biases], grad),

@@ -42,7 +42,7 @@ def on_device(module) -> ops.Implementation:
         return call
 
     backward = there(module.backward)
-    saving = (there(module.forward_saving), backward) if hasattr(module, "forward_saving") else None
+    saving = ops.Saving(there(module.forward_saving), backward) if hasattr(module, "forward_saving") else None
     return ops.Implementation("triton", there(module.forward), backward, frozenset(), saving)
 
 

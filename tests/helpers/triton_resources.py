@@ -1,7 +1,9 @@
 """Triton kernels compiled for devices that are not here, and the table of what they are made of.
 
-    cd tests && python -m helpers.triton_resources                    compare kernels/resources.json with what compiles now
-    cd tests && python -m helpers.triton_resources --write [OP ...]   write it anew, all of it or some ops' part
+From tests/: compare kernels/resources.json with what compiles now, and write it anew, all or some ops' part.
+
+    python -m helpers.triton_resources
+    python -m helpers.triton_resources --write [OP ...]
 
 The table holds every kernel that the calls of tests/helpers/kernel_calls.py launch, for every architecture.
 """
@@ -177,9 +179,8 @@ def main(arguments: list[str]) -> int:
         return 0
     changed = [op for op in names if table.get(op) != current[op]]
     for op in changed:
-        print(
-            f"{op}: kernels/resources.json is out of date: cd tests && python -m helpers.triton_resources --write {op}"
-        )
+        remedy = f"cd tests && python -m helpers.triton_resources --write {op}"
+        print(f"{op}: kernels/resources.json is out of date: {remedy}")
     return bool(changed)
 
 

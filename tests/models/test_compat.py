@@ -79,9 +79,9 @@ ALLOWED = {
     ("runtime/executor.py", "_gradient_checkpointing_func"): "as the inspection",
     ("runtime/fingerprint.py", "_DropoutNd"): "as the inspection",
     ("runtime/cuda_graphs.py", "_len_torch_dispatch_stack"): "read in each forward",
-    ("ops/derivatives.py", "peek_interpreter_stack"): "read in each backward",
-    ("ops/derivatives.py", "is_legacy_batchedtensor"): "as above",
-    ("ops/derivatives.py", "_current_level"): "as above",
+    ("ops/autograd.py", "peek_interpreter_stack"): "read in each backward",
+    ("ops/autograd.py", "is_legacy_batchedtensor"): "as above",
+    ("ops/autograd.py", "_current_level"): "as above",
 }
 
 

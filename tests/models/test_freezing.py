@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import importlib
 import pickle
 import warnings
 import weakref
@@ -360,7 +361,7 @@ def test_a_frozen_model_in_a_file(tmp_path):
 def test_panels_are_packed_anew_for_a_processor_without_them():
     _, ours = frozen("ForTokenClassification")
     state = pickle.dumps(ours)
-    with mock.patch("fastgate.ops.linear._together", return_value=0):
+    with mock.patch.object(importlib.import_module("fastgate.ops.linear"), "interleaving", return_value=0):
         unpickled = pickle.loads(state)
         assert not any(module.packed.in_panels for module in packed(unpickled))
         again = pickle.dumps(unpickled)
@@ -384,7 +385,9 @@ def sent():
             if layout == "panels":
                 fastgate.freeze(model)
             if layout == "onednn":
-                with mock.patch("fastgate.ops.linear._together", return_value=0):
+                with mock.patch.object(
+                    importlib.import_module("fastgate.ops.linear"), "interleaving", return_value=0
+                ):
                     fastgate.freeze(model)
             models[f"{layout}, {keep}"] = model
     return models

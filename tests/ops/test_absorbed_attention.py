@@ -22,9 +22,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastgate.errors import ArgumentError
-from fastgate.ops import absorbed_attention as op
 from fastgate.ops import backends, reference, registry
-from fastgate.ops.absorbed_attention import absorbed_attention
+from fastgate.ops.absorbed_attention import _chosen, absorbed_attention
 from fastgate.ops.attention import attention
 from fastgate.ops.ragged import SequenceOffsets
 
@@ -267,8 +266,8 @@ def test_a_backend_that_does_not_fit_leaves_the_call_to_torch(monkeypatch):
 
     registry.implementation("absorbed_attention", "cpu", FP32)  # fills the slots
     monkeypatch.setitem(registry.IMPLEMENTATIONS, ("absorbed_attention", "cpu"), as_implementation(Kernels))
-    assert op._chosen(torch.zeros(1, 4, 8)).backend == "reference"
-    assert op._chosen(torch.zeros(1, 3, 8)).backend == "triton"
+    assert _chosen(torch.zeros(1, 4, 8)).backend == "reference"
+    assert _chosen(torch.zeros(1, 3, 8)).backend == "triton"
 
 
 REFUSED = {

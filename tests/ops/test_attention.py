@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from fastgate.errors import ArgumentError
 from fastgate.ops import backends, reference
-from fastgate.ops.attention import attention, attention_probabilities, torch_attention
+from fastgate.ops.attention import attention, attention_probabilities
 from fastgate.ops.ragged import SequenceOffsets
 
 CPU = torch.device("cpu")
@@ -85,7 +85,7 @@ def test_backend_is_as_near_to_fp64_as_torch(
     truth = exact(*leaves, queries, keys, heads, scale, dropout_p, seed, biases)
     sums = [(t + b).to(dtype) for t, b in zip((q, k, v), biases, strict=True)] if biases else (q, k, v)
     sums = [t.detach().requires_grad_() for t in sums]
-    ours = torch_attention(*sums, queries, keys, heads, scale, dropout_p, seed)
+    ours = reference.attention(*sums, queries, keys, heads, scale, dropout_p, seed)
     unit = torch.finfo(dtype).eps
     bound = 2 * (ours.double() - truth).abs().max().item() + 4 * unit if q.numel() else 0.0
     assert out.dtype == dtype and out.shape == q.shape
@@ -104,6 +104,33 @@ def test_backend_is_as_near_to_fp64_as_torch(
             ):  # torch's own products are less exact on some processors
                 bound = max(bound, allowed(torchs_own, want, dtype))
             assert error(got, want) <= bound
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+@pytest.mark.parametrize("lengths", [((2, 0, 3), (3, 2, 1)), ((2, 1), (0, 3)), ((3, 3), (3, 3))])
+def test_gradcheck_of_the_references_backward(lengths, dropout_p):
+    """The backward equations written out, in float64, against differences and against autograd."""
+    queries, keys, tensors = packed(lengths, 6, torch.float64)
+    rest = (queries, keys, 2, 0.7, dropout_p, torch.tensor(1234567) if dropout_p else None)
+
+    class Reference(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *tensors):
+            ctx.save_for_backward(*tensors)
+            return reference.attention(*tensors, *rest)
+
+        @staticmethod
+        def backward(ctx, grad):
+            return reference.attention_backward(grad, *ctx.saved_tensors, *rest)
+
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    assert torch.autograd.gradcheck(Reference.apply, leaves)
+    out = reference.attention(*leaves, *rest)
+    grad = torch.randn_like(out)
+    by_autograd = torch.autograd.grad(out, leaves, grad, materialize_grads=True)
+    written_out = reference.attention_backward(grad, *tensors, *rest)
+    for got, want in zip(written_out, by_autograd, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
 
 
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=6), st.integers(1, 4), st.integers(1, 40))

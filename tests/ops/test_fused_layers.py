@@ -244,12 +244,25 @@ def call(kind, changes=None, **others):
         "cu_seqlens": torch.tensor([0, 3, 5], dtype=torch.int32), "wanted": torch.tensor([0, 3]),
         "links": [torch.tensor([False, True, True, False, True])],
     }  # fmt: skip
-    return torch.ops.fastgate_cpu.packed_layers(**(given | others))
+    return getattr(torch.ops.fastgate_cpu, fused_layers.COMPILED_OP)(**(given | others))
 
 
-@pytest.mark.parametrize("kind, rows", [(ATTENTION, 5), (ABSORBED, 2), (FEED_FORWARD, 5), (SHIFT_NORM, 5)])
-def test_a_half_alone(kind, rows):
-    assert call(kind).shape == (rows, HIDDEN)
+# kind, rows that come of it, places of the vector that is added to them and of the LayerNorm's weight
+ALONE = [
+    (ATTENTION, range(5), 5, 6),
+    (ABSORBED, (0, 3), 6, 7),
+    (FEED_FORWARD, range(5), 3, 4),
+    (SHIFT_NORM, range(5), 0, 4),
+]
+
+
+@pytest.mark.parametrize("kind, rows, added, norm", ALONE)
+def test_a_half_alone(kind, rows, added, norm):
+    """All products are zero: what is left is LayerNorm(h + bias) of its rows."""
+    h, (vector, weight, bias) = torch.randn(5, HIDDEN), torch.randn(3, HIDDEN)
+    y = call(kind, {added: vector, norm: weight, norm + 1: bias}, h=h)
+    want = torch.nn.functional.layer_norm(h[list(rows)] + vector, (HIDDEN,), weight, bias, 1e-12)
+    torch.testing.assert_close(y, want, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastgate.errors import Unsupported
-from fastgate.ops import backends, row_counts
-from fastgate.ops.linear import Packed, linear, missing_for_onednn, pack, product, takes
+from fastgate.ops import backends, onednn_shapes
+from fastgate.ops.linear import Packed, linear, missing_for_onednn, onednn_product, onednn_supports, pack
 
 ONEDNN = pytest.mark.skipif(missing_for_onednn() != "", reason=f"no oneDNN: {missing_for_onednn()}")
 SHAPES = ((0, 8, 16), (1, 384, 96), (3, 1, 1), (5, 7, 9), (33, 768, 130), (150, 40, 270))
@@ -41,7 +43,7 @@ def check(shape, dtype, seed=0):
         growth = max(1.0, terms**0.5 / 2) if dtype == FP32 else 1.0  # orders of summing differ by as much
         assert error(got, true) <= allowed(own, true, dtype, growth)
     x, weight, _ = operands
-    if takes(x, weight):
+    if onednn_supports(x, weight):
         assert error(linear(x, pack(weight)), truth[0]) <= allowed(
             torchs[0], truth[0], dtype, max(1.0, shape[1] ** 0.5 / 2)
         )
@@ -69,15 +71,17 @@ def test_backward_passes_gradcheck():
 
 
 @ONEDNN
-def test_what_onednn_takes():
+def test_what_onednn_onednn_supports():
     x, weight, _ = make(4, 8, 6, FP32)
     assert (
-        takes(x, weight) and takes(x, torch.nn.Parameter(weight)) and takes(x.bfloat16(), weight.bfloat16())
+        onednn_supports(x, weight)
+        and onednn_supports(x, torch.nn.Parameter(weight))
+        and onednn_supports(x.bfloat16(), weight.bfloat16())
     )
-    assert not takes(x.double(), weight.double()) and not takes(x.bfloat16(), weight)
-    assert not takes(x, torch.nn.Buffer(weight).as_subclass(type("Own", (torch.Tensor,), {})))
+    assert not onednn_supports(x.double(), weight.double()) and not onednn_supports(x.bfloat16(), weight)
+    assert not onednn_supports(x, torch.nn.Buffer(weight).as_subclass(type("Own", (torch.Tensor,), {})))
     with torch.autocast("cpu"):
-        assert not takes(x, weight) and torch.equal(linear(x, weight), F.linear(x, weight))
+        assert not onednn_supports(x, weight) and torch.equal(linear(x, weight), F.linear(x, weight))
 
 
 @ONEDNN
@@ -85,8 +89,8 @@ def test_what_onednn_takes():
 def test_product_adds_the_bias_and_the_gelu(bias):
     x, weight, _ = make(4, 8, 6, FP32)
     want = F.linear(x, weight, bias)
-    torch.testing.assert_close(product(x, weight, bias), want)
-    torch.testing.assert_close(product(x, weight, bias, gelu=True), F.gelu(want))
+    torch.testing.assert_close(onednn_product(x, weight, bias), want)
+    torch.testing.assert_close(onednn_product(x, weight, bias, gelu=True), F.gelu(want))
 
 
 @ONEDNN
@@ -105,7 +109,7 @@ def form(request, monkeypatch):
     """The layout that `pack` gives float32 weights."""
     linear(torch.zeros(1, 1), torch.zeros(1, 1))
     if request.param == "oneDNN":
-        monkeypatch.setattr("fastgate.ops.linear.PANELS", "absent")
+        monkeypatch.setattr(sys.modules["fastgate.ops.linear"], "PACKED_LINEAR", "absent")
     return request.param
 
 
@@ -262,8 +266,8 @@ def test_compiling_sees_torchs_own():
 @pytest.fixture
 def in_pieces(monkeypatch):
     """As in a process that has compiled products for many numbers of rows."""
-    monkeypatch.setattr(row_counts, "EXACT", 0)
-    monkeypatch.setattr(row_counts, "_compiled", set())
+    monkeypatch.setattr(onednn_shapes, "MAX_EXACT_PRODUCTS", 0)
+    monkeypatch.setattr(onednn_shapes, "_compiled", set())
 
 
 @ONEDNN
@@ -282,9 +286,9 @@ def test_pieces_have_the_bits_of_the_whole(rows, dtype, monkeypatch, poisoned):
     bias = torch.linspace(-1, 1, 80).to(dtype)
     found = []
     for exact in (10**9, 0):
-        monkeypatch.setattr(row_counts, "EXACT", exact)
-        monkeypatch.setattr(row_counts, "_compiled", set())
-        gelu = product(x.view(1, rows, 96), weight, bias, gelu=True)
+        monkeypatch.setattr(onednn_shapes, "MAX_EXACT_PRODUCTS", exact)
+        monkeypatch.setattr(onednn_shapes, "_compiled", set())
+        gelu = onednn_product(x.view(1, rows, 96), weight, bias, gelu=True)
         assert gelu.shape == (1, rows, 80) and gelu.is_contiguous()
         assert gelu.untyped_storage().nbytes() == gelu.nbytes  # rows of zeros are not kept
         found.append((gelu, *gradients(linear, x, weight, grad)))
@@ -294,18 +298,18 @@ def test_pieces_have_the_bits_of_the_whole(rows, dtype, monkeypatch, poisoned):
 
 @given(rows=st.integers(2, 20_000))
 def test_pieces_are_of_few_sizes_and_cover_all_rows(rows):
-    rounded = row_counts.round_up(rows)
+    rounded = onednn_shapes.round_up(rows)
     assert rows <= rounded <= max(rows + 3, 1.25 * rows) and rounded % 4 == 0
-    assert len({row_counts.round_up(n) for n in range(2, row_counts.PIECE + 1)}) <= 24
-    if rows > row_counts.PIECE:
-        pieces = list(row_counts.pieces(rows))
+    assert len({onednn_shapes.round_up(n) for n in range(2, onednn_shapes.LARGEST_PIECE + 1)}) <= 24
+    if rows > onednn_shapes.LARGEST_PIECE:
+        pieces = list(onednn_shapes.pieces(rows))
         covered = {row for begin, end in pieces for row in range(begin, end)}
         assert covered == set(range(rows))
         sizes = {end - begin for begin, end in pieces}
-        assert all(row_counts.round_up(size) == size <= row_counts.PIECE for size in sizes)
+        assert all(onednn_shapes.round_up(size) == size <= onednn_shapes.LARGEST_PIECE for size in sizes)
 
 
 def test_the_first_products_are_compiled_as_they_are(monkeypatch):
-    monkeypatch.setattr(row_counts, "EXACT", 2)
-    monkeypatch.setattr(row_counts, "_compiled", set())
-    assert [row_counts.is_exact(n, 8) for n in (5, 6, 7, 5, 6)] == [True, True, False, True, True]
+    monkeypatch.setattr(onednn_shapes, "MAX_EXACT_PRODUCTS", 2)
+    monkeypatch.setattr(onednn_shapes, "_compiled", set())
+    assert [onednn_shapes.is_exact(n, 8) for n in (5, 6, 7, 5, 6)] == [True, True, False, True, True]

@@ -131,7 +131,9 @@ def stood_in(monkeypatch):
         called.append(("backward", None if v is None else tuple(v.shape), wanted))
         return ops.REFERENCE["linear_gelu"].backward(grad, v, x, weight, bias, wanted)
 
-    found = ops.Implementation("stand-in", forward, backward, frozenset(registry.DTYPES), (saving, backward))
+    found = ops.Implementation(
+        "stand-in", forward, backward, frozenset(registry.DTYPES), ops.Saving(saving, backward)
+    )
     monkeypatch.setitem(registry.IMPLEMENTATIONS, ("linear_gelu", "cpu"), found)
     return called
 

@@ -174,11 +174,11 @@ def test_recorded_hidden_states_carry_gradients_under_checkpointing(reentrant):
 PRODUCTS = """
 import os, sys
 import torch
-from fastgate.ops import row_counts
+from fastgate.ops import onednn_shapes
 from fastgate.ops.linear import linear
 
 if sys.argv[2] == "each":
-    row_counts.EXACT = 10**9
+    onednn_shapes.MAX_EXACT_PRODUCTS = 10**9
 dtype, train = getattr(torch, sys.argv[3]), sys.argv[1] == "train"
 weight = torch.randn(256, 64, dtype=dtype, requires_grad=train)
 torch.nn.functional.linear(torch.randn(4, 64).bfloat16(), torch.randn(8, 64).bfloat16())  # oneDNN is at work

@@ -133,6 +133,5 @@ def _scatter(du: Tensor, ids: Tensor | None, table: Tensor, padding_idx: int) ->
         dtable = torch.zeros_like(table)
         dtable[0] = du.sum(0)
         return dtable
-    return torch.ops.aten.embedding_dense_backward(du, ids, table.shape[0], padding_idx, False).to(
-        table.dtype
-    )
+    rows: Tensor = torch.ops.aten.embedding_dense_backward(du, ids, table.shape[0], padding_idx, False)
+    return rows.to(table.dtype)

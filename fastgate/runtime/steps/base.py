@@ -86,7 +86,7 @@ def add_norm(
         norm = end.norm
         return gated_add_norm(
             x, residual, norm.weight, norm.bias, norm.eps,
-            bias=bias, gate=gate, scale=scale, shift=offset, dropout_p=end.dropout_rate,
+            bias=bias, gate=gate, scale=scale, offset=offset, dropout_p=end.dropout_rate,
         )  # fmt: skip
     x = end.dropout(add_bias(x, bias))
     x = x if gate is None else gate.to(x.dtype) * x

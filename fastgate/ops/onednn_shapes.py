@@ -2,8 +2,8 @@
 
 oneDNN compiles a product for each number of rows and keeps it, 0.6 MB each, up to 1,024 of them and as many
 again for each thread. The rows of an unpadded batch are another number in nearly every batch. So the first
-EXACT products are compiled for the number of rows that they have. After that, rows are multiplied in pieces
-of a few sizes. Both ways give the same bits: a row of a product does not depend on the rows beside it.
+MAX_EXACT_PRODUCTS are compiled for the number of rows that they have. After that, rows are multiplied in
+pieces of a few sizes. Both ways give the same bits: a row of a product does not depend on the rows beside it.
 Pieces cost a few percent more, which is about what compiling for another number of rows costs.
 """
 
@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
 
-EXACT = 128  # products that are compiled for the number of rows that they have, in the process
-PIECE = 512  # rows of the largest piece
+MAX_EXACT_PRODUCTS = 128  # that are compiled for the number of rows that they have, in the process
+LARGEST_PIECE = 512  # rows
 
 _compiled: set[tuple[Hashable, ...]] = set()
 
@@ -21,7 +21,7 @@ def is_exact(*product: Hashable) -> bool:
     """Whether a product is compiled for the number of rows that it has. product: what identifies it."""
     if product in _compiled:
         return True
-    if len(_compiled) >= EXACT:
+    if len(_compiled) >= MAX_EXACT_PRODUCTS:
         return False
     _compiled.add(product)
     return True
@@ -34,9 +34,9 @@ def round_up(rows: int) -> int:
 
 
 def pieces(rows: int) -> Iterator[tuple[int, int]]:
-    """(begin, end) of pieces that cover more than PIECE rows. The last one begins before the end of the one
-    before it where its size would be another one."""
-    for begin in range(0, rows, PIECE):
-        size = min(PIECE, round_up(rows - begin))
+    """(begin, end) of pieces that cover more than LARGEST_PIECE rows. The last one begins before the end of
+    the one before it where its size would be another one."""
+    for begin in range(0, rows, LARGEST_PIECE):
+        size = min(LARGEST_PIECE, round_up(rows - begin))
         begin = min(begin, rows - size)
         yield begin, begin + size
