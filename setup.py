@@ -220,12 +220,12 @@ class BuildExt(build_ext):
             f"libraries = -L {torch / 'lib'} -ltorch_cpu {os.environ.get('LDFLAGS', '')}",
         ]
         if library == "cuda":
-            lines += [f"nvcc = {nvcc(os.environ)}", f"cuda_flags = {' '.join(CUDA_FLAGS)}"]
+            lines += [f"nvcc = {nvcc(os.environ)}", f"cuda_flags = {' '.join(CUDA_FLAGS)} -I {ROOT / 'csrc'}"]
         lines.append(NINJA_RULES)
         objects = []
         for source in ext.sources:
             rule = "compile_cuda" if source.endswith(".cu") else "compile"
-            objects.append(f"{Path(source).name}.o")
+            objects.append(f"{source}.o")  # with its folders: two files of one name are two objects
             lines.append(f"build {objects[-1]}: {rule} {ROOT / source}")
         link = "link_cuda" if library == "cuda" else "link"
         lines.append(f"build {target}: {link} {' '.join(objects)}\ndefault {target}\n")
@@ -242,8 +242,10 @@ class Wheel(bdist_wheel):
 
 
 def extension(library: str) -> Extension:
+    """The library of every source in csrc/<library>/ and the folders in it."""
     folder = ROOT / "csrc" / library
-    sources = sorted(str(path.relative_to(ROOT)) for path in (*folder.glob("*.cpp"), *folder.glob("*.cu")))
+    paths = [path for suffix in ("*.cpp", "*.cu") for path in folder.rglob(suffix)]
+    sources = sorted(path.relative_to(ROOT).as_posix() for path in paths)
     return Extension(f"fastgate.libfastgate_{library}", sources=sources)
 
 

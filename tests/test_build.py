@@ -140,7 +140,7 @@ def test_wheel_without_library_serves_everything(tmp_path):
         name for name in names if name.endswith(".so") or name.startswith(("tests/", "bench/", "kernels/"))
     ]
     code = (
-        "import torch, json; from fastgate import backends, info, ops\n"
+        "import torch, json; from fastgate import env, ops\n"
         "from fastgate.ops.gated_add_norm import gated_add_norm\n"
         "y = gated_add_norm(torch.randn(2, 8), torch.randn(2, 8), torch.ones(8), torch.zeros(8), 1e-5)\n"
         "assert abs(float(y.mean())) < 1e-6 and not [s for s in ops.IMPLEMENTATIONS.values() if s.backend == 'cpp']\n"

@@ -5,7 +5,7 @@
 #include <cmath>
 
 #include "ops.h"
-#include "rows.h"
+#include "cpu/simd.h"
 
 namespace fastgate::cpu {
 
@@ -16,7 +16,7 @@ struct Dropout {
   float kept = 1.0f;  // 1 / (1 - dropout_p)
 };
 
-// op: whom a missing seed is blamed on.
+// op: its name for error messages.
 inline Dropout dropout_of(const char* op, double dropout_p, const OptionalTensor& seed) {
   STD_TORCH_CHECK(
       dropout_p >= 0.0 && dropout_p < 1.0, op, ": dropout_p: got ", dropout_p, ", wanted 0 <= dropout_p < 1; "

@@ -1,4 +1,4 @@
-// linear on the CPU from a packed weight: x W^T + b, and the GELU of it, float32, or bfloat16 where has_pairs(), by tiles
+// linear on the CPU from a packed weight: x W^T + b, and the GELU of it, float32, or bfloat16 where has_avx512_bf16(), by tiles
 // where has_amx().
 //
 // The weight lies in panels of 32 of its rows, the result's columns: element (column, k) of a panel at k * 32 + column,
@@ -7,12 +7,13 @@
 // stay in the second-level cache.
 #include <algorithm>
 
-#include "amx.h"
-#include "gelu.h"
+#include "cpu/gemm/amx_gemm.h"
+#include "cpu/gelu.h"
 #include "ops.h"
-#include "pairs.h"
-#include "rows.h"
-#include "tiles.h"
+#include "cpu/gemm/bf16_gemm.h"
+#include "cpu/simd.h"
+#include "cpu/arena.h"
+#include "cpu/gemm/fp32_gemm.h"
 
 namespace fastgate::cpu {
 namespace {
@@ -23,90 +24,90 @@ constexpr int64_t kFew = 64, kFewDepth = 384;  // 48 KB of a panel
 constexpr int64_t kAtOnce = 64;                // rows of pairs that are finished while they are in the first-level cache
 constexpr int64_t kWeights = 32768;           // per thread at least: less is not worth waking one
 
-struct Block {
+struct OutputBlock {
   int64_t rows, columns, y_row;
   const float* bias;  // null: none
   bool gelu;
 };
 
-FASTGATE_WIDE_CLONES void finish(const Block& o, float* y) {
+FASTGATE_WIDE_CLONES void finish(const OutputBlock& o, float* y) {
   for (int64_t i = 0; i < o.rows; ++i) {
     float* row = y + i * o.y_row;
-    if (o.bias) each(o.columns, [&](int64_t j) { row[j] += o.bias[j]; });
-    if (o.gelu) each(o.columns, [&](int64_t j) { row[j] = gelu(row[j]); });
+    if (o.bias) for_each(o.columns, [&](int64_t j) { row[j] += o.bias[j]; });
+    if (o.gelu) for_each(o.columns, [&](int64_t j) { row[j] = gelu(row[j]); });
   }
 }
 
-struct Sizes {
+struct GemmSizes {
   int64_t m, n, k;
 };
 
-struct Pairs {
-  Sizes sizes;
+struct Bf16Linear {
+  GemmSizes sizes;
   const bf16 *a, *w;
   const float* bias;  // of whole panels
   bool gelu;
   bf16* out;
 
   // What becomes of sums of rows from `row` on and panel t.
-  Sums sums(const float* c, int64_t rows, int64_t row, int64_t t) const {
+  Epilogue epilogue(const float* c, int64_t rows, int64_t row, int64_t t) const {
     const int64_t column = kPanel * t, n = sizes.n;
     return {c, rows, std::min(kPanel, n - column), bias + column, gelu, out + row * n + column, n};
   }
 };
 
 // Panels `begin` to `end` of the result's rows `from` to `to`.
-void multiply_panels(const Pairs& o, int64_t from, int64_t to, int64_t begin, int64_t end, float* c) {
+void gemm_panels(const Bf16Linear& o, int64_t from, int64_t to, int64_t begin, int64_t end, float* c) {
   const int64_t k = o.sizes.k;
   for (int64_t t = begin; t < end; ++t) {
     const bf16* panel = o.w + t * k * kPanel;
     const bf16* next = o.sizes.m <= kAtOnce && t + 1 < end ? panel + k * kPanel : nullptr;
     for (int64_t row = from; row < to; row += kAtOnce) {
       const int64_t rows = std::min(kAtOnce, to - row);
-      multiply_pairs(o.a + row * k, k, panel, c, rows, k, next);
-      finish_pairs(o.sums(c, rows, row, t));
+      bf16_gemm(o.a + row * k, k, panel, c, rows, k, next);
+      bf16_epilogue(o.epilogue(c, rows, row, t));
     }
   }
 }
 
 // The same by tiles. Each block of rows brings its share of the next panel nearer, and finishes the block before.
-void multiply_panels(
-    const Pairs& o, int64_t from, int64_t to, int64_t begin, int64_t end, float* c, float* other, Tiles& tiles) {
-  const int64_t k = o.sizes.k, blocks = (to - from + kTileRows - 1) / kTileRows;
-  const int64_t share = up(kPanel * kPanel / std::max<int64_t>(1, blocks), kPanel);
-  Sums before = {};
+void gemm_panels(
+    const Bf16Linear& o, int64_t from, int64_t to, int64_t begin, int64_t end, float* c, float* other, AmxTiles& tiles) {
+  const int64_t k = o.sizes.k, blocks = (to - from + kAmxRows - 1) / kAmxRows;
+  const int64_t share = round_up(kPanel * kPanel / std::max<int64_t>(1, blocks), kPanel);
+  Epilogue before = {};
   for (int64_t t = begin; t < end; ++t) {
     const bf16* panel = o.w + t * k * kPanel;
-    Ahead ahead = {panel + k * kPanel, t + 1 < end ? share : 0};
+    PanelPrefetch prefetch = {panel + k * kPanel, t + 1 < end ? share : 0};
     // Tiles of another shape cost more than rows multiplied again.
-    const int64_t rows = std::min(kTileRows, to - from);
-    for (int64_t block = from; block < to; block += kTileRows, ahead.at += k / kPanel * ahead.step) {
+    const int64_t rows = std::min(kAmxRows, to - from);
+    for (int64_t block = from; block < to; block += kAmxRows, prefetch.at += k / kPanel * prefetch.step) {
       const int64_t row = std::min(block, to - rows);
-      tiles.multiply(o.a + row * k, k, panel, c, kPanel, rows, k, ahead, &before);
-      before = o.sums(c, rows, row, t);
+      tiles.gemm(o.a + row * k, k, panel, c, kPanel, rows, k, prefetch, &before);
+      before = o.epilogue(c, rows, row, t);
       std::swap(c, other);
     }
   }
-  finish_pairs(before);
+  bf16_epilogue(before);
 }
 
-void linear_pairs(const Pairs& o) {
-  static_assert(kPanel == kPairPanel && kTileRows <= kAtOnce);
+void linear_bf16(const Bf16Linear& o) {
+  static_assert(kPanel == kPanelColumns && kAmxRows <= kAtOnce);
   constexpr int64_t kElements = 196608;  // of a block of x: 384 KB
   const int64_t m = o.sizes.m, k = o.sizes.k, count = (o.sizes.n + kPanel - 1) / kPanel;
   const bool by_tiles = k % kPanel == 0 && has_amx();
   const int64_t most = std::max<int64_t>(48, kElements / std::max<int64_t>(1, k)), row_blocks = (m + most - 1) / most;
   const int64_t grain = std::max<int64_t>(1, kWeights / std::max<int64_t>(1, k * kPanel));
   torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
-    Scratch scratch(2 * kAtOnce * kPanel);
-    float *c = scratch.take(kAtOnce * kPanel), *other = scratch.take(kAtOnce * kPanel);
-    Tiles tiles;
+    Arena arena(2 * kAtOnce * kPanel);
+    float *c = arena.take(kAtOnce * kPanel), *other = arena.take(kAtOnce * kPanel);
+    AmxTiles tiles;
     for (int64_t r = 0; r < row_blocks; ++r) {
       const int64_t from = r * m / row_blocks, to = (r + 1) * m / row_blocks;
       if (by_tiles)
-        multiply_panels(o, from, to, begin, end, c, other, tiles);
+        gemm_panels(o, from, to, begin, end, c, other, tiles);
       else
-        multiply_panels(o, from, to, begin, end, c);
+        gemm_panels(o, from, to, begin, end, c);
     }
   });
 }
@@ -118,7 +119,7 @@ int64_t rows_of(const Tensor& x) {
   return rows;
 }
 
-Tensor packed_linear_pairs(const Tensor& x, const Tensor& panels, const OptionalTensor& bias, int64_t columns, bool gelu) {
+Tensor packed_linear_bf16(const Tensor& x, const Tensor& panels, const OptionalTensor& bias, int64_t columns, bool gelu) {
   const int64_t k = 2 * panels.size(1), m = rows_of(x);
   const Tensor from = dense(x), added = bias ? as_float(*bias) : x;
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
@@ -126,7 +127,7 @@ Tensor packed_linear_pairs(const Tensor& x, const Tensor& panels, const Optional
   Tensor y = empty(shape.data(), x.dim(), ScalarType::BFloat16, x);
   std::vector<float> padded(panels.size(0) * kPanel);
   if (bias) std::copy_n(static_cast<const float*>(added.data_ptr()), columns, padded.begin());
-  linear_pairs(
+  linear_bf16(
       {{m, columns, k}, static_cast<const bf16*>(from.data_ptr()), static_cast<const bf16*>(panels.data_ptr()), padded.data(),
        gelu, static_cast<bf16*>(y.data_ptr())});
   return y;
@@ -134,13 +135,13 @@ Tensor packed_linear_pairs(const Tensor& x, const Tensor& panels, const Optional
 
 }  // namespace
 
-bool packs_bfloat16() { return has_pairs(); }
+bool packs_bfloat16() { return has_avx512_bf16(); }
 
 Tensor packed_linear(Tensor x, Tensor panels, OptionalTensor bias, int64_t columns, bool gelu) {
   const ScalarType dtype = panels.scalar_type();
   const bool pairs = dtype == ScalarType::BFloat16;
   STD_TORCH_CHECK(
-      (dtype == ScalarType::Float || (pairs && has_pairs())) && x.scalar_type() == dtype &&
+      (dtype == ScalarType::Float || (pairs && has_avx512_bf16())) && x.scalar_type() == dtype &&
           (!bias || bias->scalar_type() == ScalarType::Float || (pairs && bias->scalar_type() == dtype)),
       "packed_linear: x, panels, bias: got another dtype, wanted float32, or bfloat16 on a processor with AVX512-BF16; "
       "convert them first");
@@ -153,7 +154,7 @@ Tensor packed_linear(Tensor x, Tensor panels, OptionalTensor bias, int64_t colum
   STD_TORCH_CHECK(
       panels.is_contiguous(), "packed_linear: panels: got a view that is not contiguous, wanted panels one after another; "
       "call contiguous() once");
-  if (pairs) return packed_linear_pairs(x, panels, bias, columns, gelu);
+  if (pairs) return packed_linear_bf16(x, panels, bias, columns, gelu);
   const int64_t count = panels.size(0), k = panels.size(1), n = columns, m = rows_of(x);
   const Tensor from = dense(x), added = bias ? dense(*bias) : x;
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
@@ -180,7 +181,7 @@ Tensor packed_linear(Tensor x, Tensor panels, OptionalTensor bias, int64_t colum
         const int64_t c_row = width < kPanel ? kPanel : n;
         const float* at = w + (t * k + p) * kPanel;
         const float* next = few && s + 1 < slices * (end - begin) ? at + deep * kPanel : nullptr;
-        multiply(p > 0, {a + first * k + p, k, 1}, at, kPanel, c, c_row, rows, kPanel, deep, next);
+        gemm(p > 0, {a + first * k + p, k, 1}, at, kPanel, c, c_row, rows, kPanel, deep, next);
         if (p + deep < k) continue;
         if (b || gelu) finish({rows, width, c_row, b ? b + kPanel * t : nullptr, gelu}, c);
         if (width < kPanel)

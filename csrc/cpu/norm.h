@@ -3,11 +3,11 @@
 
 #include <cmath>
 
-#include "rows.h"
+#include "cpu/simd.h"
 
 namespace fastgate::cpu {
 
-// Scratch rows: room for the last group of four dropout factors, and each on its own cache line.
+// Arena rows: room for the last group of four dropout factors, and each on its own cache line.
 constexpr int64_t padded(int64_t n) { return (n + 15) / 16 * 16; }
 
 struct Norm {

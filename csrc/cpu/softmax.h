@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "rows.h"
+#include "cpu/simd.h"
 
 namespace fastgate::cpu {
 
@@ -46,7 +46,7 @@ FASTGATE_INLINE void softmax(float* scores, int64_t rows, int64_t row_step, int6
       total += part;
     }
     const float share = 1.0f / total;  // rounds once more, where sixteen divisions take as long as the exponentials
-    each(width, [&](int64_t j) { row[j] *= share; });
+    for_each(width, [&](int64_t j) { row[j] *= share; });
   }
 }
 

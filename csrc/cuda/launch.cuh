@@ -53,7 +53,7 @@ struct Types {};
 
 // Calls f with the types that training and inference meet if rows are whole chunks, else with Mixed, for everything.
 template <class F>
-cudaError_t with_types(const Operands& o, const F& f) {
+cudaError_t with_types(const NormOperands& o, const F& f) {
   const Type x = o.x.type, residual = o.residual.type;
   const int64_t wider = bytes(x) > bytes(residual) ? bytes(x) : bytes(residual);
   if (o.hidden % (16 / wider) == 0) {
@@ -66,7 +66,7 @@ cudaError_t with_types(const Operands& o, const F& f) {
   return f(Types<Mixed, Mixed>());
 }
 
-inline int warps_a_row(const Operands& o, int columns_a_thread) {
+inline int warps_a_row(const NormOperands& o, int columns_a_thread) {
   return static_cast<int>(divided_up(o.hidden, columns_a_thread * kWarp));
 }
 

@@ -2,7 +2,7 @@
 //
 // With rows i, columns j, keep mask m, keep probability 1 - p:
 //
-//   d = m * (x + bias) / (1 - p)        u = scale * residual + gate * d + shift
+//   d = m * (x + bias) / (1 - p)        u = scale * residual + gate * d + offset
 //   xhat = (u - mean(u)) * rstd(u)      y = xhat * weight + norm_bias
 //
 // A team of one or several warps owns a row, and each thread E of its columns, in chunks that are as wide as one
@@ -40,7 +40,7 @@ using HeldRow = Held<T, L::kChunk>[L::kChunks];
 
 template <class L, class T>
 __device__ inline void read_row(
-    Array from, const Team& team, const Operands& o, int64_t row, HeldRow<L, T>& held) {
+    Array from, const Team& team, const NormOperands& o, int64_t row, HeldRow<L, T>& held) {
 #pragma unroll
   for (int k = 0; k < L::kChunks; ++k) {
     const int column = L::column(team, k);
@@ -71,7 +71,7 @@ struct Scalars {
   float gate;
   uint2 seed;  // low and high word
 
-  __device__ explicit Scalars(const Operands& o)
+  __device__ explicit Scalars(const NormOperands& o)
       : gate(o.gate.data != nullptr ? read_one(o.gate) : 1.0f),
         seed(o.seed != nullptr ? *reinterpret_cast<const uint2*>(o.seed) : make_uint2(0, 0)) {}
 };
@@ -79,7 +79,7 @@ struct Scalars {
 // d of one chunk.
 template <class L>
 __device__ inline void drop(
-    const Operands& o, const Held<typename L::TX, L::kChunk>& x, int column, uint32_t keep,
+    const NormOperands& o, const Held<typename L::TX, L::kChunk>& x, int column, uint32_t keep,
     float (&d)[L::kChunk]) {
   x.unpack(d);
   if (o.bias.data != nullptr) {
@@ -98,7 +98,7 @@ __device__ inline void drop(
 // residual are not there yet, each chunk is read when it is due.
 template <class L, bool kReads>
 __device__ inline void mix(
-    const Operands& o, const Scalars& scalars, const Team& team, int64_t row, HeldRow<L, typename L::TX>& x,
+    const NormOperands& o, const Scalars& scalars, const Team& team, int64_t row, HeldRow<L, typename L::TX>& x,
     HeldRow<L, typename L::TR>& residual, typename L::Values& u, uint32_t& keep) {
   constexpr int C = L::kChunk;
   keep = 0;
@@ -120,8 +120,8 @@ __device__ inline void mix(
     }
 #pragma unroll
     for (int c = 0; c < C; ++c) u[k][c] += scalars.gate * d[c];
-    if (o.shift.data != nullptr) {
-      read_parameter<L::kAligned>(o.shift, column, inside, parameter);
+    if (o.offset.data != nullptr) {
+      read_parameter<L::kAligned>(o.offset, column, inside, parameter);
 #pragma unroll
       for (int c = 0; c < C; ++c) u[k][c] += parameter[c];
     }
@@ -130,7 +130,7 @@ __device__ inline void mix(
 
 // A norm's input to xhat in place, the variance from the centred values; returns rstd.
 template <class L>
-__device__ inline float normalise(const Operands& o, float eps, Team& team, typename L::Values& u) {
+__device__ inline float normalise(const NormOperands& o, float eps, Team& team, typename L::Values& u) {
   constexpr int C = L::kChunk;
   const float share = 1.0f / static_cast<float>(o.hidden);
   float sum = 0.0f;
@@ -162,7 +162,7 @@ __device__ inline float normalise(const Operands& o, float eps, Team& team, type
 // xhat * weight + norm_bias, zero beyond the row.
 template <class L>
 __device__ inline void affine(
-    const Operands& o, Array weight, Array norm_bias, const Team& team, const typename L::Values& xhat,
+    const NormOperands& o, Array weight, Array norm_bias, const Team& team, const typename L::Values& xhat,
     typename L::Values& y) {
   constexpr int C = L::kChunk;
 #pragma unroll

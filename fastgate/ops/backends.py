@@ -18,7 +18,7 @@ import torch
 from fastgate import ops
 from fastgate.errors import ArgumentError, format_error
 from fastgate.ops.embed_norm import naming_bad_ids
-from fastgate.ops.fused_layers import CALL
+from fastgate.ops.fused_layers import FUSED_LAYERS_OP
 from fastgate.ops.linear import PANELS, missing_for_onednn
 from fastgate.ops.linear_gelu import onednn
 
@@ -89,7 +89,7 @@ def _broken(reason: str) -> str:
 @functools.cache
 def load_cpu_library() -> str:
     """Load the compiled CPU kernels; returns the reason they cannot run, empty if they can."""
-    return _load(CPU_LIBRARY, "reason", "fastgate_cpu", (*CPU_OPS, PANELS, CALL))
+    return _load(CPU_LIBRARY, "reason", "fastgate_cpu", (*CPU_OPS, PANELS, FUSED_LAYERS_OP))
 
 
 @functools.cache

@@ -16,11 +16,20 @@ from torch import Tensor
 from fastgate.ops import registry
 from fastgate.ops.linear import ONEDNN_DTYPES, Packed
 
-CALL = "packed_layers"  # the compiled op
+FUSED_LAYERS_OP = "fused_layers"  # the compiled op
 OPS = ("attention", "absorbed_attention", "gated_add_norm", "shift_norm")  # what it calls, besides products
-ATTENTION, ABSORBED, FEED_FORWARD, SHIFT_NORM = range(4)  # kinds of halves, as csrc/ops.h has them
+ATTENTION, ABSORBED, FEED_FORWARD, SHIFT_NORM = range(4)  # kinds of halves, as csrc/cpu/half_layers.h has them
 ALL_ROWS = -1  # the reach of a shift_norm that leaves no row out
-NORM = 4  # place of the first LayerNorm's weight and bias in the operands of a feed-forward half
+_ATTENTION_END = ("output", "output_bias", "norm_weight", "norm_bias")
+# Kind -> the operands of a half in the order in which the compiled op takes them; csrc/cpu/half_layers.h has the same.
+OPERANDS = {
+    ATTENTION: ("qkv", "q_bias", "k_bias", "v_bias", *_ATTENTION_END),
+    ABSORBED: ("query", "q_bias", "key", "value", "v_bias", *_ATTENTION_END),
+    FEED_FORWARD: (
+        "up", "up_bias", "down", "down_bias", "norm_weight", "norm_bias", "norm_weight2", "norm_bias2",
+    ),
+    SHIFT_NORM: ("offset", "scale", "before", "after", "norm_weight", "norm_bias"),
+}  # fmt: skip
 
 
 class NormOperands(NamedTuple):
@@ -44,7 +53,7 @@ class LinearOperands(NamedTuple):
 class HalfLayer(NamedTuple):
     """A half of a layer as the compiled op takes it. size: heads, columns of the first product, or a shift's
     reach. numbers: eps, and attention's scale or the second eps. norm: computes the weight and bias of the
-    first LayerNorm, which are the operands from NORM on, where they are no parameters."""
+    first LayerNorm, where they are no parameters."""
 
     kind: int
     size: int
@@ -63,7 +72,7 @@ def runs(h: Tensor) -> bool:
         and not registry.any_requires_grad(h)
         and not torch.is_autocast_enabled("cpu")
         and all(registry.implementation(op, "cpu").backend == "cpp" for op in OPS)
-        and hasattr(torch.ops.fastgate_cpu, CALL)
+        and hasattr(torch.ops.fastgate_cpu, FUSED_LAYERS_OP)
     )
 
 
@@ -121,7 +130,7 @@ def feed_forward_half(
 def shift_half(
     vectors: tuple[Tensor, Tensor, Tensor, Tensor], norm: NormOperands, reach: int | None = None
 ) -> HalfLayer:
-    """h -> LayerNorm(h + r(h)), as shift_norm. vectors: shift, scale, before, after, (H,) each.
+    """h -> LayerNorm(h + r(h)), as shift_norm. vectors: offset, scale, before, after, (H,) each.
 
     reach: h are the rows up to reach + 1 links away from those that are read, and those up to `reach` away
     are what comes of it; None: all rows, of all.
@@ -137,7 +146,11 @@ class FusedSegment:
         self.operands = [t for half in halves for t in half.operands]
         begins = itertools.accumulate((len(half.operands) for half in halves), initial=0)
         places = zip(begins, halves, strict=False)
-        self.anew = [(at + NORM, half.norm) for at, half in places if half.norm is not None]
+        self.anew = [
+            (at + OPERANDS[half.kind].index("norm_weight"), half.norm)
+            for at, half in places
+            if half.norm is not None
+        ]
         self.kinds = [number for half in halves for number in (half.kind, half.size)]
         self.numbers = [number for half in halves for number in half.numbers]
         reaches = {half.size for half in halves if half.kind == SHIFT_NORM}
@@ -156,6 +169,6 @@ class FusedSegment:
             operands = list(operands)
             for at, norm in self.anew:
                 operands[at : at + 2] = norm()
-        call = torch.ops.fastgate_cpu.packed_layers.default
+        call = torch.ops.fastgate_cpu.fused_layers.default
         found: Tensor = call(h, operands, self.kinds, self.numbers, cu_seqlens, wanted, links)
         return found

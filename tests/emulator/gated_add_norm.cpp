@@ -8,10 +8,10 @@ thread_local float4 dynamic_shared[emulator::kShared / sizeof(float4)];
 }
 
 STABLE_TORCH_LIBRARY(fastgate_emulated, m) {
-  m.def("gated_add_norm(" FASTGATE_GATED_ADD_NORM_SCHEMA ") -> Tensor");
+  m.def("gated_add_norm(" FASTGATE_SCHEMA(FASTGATE_GATED_ADD_NORM_OPERANDS) ") -> Tensor");
   m.def(
-      "gated_add_norm_backward(Tensor grad, " FASTGATE_GATED_ADD_NORM_SCHEMA
-      ", int wanted) -> (Tensor, Tensor, Tensor)");
+      "gated_add_norm_backward(Tensor grad, " FASTGATE_SCHEMA(FASTGATE_GATED_ADD_NORM_OPERANDS)
+      ", int requested) -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastgate_emulated, CPU, m) {

@@ -48,8 +48,8 @@ def compiled(architecture: str) -> dict[str, dict[str, int]]:
     with tempfile.TemporaryDirectory() as folder:
         for source in sorted(SOURCES.glob("*.cu")):
             cubin = Path(folder) / f"{source.stem}.cubin"
-            command = [nvcc(), "-cubin", f"-arch={architecture}", "-std=c++17", "-O3", source, "-o", cubin]
-            subprocess.run(command, check=True)
+            command = [nvcc(), "-cubin", f"-arch={architecture}", "-std=c++17", "-O3", "-I", ROOT / "csrc"]
+            subprocess.run([*command, source, "-o", cubin], check=True)
             kernels = cubin_stats.read(cubin)
             named = {readable(name): kernel.to_dict() for name, kernel in kernels.items()}
             assert len(named) == len(kernels) and not named.keys() & found.keys(), "two kernels of one name"

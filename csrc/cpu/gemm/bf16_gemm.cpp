@@ -1,28 +1,28 @@
-// With intrinsics, as amx.cpp is: no loop that a compiler vectorises by itself becomes a product of bfloat16 pairs, and at
-// a few rows they are 2.5 times as fast as the library's products.
-#include "pairs.h"
+// Written with intrinsics, because no compiler makes AVX512-BF16's pair products from a plain loop. With a few rows it is 2.5
+// times as fast as oneDNN.
+#include "cpu/gemm/bf16_gemm.h"
 
 #include <algorithm>
 
-#include "finish_row.h"
+#include "cpu/gemm/bf16_epilogue.h"
 
 namespace fastgate::cpu {
 
-#ifdef FASTGATE_PAIRS
+#ifdef FASTGATE_AVX512_BF16
 namespace {
 
-constexpr int kTile = 8;  // rows: with two vectors of columns, the chains that hide an addition's latency
+constexpr int kTileRows = 8;  // rows: with two vectors of columns, the chains that hide an addition's latency
 
-// R rows of `multiply_pairs`. ahead: what is brought nearer, `step` numbers further at each step along k.
+// R rows of `bf16_gemm`. prefetch: memory to prefetch, `step` numbers further at each step along k.
 template <int R>
-FASTGATE_PAIRS_TARGET void tile(
-    const bf16* a, int64_t a_row, const bf16* b, float* c, int64_t k, const bf16* ahead, int64_t step) {
+FASTGATE_AVX512_BF16_TARGET void gemm_tile(
+    const bf16* a, int64_t a_row, const bf16* b, float* c, int64_t k, const bf16* prefetch, int64_t step) {
   __m512 sums[R][2];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) sums[r][0] = sums[r][1] = _mm512_setzero_ps();
-  for (int64_t p = 0; p < k; p += 2, b += 64, a += 2, ahead += step) {
-    __builtin_prefetch(ahead, 0, 2);
-    __builtin_prefetch(ahead + 32, 0, 2);
+  for (int64_t p = 0; p < k; p += 2, b += 64, a += 2, prefetch += step) {
+    __builtin_prefetch(prefetch, 0, 2);
+    __builtin_prefetch(prefetch + 32, 0, 2);
     const __m512bh low = (__m512bh)_mm512_loadu_si512(b), high = (__m512bh)_mm512_loadu_si512(b + 32);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
@@ -35,24 +35,24 @@ FASTGATE_PAIRS_TARGET void tile(
   }
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
-    _mm512_storeu_ps(c + r * kPairPanel, sums[r][0]);
-    _mm512_storeu_ps(c + r * kPairPanel + 16, sums[r][1]);
+    _mm512_storeu_ps(c + r * kPanelColumns, sums[r][0]);
+    _mm512_storeu_ps(c + r * kPanelColumns + 16, sums[r][1]);
   }
 }
 
 template <int R>
-void tile_of(
-    int64_t rows, const bf16* a, int64_t a_row, const bf16* b, float* c, int64_t k, const bf16* ahead, int64_t step) {
+void gemm_tile_of_rows(
+    int64_t rows, const bf16* a, int64_t a_row, const bf16* b, float* c, int64_t k, const bf16* prefetch, int64_t step) {
   if constexpr (R > 1)
-    if (rows < R) return tile_of<R - 1>(rows, a, a_row, b, c, k, ahead, step);
-  tile<R>(a, a_row, b, c, k, ahead, step);
+    if (rows < R) return gemm_tile_of_rows<R - 1>(rows, a, a_row, b, c, k, prefetch, step);
+  gemm_tile<R>(a, a_row, b, c, k, prefetch, step);
 }
 
 // The first `n` of sixteen.
 inline __mmask16 first_of(int64_t n) { return n < 16 ? static_cast<__mmask16>((1u << n) - 1) : __mmask16{0xffff}; }
 
 // 2^x of x <= 0 to 3e-6 of it: 2^n times the series of what is left, at most a half.
-FASTGATE_PAIRS_TARGET FASTGATE_INLINE __m512 power_of_two(__m512 x) {
+FASTGATE_AVX512_BF16_TARGET FASTGATE_INLINE __m512 power_of_two(__m512 x) {
   constexpr float kSeries[] = {9.61812911e-3f, 5.55041087e-2f, 2.40226507e-1f, 6.93147181e-1f, 1.0f};
   const __m512 n = _mm512_roundscale_ps(x, 0), rest = _mm512_sub_ps(x, n);
   __m512 sum = _mm512_set1_ps(1.33335581e-3f);
@@ -63,30 +63,30 @@ FASTGATE_PAIRS_TARGET FASTGATE_INLINE __m512 power_of_two(__m512 x) {
 
 }  // namespace
 
-bool has_pairs() {
+bool has_avx512_bf16() {
   __builtin_cpu_init();
   return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
 }
 
-void multiply_pairs(const bf16* a, int64_t a_row, const bf16* b, float* c, int64_t m, int64_t k, const bf16* next) {
-  const int64_t tiles = (m + kTile - 1) / kTile;
-  // Every pass over b brings its share of the next: bringing all of it in the first would stall that.
-  const int64_t step = next ? std::max<int64_t>(1, 2 * kPairPanel / std::max<int64_t>(1, tiles)) : 0;
-  for (int64_t t = 0; t < tiles; ++t) {
-    const int64_t i = t * m / tiles, rows = (t + 1) * m / tiles - i;
-    const bf16* ahead = next ? next + t * (k / 2) * step : b;
-    tile_of<kTile>(rows, a + i * a_row, a_row, b, c + i * kPairPanel, k, ahead, step);
+void bf16_gemm(const bf16* a, int64_t a_row, const bf16* b, float* c, int64_t m, int64_t k, const bf16* next) {
+  const int64_t row_tiles = (m + kTileRows - 1) / kTileRows;
+  // Every pass over b prefetches its share of `next`: all of it at once would stall the first pass.
+  const int64_t step = next ? std::max<int64_t>(1, 2 * kPanelColumns / std::max<int64_t>(1, row_tiles)) : 0;
+  for (int64_t t = 0; t < row_tiles; ++t) {
+    const int64_t i = t * m / row_tiles, rows = (t + 1) * m / row_tiles - i;
+    const bf16* prefetch = next ? next + t * (k / 2) * step : b;
+    gemm_tile_of_rows<kTileRows>(rows, a + i * a_row, a_row, b, c + i * kPanelColumns, k, prefetch, step);
   }
 }
 
-FASTGATE_PAIRS_TARGET void finish_pairs(const Sums& sums) {
-  if (sums.gelu)
-    for (int64_t i = 0; i < sums.rows; ++i) finish_row<true>(sums, i);
+FASTGATE_AVX512_BF16_TARGET void bf16_epilogue(const Epilogue& epilogue) {
+  if (epilogue.gelu)
+    for (int64_t i = 0; i < epilogue.rows; ++i) epilogue_row<true>(epilogue, i);
   else
-    for (int64_t i = 0; i < sums.rows; ++i) finish_row<false>(sums, i);
+    for (int64_t i = 0; i < epilogue.rows; ++i) epilogue_row<false>(epilogue, i);
 }
 
-FASTGATE_PAIRS_TARGET void softmax_pairs(
+FASTGATE_AVX512_BF16_TARGET void bf16_softmax(
     float* scores, int64_t n, int64_t width, float scale, const float* factors, bf16* out) {
   const __m512 by = _mm512_set1_ps(1.44269504f * scale);
   __m512 most = _mm512_set1_ps(-3e38f), sum = _mm512_setzero_ps();
@@ -109,10 +109,10 @@ FASTGATE_PAIRS_TARGET void softmax_pairs(
 
 #else
 
-bool has_pairs() { return false; }
-void multiply_pairs(const bf16*, int64_t, const bf16*, float*, int64_t, int64_t, const bf16*) {}
-void finish_pairs(const Sums&) {}
-void softmax_pairs(float*, int64_t, int64_t, float, const float*, bf16*) {}
+bool has_avx512_bf16() { return false; }
+void bf16_gemm(const bf16*, int64_t, const bf16*, float*, int64_t, int64_t, const bf16*) {}
+void bf16_epilogue(const Epilogue&) {}
+void bf16_softmax(float*, int64_t, int64_t, float, const float*, bf16*) {}
 
 #endif
 

@@ -5,13 +5,13 @@
 #include <cstdio>
 #include <vector>
 
-#include "cpu/tiles.cpp"
+#include "cpu/gemm/fp32_gemm.cpp"
 
 using namespace fastgate::cpu;
 
 float at(int i) { return (i * 2654435761u >> 20) * 0x1p-11f - 1.0f; }
 
-void check(const char* name, Products level) {
+void check(const char* name, GemmLevel level) {
   double worst = 0.0;
   int changed = 0;
   std::vector<float> a(40 * 97), b(97 * 97), c(40 * 97), again(97);
@@ -23,32 +23,32 @@ void check(const char* name, Products level) {
       for (int64_t n : {16, 32, 48, 96})
         for (bool add : {false, true})
           for (bool across : {false, true}) {
-            const Left left = across ? Left{a.data(), 1, 97} : Left{a.data(), 97, 1};
+            const MatrixView left = across ? MatrixView{a.data(), 1, 97} : MatrixView{a.data(), 97, 1};
             for (size_t i = 0; i < c.size(); ++i) c[i] = add ? at(i) : 1e9f;
-            level.multiply(add, left, b.data(), 97, c.data(), 97, m, n, k, nullptr);
+            level.gemm(add, left, b.data(), 97, c.data(), 97, m, n, k, nullptr);
             for (int64_t i = 0; i < m; ++i)
               for (int64_t j = 0; j < n; ++j) {
                 double sum = add ? at(i * 97 + j) : 0.0;
-                for (int64_t p = 0; p < k; ++p) sum += double(left.at[i * left.row + p * left.step]) * b[p * 97 + j];
+                for (int64_t p = 0; p < k; ++p) sum += double(left.data[i * left.row_stride + p * left.column_stride]) * b[p * 97 + j];
                 compare(sum, c[i * 97 + j]);
               }
             const int64_t last = m - 1;
             for (int64_t j = 0; j < n; ++j) again[j] = add ? at(last * 97 + j) : 0.0f;
-            level.multiply(
-                add, {left.at + last * left.row, left.row, left.step}, b.data(), 97, again.data(), 97, 1, n, k,
+            level.gemm(
+                add, {left.data + last * left.row_stride, left.row_stride, left.column_stride}, b.data(), 97, again.data(), 97, 1, n, k,
                 b.data());
             for (int64_t j = 0; j < n; ++j) changed += again[j] != c[last * 97 + j];
           }
   for (int64_t m : {1, 2, 3, 4, 5, 12})
     for (int64_t n : {1, 2, 3, 4, 5, 6, 7, 25, 64})
       for (int64_t k : {16, 96}) {
-        level.multiply_rows(a.data(), 97, b.data(), 97, c.data(), 97, m, n, k);
+        level.gemm_nt(a.data(), 97, b.data(), 97, c.data(), 97, m, n, k);
         for (int64_t i = 0; i < m; ++i)
           for (int64_t j = 0; j < n; ++j) {
             double sum = 0.0;
             for (int64_t p = 0; p < k; ++p) sum += double(a[i * 97 + p]) * b[j * 97 + p];
             compare(sum, c[i * 97 + j]);
-            level.multiply_rows(a.data() + i * 97, 97, b.data() + j * 97, 97, again.data(), 97, 1, 1, k);
+            level.gemm_nt(a.data() + i * 97, 97, b.data() + j * 97, 97, again.data(), 97, 1, 1, k);
             changed += again[0] != c[i * 97 + j];
           }
       }
@@ -56,7 +56,7 @@ void check(const char* name, Products level) {
 }
 
 int main() {
-  check("baseline", {multiply_Baseline, multiply_rows_Baseline});
-  if (__builtin_cpu_supports("x86-64-v3")) check("v3", {multiply_Avx2, multiply_rows_Avx2});
-  if (__builtin_cpu_supports("x86-64-v4")) check("v4", {multiply_Avx512, multiply_rows_Avx512});
+  check("baseline", {gemm_Baseline, gemm_nt_Baseline});
+  if (__builtin_cpu_supports("x86-64-v3")) check("v3", {gemm_Avx2, gemm_nt_Avx2});
+  if (__builtin_cpu_supports("x86-64-v4")) check("v4", {gemm_Avx512, gemm_nt_Avx512});
 }

@@ -9,7 +9,7 @@
 namespace fastgate::cpu {
 
 // The ends of the sequences, from 0 to rows (to any number: -1), of (sequences + 1,) int32 or int64.
-inline std::vector<int64_t> ends_of(const char* op, const char* name, const Tensor& cu_seqlens, int64_t rows = -1) {
+inline std::vector<int64_t> read_cu_seqlens(const char* op, const char* name, const Tensor& cu_seqlens, int64_t rows = -1) {
   const auto dtype = cu_seqlens.scalar_type();
   STD_TORCH_CHECK(
       (dtype == ScalarType::Int || dtype == ScalarType::Long) && cu_seqlens.dim() == 1 && cu_seqlens.size(0) > 0, op, ": ",
@@ -26,7 +26,7 @@ inline std::vector<int64_t> ends_of(const char* op, const char* name, const Tens
   return ends;
 }
 
-inline int64_t longest_of(const std::vector<int64_t>& ends) {
+inline int64_t longest_sequence(const std::vector<int64_t>& ends) {
   int64_t longest = 0;
   for (size_t i = 1; i < ends.size(); ++i) longest = std::max(longest, ends[i] - ends[i - 1]);
   return longest;
@@ -38,7 +38,7 @@ inline int64_t longest_of(const std::vector<int64_t>& ends) {
 constexpr double kShare = 400000.0;
 
 template <class Cost, class Work>
-void share_out(int64_t groups, int64_t each, const Cost& cost, const Work& work) {
+void parallel_by_cost(int64_t groups, int64_t each, const Cost& cost, const Work& work) {
   double total = 0.0;
   for (int64_t s = 0; s < groups; ++s) total += each * cost(s);
   const double threads = torch::stable::get_num_threads();

@@ -1,4 +1,4 @@
-// What the row kernels are written with: float32 views of stored elements, row sums, clones.
+// What vectorised loops are written with: loads and stores of float32 and bfloat16, sums, clones for levels of x86-64.
 #pragma once
 
 #include <cmath>
@@ -51,7 +51,7 @@ FASTGATE_INLINE float sum(int64_t n, const F& f) {
 }
 
 template <class F>
-FASTGATE_INLINE void each(int64_t n, const F& f) {
+FASTGATE_INLINE void for_each(int64_t n, const F& f) {
 #pragma omp simd
   for (int64_t j = 0; j < n; ++j) f(j);
 }
