@@ -93,7 +93,7 @@ def fits(probe: Tensor) -> bool:
 
 
 def splits_of(sequences: int, rows: int, device: torch.device) -> int:
-    """PlanCache that share a sequence: a power of two, from the shapes alone."""
+    """Programs that share a sequence: a power of two, from the shapes alone."""
     mean = rows // sequences
     if mean < SPLIT_FROM:
         return 1
@@ -120,14 +120,14 @@ def _ready(
     if probe.dim() != 3 or x.dim() != 2 or probe.shape[2] != x.shape[1] or not fits(probe):
         wanted = f"(sequences, heads, H), (rows, H); at most {MOST_HEADS} heads, H {WIDEST}"
         got = f"{tuple(probe.shape)}, {tuple(x.shape)}"
-        _refuse("probe, x", got, wanted, "use fastgate.ops.reference's torch form")
+        _refuse("probe, x", got, wanted, "call fastgate.ops.absorbed_attention, which runs torch instead")
     if x.dtype not in DTYPES or probe.dtype != x.dtype:
         wanted = "one dtype of bfloat16, float16, float32"
         _refuse("probe, x", f"{probe.dtype}, {x.dtype}", wanted, "convert them first")
     sequences = probe.shape[0]
     if cu_seqlens.shape != (sequences + 1,) or (x.shape[0] and not sequences):
         got = f"shape {tuple(cu_seqlens.shape)} for {sequences} probes and {x.shape[0]} rows"
-        _refuse("cu_seqlens", got, "(sequences + 1,)", "cumulate the lengths from 0")
+        _refuse("cu_seqlens", got, "(sequences + 1,)", "accumulate the lengths from 0")
     if dropout_p and seed is None:
         _refuse("seed", seed, "an int64 tensor of one element with dropout_p > 0", "pass a seed")
     return _Call(

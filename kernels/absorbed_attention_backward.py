@@ -185,11 +185,11 @@ def backward_kernel(
             tl.store(to, dropped, mask=inside)
             tl.store(to + rows * heads, ds, mask=inside)
         dprobe = weighted(ds, block, dprobe, HEADS, BLOCK, CHUNKS)
-    at, there = head_pointers(
+    at, valid = head_pointers(
         dprobe_ptr + ((split * sequences).to(tl.int64) * heads + place + first_head) * HIDDEN, HIDDEN,
         heads - first_head, HIDDEN, HEADS, CHUNKS, WIDTH,
     )  # fmt: skip
-    tl.store(at, dprobe.to(dprobe_ptr.dtype.element_ty), mask=there)
+    tl.store(at, dprobe.to(dprobe_ptr.dtype.element_ty), mask=valid)
 
 
 @triton.jit(do_not_specialize=["heads", "rows", "stride_s", "stride_h", "stride_gs", "stride_gh"])
@@ -221,11 +221,11 @@ def rows_kernel(
     stride_gs, stride_gh = stride_gs // VECTOR * VECTOR, stride_gh // VECTOR * VECTOR
     channel = run * WIDTH + tl.arange(0, WIDTH)
     head = tl.arange(0, HEADS)
-    there = (head < heads)[:, None] & (channel < HIDDEN)[None, :]
+    valid = (head < heads)[:, None] & (channel < HIDDEN)[None, :]
     probe_ptr += sequence.to(tl.int64) * stride_s
     grad_ptr += sequence.to(tl.int64) * stride_gs
-    probe = tl.load(probe_ptr + head[:, None] * stride_h + channel[None, :], mask=there, other=0.0)
-    grad = tl.load(grad_ptr + head[:, None] * stride_gh + channel[None, :], mask=there, other=0.0)
+    probe = tl.load(probe_ptr + head[:, None] * stride_h + channel[None, :], mask=valid, other=0.0)
+    grad = tl.load(grad_ptr + head[:, None] * stride_gh + channel[None, :], mask=valid, other=0.0)
     for start in range(first, stop, BLOCK):
         row = start + tl.arange(0, BLOCK)
         at = weights_ptr + (begin + row)[:, None] * heads + head[None, :]

@@ -36,7 +36,7 @@ def forward_kernel(
     cu_ptr,  # (sequences + 1,) int32 or int64
     seed_ptr,  # () int64, or None: no dropout
     mixed_ptr,  # (sequences, heads, HIDDEN); with SPLITS > 1 (SPLITS, sequences, heads, HIDDEN) float32
-    residue_ptr,  # as mixed: what its rounding took away; None: not wanted, as with SPLITS > 1
+    residue_ptr,  # as mixed: what its rounding took away; None: not requested, as with SPLITS > 1
     total_ptr,  # (sequences, heads) float32; with SPLITS > 1 (SPLITS, sequences, heads)
     lse_ptr,  # (sequences, heads) float32, or None; with SPLITS > 1 (2, SPLITS, sequences, heads)
     sequences: tl.int32,
@@ -107,14 +107,14 @@ def forward_kernel(
             tl.store(lse_ptr + place + head, top + tl.log2(weight), mask=is_head)
     tl.store(total_ptr + place + head, total, mask=is_head)
     skip = (place + first_head) * HIDDEN
-    to, there = head_pointers(mixed_ptr + skip, HIDDEN, heads - first_head, HIDDEN, HEADS, CHUNKS, WIDTH)
+    to, valid = head_pointers(mixed_ptr + skip, HIDDEN, heads - first_head, HIDDEN, HEADS, CHUNKS, WIDTH)
     rounded = mixed.to(mixed_ptr.dtype.element_ty)
-    tl.store(to, rounded, mask=there)
+    tl.store(to, rounded, mask=valid)
     if residue_ptr is not None:
-        to, there = head_pointers(
+        to, valid = head_pointers(
             residue_ptr + skip, HIDDEN, heads - first_head, HIDDEN, HEADS, CHUNKS, WIDTH
         )
-        tl.store(to, (mixed - rounded.to(tl.float32)).to(residue_ptr.dtype.element_ty), mask=there)
+        tl.store(to, (mixed - rounded.to(tl.float32)).to(residue_ptr.dtype.element_ty), mask=valid)
 
 
 @triton.jit(do_not_specialize=["pairs"])
@@ -123,7 +123,7 @@ def merge_kernel(
     total_parts_ptr,  # (SPLITS, pairs) float32
     lse_parts_ptr,  # (2, SPLITS, pairs) float32
     mixed_ptr,  # (pairs, HIDDEN)
-    residue_ptr,  # (pairs, HIDDEN): what mixed's rounding took away; None: not wanted
+    residue_ptr,  # (pairs, HIDDEN): what mixed's rounding took away; None: not requested
     total_ptr,  # (pairs,) float32
     lse_ptr,  # (pairs,) float32, or None
     pairs: tl.int32,

@@ -50,8 +50,8 @@ def load_heads(
     CHUNKS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    pointers, there = head_pointers(at, stride, heads, HIDDEN, HEADS, CHUNKS, WIDTH)
-    return tl.load(pointers, mask=there, other=0.0)
+    pointers, valid = head_pointers(at, stride, heads, HIDDEN, HEADS, CHUNKS, WIDTH)
+    return tl.load(pointers, mask=valid, other=0.0)
 
 
 @triton.jit
@@ -83,8 +83,8 @@ def load_rows(
     CHUNKS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    pointers, there = row_pointers(at, start, stop, HIDDEN, BLOCK, CHUNKS, WIDTH)
-    return tl.load(pointers, mask=there, other=0.0)
+    pointers, valid = row_pointers(at, start, stop, HIDDEN, BLOCK, CHUNKS, WIDTH)
+    return tl.load(pointers, mask=valid, other=0.0)
 
 
 @triton.jit

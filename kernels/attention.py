@@ -1,4 +1,4 @@
-"""Packed self-attention in Triton, on the host: operands, launch choices, launches.
+"""Self-attention over unpadded batches in Triton, on the host: operands, launch choices, launches.
 
 The equations stand in attention_forward.py and attention_backward.py, who does what in attention_tiles.py.
 rows / sequences, known from the shapes, chooses how sequences are cut; every choice is right for any lengths.
@@ -119,7 +119,10 @@ def _ready(
     if hidden // heads not in HEAD_DIMS:
         wanted = f"hidden / heads of {', '.join(map(str, HEAD_DIMS))}"
         _refuse(
-            "heads", f"hidden / heads of {hidden // heads}", wanted, "use fastgate.attention's torch form"
+            "heads",
+            f"hidden / heads of {hidden // heads}",
+            wanted,
+            "call fastgate.ops.attention, which runs torch instead",
         )
     for name, bias in (("q_bias", q_bias), ("k_bias", k_bias), ("v_bias", v_bias)):
         if bias is not None and bias.shape != (hidden,):
@@ -127,7 +130,7 @@ def _ready(
     rows = q.shape[0] + k.shape[0]
     if cu_q.shape != cu_k.shape or cu_q.dim() != 1 or cu_q.numel() < (2 if rows else 1):
         got = f"shapes {tuple(cu_q.shape)}, {tuple(cu_k.shape)} for {rows} rows"
-        _refuse("cu_q, cu_k", got, "(sequences + 1,) twice", "cumulate the lengths from 0")
+        _refuse("cu_q, cu_k", got, "(sequences + 1,) twice", "accumulate the lengths from 0")
     if not scale > 0.0:
         _refuse("scale", scale, "a positive number", "negate q and the scale")
     if dropout_p and seed is None:

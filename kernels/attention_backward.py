@@ -1,4 +1,4 @@
-"""Packed self-attention in Triton, backward: the gradients of q, k and v from the gradient of O.
+"""Self-attention over unpadded batches in Triton, backward: gradients of q, k and v from the gradient of O.
 
 In attention_forward.py's symbols, for one head of one sequence, with q for q + b_q and v for v + b_v:
 

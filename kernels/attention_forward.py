@@ -1,4 +1,4 @@
-"""Packed self-attention in Triton, forward: softmax((q + b_q) k^T scale) (v + b_v) in each sequence and head.
+"""Self-attention over unpadded batches in Triton, forward: softmax((q + b_q) k^T scale) (v + b_v).
 
 For one head of one sequence with n queries i and m keys j; M is the dropout mask, p its probability,
 c = scale * log2(e), so that every exponential is an exp2:

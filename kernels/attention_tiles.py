@@ -37,9 +37,9 @@ def find_sequence(
     while span > 1:
         step = (span + PROBES - 1) // PROBES
         ahead = tl.arange(0, PROBES) * step
-        there = ahead < span
-        slot = tl.load(cu_ptr + low + ahead, mask=there, other=0) // BLOCK + low + ahead
-        passed = tl.sum((there & (slot <= tile)).to(tl.int32)) - 1
+        valid = ahead < span
+        slot = tl.load(cu_ptr + low + ahead, mask=valid, other=0) // BLOCK + low + ahead
+        passed = tl.sum((valid & (slot <= tile)).to(tl.int32)) - 1
         low += passed * step
         span = tl.minimum(step, span - passed * step)
     return low

@@ -44,24 +44,25 @@ from fastgate.kernels.norm import (
     read,
     resident_programs,
     through,
-    write_sums,
+    write_requested,
 )
 from fastgate.kernels.sums import add_up
+from fastgate.ops.embed_norm import BIT, PARAMETERS, TABLES
 
-# Bits of backward's `wanted`.
-WORD_TABLE, POSITION_TABLE, TYPE_TABLE = 1, 2, 4
-WEIGHT = tl.constexpr(8)
-NORM_BIAS = tl.constexpr(16)
-WEIGHT2 = tl.constexpr(32)
-NORM_BIAS2 = tl.constexpr(64)
+# The bits of backward's `requested`, and those of the parameters as the kernel reads them.
+PARAMETER_BITS = sum(BIT[name] for name in PARAMETERS)
+WEIGHT = tl.constexpr(BIT["weight"])
+NORM_BIAS = tl.constexpr(BIT["norm_bias"])
+WEIGHT2 = tl.constexpr(BIT["weight2"])
+NORM_BIAS2 = tl.constexpr(BIT["norm_bias2"])
 # Types whose sums over rows backward keeps in registers.
 FOLDED_TYPES = 2
 
 
 @triton.jit
-def _ids(ids, row, row_there, count):
+def _ids(ids, row, row_valid, count):
     """(id, whether the table has it), (1, ROWS, 1): as unsigned numbers those outside are all too large."""
-    found = tl.load(ids + row, mask=row_there, other=0).to(tl.int64)
+    found = tl.load(ids + row, mask=row_valid, other=0).to(tl.int64)
     return found, found.to(tl.uint64, bitcast=True) < count.to(tl.uint64)
 
 
@@ -85,26 +86,26 @@ def _gather(
     type_count,
     hidden,
     row,  # (1, ROWS, 1) int64
-    row_there,  # (1, ROWS, 1) bool
+    row_valid,  # (1, ROWS, 1) bool
     channel,  # (CHUNKS, ROWS, WIDTH) int32
-    there,  # (CHUNKS, ROWS, WIDTH) bool
+    valid,  # (CHUNKS, ROWS, WIDTH) bool
 ):
     """u, zero where no channel or row is; whether the tables have all of a row's ids; its type."""
-    word, known = _ids(words, row, row_there, word_count)
-    position, known_position = _ids(positions, row, row_there, position_count)
+    word, known = _ids(words, row, row_valid, word_count)
+    position, known_position = _ids(positions, row, row_valid, position_count)
     known = known & known_position
     kind = word  # of no use where types is None: a function of a kernel returns no None
     if types is not None:
-        kind, known_type = _ids(types, row, row_there, type_count)
+        kind, known_type = _ids(types, row, row_valid, type_count)
         known = known & known_type
-    inside = there & row_there
+    inside = valid & row_valid
     u = read(word_table + (_place(word, known).to(tl.int64) * hidden + channel), inside)
     u += read(position_table + (_place(position, known).to(tl.int64) * hidden + channel), inside)
     if types is not None:
         kind = _place(kind, known)
         u += read(type_table + (kind.to(tl.int64) * hidden + channel), inside)
     else:
-        u += elements(only_type, type_table, channel, there)
+        u += elements(only_type, type_table, channel, valid)
     return u, known, kind
 
 
@@ -137,22 +138,22 @@ def forward_kernel(
     VECTOR: tl.constexpr,
 ):
     hidden = hidden // VECTOR * VECTOR  # which tells the compiler how far rows are aligned
-    channel, there = channels(hidden, ROWS, CHUNKS, WIDTH)
+    channel, valid = channels(hidden, ROWS, CHUNKS, WIDTH)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[None, :, None]
-    row_there = row < rows
+    row_valid = row < rows
     u, known, _ = _gather(
         words, positions, types, word_table, position_table, type_table, None, word_count, position_count,
-        type_count, hidden, row, row_there, channel, there,
+        type_count, hidden, row, row_valid, channel, valid,
     )  # fmt: skip
-    xhat, _ = normalise(u, tl.where(known, eps, float("nan")), hidden, there, row_there)
-    out = xhat * read(weight + channel, there) + read(norm_bias + channel, there)
+    xhat, _ = normalise(u, tl.where(known, eps, float("nan")), hidden, valid, row_valid)
+    out = xhat * read(weight + channel, valid) + read(norm_bias + channel, valid)
     if seed is not None:
         mask = kept_in_tile(tl.load(seed), row, threshold, CHUNKS, ROWS, WIDTH)
         out = tl.where(mask, out * kept_scale, 0.0)
     if weight2 is not None:
-        xhat, _ = normalise(out, eps2, hidden, there, row_there)
-        out = xhat * read(weight2 + channel, there) + read(norm_bias2 + channel, there)
-    tl.store(y + (row * hidden + channel), out.to(y.dtype.element_ty), mask=there & row_there)
+        xhat, _ = normalise(out, eps2, hidden, valid, row_valid)
+        out = xhat * read(weight2 + channel, valid) + read(norm_bias2 + channel, valid)
+    tl.store(y + (row * hidden + channel), out.to(y.dtype.element_ty), mask=valid & row_valid)
 
 
 @triton.jit(do_not_specialize=["rows", "hidden", "word_count", "position_count", "type_count", "threshold"])
@@ -168,8 +169,8 @@ def backward_kernel(
     norm_bias,  # None without a second norm
     seed,  # () int64; None where nothing is dropped
     weight2,  # None without a second norm
-    du,  # (rows, hidden); None where not wanted
-    sums,  # (programs, TYPES + parameters wanted, hidden) float32; None where none is
+    du,  # (rows, hidden); None where not requested
+    sums,  # (programs, TYPES + parameters requested, hidden) float32; None where none is requested
     rows: tl.int64,
     hidden: tl.int32,
     word_count: tl.int32,
@@ -181,7 +182,7 @@ def backward_kernel(
     kept_scale: tl.float32,
     KEEP: tl.constexpr,
     STAGES: tl.constexpr,
-    WANTED: tl.constexpr,
+    REQUESTED: tl.constexpr,
     TYPES: tl.constexpr,  # rows of the type table whose gradient is summed here
     COUNT: tl.constexpr,
     CHUNKS: tl.constexpr,
@@ -190,7 +191,7 @@ def backward_kernel(
     VECTOR: tl.constexpr,
 ):
     hidden = hidden // VECTOR * VECTOR  # which tells the compiler how far rows are aligned
-    channel, there = channels(hidden, ROWS, CHUNKS, WIDTH)
+    channel, valid = channels(hidden, ROWS, CHUNKS, WIDTH)
     zeros = tl.zeros((CHUNKS, ROWS, WIDTH), tl.float32)
     dtype0, dtype1 = zeros, zeros
     dweight, dnorm_bias, dweight2, dnorm_bias2 = zeros, zeros, zeros, zeros
@@ -199,42 +200,42 @@ def backward_kernel(
     if seed is not None:
         key = tl.load(seed)
     if KEEP:
-        w = read(weight + channel, there)
+        w = read(weight + channel, valid)
         if weight2 is not None:
-            w2, n = read(weight2 + channel, there), read(norm_bias + channel, there)
+            w2, n = read(weight2 + channel, valid), read(norm_bias + channel, valid)
         if types is None:
-            t = read(type_table + channel, there)
+            t = read(type_table + channel, valid)
     first, step = tl.program_id(0).to(tl.int64) * ROWS, tl.num_programs(0).to(tl.int64) * ROWS
     for start in tl.range(first, rows, step, num_stages=STAGES):
         row = start + tl.arange(0, ROWS)[None, :, None]
-        row_there = row < rows
-        at, inside = row * hidden + channel, there & row_there
+        row_valid = row < rows
+        at, inside = row * hidden + channel, valid & row_valid
         dy = read(grad + at, inside)
-        mask = there
+        mask = valid
         if seed is not None:
             mask = kept_in_tile(key, row, threshold, CHUNKS, ROWS, WIDTH)
         u, known, kind = _gather(
             words, positions, types, word_table, position_table, type_table, t, word_count, position_count,
-            type_count, hidden, row, row_there, channel, there,
+            type_count, hidden, row, row_valid, channel, valid,
         )  # fmt: skip
-        xhat, rstd = normalise(u, tl.where(known, eps, float("nan")), hidden, there, row_there)
+        xhat, rstd = normalise(u, tl.where(known, eps, float("nan")), hidden, valid, row_valid)
         if weight2 is not None:
-            v = xhat * elements(w, weight, channel, there) + elements(n, norm_bias, channel, there)
+            v = xhat * elements(w, weight, channel, valid) + elements(n, norm_bias, channel, valid)
             if seed is not None:
                 v = tl.where(mask, v * kept_scale, 0.0)
-            xhat2, rstd2 = normalise(v, eps2, hidden, there, row_there)
-            if WEIGHT2 & WANTED:
+            xhat2, rstd2 = normalise(v, eps2, hidden, valid, row_valid)
+            if WEIGHT2 & REQUESTED:
                 dweight2 += dy * xhat2
-            if NORM_BIAS2 & WANTED:
+            if NORM_BIAS2 & REQUESTED:
                 dnorm_bias2 += dy
-            dy = through(dy, elements(w2, weight2, channel, there), xhat2, rstd2, hidden)
+            dy = through(dy, elements(w2, weight2, channel, valid), xhat2, rstd2, hidden)
         if seed is not None:
             dy = tl.where(mask, dy * kept_scale, 0.0)
-        if WEIGHT & WANTED:
+        if WEIGHT & REQUESTED:
             dweight += dy * xhat
-        if NORM_BIAS & WANTED:
+        if NORM_BIAS & REQUESTED:
             dnorm_bias += dy
-        along_u = through(dy, elements(w, weight, channel, there), xhat, rstd, hidden)
+        along_u = through(dy, elements(w, weight, channel, valid), xhat, rstd, hidden)
         if du is not None:
             tl.store(du + at, along_u.to(du.dtype.element_ty), mask=inside)
         if TYPES == 1:
@@ -244,23 +245,12 @@ def backward_kernel(
             dtype1 += along_u * kind.to(tl.float32)
     if sums is not None:
         to = sums + tl.program_id(0).to(tl.int64) * COUNT * hidden
-        if TYPES > 0:
-            write_sums(to, dtype0, hidden, CHUNKS, WIDTH)
-            to += hidden
-        if TYPES > 1:
-            write_sums(to, dtype1, hidden, CHUNKS, WIDTH)
-            to += hidden
-        if WEIGHT & WANTED:
-            write_sums(to, dweight, hidden, CHUNKS, WIDTH)
-            to += hidden
-        if NORM_BIAS & WANTED:
-            write_sums(to, dnorm_bias, hidden, CHUNKS, WIDTH)
-            to += hidden
-        if WEIGHT2 & WANTED:
-            write_sums(to, dweight2, hidden, CHUNKS, WIDTH)
-            to += hidden
-        if NORM_BIAS2 & WANTED:
-            write_sums(to, dnorm_bias2, hidden, CHUNKS, WIDTH)
+        to = write_requested(to, dtype0, hidden, TYPES > 0, CHUNKS, WIDTH)
+        to = write_requested(to, dtype1, hidden, TYPES > 1, CHUNKS, WIDTH)
+        to = write_requested(to, dweight, hidden, WEIGHT & REQUESTED, CHUNKS, WIDTH)
+        to = write_requested(to, dnorm_bias, hidden, NORM_BIAS & REQUESTED, CHUNKS, WIDTH)
+        to = write_requested(to, dweight2, hidden, WEIGHT2 & REQUESTED, CHUNKS, WIDTH)
+        to = write_requested(to, dnorm_bias2, hidden, NORM_BIAS2 & REQUESTED, CHUNKS, WIDTH)
 
 
 FORWARD, BACKWARD = Kernel(forward_kernel), Kernel(backward_kernel)
@@ -321,30 +311,32 @@ def backward(
     eps2: float,
     padding_idx: int,
     position_padding_idx: int,
-    wanted: int,
+    requested: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dword_table, dposition_table, dtype_table, parameters' gradients): those that the bits of `wanted` ask
-    for, the others empty.
+    """(dword_table, dposition_table, dtype_table, parameters' gradients): those that the bits of `requested`
+    ask for, the others empty.
 
     grad: (rows, hidden), of y. The parameters' gradients are stacked in the order of PARAMETERS in
-    fastgate/ops/embed_norm.py: (number wanted, hidden) float32.
+    fastgate/ops/embed_norm.py: (number requested, hidden) float32.
     """
     rows, hidden = grad.shape
     tables = (word_table, position_table, type_table)
     dtables = [word_table.new_empty(0) for _ in tables]
-    count, device = (wanted >> 3).bit_count(), grad.device
+    count, device = (requested & PARAMETER_BITS).bit_count(), grad.device
     one_type = types is None or type_table.shape[0] == 1
     folded = 0
-    if wanted & TYPE_TABLE and (one_type or type_table.shape[0] <= FOLDED_TYPES):
+    if requested & BIT["type_table"] and (one_type or type_table.shape[0] <= FOLDED_TYPES):
         folded = 1 if one_type else FOLDED_TYPES
     stacked = torch.empty((folded + count, hidden), dtype=torch.float32, device=device)
     if not rows:
-        bits = (WORD_TABLE, POSITION_TABLE, TYPE_TABLE)
         empty = [
-            torch.zeros_like(t) if wanted & b else t.new_empty(0) for t, b in zip(tables, bits, strict=True)
+            torch.zeros_like(table) if requested & BIT[name] else table.new_empty(0)
+            for name, table in zip(TABLES, tables, strict=True)
         ]
         return empty[0], empty[1], empty[2], stacked[folded:].zero_()
-    scattered = wanted & (WORD_TABLE | POSITION_TABLE) or (wanted & TYPE_TABLE and not folded)
+    scattered = requested & (BIT["word_table"] | BIT["position_table"]) or (
+        requested & BIT["type_table"] and not folded
+    )
     du = torch.empty((rows, hidden), dtype=word_table.dtype, device=device) if scattered else None
     seed, threshold, kept_scale = dropout_arguments("embed_norm", dropout_p, seed)
     first_bias = norm_bias if weight2 is not None else None
@@ -359,24 +351,24 @@ def backward(
     numbers = (rows, hidden, *(table.shape[0] for table in tables), eps, eps2, threshold, kept_scale)
     # Beside the masks the registers of two programs a multiprocessor do not hold a longer lead.
     stages = 1 if not keep else STAGES if seed is None else STAGES - 1
-    choices = (keep, stages, wanted, folded, folded + count)
+    choices = (keep, stages, requested, folded, folded + count)
     BACKWARD.launch(
         (programs, 1, 1),
-        (tile, wanted, folded, aligned(*tensors, du, sums), dtypes(*tensors, du)),
+        (tile, requested, folded, aligned(*tensors, du, sums), dtypes(*tensors, du)),
         (*tensors, du, sums, *numbers, *choices, *tile[:4]),
         tile.num_warps,
     )
     if sums is not None and programs > 1:
         add_up(sums, stacked)
-    if wanted & WORD_TABLE:
+    if requested & BIT["word_table"]:
         dtables[0] = _scatter(du, words, word_table, padding_idx)
-    if wanted & POSITION_TABLE:
+    if requested & BIT["position_table"]:
         dtables[1] = _scatter(du, positions, position_table, position_padding_idx)
     if folded:
         dtables[2] = torch.empty_like(type_table)
         dtables[2][:folded].copy_(stacked[:folded])
         dtables[2][folded:].zero_()
-    elif wanted & TYPE_TABLE:
+    elif requested & BIT["type_table"]:
         dtables[2] = _scatter(du, types, type_table, -1)
     return dtables[0], dtables[1], dtables[2], stacked[folded:]
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
+from triton.compiler import CompiledKernel
 
 # Of what the interpreter, which runs kernels on CPU tensors, stands for: programs get several tiles.
 INTERPRETED_MULTIPROCESSORS = 2
@@ -22,13 +23,13 @@ class Kernel:
     """A `triton.jit` function and its compiled variants.
 
     Triton's own launch inspects every argument at every call to find the variant that fits. Here the caller
-    gives a key that says as much: element types, which operands are there, alignment, launch choices.
+    gives a key that says as much: element types, which operands are given, alignment, launch choices.
     """
 
     def __init__(self, function: Any) -> None:
         self.function = function
         self.interpreted = not isinstance(function, triton.JITFunction)
-        self.compiled: dict[Hashable, Any] = {}
+        self.compiled: dict[Hashable, CompiledKernel | PlainLaunch] = {}
 
     def launch(
         self,
@@ -54,9 +55,33 @@ class Kernel:
                 return self.launch(grid, key, arguments, num_warps, num_stages, maxnreg)
         variant = self.compiled.get((device, key))
         if variant is None:
-            variant = self.function.warmup(*arguments, grid=grid, **options)
-            self.compiled[device, key] = variant
+            variant = self.compiled[device, key] = self._variant(grid, arguments, options)
         variant[grid](*arguments)
+
+    def _variant(
+        self, grid: tuple[int, int, int], arguments: tuple[Any, ...], options: dict[str, Any]
+    ) -> CompiledKernel | PlainLaunch:
+        """What `variant[grid](*arguments)` launches.
+
+        Triton documents `warmup` for compiling ahead, but not what it returns. Where that is no kernel which
+        takes a grid, every launch goes Triton's own way: slower, with the same result.
+        """
+        warmup = getattr(self.function, "warmup", None)
+        variant = None if warmup is None else warmup(*arguments, grid=grid, **options)
+        if isinstance(variant, CompiledKernel) and hasattr(variant, "__getitem__"):
+            return variant
+        return PlainLaunch(self.function, options)
+
+
+class PlainLaunch:
+    """A `triton.jit` function with its launch options, launched as Triton documents it."""
+
+    def __init__(self, function: Any, options: dict[str, Any]) -> None:
+        self.function = function
+        self.options = options
+
+    def __getitem__(self, grid: tuple[int, int, int]) -> Callable[..., Any]:
+        return functools.partial(self.function[grid], **self.options)
 
 
 def aligned(*tensors: Tensor | None) -> Hashable:

@@ -48,9 +48,8 @@ from torch import Tensor
 
 from fastgate.kernels.launch import Kernel, aligned, multiprocessors
 from fastgate.kernels.sums import add_up
+from fastgate.ops.linear_gelu import DBIAS, DWEIGHT, DX
 
-# Bits of backward's `wanted`.
-DX, DWEIGHT, DBIAS = 1, 2, 4
 # The fused form up to so many rows, where a launch counts, and up to so many inputs, where a product is short
 # beside its output; see bench/PREDICTIONS.md. Predicted, not measured.
 FUSED_ROWS, FUSED_DEPTH = 2048, 512
@@ -218,7 +217,7 @@ def backward_kernel(
     grad,  # (rows, width), of y
     v,  # (rows, width)
     dv,  # (rows, width)
-    sums,  # (programs down, width) float32; None where db is not wanted
+    sums,  # (programs down, width) float32; None where db is not requested
     rows: tl.int64,
     width: tl.int32,
     VECTOR: tl.constexpr,
@@ -229,19 +228,19 @@ def backward_kernel(
     """dv, and its sums over the rows that each program walks. Grid: (programs across, programs down)."""
     width = width // VECTOR * VECTOR
     column = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)[None, :]
-    there = column < width
+    valid = column < width
     db = tl.zeros((ROWS, WIDTH), tl.float32)
     first, step = tl.program_id(1).to(tl.int64) * ROWS, tl.num_programs(1).to(tl.int64) * ROWS
     for start in tl.range(first, rows, step, num_stages=STAGES):
         row = start + tl.arange(0, ROWS)[:, None]
-        at, inside = row * width + column, there & (row < rows)
+        at, inside = row * width + column, valid & (row < rows)
         dy = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
         along = dy * _gelu_slope(tl.load(v + at, mask=inside, other=0.0).to(tl.float32))
         db += along
         tl.store(dv + at, along.to(dv.dtype.element_ty), mask=inside)
     if sums is not None:
         to = sums + tl.program_id(1).to(tl.int64) * width + column
-        tl.store(to, tl.sum(db, axis=0, keep_dims=True), mask=there)
+        tl.store(to, tl.sum(db, axis=0, keep_dims=True), mask=valid)
 
 
 PRODUCT, GELU, BACKWARD = Kernel(product_kernel), Kernel(gelu_kernel), Kernel(backward_kernel)
@@ -292,7 +291,7 @@ def _rows(t: Tensor) -> Tensor:
 def forward_fused(
     x: Tensor, weight: Tensor, bias: Tensor | None, saving: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """(y, v), v None unless saving: one kernel. Operands as in fastgate.ops.linear_gelu."""
+    """(y, v), v is None unless `saving`: one kernel. Operands as in fastgate.ops.linear_gelu."""
     flat, weight, bias = _rows(x), weight.contiguous(), None if bias is None else bias.contiguous()
     (rows, depth), width = flat.shape, weight.shape[0]
     y = torch.empty((*x.shape[:-1], width), dtype=x.dtype, device=x.device)
@@ -331,7 +330,7 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def forward_cublas(
     x: Tensor, weight: Tensor, bias: Tensor | None, saving: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """(y, v), v None unless saving: cuBLAS and one elementwise kernel, in place where v is not kept."""
+    """(y, v), v is None unless `saving`: cuBLAS and one elementwise kernel, in place where v is not kept."""
     v = _product(x, weight, bias)
     y = torch.empty_like(v) if saving else v
     rows, width = v.shape
@@ -390,17 +389,17 @@ def _before_gelu(grad: Tensor, v: Tensor, db: Tensor | None) -> Tensor:
 
 
 def backward(
-    grad: Tensor, v: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None, wanted: int
+    grad: Tensor, v: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None, requested: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dW, db): those that the bits of `wanted` ask for, the others empty; db is float32.
+    """(dx, dW, db): those that the bits of `requested` ask for, the others empty; db is float32.
 
     grad: (..., N), of y. v: as forward_saving gave it; None to make it again.
     """
     flat = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     shape = (flat.shape[0], weight.shape[0])
     v = _product(x, weight, bias) if v is None else v.reshape(shape).contiguous()
-    db = torch.empty(shape[1] if wanted & DBIAS else 0, dtype=torch.float32, device=x.device)
-    dv = _before_gelu(grad.reshape(shape).contiguous(), v, db if wanted & DBIAS else None)
-    dx = torch.mm(dv, weight).view(x.shape) if wanted & DX else x.new_empty(0)
-    dweight = torch.mm(dv.t(), flat) if wanted & DWEIGHT else weight.new_empty(0)
+    db = torch.empty(shape[1] if requested & DBIAS else 0, dtype=torch.float32, device=x.device)
+    dv = _before_gelu(grad.reshape(shape).contiguous(), v, db if requested & DBIAS else None)
+    dx = torch.mm(dv, weight).view(x.shape) if requested & DX else x.new_empty(0)
+    dweight = torch.mm(dv.t(), flat) if requested & DWEIGHT else weight.new_empty(0)
     return dx, dweight, db

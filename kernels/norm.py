@@ -70,24 +70,24 @@ def read(at, mask):
 
 
 @triton.jit
-def normalise(u, eps, hidden, there, row_there):
+def normalise(u, eps, hidden, valid, row_valid):
     """xhat (CHUNKS, ROWS, WIDTH), zero where no channel or row is, and rstd (1, ROWS, 1).
 
     u is zero where no channel is. Past the last row rstd is zero: with eps 0 it would be infinite there.
     """
     mean = row_sum(u) / hidden
-    centred = tl.where(there, u - mean, 0.0)
-    rstd = tl.where(row_there, tl.rsqrt(row_sum(centred * centred) / hidden + eps), 0.0)
+    centred = tl.where(valid, u - mean, 0.0)
+    rstd = tl.where(row_valid, tl.rsqrt(row_sum(centred * centred) / hidden + eps), 0.0)
     return centred * rstd, rstd
 
 
 @triton.jit
-def elements(values, vector, channel, there):
+def elements(values, vector, channel, valid):
     """A vector's elements: the values read before, or, where they are None, read now."""
     if values is not None:
         return values
     else:
-        return read(vector + channel, there)
+        return read(vector + channel, valid)
 
 
 @triton.jit
@@ -109,6 +109,15 @@ def write_sums(to, total, hidden, CHUNKS: tl.constexpr, WIDTH: tl.constexpr):
     """One row of sums over a program's rows: to (hidden,), total (CHUNKS, ROWS, WIDTH)."""
     channel = tl.arange(0, CHUNKS)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     tl.store(to + channel, tl.sum(total, axis=1), mask=channel < hidden)
+
+
+@triton.jit
+def write_requested(to, total, hidden, REQUESTED: tl.constexpr, CHUNKS: tl.constexpr, WIDTH: tl.constexpr):
+    """Write a row of sums if that gradient is requested; returns where the next row goes."""
+    if REQUESTED:
+        write_sums(to, total, hidden, CHUNKS, WIDTH)
+        to += hidden
+    return to
 
 
 @functools.lru_cache(4096)

@@ -33,46 +33,47 @@ from fastgate.kernels.norm import (
     read,
     resident_programs,
     through,
-    write_sums,
+    write_requested,
 )
 from fastgate.kernels.sums import add_up
+from fastgate.ops.shift_norm import DX, PARAMETER_BIT
 
-# Bits of backward's `wanted`.
-DX = 1
-SHIFT = tl.constexpr(2)
-SCALE = tl.constexpr(4)
-BEFORE = tl.constexpr(8)
-AFTER = tl.constexpr(16)
-WEIGHT = tl.constexpr(32)
-NORM_BIAS = tl.constexpr(64)
+# The bits of backward's `requested`, and each as the kernel reads it.
+PARAMETER_BITS = sum(PARAMETER_BIT.values())
+OFFSET = tl.constexpr(PARAMETER_BIT["offset"])
+SCALE = tl.constexpr(PARAMETER_BIT["scale"])
+BEFORE = tl.constexpr(PARAMETER_BIT["before"])
+AFTER = tl.constexpr(PARAMETER_BIT["after"])
+WEIGHT = tl.constexpr(PARAMETER_BIT["weight"])
+NORM_BIAS = tl.constexpr(PARAMETER_BIT["norm_bias"])
 
 
 @triton.jit
 def _three(
     x,  # (rows, hidden)
-    linked,  # (rows,) bool
+    has_left_neighbour,  # (rows,) bool
     row,  # (1, ROWS, 1) int64
     rows,
     hidden,
     channel,  # (CHUNKS, ROWS, WIDTH) int32
-    there,  # (CHUNKS, ROWS, WIDTH) bool
+    valid,  # (CHUNKS, ROWS, WIDTH) bool
 ):
-    """A tile's rows of x and those above and below, zeros where none is linked: (CHUNKS, ROWS, WIDTH)."""
+    """A tile's rows of x and those above and below, zeros where it is no neighbour: (CHUNKS, ROWS, WIDTH)."""
     at = row * hidden + channel
-    above = tl.load(linked + row, mask=(row > 0) & (row < rows), other=0) != 0
-    below = tl.load(linked + row + 1, mask=row + 1 < rows, other=0) != 0
+    above = tl.load(has_left_neighbour + row, mask=(row > 0) & (row < rows), other=0) != 0
+    below = tl.load(has_left_neighbour + row + 1, mask=row + 1 < rows, other=0) != 0
     return (
-        read(x + at, there & (row < rows)),
-        read(x + at - hidden, there & above),
-        read(x + at + hidden, there & below),
+        read(x + at, valid & (row < rows)),
+        read(x + at - hidden, valid & above),
+        read(x + at + hidden, valid & below),
     )
 
 
 @triton.jit(do_not_specialize=["rows", "hidden"])
 def forward_kernel(
     x,  # (rows, hidden)
-    linked,  # (rows,) bool
-    shift,  # (hidden,), as all vectors
+    has_left_neighbour,  # (rows,) bool
+    offset,  # (hidden,), as all vectors
     scale,
     before,
     after,
@@ -88,34 +89,34 @@ def forward_kernel(
     VECTOR: tl.constexpr,
 ):
     hidden = hidden // VECTOR * VECTOR  # which tells the compiler how far rows are aligned
-    channel, there = channels(hidden, ROWS, CHUNKS, WIDTH)
+    channel, valid = channels(hidden, ROWS, CHUNKS, WIDTH)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[None, :, None]
-    mine, above, below = _three(x, linked, row, rows, hidden, channel, there)
-    u = mine + read(shift + channel, there) + read(scale + channel, there) * mine
-    u += read(before + channel, there) * above + read(after + channel, there) * below
-    xhat, _ = normalise(u, eps, hidden, there, row < rows)
-    out = xhat * read(weight + channel, there) + read(norm_bias + channel, there)
-    tl.store(y + row * hidden + channel, out.to(y.dtype.element_ty), mask=there & (row < rows))
+    current, above, below = _three(x, has_left_neighbour, row, rows, hidden, channel, valid)
+    u = current + read(offset + channel, valid) + read(scale + channel, valid) * current
+    u += read(before + channel, valid) * above + read(after + channel, valid) * below
+    xhat, _ = normalise(u, eps, hidden, valid, row < rows)
+    out = xhat * read(weight + channel, valid) + read(norm_bias + channel, valid)
+    tl.store(y + row * hidden + channel, out.to(y.dtype.element_ty), mask=valid & (row < rows))
 
 
 @triton.jit(do_not_specialize=["rows", "hidden"])
 def backward_kernel(
     grad,  # (rows, hidden)
     x,  # (rows, hidden)
-    linked,  # (rows,) bool
-    shift,  # (hidden,), as all vectors
+    has_left_neighbour,  # (rows,) bool
+    offset,  # (hidden,), as all vectors
     scale,
     before,
     after,
     weight,
-    du,  # (rows, hidden) float32; None where dx is not wanted
-    sums,  # (programs, parameters wanted, hidden) float32; None where none is
+    du,  # (rows, hidden) float32; None where dx is not requested
+    sums,  # (programs, parameters requested, hidden) float32; None where none is requested
     rows: tl.int64,
     hidden: tl.int32,
     eps: tl.float32,
     KEEP: tl.constexpr,
     STAGES: tl.constexpr,
-    WANTED: tl.constexpr,
+    REQUESTED: tl.constexpr,
     COUNT: tl.constexpr,
     CHUNKS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -123,63 +124,52 @@ def backward_kernel(
     VECTOR: tl.constexpr,
 ):
     hidden = hidden // VECTOR * VECTOR  # which tells the compiler how far rows are aligned
-    channel, there = channels(hidden, ROWS, CHUNKS, WIDTH)
+    channel, valid = channels(hidden, ROWS, CHUNKS, WIDTH)
     zeros = tl.zeros((CHUNKS, ROWS, WIDTH), tl.float32)
-    dshift, dscale, dbefore, dafter, dweight, dnorm_bias = zeros, zeros, zeros, zeros, zeros, zeros
+    doffset, dscale, dbefore, dafter, dweight, dnorm_bias = zeros, zeros, zeros, zeros, zeros, zeros
     # Kept in registers where there are enough, so that only the rows' own loads are left to be pipelined.
     h, s, b, a, w = None, None, None, None, None
     if KEEP:
-        h, s, w = read(shift + channel, there), read(scale + channel, there), read(weight + channel, there)
-        b, a = read(before + channel, there), read(after + channel, there)
+        h, s, w = read(offset + channel, valid), read(scale + channel, valid), read(weight + channel, valid)
+        b, a = read(before + channel, valid), read(after + channel, valid)
     first, step = tl.program_id(0).to(tl.int64) * ROWS, tl.num_programs(0).to(tl.int64) * ROWS
     for start in tl.range(first, rows, step, num_stages=STAGES):
         row = start + tl.arange(0, ROWS)[None, :, None]
-        at, inside = row * hidden + channel, there & (row < rows)
+        at, inside = row * hidden + channel, valid & (row < rows)
         dy = read(grad + at, inside)
-        mine, above, below = _three(x, linked, row, rows, hidden, channel, there)
-        u = mine + elements(h, shift, channel, there) + elements(s, scale, channel, there) * mine
-        u += elements(b, before, channel, there) * above + elements(a, after, channel, there) * below
-        xhat, rstd = normalise(u, eps, hidden, there, row < rows)
-        if WEIGHT & WANTED:
+        current, above, below = _three(x, has_left_neighbour, row, rows, hidden, channel, valid)
+        u = current + elements(h, offset, channel, valid) + elements(s, scale, channel, valid) * current
+        u += elements(b, before, channel, valid) * above + elements(a, after, channel, valid) * below
+        xhat, rstd = normalise(u, eps, hidden, valid, row < rows)
+        if WEIGHT & REQUESTED:
             dweight += dy * xhat
-        if NORM_BIAS & WANTED:
+        if NORM_BIAS & REQUESTED:
             dnorm_bias += dy
-        d = through(dy, elements(w, weight, channel, there), xhat, rstd, hidden)
-        if SHIFT & WANTED:
-            dshift += d
-        if SCALE & WANTED:
-            dscale += d * mine
-        if BEFORE & WANTED:
+        d = through(dy, elements(w, weight, channel, valid), xhat, rstd, hidden)
+        if OFFSET & REQUESTED:
+            doffset += d
+        if SCALE & REQUESTED:
+            dscale += d * current
+        if BEFORE & REQUESTED:
             dbefore += d * above
-        if AFTER & WANTED:
+        if AFTER & REQUESTED:
             dafter += d * below
         if du is not None:
             tl.store(du + at, d, mask=inside)
     if sums is not None:
         to = sums + tl.program_id(0).to(tl.int64) * COUNT * hidden
-        if SHIFT & WANTED:
-            write_sums(to, dshift, hidden, CHUNKS, WIDTH)
-            to += hidden
-        if SCALE & WANTED:
-            write_sums(to, dscale, hidden, CHUNKS, WIDTH)
-            to += hidden
-        if BEFORE & WANTED:
-            write_sums(to, dbefore, hidden, CHUNKS, WIDTH)
-            to += hidden
-        if AFTER & WANTED:
-            write_sums(to, dafter, hidden, CHUNKS, WIDTH)
-            to += hidden
-        if WEIGHT & WANTED:
-            write_sums(to, dweight, hidden, CHUNKS, WIDTH)
-            to += hidden
-        if NORM_BIAS & WANTED:
-            write_sums(to, dnorm_bias, hidden, CHUNKS, WIDTH)
+        to = write_requested(to, doffset, hidden, OFFSET & REQUESTED, CHUNKS, WIDTH)
+        to = write_requested(to, dscale, hidden, SCALE & REQUESTED, CHUNKS, WIDTH)
+        to = write_requested(to, dbefore, hidden, BEFORE & REQUESTED, CHUNKS, WIDTH)
+        to = write_requested(to, dafter, hidden, AFTER & REQUESTED, CHUNKS, WIDTH)
+        to = write_requested(to, dweight, hidden, WEIGHT & REQUESTED, CHUNKS, WIDTH)
+        to = write_requested(to, dnorm_bias, hidden, NORM_BIAS & REQUESTED, CHUNKS, WIDTH)
 
 
 @triton.jit(do_not_specialize=["rows", "hidden"])
 def dx_kernel(
     du,  # (rows, hidden) float32
-    linked,  # (rows,) bool
+    has_left_neighbour,  # (rows,) bool
     scale,  # (hidden,), as all vectors
     before,
     after,
@@ -192,12 +182,12 @@ def dx_kernel(
     VECTOR: tl.constexpr,
 ):
     hidden = hidden // VECTOR * VECTOR
-    channel, there = channels(hidden, ROWS, CHUNKS, WIDTH)
+    channel, valid = channels(hidden, ROWS, CHUNKS, WIDTH)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[None, :, None]
-    mine, above, below = _three(du, linked, row, rows, hidden, channel, there)
-    out = mine + read(scale + channel, there) * mine
-    out += read(before + channel, there) * below + read(after + channel, there) * above
-    tl.store(dx + row * hidden + channel, out.to(dx.dtype.element_ty), mask=there & (row < rows))
+    current, above, below = _three(du, has_left_neighbour, row, rows, hidden, channel, valid)
+    out = current + read(scale + channel, valid) * current
+    out += read(before + channel, valid) * below + read(after + channel, valid) * above
+    tl.store(dx + row * hidden + channel, out.to(dx.dtype.element_ty), mask=valid & (row < rows))
 
 
 FORWARD, BACKWARD, ALONG_X = Kernel(forward_kernel), Kernel(backward_kernel), Kernel(dx_kernel)
@@ -205,8 +195,8 @@ FORWARD, BACKWARD, ALONG_X = Kernel(forward_kernel), Kernel(backward_kernel), Ke
 
 def forward(
     x: Tensor,
-    linked: Tensor,
-    shift: Tensor,
+    has_left_neighbour: Tensor,
+    offset: Tensor,
     scale: Tensor,
     before: Tensor,
     after: Tensor,
@@ -218,8 +208,8 @@ def forward(
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if not y.numel():
         return y
-    given = (x, linked, shift, scale, before, after, weight, norm_bias)
-    tensors = tuple([contiguous(tensor) for tensor in given])
+    operands = (x, has_left_neighbour, offset, scale, before, after, weight, norm_bias)
+    tensors = tuple([contiguous(tensor) for tensor in operands])
     rows, hidden = x.shape
     tile = forward_tile(hidden, x.itemsize, rows)
     FORWARD.launch(
@@ -234,40 +224,40 @@ def forward(
 def backward(
     grad: Tensor,
     x: Tensor,
-    linked: Tensor,
-    shift: Tensor,
+    has_left_neighbour: Tensor,
+    offset: Tensor,
     scale: Tensor,
     before: Tensor,
     after: Tensor,
     weight: Tensor,
     norm_bias: Tensor,
     eps: float,
-    wanted: int,
+    requested: int,
 ) -> tuple[Tensor, Tensor]:
-    """(dx, parameters' gradients): those that the bits of `wanted` ask for, the others empty.
+    """(dx, parameters' gradients): those that the bits of `requested` ask for, the others empty.
 
-    grad: (rows, H), of y. The parameters' gradients are stacked in the order of fastgate.ops.PARAMETERS:
-    (number wanted, H) float32.
+    grad: (rows, H), of y. The parameters' gradients are stacked in the order of PARAMETERS in
+    fastgate/ops/shift_norm.py: (number requested, H) float32.
     """
     rows, hidden = x.shape
-    count = (wanted >> 1).bit_count()
-    dx = torch.empty(x.shape if wanted & DX else (0,), dtype=x.dtype, device=x.device)
+    count = (requested & PARAMETER_BITS).bit_count()
+    dx = torch.empty(x.shape if requested & DX else (0,), dtype=x.dtype, device=x.device)
     stacked = torch.empty((count, hidden), dtype=torch.float32, device=x.device)
     if not x.numel():
         return dx, stacked.zero_()
-    given = (grad, x, linked, shift, scale, before, after, weight)
-    tensors = tuple([contiguous(tensor) for tensor in given])
+    operands = (grad, x, has_left_neighbour, offset, scale, before, after, weight)
+    tensors = tuple([contiguous(tensor) for tensor in operands])
     tile = backward_tile(hidden, min(grad.itemsize, x.itemsize))
     programs = resident_programs(rows, tile, x.device)
     sums = None
     if count:
         sums = stacked if programs == 1 else torch.empty((programs, *stacked.shape), device=x.device)
-    du = torch.empty(x.shape, dtype=torch.float32, device=x.device) if wanted & DX else None
+    du = torch.empty(x.shape, dtype=torch.float32, device=x.device) if requested & DX else None
     keep = keeps_vectors(hidden)
     BACKWARD.launch(
         (programs, 1, 1),
-        (tile, wanted, aligned(*tensors, du, sums), dtypes(*tensors)),
-        (*tensors, du, sums, rows, hidden, eps, keep, STAGES if keep else 1, wanted, count, *tile[:4]),
+        (tile, requested, aligned(*tensors, du, sums), dtypes(*tensors)),
+        (*tensors, du, sums, rows, hidden, eps, keep, STAGES if keep else 1, requested, count, *tile[:4]),
         tile.num_warps,
     )
     if sums is not None and programs > 1:

@@ -40,7 +40,7 @@ def norms(dtype: torch.dtype) -> None:
             vectors = [draw(hidden, dtype=dtype) for _ in range(5)]
             bias, scale, shift = vectors[2:]
             gate = draw(dtype=torch.float32)
-            gated = {"bias": bias, "gate": gate, "scale": scale, "shift": shift, "dropout_p": 0.1}
+            gated = {"bias": bias, "gate": gate, "scale": scale, "offset": shift, "dropout_p": 0.1}
             trained(gated_add_norm(x, residual, *vectors[:2], 1e-5, **gated))
             trained(
                 gated_add_norm(x, residual, *vectors[:2], 1e-5, weight2=bias, norm_bias2=scale, eps2=1e-5)

@@ -18,20 +18,20 @@ _SCHEMA = (
 )
 OPERANDS = tuple(operand.split()[1] for operand in _SCHEMA.split(", "))
 ID_DTYPES = (torch.int64, torch.int32)
-# Bits of the backward's `wanted`, and the order of the tables' gradients and of the stacked ones.
+# Bits of the backward's `requested`, and the order of the tables' gradients and of the stacked ones.
 TABLES = ("word_table", "position_table", "type_table")
 PARAMETERS = ("weight", "norm_bias", "weight2", "norm_bias2")
 BIT = {name: 1 << place for place, name in enumerate((*TABLES, *PARAMETERS))}
 
 registry.LIBRARY.define(f"embed_norm({_SCHEMA}) -> Tensor")
 registry.LIBRARY.define(
-    f"embed_norm_backward(Tensor grad, {_SCHEMA}, int wanted) -> (Tensor, Tensor, Tensor, Tensor)"
+    f"embed_norm_backward(Tensor grad, {_SCHEMA}, int requested) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def _asked(wanted: int) -> list[str]:
-    return [name for name in PARAMETERS if wanted & BIT[name]]
+def _asked(requested: int) -> list[str]:
+    return [name for name in PARAMETERS if requested & BIT[name]]
 
 
 def _for_reference(operands: tuple[Any, ...]) -> dict[str, Any]:
@@ -55,27 +55,27 @@ def _reference_forward(*operands: Any) -> Tensor:
 
 
 def _reference_backward(grad: Tensor, *operands: Any) -> Gradients:
-    wanted = operands[-1]
+    requested = operands[-1]
     found = reference.embed_norm_backward(grad, **_for_reference(operands[:-1]))
-    empty = _empty_gradients(operands[3:6], wanted)
-    tables = [getattr(found, name) if wanted & BIT[name] else empty[i] for i, name in enumerate(TABLES)]
-    for row, name in zip(empty[3], _asked(wanted), strict=True):
+    empty = _empty_gradients(operands[3:6], requested)
+    tables = [getattr(found, name) if requested & BIT[name] else empty[i] for i, name in enumerate(TABLES)]
+    for row, name in zip(empty[3], _asked(requested), strict=True):
         row.copy_(getattr(found, name))
     return tables[0], tables[1], tables[2], empty[3]
 
 
-def _empty_gradients(tables: tuple[Tensor, ...], wanted: int) -> Gradients:
-    """(dword_table, dposition_table, dtype_table, parameters): unwanted ones have no elements."""
+def _empty_gradients(tables: tuple[Tensor, ...], requested: int) -> Gradients:
+    """(dword_table, dposition_table, dtype_table, parameters): those not requested have no elements."""
     dtype = torch.float64 if tables[0].dtype == torch.float64 else torch.float32
     words, positions, types = (
-        table.new_empty(table.shape if wanted & BIT[name] else (0,))
+        table.new_empty(table.shape if requested & BIT[name] else (0,))
         for name, table in zip(TABLES, tables, strict=True)
     )
     return (
         words,
         positions,
         types,
-        tables[0].new_empty((len(_asked(wanted)), tables[0].shape[1]), dtype=dtype),
+        tables[0].new_empty((len(_asked(requested)), tables[0].shape[1]), dtype=dtype),
     )
 
 
@@ -145,11 +145,11 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     operands = registry.saved_inputs(ctx)
     given = dict(zip(OPERANDS, operands, strict=True))
     needs = dict(zip(OPERANDS, ctx.needs_input_grad, strict=True))
-    wanted = sum(bit for name, bit in BIT.items() if needs[name])
+    requested = sum(bit for name, bit in BIT.items() if needs[name])
     call = _backward if registry.bypasses_dispatcher(grad) else torch.ops.fastgate.embed_norm_backward
-    *tables, stacked = call(grad, *operands, wanted)
+    *tables, stacked = call(grad, *operands, requested)
     found = {name: table for name, table in zip(TABLES, tables, strict=True) if needs[name]}
-    for name, row in zip(_asked(wanted), stacked.unbind(0), strict=True):
+    for name, row in zip(_asked(requested), stacked.unbind(0), strict=True):
         found[name] = row.to(given[name].dtype)
     return tuple(found.get(name) for name in OPERANDS)
 

@@ -1,4 +1,4 @@
-"""gated_add_norm: LayerNorm(scale * residual + gate * dropout(x + bias) + shift), and a second LayerNorm."""
+"""gated_add_norm: LayerNorm(scale * residual + gate * dropout(x + bias) + offset), and a second LayerNorm."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from fastgate.ops import reference, registry
 
 _SCHEMA = (
     "Tensor x, Tensor residual, Tensor weight, Tensor norm_bias, float eps, Tensor? bias, Tensor? gate, "
-    "Tensor? scale, Tensor? shift, float dropout_p, Tensor? seed, Tensor? weight2, Tensor? norm_bias2, "
+    "Tensor? scale, Tensor? offset, float dropout_p, Tensor? seed, Tensor? weight2, Tensor? norm_bias2, "
     "float eps2"
 )
 OPERANDS = tuple(operand.split()[1] for operand in _SCHEMA.split(", "))
-# Bits of the backward's `wanted`, and the order in which it stacks the gradients of the parameters.
+# Bits of the backward's `requested`, and the order in which it stacks the gradients of the parameters.
 DX, DRESIDUAL = 1, 2
-PARAMETERS = ("bias", "gate", "scale", "shift", "weight", "norm_bias", "weight2", "norm_bias2")
+PARAMETERS = ("bias", "gate", "scale", "offset", "weight", "norm_bias", "weight2", "norm_bias2")
 PARAMETER_BIT = {name: 4 << place for place, name in enumerate(PARAMETERS)}
 
 registry.LIBRARY.define(f"gated_add_norm({_SCHEMA}) -> Tensor")
 registry.LIBRARY.define(
-    f"gated_add_norm_backward(Tensor grad, {_SCHEMA}, int wanted) -> (Tensor, Tensor, Tensor)"
+    f"gated_add_norm_backward(Tensor grad, {_SCHEMA}, int requested) -> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -44,15 +44,15 @@ def _reference_forward(*operands: Any) -> Tensor:
 
 
 def _reference_backward(grad: Tensor, *operands: Any) -> tuple[Tensor, Tensor, Tensor]:
-    wanted = operands[-1]
+    requested = operands[-1]
     named = _for_reference(operands[:-1])
     found = reference.gated_add_norm_backward(grad, **named)
-    dx, dresidual, parameters = _empty_gradients(named["x"], named["residual"], wanted)
-    if wanted & DX:
+    dx, dresidual, parameters = _empty_gradients(named["x"], named["residual"], requested)
+    if requested & DX:
         dx.copy_(found.x.reshape(dx.shape))
-    if wanted & DRESIDUAL:
+    if requested & DRESIDUAL:
         dresidual.copy_(found.residual.reshape(dresidual.shape))
-    for row, name in zip(parameters, _asked(wanted), strict=True):
+    for row, name in zip(parameters, _asked(requested), strict=True):
         if name == "gate":  # its row sums to the gradient
             row.zero_()[:1] = found.gate
         else:
@@ -60,17 +60,17 @@ def _reference_backward(grad: Tensor, *operands: Any) -> tuple[Tensor, Tensor, T
     return dx, dresidual, parameters
 
 
-def _asked(wanted: int) -> list[str]:
-    return [name for name in PARAMETERS if wanted & PARAMETER_BIT[name]]
+def _asked(requested: int) -> list[str]:
+    return [name for name in PARAMETERS if requested & PARAMETER_BIT[name]]
 
 
-def _empty_gradients(x: Tensor, residual: Tensor, wanted: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dresidual, parameters): unwanted ones have no elements; parameters is (number wanted, H)."""
+def _empty_gradients(x: Tensor, residual: Tensor, requested: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx, dresidual, parameters): those not requested have no elements; parameters is (number requested, H)."""
     dtype = torch.float64 if torch.float64 in (x.dtype, residual.dtype) else torch.float32
     return (
-        x.new_empty(x.shape if wanted & DX else (0,)),
-        residual.new_empty(residual.shape if wanted & DRESIDUAL else (0,)),
-        x.new_empty((len(_asked(wanted)), x.shape[-1]), dtype=dtype),
+        x.new_empty(x.shape if requested & DX else (0,)),
+        residual.new_empty(residual.shape if requested & DRESIDUAL else (0,)),
+        x.new_empty((len(_asked(requested)), x.shape[-1]), dtype=dtype),
     )
 
 
@@ -110,17 +110,17 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     # Where u adds x and residual alike, one gradient serves both and is written once.
     alike = given["gate"] is None and given["scale"] is None and given["dropout_p"] == 0.0
     shared = alike and given["x"].dtype == given["residual"].dtype and needs["x"] and needs["residual"]
-    wanted = sum(PARAMETER_BIT[name] for name in PARAMETERS if needs[name])
-    wanted |= DX if needs["x"] and not shared else 0
-    wanted |= DRESIDUAL if needs["residual"] else 0
+    requested = sum(PARAMETER_BIT[name] for name in PARAMETERS if needs[name])
+    requested |= DX if needs["x"] and not shared else 0
+    requested |= DRESIDUAL if needs["residual"] else 0
     call = _backward if registry.bypasses_dispatcher(grad) else torch.ops.fastgate.gated_add_norm_backward
-    dx, dresidual, stacked = call(grad, *operands, wanted)
+    dx, dresidual, stacked = call(grad, *operands, requested)
     found: dict[str, Tensor] = {}
     if needs["x"]:
         found["x"] = dresidual if shared else dx
     if needs["residual"]:
         found["residual"] = dresidual
-    for name, row in zip(_asked(wanted), stacked.unbind(0), strict=True):
+    for name, row in zip(_asked(requested), stacked.unbind(0), strict=True):
         found[name] = (row.sum() if name == "gate" else row).to(given[name].dtype)
     return tuple(found.get(name) for name in OPERANDS)
 
@@ -138,15 +138,15 @@ def gated_add_norm(
     bias: Tensor | None = None,
     gate: Tensor | float | None = None,
     scale: Tensor | None = None,
-    shift: Tensor | None = None,
+    offset: Tensor | None = None,
     dropout_p: float = 0.0,
     weight2: Tensor | None = None,
     norm_bias2: Tensor | None = None,
     eps2: float = 0.0,
 ) -> Tensor:
-    """LayerNorm(scale * residual + gate * dropout(x + bias) + shift), and a second LayerNorm given weight2.
+    """LayerNorm(scale * residual + gate * dropout(x + bias) + offset), and a second LayerNorm given weight2.
 
-    x, residual: (..., H), floating. weight, norm_bias, weight2, norm_bias2, bias, scale, shift: (H,).
+    x, residual: (..., H), floating. weight, norm_bias, weight2, norm_bias2, bias, scale, offset: (H,).
     gate: 0-d tensor or float; a gate and a second norm never meet in one call. dropout_p: in [0, 1); the
     mask is a function of a seed drawn from torch's default generator of x's device. Returns (..., H) in the
     promoted dtype of x and residual; statistics are float32 (float64 for float64). Differentiable in every
@@ -174,8 +174,8 @@ def gated_add_norm(
         _refuse_vector("bias", bias, shape)
     if scale is not None and scale.shape != shape:
         _refuse_vector("scale", scale, shape)
-    if shift is not None and shift.shape != shape:
-        _refuse_vector("shift", shift, shape)
+    if offset is not None and offset.shape != shape:
+        _refuse_vector("offset", offset, shape)
     if weight2 is not None or norm_bias2 is not None:
         if weight2 is None or norm_bias2 is None:
             _refuse("weight2, norm_bias2", "one of them", "both or neither", "pass the other one too")
@@ -193,11 +193,11 @@ def gated_add_norm(
     seed = registry.draw_seed("gated_add_norm", dropout_p, x.device)
     call: Callable[..., Tensor] = torch.ops.fastgate.gated_add_norm
     if registry.bypasses_dispatcher(x):
-        tensors = (x, residual, weight, norm_bias, bias, gate, scale, shift, weight2, norm_bias2)
+        tensors = (x, residual, weight, norm_bias, bias, gate, scale, offset, weight2, norm_bias2)
         call = _trained if registry.any_requires_grad(*tensors) else _forward
     return call(
         x, residual, weight, norm_bias, eps,
-        bias, gate, scale, shift, dropout_p, seed, weight2, norm_bias2, eps2,
+        bias, gate, scale, offset, dropout_p, seed, weight2, norm_bias2, eps2,
     )  # fmt: skip
 
 

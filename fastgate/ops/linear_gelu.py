@@ -12,16 +12,16 @@ from torch import Tensor
 from fastgate.errors import ArgumentError, format_error
 from fastgate.ops import derivatives, linear, registry
 
-# Bits of the backward's `wanted`.
+# Bits of the backward's `requested`.
 DX, DWEIGHT, DBIAS = 1, 2, 4
 
 _OPERANDS = "Tensor x, Tensor weight, Tensor? bias"
 registry.LIBRARY.define(f"linear_gelu({_OPERANDS}) -> Tensor")
 # v: x W^T + b, which backward then need not make again.
 registry.LIBRARY.define(f"linear_gelu_saving({_OPERANDS}) -> (Tensor y, Tensor v)")
-# v: None to make it again. wanted: the bits above; what is not wanted has no elements. db is float32, or 64.
+# v: None to make it again. requested: the bits above; what is not requested has no elements. db is float32, or 64.
 registry.LIBRARY.define(
-    f"linear_gelu_backward(Tensor grad, Tensor? v, {_OPERANDS}, int wanted) -> (Tensor, Tensor, Tensor)"
+    f"linear_gelu_backward(Tensor grad, Tensor? v, {_OPERANDS}, int requested) -> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -91,25 +91,30 @@ def _reference_saving(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[T
 
 
 def _reference_backward(
-    grad: Tensor, v: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None, wanted: int
+    grad: Tensor, v: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None, requested: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     if v is None:
         v = _reference_product(x, weight, bias)
-    return _from_product(grad, v, x, weight, wanted, torch.matmul)
+    return _from_product(grad, v, x, weight, requested, torch.matmul)
 
 
 def _from_product(
-    grad: Tensor, v: Tensor, x: Tensor, weight: Tensor, wanted: int, times: Callable[[Tensor, Tensor], Tensor]
+    grad: Tensor,
+    v: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    requested: int,
+    times: Callable[[Tensor, Tensor], Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients from v = x W^T + b; times: makes dx of dv and the weight."""
     dv = torch.ops.aten.gelu_backward(grad, v)
-    dx, dweight, dbias = _empty_gradients(x, weight, wanted)
+    dx, dweight, dbias = _empty_gradients(x, weight, requested)
     rows = dv.reshape(-1, weight.shape[0])
-    if wanted & DX:
+    if requested & DX:
         dx = times(dv, weight)
-    if wanted & DWEIGHT:
+    if requested & DWEIGHT:
         dweight = linear.weight_gradient(dv, x)
-    if wanted & DBIAS:
+    if requested & DBIAS:
         torch.sum(rows, 0, dtype=dbias.dtype, out=dbias)
     return dx, dweight, dbias
 
@@ -124,11 +129,11 @@ def _onednn_saving(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tens
 
 
 def _onednn_backward(
-    grad: Tensor, v: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None, wanted: int
+    grad: Tensor, v: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None, requested: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     if v is None:
         _, v = _onednn_saving(x, weight, bias)
-    return _from_product(grad, v, x, weight, wanted, linear.rows_gradient)
+    return _from_product(grad, v, x, weight, requested, linear.rows_gradient)
 
 
 def onednn() -> registry.Implementation:
@@ -139,12 +144,12 @@ def onednn() -> registry.Implementation:
     )
 
 
-def _empty_gradients(x: Tensor, weight: Tensor, wanted: int) -> tuple[Tensor, Tensor, Tensor]:
+def _empty_gradients(x: Tensor, weight: Tensor, requested: int) -> tuple[Tensor, Tensor, Tensor]:
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     return (
-        x.new_empty(x.shape if wanted & DX else (0,)),
-        weight.new_empty(weight.shape if wanted & DWEIGHT else (0,)),
-        weight.new_empty(weight.shape[0] if wanted & DBIAS else 0, dtype=dtype),
+        x.new_empty(x.shape if requested & DX else (0,)),
+        weight.new_empty(weight.shape if requested & DWEIGHT else (0,)),
+        weight.new_empty(weight.shape[0] if requested & DBIAS else 0, dtype=dtype),
     )
 
 
@@ -211,9 +216,9 @@ def _fake_saving(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor
 
 @torch.library.register_fake("fastgate::linear_gelu_backward", lib=registry.LIBRARY)
 def _fake_backward(
-    grad: Tensor, v: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None, wanted: int
+    grad: Tensor, v: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None, requested: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty_gradients(x, weight, wanted)
+    return _empty_gradients(x, weight, requested)
 
 
 def _keep_operands(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -231,9 +236,9 @@ def _differentiate(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | No
         return None, None, None
     v, x, weight, bias = ctx.saved_tensors
     needs = ctx.needs_input_grad
-    wanted = sum(bit for bit, need in zip((DX, DWEIGHT, DBIAS), needs, strict=True) if need)
+    requested = sum(bit for bit, need in zip((DX, DWEIGHT, DBIAS), needs, strict=True) if need)
     call = _backward if registry.bypasses_dispatcher(grad) else torch.ops.fastgate.linear_gelu_backward
-    dx, dweight, dbias = call(grad, v, x, weight, bias, wanted)
+    dx, dweight, dbias = call(grad, v, x, weight, bias, requested)
     return (
         dx if needs[0] else None,
         dweight if needs[1] else None,

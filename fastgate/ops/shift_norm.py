@@ -12,37 +12,37 @@ from fastgate.errors import ArgumentError, format_error
 from fastgate.ops import reference, registry
 
 _SCHEMA = (
-    "Tensor x, Tensor linked, Tensor shift, Tensor scale, Tensor before, Tensor after, Tensor weight, "
+    "Tensor x, Tensor has_left_neighbour, Tensor offset, Tensor scale, Tensor before, Tensor after, Tensor weight, "
     "Tensor norm_bias, float eps"
 )
 OPERANDS = tuple(operand.split()[1] for operand in _SCHEMA.split(", "))
-# Bits of the backward's `wanted`, and the order in which it stacks the gradients of the parameters.
+# Bits of the backward's `requested`, and the order in which it stacks the gradients of the parameters.
 DX = 1
-PARAMETERS = ("shift", "scale", "before", "after", "weight", "norm_bias")
+PARAMETERS = ("offset", "scale", "before", "after", "weight", "norm_bias")
 PARAMETER_BIT = {name: 2 << place for place, name in enumerate(PARAMETERS)}
 
 registry.LIBRARY.define(f"shift_norm({_SCHEMA}) -> Tensor")
-registry.LIBRARY.define(f"shift_norm_backward(Tensor grad, {_SCHEMA}, int wanted) -> (Tensor, Tensor)")
+registry.LIBRARY.define(f"shift_norm_backward(Tensor grad, {_SCHEMA}, int requested) -> (Tensor, Tensor)")
 
 
-def _asked(wanted: int) -> list[str]:
-    return [name for name in PARAMETERS if wanted & PARAMETER_BIT[name]]
+def _asked(requested: int) -> list[str]:
+    return [name for name in PARAMETERS if requested & PARAMETER_BIT[name]]
 
 
-def _empty_gradients(x: Tensor, wanted: int) -> tuple[Tensor, Tensor]:
-    """(dx, parameters): unwanted ones have no elements; parameters is (number wanted, H)."""
+def _empty_gradients(x: Tensor, requested: int) -> tuple[Tensor, Tensor]:
+    """(dx, parameters): those not requested have no elements; parameters is (number requested, H)."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    dx = x.new_empty(x.shape if wanted & DX else (0,))
-    return dx, x.new_empty((len(_asked(wanted)), x.shape[1]), dtype=dtype)
+    dx = x.new_empty(x.shape if requested & DX else (0,))
+    return dx, x.new_empty((len(_asked(requested)), x.shape[1]), dtype=dtype)
 
 
 def _reference_backward(grad: Tensor, *operands: Any) -> tuple[Tensor, Tensor]:
-    wanted = operands[-1]
+    requested = operands[-1]
     found = reference.shift_norm_backward(grad, *operands[:-1])
-    dx, parameters = _empty_gradients(operands[0], wanted)
-    if wanted & DX:
+    dx, parameters = _empty_gradients(operands[0], requested)
+    if requested & DX:
         dx.copy_(found.x)
-    for row, name in zip(parameters, _asked(wanted), strict=True):
+    for row, name in zip(parameters, _asked(requested), strict=True):
         row.copy_(getattr(found, name))
     return dx, parameters
 
@@ -80,11 +80,11 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     operands = registry.saved_inputs(ctx)
     given = dict(zip(OPERANDS, operands, strict=True))
     needs = dict(zip(OPERANDS, ctx.needs_input_grad, strict=True))
-    wanted = sum(bit for name, bit in PARAMETER_BIT.items() if needs[name]) | (DX if needs["x"] else 0)
+    requested = sum(bit for name, bit in PARAMETER_BIT.items() if needs[name]) | (DX if needs["x"] else 0)
     call = _backward if registry.bypasses_dispatcher(grad) else torch.ops.fastgate.shift_norm_backward
-    dx, stacked = call(grad, *operands, wanted)
+    dx, stacked = call(grad, *operands, requested)
     found = {"x": dx} if needs["x"] else {}
-    for name, row in zip(_asked(wanted), stacked.unbind(0), strict=True):
+    for name, row in zip(_asked(requested), stacked.unbind(0), strict=True):
         found[name] = row.to(given[name].dtype)
     return tuple(found.get(name) for name in OPERANDS)
 
@@ -94,8 +94,8 @@ _trained = registry.register_autograd_formula("shift_norm", _forward, _different
 
 def shift_norm(
     x: Tensor,
-    linked: Tensor,
-    shift: Tensor,
+    has_left_neighbour: Tensor,
+    offset: Tensor,
     scale: Tensor,
     before: Tensor,
     after: Tensor,
@@ -103,30 +103,35 @@ def shift_norm(
     norm_bias: Tensor,
     eps: float,
 ) -> Tensor:
-    """LayerNorm(x + shift + scale * x + before * (the row above) + after * (the row below)).
+    """LayerNorm(x + offset + scale * x + before * (the row above) + after * (the row below)).
 
-    x: (rows, H), floating. linked: (rows,) bool, whether a row and the one above it are neighbours; one that
-    is not linked counts as zero, and linked[0] is False. Vectors: (H,). Returns (rows, H) in the dtype of x;
+    x: (rows, H), floating. has_left_neighbour: (rows,) bool, whether a row and the one above it are neighbours; one that
+    is not linked counts as zero, and has_left_neighbour[0] is False. Vectors: (H,). Returns (rows, H) in the dtype of x;
     statistics are float32 (float64 for float64). Differentiable in x and in every vector.
 
     Raises ArgumentError for shapes, dtypes or devices that do not fit.
     """
-    vectors = (shift, scale, before, after, weight, norm_bias)
-    if x.dim() != 2 or linked.shape != x.shape[:1]:
-        got = f"shapes {tuple(x.shape)}, {tuple(linked.shape)}"
-        _refuse("x, linked", got, "(rows, H), (rows,)", "pack the rows")
+    vectors = (offset, scale, before, after, weight, norm_bias)
+    if x.dim() != 2 or has_left_neighbour.shape != x.shape[:1]:
+        got = f"shapes {tuple(x.shape)}, {tuple(has_left_neighbour.shape)}"
+        _refuse("x, has_left_neighbour", got, "(rows, H), (rows,)", "pack the rows")
     for name, vector in zip(PARAMETERS, vectors, strict=True):
         if vector.shape != x.shape[1:]:
             _refuse(name, f"shape {tuple(vector.shape)}", f"({x.shape[1]},)", "match x's last dimension")
-    if x.dtype not in registry.DTYPES or linked.dtype != torch.bool:
-        _refuse("x, linked", f"{x.dtype}, {linked.dtype}", "a floating dtype, bool", "convert them")
-    if x.device != linked.device or x.device != weight.device:
-        got = f"{x.device}, {linked.device}, {weight.device}"
-        _refuse("x, linked, weight", got, "one device", "move them to x's device")
+    if x.dtype not in registry.DTYPES or has_left_neighbour.dtype != torch.bool:
+        _refuse(
+            "x, has_left_neighbour",
+            f"{x.dtype}, {has_left_neighbour.dtype}",
+            "a floating dtype, bool",
+            "convert them",
+        )
+    if x.device != has_left_neighbour.device or x.device != weight.device:
+        got = f"{x.device}, {has_left_neighbour.device}, {weight.device}"
+        _refuse("x, has_left_neighbour, weight", got, "one device", "move them to x's device")
     call: Callable[..., Tensor] = torch.ops.fastgate.shift_norm
     if registry.bypasses_dispatcher(x):
         call = _trained if registry.any_requires_grad(x, *vectors) else _forward
-    return call(x, linked, *vectors, eps)
+    return call(x, has_left_neighbour, *vectors, eps)
 
 
 def _refuse(argument: str, got: object, wanted: str, remedy: str) -> NoReturn:

@@ -222,7 +222,7 @@ def _add_norm(
         norm = end.norm
         return gated_add_norm(
             x, h, norm.weight, norm.bias, norm.eps,
-            bias=bias, gate=gate, scale=scale, shift=shift, dropout_p=end.rate,
+            bias=bias, gate=gate, scale=scale, offset=shift, dropout_p=end.rate,
         )  # fmt: skip
     x = end.dropout(_with_bias(x, bias))
     x = x if gate is None else gate.to(x.dtype) * x

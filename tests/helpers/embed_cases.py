@@ -107,7 +107,7 @@ def gradients(function, given, grad):
     return y.detach(), dict(zip(names, found, strict=True))
 
 
-def wanted_bits(given):
+def requested_bits(given):
     return sum(bit for name, bit in BIT.items() if given[name] is not None)
 
 
@@ -115,10 +115,10 @@ def run(backend, given, grad):
     """y and the gradients by name, from one backend's own functions."""
     operands = [given[name] for name in OPERANDS]
     y = backend.forward(*operands)
-    wanted = wanted_bits(given)
-    *tables, rows = backend.backward(grad.to(y.dtype), *operands, wanted)
+    requested = requested_bits(given)
+    *tables, rows = backend.backward(grad.to(y.dtype), *operands, requested)
     found = dict(zip(TABLES, tables, strict=True))
-    for name, row in zip([n for n in PARAMETERS if wanted & BIT[n]], rows, strict=True):
+    for name, row in zip([n for n in PARAMETERS if requested & BIT[n]], rows, strict=True):
         found[name] = row.to(given[name].dtype)
     return y, found
 
@@ -180,7 +180,7 @@ def check_strides(backend):
     assert all(torch.allclose(grads[key], grads_dense[key], rtol=1e-6, atol=1e-6) for key in grads)
 
 
-def check_unwanted(backend, names):
+def check_unrequested(backend, names):
     """Only the gradients asked for, with the bits they have when all are; the others have no elements."""
     given = make(40, 24, DTYPES[0], "two norms and dropout")
     operands = [given[name] for name in OPERANDS]

@@ -12,7 +12,7 @@ from unittest import mock
 import torch
 from helpers import embed_cases, shift_cases
 from helpers.cases import DTYPES
-from helpers.norm_cases import make, wanted_bits
+from helpers.norm_cases import make, requested_bits
 
 from fastgate.kernels import (
     absorbed_attention,
@@ -56,7 +56,7 @@ def _gated_add_norm(rows: int, hidden: int, dtypes: object, call: str) -> Callab
 
     def both() -> None:
         y = gated_add_norm.forward(*positional)
-        gated_add_norm.backward(y, *positional, wanted_bits(given))
+        gated_add_norm.backward(y, *positional, requested_bits(given))
 
     return both
 
@@ -125,7 +125,7 @@ def _embed_norm(rows: int, hidden: int, dtypes: object, call: str) -> Callable[[
 
     def both() -> None:
         y = embed_norm.forward(*positional)
-        embed_norm.backward(y, *positional, embed_cases.wanted_bits(given))
+        embed_norm.backward(y, *positional, embed_cases.requested_bits(given))
 
     return both
 
@@ -146,7 +146,10 @@ def _shift_norm(rows: int, hidden: int, dtypes: object) -> Callable[[], object]:
         name: value.to("meta") if isinstance(value, torch.Tensor) else value
         for name, value in shift_cases.make(1, hidden, dtypes).items()
     }
-    given["x"], given["linked"] = given["x"].new_empty((rows, hidden)), given["linked"].new_empty(rows)
+    given["x"], given["has_left_neighbour"] = (
+        given["x"].new_empty((rows, hidden)),
+        given["has_left_neighbour"].new_empty(rows),
+    )
     positional = [given[name] for name in SHIFT_OPERANDS]
 
     def both() -> None:

@@ -15,9 +15,9 @@ CALLS = {
     "plain": ((), 0.0),
     "bias": (("bias",), 0.0),
     "dropout": (("bias",), 0.1),
-    "gate": (("bias", "gate", "shift"), 0.0),
-    "everything": (("bias", "gate", "scale", "shift"), 0.3),
-    "replacement": (("scale", "shift"), 0.0),
+    "gate": (("bias", "gate", "offset"), 0.0),
+    "everything": (("bias", "gate", "scale", "offset"), 0.3),
+    "replacement": (("scale", "offset"), 0.0),
     "two norms": (("bias", "weight2", "norm_bias2"), 0.0),
     "two norms and dropout": (("bias", "scale", "weight2", "norm_bias2"), 0.5),
 }
@@ -66,8 +66,8 @@ def eager(given, mask):
     if given["scale"] is not None:
         u = u * given["scale"]
     u = u + sublayer
-    if given["shift"] is not None:
-        u = u + given["shift"]
+    if given["offset"] is not None:
+        u = u + given["offset"]
     if given["weight"] is None:
         return u
 
@@ -103,7 +103,7 @@ def gradients(function, given, grad):
     return y.detach(), dict(zip(names, found, strict=True))
 
 
-def wanted_bits(given):
+def requested_bits(given):
     return 3 | sum(bit for name, bit in PARAMETER_BIT.items() if given[name] is not None)
 
 
@@ -111,10 +111,10 @@ def run(backend, given, grad):
     """y and the gradients by name, from one backend's own functions."""
     operands = [given[name] for name in OPERANDS]
     y = backend.forward(*operands)
-    wanted = wanted_bits(given)
-    dx, dresidual, rows = backend.backward(grad.to(y.dtype), *operands, wanted)
+    requested = requested_bits(given)
+    dx, dresidual, rows = backend.backward(grad.to(y.dtype), *operands, requested)
     found = {"x": dx, "residual": dresidual}
-    for name, row in zip([n for n in PARAMETERS if wanted & PARAMETER_BIT[n]], rows, strict=True):
+    for name, row in zip([n for n in PARAMETERS if requested & PARAMETER_BIT[n]], rows, strict=True):
         found[name] = (row.sum() if name == "gate" else row).to(given[name].dtype)
     return y, found
 

@@ -21,9 +21,12 @@ def make(rows, hidden, dtypes, links=0.8, seed=0):
     def draw(*shape, mean=0.0):
         return mean + torch.randn(shape, generator=generator)
 
-    linked = torch.rand(rows, generator=generator) < links
-    linked[:1] = False
-    given = {"x": (1.5 * draw(rows, hidden, mean=0.3)).to(dtypes[0]), "linked": linked}
+    has_left_neighbour = torch.rand(rows, generator=generator) < links
+    has_left_neighbour[:1] = False
+    given = {
+        "x": (1.5 * draw(rows, hidden, mean=0.3)).to(dtypes[0]),
+        "has_left_neighbour": has_left_neighbour,
+    }
     given |= {name: draw(hidden).to(dtypes[1]) for name in PARAMETERS}
     given["weight"] = draw(hidden, mean=1.0).to(dtypes[1])
     return given | {"eps": 1e-5}
@@ -31,12 +34,14 @@ def make(rows, hidden, dtypes, links=0.8, seed=0):
 
 def mixed(given):
     """u as one would write it in torch with an index for each row beside, in the operands' own precision."""
-    x, linked = given["x"], given["linked"]
+    x, has_left_neighbour = given["x"], given["has_left_neighbour"]
     padded = torch.cat([x.new_zeros(1, x.shape[1]), x, x.new_zeros(1, x.shape[1])])
     place = torch.arange(1, len(x) + 1)
-    above = padded[torch.where(linked, place - 1, 0)]
-    below = padded[torch.where(torch.cat([linked, linked.new_zeros(1)])[1:], place + 1, 0)]
-    return x + given["shift"] + given["scale"] * x + given["before"] * above + given["after"] * below
+    above = padded[torch.where(has_left_neighbour, place - 1, 0)]
+    below = padded[
+        torch.where(torch.cat([has_left_neighbour, has_left_neighbour.new_zeros(1)])[1:], place + 1, 0)
+    ]
+    return x + given["offset"] + given["scale"] * x + given["before"] * above + given["after"] * below
 
 
 def eager(given):
@@ -46,12 +51,12 @@ def eager(given):
     return layer_norm(u, u.shape[-1:], weight, bias, given["eps"]).to(given["x"].dtype)
 
 
-def run(backend, given, grad, wanted=ALL):
+def run(backend, given, grad, requested=ALL):
     """y and the gradients by name, from one backend's own functions."""
     operands = [given[name] for name in OPERANDS]
     y = backend.forward(*operands)
-    dx, rows = backend.backward(grad.to(y.dtype), *operands, wanted)
-    asked = [name for name in PARAMETERS if wanted & PARAMETER_BIT[name]]
+    dx, rows = backend.backward(grad.to(y.dtype), *operands, requested)
+    asked = [name for name in PARAMETERS if requested & PARAMETER_BIT[name]]
     found = {name: row.to(given[name].dtype) for name, row in zip(asked, rows, strict=True)}
     return y, {"x": dx} | found
 
@@ -83,7 +88,7 @@ def check(backend, given):
 def check_strangers(backend):
     """What a row not linked holds, NaN even, reaches neither the rows beside it nor their gradients."""
     given = make(70, 24, DTYPES[0], links=1.0)
-    given["linked"][[0, 31, 32, 33, 64]] = False  # at the edges of what is summed together, too
+    given["has_left_neighbour"][[0, 31, 32, 33, 64]] = False  # at the edges of what is summed together, too
     grad = torch.randn(70, 24, generator=torch.Generator().manual_seed(1))
     y, grads = run(backend, given, grad)
     changed = {**given, "x": given["x"].clone()}
@@ -97,7 +102,11 @@ def check_strangers(backend):
 def check_strides(backend):
     """Operands with any strides give what dense ones give."""
     given = make(6, 20, DTYPES[0])
-    wide = {**given, "x": torch.randn(20, 6).t(), "linked": torch.zeros(12, dtype=torch.bool)[::2]}
+    wide = {
+        **given,
+        "x": torch.randn(20, 6).t(),
+        "has_left_neighbour": torch.zeros(12, dtype=torch.bool)[::2],
+    }
     wide |= {name: torch.randn(40)[::2] for name in ("scale", "weight")}
     dense = {key: t.contiguous() if isinstance(t, torch.Tensor) else t for key, t in wide.items()}
     grad = torch.randn(20, 6).t()
@@ -107,7 +116,7 @@ def check_strides(backend):
     assert all(torch.allclose(grads[key], grads_dense[key], rtol=1e-6, atol=1e-6) for key in grads)
 
 
-def check_unwanted(backend, names):
+def check_unrequested(backend, names):
     """Only the gradients asked for, with the bits they have when all are; the others have no elements."""
     given = make(40, 24, DTYPES[0])
     grad = torch.randn(40, 24, generator=torch.Generator().manual_seed(1))

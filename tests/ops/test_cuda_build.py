@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers import cubin_stats, cuda_resources, subprocesses
 from helpers.cases import BF16, DTYPES, FP16, FP32, SHAPES, Dtypes
-from helpers.norm_cases import CALLS, SEED, check, make, run, wanted_bits
+from helpers.norm_cases import CALLS, SEED, check, make, run, requested_bits
 from hypothesis import given as drawn
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -304,7 +304,7 @@ def test_another_stream_waits_for_nobody_else_s(on_gpu):
 def test_a_graph_replays_with_new_values_gate_and_seed(on_gpu):
     given = _to(make((515, 768), DTYPES[1], "everything"), "cuda")
     grad = torch.randn(515, 768, device="cuda", dtype=torch.bfloat16)
-    operands, wanted = [given[name] for name in OPERANDS], wanted_bits(given)
+    operands, wanted = [given[name] for name in OPERANDS], requested_bits(given)
 
     def step():
         return on_gpu.forward(*operands), *on_gpu.backward(grad, *operands, wanted)

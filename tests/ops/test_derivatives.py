@@ -186,12 +186,12 @@ def test_every_ops_second_derivative(monkeypatch):
         )
     h, vector = 6, lambda seed: numbers(6, seed=seed)
     rows = SequenceOffsets((3, 2), torch.device("cpu"))
-    linked = torch.tensor([False, True, True, False, True])
+    has_left_neighbour = torch.tensor([False, True, True, False, True])
     ids = torch.tensor([1, 0, 2, 1, 3])
     checks = {
         gated_add_norm: lambda x, r, w, b, g, s: gated_add_norm(x, r, w, b, 1e-5, gate=g, scale=s, bias=b),
         embed_norm: lambda t, p, y, w, b: embed_norm(ids, ids, None, t, p, y, w, b, 1e-5, padding_idx=0),
-        shift_norm: lambda x, s, w: shift_norm(x, linked, s, s, w, s, w, s, 1e-5),
+        shift_norm: lambda x, s, w: shift_norm(x, has_left_neighbour, s, s, w, s, w, s, 1e-5),
         linear: linear,
         linear_gelu: linear_gelu,
         attention: lambda q, k, v, b: attention(

@@ -16,12 +16,12 @@ from helpers.embed_cases import (
     check,
     check_masks,
     check_strides,
-    check_unwanted,
+    check_unrequested,
     eager,
     gradients,
     make,
     run,
-    wanted_bits,
+    requested_bits,
 )
 from helpers.norm_cases import differentiable, double
 from hypothesis import given, settings
@@ -94,7 +94,7 @@ def test_strided_operands(name):
 @pytest.mark.parametrize("names", [("word_table",), ("type_table", "weight"), ("norm_bias2",)])
 @pytest.mark.parametrize("name", BACKENDS)
 def test_only_the_gradients_asked_for(name, names, poisoned):
-    check_unwanted(BACKENDS[name], names)
+    check_unrequested(BACKENDS[name], names)
 
 
 @pytest.mark.parametrize("call", ["plain", "two norms and dropout"])
@@ -225,7 +225,7 @@ def test_opcheck(call, dtypes):
     grad = torch.randn(3, 10).to(dtypes[0])
     torch.library.opcheck(torch.ops.fastgate.embed_norm.default, tuple(differentiable(given).values()))
     torch.library.opcheck(
-        torch.ops.fastgate.embed_norm_backward.default, (grad, *given.values(), wanted_bits(given))
+        torch.ops.fastgate.embed_norm_backward.default, (grad, *given.values(), requested_bits(given))
     )
 
 

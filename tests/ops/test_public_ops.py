@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.cases import DTYPES
-from helpers.norm_cases import CALLS, differentiable, eager, gradients, keep_mask, make, wanted_bits
+from helpers.norm_cases import CALLS, differentiable, eager, gradients, keep_mask, make, requested_bits
 from torch.nn.functional import layer_norm
 
 from fastgate.errors import ArgumentError
@@ -50,7 +50,7 @@ def test_only_the_gradients_asked_for():
     )
     (got,) = torch.autograd.grad(y.square().sum(), gate)
     twin = given["gate"].detach().requires_grad_()
-    again = eager({**given, "gate": twin, "scale": None, "shift": None}, None)
+    again = eager({**given, "gate": twin, "scale": None, "offset": None}, None)
     (want,) = torch.autograd.grad(again.square().sum(), twin)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
@@ -104,7 +104,7 @@ def test_opcheck(call, dtypes):
     grad = torch.randn(3, 10)
     torch.library.opcheck(torch.ops.fastgate.gated_add_norm.default, tuple(differentiable(given).values()))
     torch.library.opcheck(
-        torch.ops.fastgate.gated_add_norm_backward.default, (grad, *given.values(), wanted_bits(given))
+        torch.ops.fastgate.gated_add_norm_backward.default, (grad, *given.values(), requested_bits(given))
     )
 
 
@@ -112,7 +112,7 @@ def test_opcheck(call, dtypes):
 def test_compiles_whole(call):
     """torch.compile without a graph break, forward and backward, to the eager values."""
     given = make((6, 24), DTYPES[0], call)
-    keywords = {name: given[name] for name in ("gate", "scale", "shift")}
+    keywords = {name: given[name] for name in ("gate", "scale", "offset")}
     dropout_p = given["dropout_p"]
 
     def function(x, residual, weight, norm_bias, bias):
@@ -136,7 +136,7 @@ REFUSED = {
     "integers": (dict(x=torch.zeros(3, 8, dtype=torch.int64)), "x, residual"),
     "bias": (dict(bias=torch.zeros(9)), "bias"),
     "scale": (dict(scale=torch.zeros(1)), "scale"),
-    "shift": (dict(shift=torch.zeros(3, 8)), "shift"),
+    "offset": (dict(offset=torch.zeros(3, 8)), "offset"),
     "gate": (dict(gate=torch.zeros(1)), "gate"),
     "dropout_p": (dict(dropout_p=1.0), "dropout_p"),
     "negative dropout_p": (dict(dropout_p=-0.1), "dropout_p"),

@@ -14,7 +14,7 @@ from helpers.shift_cases import (
     check,
     check_strangers,
     check_strides,
-    check_unwanted,
+    check_unrequested,
     eager,
     make,
     run,
@@ -80,10 +80,10 @@ def test_strided_operands(name):
     check_strides(BACKENDS[name])
 
 
-@pytest.mark.parametrize("names", [("x",), ("shift", "weight"), ("before", "norm_bias"), ()])
+@pytest.mark.parametrize("names", [("x",), ("offset", "weight"), ("before", "norm_bias"), ()])
 @pytest.mark.parametrize("name", BACKENDS)
 def test_only_the_gradients_asked_for(name, names, poisoned):
-    check_unwanted(BACKENDS[name], names)
+    check_unrequested(BACKENDS[name], names)
 
 
 @pytest.mark.parametrize("name", [name for name in BACKENDS if name != "reference"])
@@ -102,8 +102,9 @@ def test_bits_do_not_depend_on_threads(name):
 def test_it_is_the_norm_of_a_replacement():
     given = make(31, 48, DTYPES[0])
     replacement = Replacement("shift", 48)
-    replacement.load_state_dict({name: given[name] for name in PARAMETERS[:4]})
-    u = given["x"] + replacement(given["x"], given["linked"])
+    vectors = zip(("shift", "scale", "before", "after"), PARAMETERS, strict=False)  # as checkpoints name them
+    replacement.load_state_dict({key: given[name] for key, name in vectors})
+    u = given["x"] + replacement(given["x"], given["has_left_neighbour"])
     want = torch.nn.functional.layer_norm(u, (48,), given["weight"], given["norm_bias"], given["eps"])
     torch.testing.assert_close(shift_norm(**given), want, rtol=1e-5, atol=1e-5)
 
@@ -113,9 +114,11 @@ def test_the_compiled_op_refuses_what_would_read_elsewhere(name):
     given = make(9, 24, DTYPES[0])
     backend, grad = BACKENDS[name], torch.randn(9, 24)
     wrong = {
-        "x, linked: got other dtypes or shapes": dict(linked=given["linked"][:3]),
-        "x, linked: got other dtypes": dict(linked=given["linked"].int()),
-        "x, linked: got other": dict(x=given["x"].double()),
+        "x, (linked|has_left_neighbour): got other dtypes or shapes": dict(
+            has_left_neighbour=given["has_left_neighbour"][:3]
+        ),
+        "x, (linked|has_left_neighbour): got other dtypes": dict(has_left_neighbour=given["has_left_neighbour"].int()),
+        "x, (linked|has_left_neighbour): got other": dict(x=given["x"].double()),
         "vectors: got 23 elements, wanted 24": dict(after=torch.randn(23)),
     }
     for message, changed in wrong.items():
@@ -180,11 +183,11 @@ def test_compiles_whole():
 
 
 REFUSED = {
-    "rows": (dict(x=torch.zeros(8)), "x, linked"),
-    "links": (dict(linked=torch.zeros(4, dtype=torch.bool)), "x, linked"),
-    "link dtype": (dict(linked=torch.zeros(3)), "x, linked"),
-    "integers": (dict(x=torch.zeros(3, 8, dtype=torch.int64)), "x, linked"),
-    "device": (dict(x=torch.zeros(3, 8, device="meta")), "x, linked, weight"),
+    "rows": (dict(x=torch.zeros(8)), "x, has_left_neighbour"),
+    "links": (dict(has_left_neighbour=torch.zeros(4, dtype=torch.bool)), "x, has_left_neighbour"),
+    "link dtype": (dict(has_left_neighbour=torch.zeros(3)), "x, has_left_neighbour"),
+    "integers": (dict(x=torch.zeros(3, 8, dtype=torch.int64)), "x, has_left_neighbour"),
+    "device": (dict(x=torch.zeros(3, 8, device="meta")), "x, has_left_neighbour, weight"),
     **{name: ({name: torch.zeros(7)}, name) for name in PARAMETERS},
 }
 

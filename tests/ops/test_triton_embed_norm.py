@@ -17,10 +17,10 @@ from helpers.embed_cases import (
     check,
     check_masks,
     check_strides,
-    check_unwanted,
+    check_unrequested,
     make,
     run,
-    wanted_bits,
+    requested_bits,
 )
 from helpers.triton_device import DEVICE, INTERPRETED, gpu_only, moved
 from hypothesis import given, settings
@@ -94,14 +94,14 @@ def test_strided_operands():
 
 @pytest.mark.parametrize("names", [("word_table",), ("type_table", "weight"), ("norm_bias2",)])
 def test_only_the_gradients_asked_for(names, poisoned):
-    check_unwanted(BACKEND, names)
+    check_unrequested(BACKEND, names)
 
 
 def test_unaligned_operands():
     """Tensors that begin between 16-byte boundaries give the same bits."""
     given = make(13, 48, DTYPES[1], "two norms and dropout")
     grad = torch.randn(13, 48, generator=torch.Generator().manual_seed(1)).bfloat16().to(DEVICE)
-    operands, wanted = moved([given[name] for name in OPERANDS], DEVICE), wanted_bits(given)
+    operands, wanted = moved([given[name] for name in OPERANDS], DEVICE), requested_bits(given)
     shifted = [
         torch.empty(value.numel() + 1, dtype=value.dtype, device=DEVICE)[1:].view(value.shape).copy_(value)
         if isinstance(value, torch.Tensor)
@@ -166,7 +166,7 @@ def launched(request):
     )
 
     def call():
-        backward = embed_norm.backward(grad, *operands, wanted_bits(given))
+        backward = embed_norm.backward(grad, *operands, requested_bits(given))
         return [embed_norm.forward(*operands), *backward]
 
     return call, operands

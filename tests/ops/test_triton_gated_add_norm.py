@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import triton_device
 from helpers.cases import DTYPES, SHAPES
-from helpers.norm_cases import CALLS, SEED, check, check_masks, check_strides, make, run, wanted_bits
+from helpers.norm_cases import CALLS, SEED, check, check_masks, check_strides, make, run, requested_bits
 from helpers.triton_device import DEVICE, INTERPRETED, gpu_only, moved
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -88,7 +88,7 @@ def test_unaligned_operands():
     """Tensors that begin between 16-byte boundaries give the same bits."""
     given = make((13, 48), DTYPES[1], "everything")
     grad = torch.randn(13, 48, generator=torch.Generator().manual_seed(1)).bfloat16()
-    operands, wanted = moved([given[name] for name in OPERANDS], DEVICE), wanted_bits(given)
+    operands, wanted = moved([given[name] for name in OPERANDS], DEVICE), requested_bits(given)
     shifted = [
         torch.empty(value.numel() + 1, dtype=value.dtype, device=DEVICE)[1:].view(value.shape).copy_(value)
         if isinstance(value, torch.Tensor)
@@ -102,14 +102,14 @@ def test_unaligned_operands():
     assert all(torch.equal(one, other) for one, other in zip(found, again, strict=True))
 
 
-@pytest.mark.parametrize("names", [("x",), ("residual", "weight"), ("gate",), ("bias", "shift")])
+@pytest.mark.parametrize("names", [("x",), ("residual", "weight"), ("gate",), ("bias", "offset")])
 def test_only_the_gradients_asked_for(names, poisoned):
     """The same bits as when all are asked for; the others have no elements."""
     given = make((40, 24), DTYPES[0], "everything")
     operands = moved([given[name] for name in OPERANDS], DEVICE)
     grad = torch.randn(40, 24, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     bits = {"x": DX, "residual": DRESIDUAL, **PARAMETER_BIT}
-    every = wanted_bits(given)
+    every = requested_bits(given)
     dx, dresidual, rows = gated_add_norm.backward(grad, *operands, every)
     asked = [name for name in PARAMETERS if every & bits[name]]
     full = {"x": dx, "residual": dresidual, **dict(zip(asked, rows, strict=True))}
@@ -145,7 +145,7 @@ def launched():
     grad = torch.randn(700, 384, generator=torch.Generator().manual_seed(1)).to(DEVICE, torch.bfloat16)
 
     def call():
-        backward = gated_add_norm.backward(grad, *operands, wanted_bits(given))
+        backward = gated_add_norm.backward(grad, *operands, requested_bits(given))
         return [gated_add_norm.forward(*operands), *backward]
 
     return call, operands

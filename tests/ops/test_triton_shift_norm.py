@@ -8,7 +8,16 @@ import pytest
 import torch
 from helpers import triton_device
 from helpers.cases import SHAPES
-from helpers.shift_cases import ALL, DTYPES, check, check_strangers, check_strides, check_unwanted, make, run
+from helpers.shift_cases import (
+    ALL,
+    DTYPES,
+    check,
+    check_strangers,
+    check_strides,
+    check_unrequested,
+    make,
+    run,
+)
 from helpers.triton_device import DEVICE, INTERPRETED, gpu_only, moved
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -77,9 +86,9 @@ def test_strided_operands():
     check_strides(BACKEND)
 
 
-@pytest.mark.parametrize("names", [("x",), ("shift", "weight"), ("before", "norm_bias"), ()])
+@pytest.mark.parametrize("names", [("x",), ("offset", "weight"), ("before", "norm_bias"), ()])
 def test_only_the_gradients_asked_for(names, poisoned):
-    check_unwanted(BACKEND, names)
+    check_unrequested(BACKEND, names)
 
 
 def test_unaligned_operands():
@@ -124,11 +133,13 @@ def launched():
 @gpu_only
 def test_graph_replay_reads_the_operands_anew(launched):
     call, operands = launched
-    x, linked, before = (operands[OPERANDS.index(name)] for name in ("x", "linked", "before"))
+    x, has_left_neighbour, before = (
+        operands[OPERANDS.index(name)] for name in ("x", "has_left_neighbour", "before")
+    )
 
     def change():
         x.mul_(0.5)
-        linked[5:].copy_(linked[5:].logical_not())
+        has_left_neighbour[5:].copy_(has_left_neighbour[5:].logical_not())
         before.add_(1)
 
     triton_device.check_replay(call, change)
@@ -147,8 +158,8 @@ def test_the_slot_is_filled_and_trains():
     names = ("x", *PARAMETERS)
     twins = [given[name].requires_grad_() for name in names]
     leaves = [twin.detach().to(DEVICE).requires_grad_() for twin in twins]
-    found = public_shift_norm(leaves[0], given["linked"].to(DEVICE), *leaves[1:], given["eps"])
-    want = reference.shift_norm(twins[0], given["linked"], *twins[1:], given["eps"])
+    found = public_shift_norm(leaves[0], given["has_left_neighbour"].to(DEVICE), *leaves[1:], given["eps"])
+    want = reference.shift_norm(twins[0], given["has_left_neighbour"], *twins[1:], given["eps"])
     torch.testing.assert_close(found.cpu(), want, rtol=1e-4, atol=1e-4)
     grads = torch.autograd.grad(found.square().sum(), leaves)
     for got, true in zip(grads, torch.autograd.grad(want.square().sum(), twins), strict=True):

@@ -1,7 +1,7 @@
 """gated_add_norm, the mathematics: with rows i and channels j, keep mask m and keep probability 1 - p:
 
     d = m * (x + bias) / (1 - p)                      dropout of the sublayer's output
-    u = scale * residual + gate * d + shift
+    u = scale * residual + gate * d + offset
     y = (u - mean(u)) * rstd(u) * weight + norm_bias  then, if weight2 is given, a second norm of y
 
 and backwards, with xhat = (u - mean) * rstd, t = dy * weight and means over channels:
@@ -9,7 +9,7 @@ and backwards, with xhat = (u - mean) * rstd, t = dy * weight and means over cha
     du        = rstd * (t - mean(t) - xhat * mean(t * xhat))
     dx        = gate * m / (1 - p) * du               dbias  = sum_i dx
     dresidual = scale * du                            dscale = sum_i du * residual
-    dgate     = sum_ij du * d                         dshift = sum_i du
+    dgate     = sum_ij du * d                         doffset = sum_i du
     dweight   = sum_i dy * xhat                       dnorm_bias = sum_i dy
 """
 
@@ -32,7 +32,7 @@ class Gradients(NamedTuple):
     bias: Tensor | None
     gate: Tensor | None
     scale: Tensor | None
-    shift: Tensor | None
+    offset: Tensor | None
     weight: Tensor
     norm_bias: Tensor
     weight2: Tensor | None
@@ -40,9 +40,13 @@ class Gradients(NamedTuple):
 
 
 def _mix(
-    dropped: Tensor, residual: Tensor, gate: Tensor | float | None, scale: Tensor | None, shift: Tensor | None
+    dropped: Tensor,
+    residual: Tensor,
+    gate: Tensor | float | None,
+    scale: Tensor | None,
+    offset: Tensor | None,
 ) -> Tensor:
-    """u = scale * residual + gate * dropped + shift, in dropped's dtype."""
+    """u = scale * residual + gate * dropped + offset, in dropped's dtype."""
     dtype = dropped.dtype
     u = residual.to(dtype)
     if scale is not None:
@@ -50,7 +54,7 @@ def _mix(
     if gate is not None:
         dropped = dropped * (gate.to(dtype) if isinstance(gate, Tensor) else gate)
     u = u + dropped
-    return u if shift is None else u + shift.to(dtype)
+    return u if offset is None else u + offset.to(dtype)
 
 
 def gated_add_norm(
@@ -63,7 +67,7 @@ def gated_add_norm(
     bias: Tensor | None = None,
     gate: Tensor | float | None = None,
     scale: Tensor | None = None,
-    shift: Tensor | None = None,
+    offset: Tensor | None = None,
     dropout_p: float = 0.0,
     mask: Tensor | None = None,
     weight2: Tensor | None = None,
@@ -77,7 +81,7 @@ def gated_add_norm(
     """
     dtype = accumulation_dtype(x, residual)
     dropped = drop(x, bias, dropout_p, mask, dtype)
-    u = _mix(dropped, residual, gate, scale, shift)
+    u = _mix(dropped, residual, gate, scale, offset)
     y = layer_norm(u, u.shape[-1:], weight.to(dtype), norm_bias.to(dtype), eps)
     if weight2 is not None:
         y = layer_norm(y, y.shape[-1:], weight2.to(dtype), cast(norm_bias2, dtype), eps2)
@@ -95,7 +99,7 @@ def gated_add_norm_backward(
     bias: Tensor | None = None,
     gate: Tensor | float | None = None,
     scale: Tensor | None = None,
-    shift: Tensor | None = None,
+    offset: Tensor | None = None,
     dropout_p: float = 0.0,
     mask: Tensor | None = None,
     weight2: Tensor | None = None,
@@ -111,7 +115,7 @@ def gated_add_norm_backward(
     hidden = x.shape[-1]
     x, residual, grad = (t.reshape(-1, hidden) for t in (x, residual, grad))
     dropped = drop(x, bias, dropout_p, mask, dtype)
-    xhat, rstd = normalise(_mix(dropped, residual, gate, scale, shift), eps)
+    xhat, rstd = normalise(_mix(dropped, residual, gate, scale, offset), eps)
     weight, norm_bias, dy = weight.to(dtype), norm_bias.to(dtype), grad.to(dtype)
     dweight2 = dnorm_bias2 = None
     if weight2 is not None:
@@ -128,7 +132,7 @@ def gated_add_norm_backward(
         bias=None if bias is None else dx.sum(0),
         gate=None if gate is None else (du * dropped).sum(),
         scale=None if scale is None else (du * residual.to(dtype)).sum(0),
-        shift=None if shift is None else du.sum(0),
+        offset=None if offset is None else du.sum(0),
         weight=(dy * xhat).sum(0),
         norm_bias=dy.sum(0),
         weight2=dweight2,
