@@ -68,7 +68,7 @@ using OptionalTensor = std::optional<Tensor>;
 namespace cpu {
 std::tuple<Tensor, Tensor> absorbed_attention(FASTGATE_PARAMETERS(FASTGATE_ABSORBED_ATTENTION_OPERANDS));
 std::tuple<Tensor, Tensor> absorbed_attention_backward(
-    Tensor grad, OptionalTensor grad_total, FASTGATE_PARAMETERS(FASTGATE_ABSORBED_ATTENTION_OPERANDS));
+    Tensor grad_mixed, OptionalTensor grad_total, FASTGATE_PARAMETERS(FASTGATE_ABSORBED_ATTENTION_OPERANDS));
 Tensor embed_norm(FASTGATE_PARAMETERS(FASTGATE_EMBED_NORM_OPERANDS));
 std::tuple<Tensor, Tensor, Tensor, Tensor> embed_norm_backward(
     Tensor grad, FASTGATE_PARAMETERS(FASTGATE_EMBED_NORM_OPERANDS), int64_t requested);

@@ -29,7 +29,7 @@ struct AbsorbedProblem {
   const void* x;
   float scale;
   Dropout dropout;
-  bool direct;  // rows are float32 in whole vectors: products read them where they lie
+  bool direct;  // rows are float32 in whole vectors: gemm reads them where they lie
 };
 
 struct AbsorbedGradients {
@@ -73,8 +73,8 @@ FASTGATE_INLINE FloatRows x_of(const AbsorbedProblem& o, int64_t row, int64_t co
   return rows_of<T>(o, o.x, row * o.width, o.width, count, buffer);
 }
 
-// Where products leave `count` rows that belong at `row` of `to`; `write_back` brings them there.
-FASTGATE_INLINE FloatRows product_target(const AbsorbedProblem& o, void* to, int64_t row, float* buffer) {
+// Where gemm leaves rows that belong at `row` of `to`; `write_back` brings them there.
+FASTGATE_INLINE FloatRows gemm_target(const AbsorbedProblem& o, void* to, int64_t row, float* buffer) {
   return o.direct ? FloatRows{static_cast<float*>(to) + row * o.width, o.width} : FloatRows{buffer, row_stride(o.width)};
 }
 
@@ -86,22 +86,22 @@ FASTGATE_INLINE void write_back(const AbsorbedProblem& o, const FloatRows& from,
     for_each(o.width, [&](int64_t j) { store(out, i * o.width + j, from.at[i * from.step + j]); });
 }
 
-// One sequence's run of heads: its rows and the sizes of its buffers.
-struct HeadRun {
+// Heads of one sequence that are computed together: their rows and the sizes of their buffers.
+struct HeadGroup {
   int64_t sequence, head, heads, row, rows;
   int64_t blocks, apart;  // of a row of scores: 16 a block; distance between such rows
 };
 
 // The units from `begin` that belong to its sequence, and come before `end`.
-HeadRun head_run(const AbsorbedProblem& o, int64_t begin, int64_t end) {
+HeadGroup head_group(const AbsorbedProblem& o, int64_t begin, int64_t end) {
   const int64_t sequence = begin / o.heads, head = begin % o.heads;
   const int64_t row = o.ends[sequence], rows = o.ends[sequence + 1] - row;
   return {sequence, head, std::min(o.heads - head, end - begin), row, rows, (rows + 15) / 16, row_stride(rows)};
 }
 
-// out (heads, rows) = left x^T, `left` a row for each of the run's heads.
+// out (heads, rows) = left x^T, `left` a row for each of the group's heads.
 template <class T>
-FASTGATE_INLINE void against_rows(const AbsorbedProblem& o, const HeadRun& r, const FloatRows& left, float* out, float* buffer) {
+FASTGATE_INLINE void scores_against_rows(const AbsorbedProblem& o, const HeadGroup& r, const FloatRows& left, float* out, float* buffer) {
   for (int64_t first = 0; first < r.rows; first += kRows) {
     const int64_t count = std::min(kRows, r.rows - first);
     const FloatRows x = x_of<T>(o, r.row + first, count, buffer);
@@ -109,12 +109,12 @@ FASTGATE_INLINE void against_rows(const AbsorbedProblem& o, const HeadRun& r, co
   }
 }
 
-// The run's heads of `to` = weights (heads, rows) x.
+// The group's heads of `to` = weights (heads, rows) x.
 template <class T>
 FASTGATE_INLINE void mix_rows(
-    const AbsorbedProblem& o, const HeadRun& r, const float* weights, void* to, float* buffer, float* mixed) {
+    const AbsorbedProblem& o, const HeadGroup& r, const float* weights, void* to, float* buffer, float* mixed) {
   const int64_t place = r.sequence * o.heads + r.head;
-  const FloatRows out = product_target(o, to, place, mixed);
+  const FloatRows out = gemm_target(o, to, place, mixed);
   for (int64_t first = 0; first == 0 || first < r.rows; first += kRows) {
     const int64_t count = std::min(kRows, r.rows - first);
     const FloatRows x = x_of<T>(o, r.row + first, count, buffer);
@@ -125,16 +125,16 @@ FASTGATE_INLINE void mix_rows(
   write_back<T>(o, out, r.heads, to, place);
 }
 
-// The run's probabilities into `scores`.
+// The group's probabilities into `scores`.
 template <class T>
-FASTGATE_INLINE void weigh(const AbsorbedProblem& o, const HeadRun& r, float* scores, float* probes, float* buffer) {
-  against_rows<T>(o, r, heads_of<T>(o, o.probe, r.sequence, r.head, r.heads, probes), scores, buffer);
+FASTGATE_INLINE void weigh(const AbsorbedProblem& o, const HeadGroup& r, float* scores, float* probes, float* buffer) {
+  scores_against_rows<T>(o, r, heads_of<T>(o, o.probe, r.sequence, r.head, r.heads, probes), scores, buffer);
   for (int64_t h = 0; h < r.heads; ++h) for_each(r.rows, [&](int64_t j) { scores[h * r.apart + j] *= o.scale; });
   softmax(scores, r.heads, r.apart, r.rows, r.blocks);
 }
 
-// Dropout factors of the run's head h; the counter row is sequence * heads + head.
-FASTGATE_INLINE void draw_factors(const AbsorbedProblem& o, const HeadRun& r, int64_t h, float* factors) {
+// Dropout factors of the group's head h; the counter row is sequence * heads + head.
+FASTGATE_INLINE void draw_factors(const AbsorbedProblem& o, const HeadGroup& r, int64_t h, float* factors) {
   keep_factors(o.dropout, r.sequence * o.heads + r.head + h, r.rows, factors);
 }
 
@@ -155,7 +155,7 @@ FASTGATE_INLINE void forward_units(const AbsorbedProblem& o, const AbsorbedOutpu
   float *buffer = arena.take(rows_size(o)), *probes = arena.take(heads_size(o)), *mixed = arena.take(heads_size(o));
   float *scores = arena.take(longest_row(o, longest)), *factors = arena.take(row_stride(longest));
   for (int64_t unit = begin; unit < end;) {
-    const HeadRun r = head_run(o, unit, end);
+    const HeadGroup r = head_group(o, unit, end);
     weigh<T>(o, r, scores, probes, buffer);
     for (int64_t h = 0; h < r.heads; ++h) {
       float* row = scores + h * r.apart;
@@ -178,9 +178,9 @@ FASTGATE_INLINE void backward_units(
   float *scores = arena.take(longest_row(o, longest)), *dscores = arena.take(longest_row(o, longest));
   float* factors = arena.take(row_stride(longest));
   for (int64_t unit = begin; unit < end;) {
-    const HeadRun r = head_run(o, unit, end);
+    const HeadGroup r = head_group(o, unit, end);
     weigh<T>(o, r, scores, probes, buffer);
-    against_rows<T>(o, r, heads_of<T>(o, g.grad, r.sequence, r.head, r.heads, probes), dscores, buffer);
+    scores_against_rows<T>(o, r, heads_of<T>(o, g.grad, r.sequence, r.head, r.heads, probes), dscores, buffer);
     for (int64_t h = 0; h < r.heads; ++h) {
       float *p = scores + h * r.apart, *ds = dscores + h * r.apart;
       float* probabilities = g.weights + 2 * o.heads * r.row + (r.head + h) * r.rows;
@@ -216,7 +216,7 @@ FASTGATE_INLINE void backward_rows(const AbsorbedProblem& o, const AbsorbedGradi
     const float *probabilities = g.weights + 2 * o.heads * row, *dscores_out = probabilities + o.heads * rows;
     for (int64_t first = from; first < to; first += kRows) {
       const int64_t count = std::min(kRows, to - first);
-      const FloatRows out = product_target(o, g.dx, row + first, buffer);
+      const FloatRows out = gemm_target(o, g.dx, row + first, buffer);
       float* dx = const_cast<float*>(out.at);
       gemm(false, {probabilities + first, 1, rows}, u.at, u.step, dx, out.step, count, round_up(o.width, 16), o.heads);
       gemm(true, {dscores_out + first, 1, rows}, a.at, a.step, dx, out.step, count, round_up(o.width, 16), o.heads);
@@ -247,7 +247,7 @@ struct PreparedAbsorbed {
   std::vector<Tensor> kept_alive;
   std::vector<int64_t> ends;
   int64_t longest = 0;
-  bool half = false;
+  bool is_bf16 = false;
 };
 
 HeadRows head_rows(std::vector<Tensor>& kept_alive, const Tensor& t) {
@@ -278,8 +278,8 @@ PreparedAbsorbed prepare(FASTGATE_PARAMETERS(FASTGATE_ABSORBED_ATTENTION_OPERAND
   o.probe = head_rows(p.kept_alive, probe);
   o.scale = static_cast<float>(scale);
   o.dropout = dropout_of("absorbed_attention", dropout_p, seed);
-  p.half = dtype == ScalarType::BFloat16;
-  o.direct = !p.half && o.width % 16 == 0;
+  p.is_bf16 = dtype == ScalarType::BFloat16;
+  o.direct = !p.is_bf16 && o.width % 16 == 0;
   return p;
 }
 
@@ -298,31 +298,31 @@ std::tuple<Tensor, Tensor> absorbed_attention(FASTGATE_PARAMETERS(FASTGATE_ABSOR
   const AbsorbedOutputs out{mixed.data_ptr(), static_cast<float*>(total.data_ptr())};
   const auto cost = [&](int64_t sequence) { return cost_of(o, sequence); };
   parallel_by_cost(o.sequences, o.heads, cost, [&](int64_t begin, int64_t end) {
-    (p.half ? forward_b : forward_f)(o, out, p.longest, begin, end);
+    (p.is_bf16 ? forward_b : forward_f)(o, out, p.longest, begin, end);
   });
   return {mixed, total};
 }
 
 std::tuple<Tensor, Tensor> absorbed_attention_backward(
-    Tensor grad, OptionalTensor grad_total, FASTGATE_PARAMETERS(FASTGATE_ABSORBED_ATTENTION_OPERANDS)) {
+    Tensor grad_mixed, OptionalTensor grad_total, FASTGATE_PARAMETERS(FASTGATE_ABSORBED_ATTENTION_OPERANDS)) {
   PreparedAbsorbed p = prepare(FASTGATE_ARGUMENTS(FASTGATE_ABSORBED_ATTENTION_OPERANDS));
   const AbsorbedProblem& o = p.problem;
   STD_TORCH_CHECK(
-      grad.scalar_type() == x.scalar_type() && has_sizes_of(grad, probe) &&
+      grad_mixed.scalar_type() == x.scalar_type() && has_sizes_of(grad_mixed, probe) &&
           (!grad_total || grad_total->numel() == o.sequences * o.heads),
-      "absorbed_attention_backward: grads: got another shape or dtype, wanted the outputs'; pass the gradients of "
+      "absorbed_attention_backward: grad_mixed, grad_total: got another shape or dtype, wanted the outputs'; pass the gradients of "
       "the outputs");
   Tensor dprobe = empty_like(probe, x.scalar_type()), dx = empty_like(x, x.scalar_type());
   const std::unique_ptr<float[]> weights(new float[2 * o.heads * x.size(0)]);
-  AbsorbedGradients g{head_rows(p.kept_alive, grad), nullptr, dprobe.data_ptr(), dx.data_ptr(), weights.get()};
+  AbsorbedGradients g{head_rows(p.kept_alive, grad_mixed), nullptr, dprobe.data_ptr(), dx.data_ptr(), weights.get()};
   if (grad_total) g.grad_total = static_cast<const float*>(p.kept_alive.emplace_back(as_float(*grad_total)).data_ptr());
   const auto cost = [&](int64_t sequence) { return 1.5 * cost_of(o, sequence); };
   parallel_by_cost(o.sequences, o.heads, cost, [&](int64_t begin, int64_t end) {
-    (p.half ? backward_b : backward_f)(o, g, p.longest, begin, end);
+    (p.is_bf16 ? backward_b : backward_f)(o, g, p.longest, begin, end);
   });
   const auto cost_of_rows = [&](int64_t sequence) { return o.heads * cost_of(o, sequence) / kParts; };
   parallel_by_cost(o.sequences, kParts, cost_of_rows, [&](int64_t begin, int64_t end) {
-    (p.half ? rows_b : rows_f)(o, g, begin, end);
+    (p.is_bf16 ? rows_b : rows_f)(o, g, begin, end);
   });
   return {dprobe, dx};
 }

@@ -1,5 +1,5 @@
-// The keys of a head are the columns of one product, its values the rows of another: panels of both are made once a task,
-// of pairs as pairs.h has them. Scores and sums are float32; probabilities are rounded, as torch's own are.
+// A head's keys are the columns of one gemm's right operand, its values the rows of another's. Panels of both, in the layout
+// of bf16_gemm.h, are made once a task. Scores and sums are float32; probabilities are rounded, as torch's own are.
 #include "cpu/amx_attention.h"
 
 #include <algorithm>
@@ -9,7 +9,7 @@
 namespace fastgate::cpu {
 namespace {
 
-constexpr int64_t kQueriesAtOnce = kAmxRows;  // queries
+constexpr int64_t kQueriesAtOnce = kAmxRows;
 
 // A head's slice of `rows` rows, its bias added, and zeros up to `padded` rows.
 FASTGATE_INLINE void gather_bf16(
@@ -34,7 +34,7 @@ FASTGATE_INLINE void panel_of_keys(int64_t width, const bf16* keys, bf16* panel)
     transpose(from + key * width / 2, width / 2, width / 2, reinterpret_cast<float*>(panel) + key, kPanelColumns);
 }
 
-// Values (keys, width) -> panels (width / 32, keys / 2, 64): two rows side by side, the even one in the low take_bf16.
+// Values (keys, width) -> panels (width / 32, keys / 2, 64): two rows side by side, the even one in the low halves.
 FASTGATE_INLINE void panels_of_values(int64_t width, int64_t keys, const bf16* values, bf16* panels) {
   for (int64_t column = 0; column < width; column += kPanelColumns)
     for (int64_t key = 0; key < keys; key += 2, panels += 2 * kPanelColumns) {
@@ -46,14 +46,14 @@ FASTGATE_INLINE void panels_of_values(int64_t width, int64_t keys, const bf16* v
     }
 }
 
-FASTGATE_WIDE_CLONES void prepare_head(const AttentionProblem& o, const HeadTask& t, int64_t keys, bf16* q, bf16* k, bf16* v, bf16* few) {
+FASTGATE_WIDE_CLONES void prepare_head(const AttentionProblem& o, const HeadTask& t, int64_t keys, bf16* q, bf16* k, bf16* v, bf16* rows_before_packing) {
   gather_bf16(o, t, o.q, o.q_bias, t.q_row, t.queries, t.queries, q);
   for (int64_t key = 0; key < keys; key += kPanelColumns) {
-    gather_bf16(o, t, o.k, nullptr, t.k_row + key, std::min(kPanelColumns, t.keys - key), kPanelColumns, few);
-    panel_of_keys(o.width, few, k + key * o.width);
+    gather_bf16(o, t, o.k, nullptr, t.k_row + key, std::min(kPanelColumns, t.keys - key), kPanelColumns, rows_before_packing);
+    panel_of_keys(o.width, rows_before_packing, k + key * o.width);
   }
-  gather_bf16(o, t, o.v, o.v_bias, t.k_row, t.keys, keys, few);
-  panels_of_values(o.width, keys, few, v);
+  gather_bf16(o, t, o.v, o.v_bias, t.k_row, t.keys, keys, rows_before_packing);
+  panels_of_values(o.width, keys, rows_before_packing, v);
 }
 
 // Dropout factors of one query's row.
@@ -79,9 +79,9 @@ void amx_forward_tasks(const AttentionProblem& o, void* out, Arena& arena, int64
     arena.release(mark);
     const int64_t keys = round_up(t.keys, kPanelColumns);
     bf16 *q = take_bf16(t.queries * o.width), *k = take_bf16(keys * o.width), *v = take_bf16(keys * o.width);
-    bf16 *few = take_bf16(keys * o.width), *p = take_bf16(kQueriesAtOnce * keys);
+    bf16 *rows_before_packing = take_bf16(keys * o.width), *p = take_bf16(kQueriesAtOnce * keys);
     float *scores = arena.take(kQueriesAtOnce * keys), *mixed = arena.take(kQueriesAtOnce * kPanelColumns), *factors = arena.take(keys);
-    prepare_head(o, t, keys, q, k, v, few);
+    prepare_head(o, t, keys, q, k, v, rows_before_packing);
     for (int64_t first = 0; first < t.queries; first += kQueriesAtOnce) {
       const int64_t rows = std::min(kQueriesAtOnce, t.queries - first);
       for (int64_t key = 0; key < keys; key += kPanelColumns)

@@ -1,8 +1,8 @@
-// Self-attention over packed rows on the CPU, forward and backward: the equations of kernels/attention_forward.py
-// and attention_backward.py.
+// Self-attention over an unpadded batch on the CPU, forward and backward: the equations of kernels/attention_forward.py and
+// attention_backward.py.
 //
 // One task is one head of one sequence. Its slices of q, k and v are copied to float32 buffers whose rows are whole
-// vectors, so that every product is tiles.h's. Backward draws the dropout mask and the probabilities again, so forward
+// vectors, so that every product is a gemm of fp32_gemm.h. Backward draws the dropout mask and the probabilities again, so forward
 // keeps nothing, and a task owns its rows of every gradient: the same bits at every call.
 #include "cpu/amx_attention.h"
 #include "cpu/attention_task.h"
@@ -131,7 +131,7 @@ struct PreparedAttention {
   std::vector<Tensor> kept_alive;
   std::vector<int64_t> cu_q, cu_k;
   int64_t longest_q = 0, longest_k = 0;
-  bool half = false;
+  bool is_bf16 = false;
 };
 
 StridedRows strided_rows(std::vector<Tensor>& kept_alive, const Tensor& t) {
@@ -163,7 +163,7 @@ PreparedAttention prepare(FASTGATE_PARAMETERS(FASTGATE_ATTENTION_OPERANDS)) {
   o.hidden = q.size(1);
   o.heads = heads;
   o.width = o.hidden / heads;
-  p.half = dtype == ScalarType::BFloat16;
+  p.is_bf16 = dtype == ScalarType::BFloat16;
   p.kept_alive.reserve(8);
   o.q = strided_rows(p.kept_alive, q), o.k = strided_rows(p.kept_alive, k), o.v = strided_rows(p.kept_alive, v);
   p.cu_q = read_cu_seqlens("attention", "cu_q", cu_q, q.size(0));
@@ -194,12 +194,12 @@ Tensor attention(FASTGATE_PARAMETERS(FASTGATE_ATTENTION_OPERANDS)) {
   Tensor out = empty_like(q, q.scalar_type());
   void* to = out.data_ptr();
   const AttentionProblem& o = p.problem;
-  const bool tiles = p.half && amx_attention_fits(o);
-  const int64_t size = (tiles ? amx_arena_size : forward_arena_size)(p.longest_q, p.longest_k, o.width);
+  const bool by_amx = p.is_bf16 && amx_attention_fits(o);
+  const int64_t size = (by_amx ? amx_arena_size : forward_arena_size)(p.longest_q, p.longest_k, o.width);
   const auto cost = [&](int64_t sequence) { return cost_of(o, sequence); };
   parallel_by_cost(o.sequences, heads, cost, [&](int64_t begin, int64_t end) {
     Arena arena(size);
-    (tiles ? amx_forward_tasks : p.half ? forward_b : forward_f)(o, to, arena, begin, end);
+    (by_amx ? amx_forward_tasks : p.is_bf16 ? forward_b : forward_f)(o, to, arena, begin, end);
   });
   return out;
 }
@@ -216,7 +216,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor grad, FASTGATE_PARA
   const auto cost = [&](int64_t sequence) { return 2.5 * cost_of(o, sequence); };
   parallel_by_cost(o.sequences, heads, cost, [&](int64_t begin, int64_t end) {
     Arena arena(size);
-    (p.half ? backward_b : backward_f)(o, g, arena, begin, end);
+    (p.is_bf16 ? backward_b : backward_f)(o, g, arena, begin, end);
   });
   return {dq, dk, dv};
 }

@@ -165,7 +165,7 @@ struct PreparedEmbedding {
   std::vector<Tensor> kept_alive;
   std::vector<int64_t> ids[kTables];
   int64_t numbers[kTables] = {};
-  bool half = false;
+  bool is_bf16 = false;
 };
 
 const float* floats(PreparedEmbedding& p, const Tensor& t) {
@@ -223,7 +223,7 @@ PreparedEmbedding prepare(FASTGATE_PARAMETERS(FASTGATE_EMBED_NORM_OPERANDS)) {
   if (weight2) o.weight2 = floats(p, *weight2), o.norm_bias2 = floats(p, *norm_bias2);
   o.eps = static_cast<float>(eps), o.eps2 = static_cast<float>(eps2);
   o.dropout = dropout_of("embed_norm", dropout_p, seed);
-  p.half = dtype == ScalarType::BFloat16;
+  p.is_bf16 = dtype == ScalarType::BFloat16;
   return p;
 }
 
@@ -239,7 +239,7 @@ TableScatter scatter_of(const PreparedEmbedding& p, int table, Tensor& gradient,
 
 // A table of few ids goes to threads by columns, another by ids.
 void scatter_part(const PreparedEmbedding& p, const TableScatter& s, const float* du, float* scratch, int64_t begin, int64_t end) {
-  const auto scatter = p.half ? scatter_b : scatter_f;
+  const auto scatter = p.is_bf16 ? scatter_b : scatter_f;
   const int64_t hidden = p.problem.hidden;
   if (s.number < kParts)
     scatter(p.problem, s, du, scratch, 0, s.number, begin * hidden / kParts, end * hidden / kParts);
@@ -270,12 +270,11 @@ Tensor embed_norm(FASTGATE_PARAMETERS(FASTGATE_EMBED_NORM_OPERANDS)) {
   if (o.rows == 0 || o.hidden == 0) return y;
   torch::stable::parallel_for(0, o.rows, std::max<int64_t>(1, kForwardElements / o.hidden), [&](int64_t begin, int64_t end) {
     std::vector<float> scratch(2 * padded(o.hidden));
-    (p.half ? forward_b : forward_f)(o, out, scratch.data(), begin, end);
+    (p.is_bf16 ? forward_b : forward_f)(o, out, scratch.data(), begin, end);
   });
   return y;
 }
 
-// requested: a bit for each table's gradient, then for each vector's; the tables' come first, the vectors' stacked.
 std::tuple<Tensor, Tensor, Tensor, Tensor> embed_norm_backward(
     Tensor grad, FASTGATE_PARAMETERS(FASTGATE_EMBED_NORM_OPERANDS), int64_t requested) {
   const PreparedEmbedding p = prepare(FASTGATE_ARGUMENTS(FASTGATE_EMBED_NORM_OPERANDS));
@@ -295,7 +294,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> embed_norm_backward(
   torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
     std::vector<float> scratch(4 * padded(o.hidden) + size);
     for (int64_t b = begin; b < end; ++b)
-      (p.half ? backward_b : backward_f)(
+      (p.is_bf16 ? backward_b : backward_f)(
           o, from, du.get(), scratch.data(), b * block_rows, std::min(o.rows, (b + 1) * block_rows), sums.data() + b * size);
   });
 

@@ -62,7 +62,7 @@ Tensor select_rows(const Tensor& h, const Tensor& indices) {
   return selected;
 }
 
-// work(head) for every head, on threads that get kWork multiply-adds at least.
+// work(head) for every head, each of `cost` multiply-adds, on threads that get at least kWork of them.
 template <class F>
 void for_heads(int64_t heads, int64_t cost, const F& work) {
   const int64_t grain = std::max<int64_t>(1, kWork / std::max<int64_t>(1, cost));

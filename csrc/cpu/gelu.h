@@ -1,4 +1,4 @@
-// The exact GELU, without an exponential or a division: max(x, 0) less what the normal distribution takes off.
+// The exact GELU, without an exponential or a division: max(x, 0) minus the normal distribution's tail.
 #pragma once
 
 #include "cpu/simd.h"
@@ -6,9 +6,9 @@
 namespace fastgate::cpu {
 
 // x Phi(x), for x <= 0 and for x >= 0, is max(x, 0) less |x| Phi(-|x|).
-constexpr float kTailEnd = 5.5f;  // from there on a Phi(-a) is 1e-7 and less, and is left at that
+constexpr float kTailEnd = 5.5f;  // from there on a Phi(-a) is at most 1e-7, and is taken as its value there
 
-// Takes a Phi(-a) of 0 <= a <= kTailEnd off y, to 4e-7: of a float or of a vector of them. Phi(-a) is a polynomial of
+// Subtracts a Phi(-a), 0 <= a <= kTailEnd, from y, to 4e-7: for a float or a vector of them. Phi(-a) is a polynomial of
 // s = a / 2.75 - 1, its largest error times a + 1/4 the least that this degree has.
 template <class V>
 FASTGATE_INLINE void subtract_tail(V& y, const V& a) {

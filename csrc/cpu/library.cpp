@@ -4,7 +4,7 @@
 STABLE_TORCH_LIBRARY(fastgate_cpu, m) {
   m.def("absorbed_attention(" FASTGATE_SCHEMA(FASTGATE_ABSORBED_ATTENTION_OPERANDS) ") -> (Tensor, Tensor)");
   m.def(
-      "absorbed_attention_backward(Tensor grad, Tensor? grad_total, " FASTGATE_SCHEMA(
+      "absorbed_attention_backward(Tensor grad_mixed, Tensor? grad_total, " FASTGATE_SCHEMA(
           FASTGATE_ABSORBED_ATTENTION_OPERANDS) ") -> (Tensor, Tensor)");
   m.def("attention(" FASTGATE_SCHEMA(FASTGATE_ATTENTION_OPERANDS) ") -> Tensor");
   m.def("attention_backward(Tensor grad, " FASTGATE_SCHEMA(FASTGATE_ATTENTION_OPERANDS) ") -> (Tensor, Tensor, Tensor)");

@@ -7,7 +7,7 @@
 
 namespace fastgate::cpu {
 
-// Arena rows: room for the last group of four dropout factors, and each on its own cache line.
+// Scratch rows: room for the last group of four dropout factors, and each on its own cache line.
 constexpr int64_t padded(int64_t n) { return (n + 15) / 16 * 16; }
 
 struct Norm {

@@ -2,7 +2,7 @@
 //
 // A row is mixed with those beside it and normalised in float32 inside the first-level cache. Backward needs du of three
 // rows for one of dx: it goes down the rows and holds the last three, and begins each block of rows one row early where
-// that one is has_left_neighbour. Parameters' gradients are summed over fixed blocks of rows and the blocks in order: the same bits
+// that one is a neighbour. Parameters' gradients are summed over fixed blocks of rows and the blocks in order: the same bits
 // at every call and for every number of threads.
 #include <algorithm>
 
@@ -22,7 +22,7 @@ constexpr int64_t kBlocks = 64;              // row blocks at most, each with it
 struct ShiftProblem {
   int64_t rows, hidden;
   const void* x;
-  const char* has_left_neighbour;  // (rows + 1,): whether a row and the one above it are neighbours; not so at both ends
+  const char* has_left_neighbour;  // (rows + 1,): false at both ends
   const float *offset, *scale, *before, *after, *weight, *norm_bias;
   const void* zeros;  // a row that stands for a neighbour that is missing
   float eps;
@@ -136,8 +136,8 @@ struct PreparedShift {
   ShiftProblem problem{};
   std::vector<Tensor> kept_alive;
   std::vector<float> zeros;
-  std::vector<char> has_left_neighbour;  // with the ends: a loop over rows that asks for them itself is split, and not vectorised
-  bool half = false;
+  std::vector<char> has_left_neighbour;  // with its ends: a loop over rows that tests for them is not vectorised
+  bool is_bf16 = false;
 };
 
 const float* floats(PreparedShift& p, const Tensor& t) {
@@ -151,9 +151,9 @@ PreparedShift prepare(FASTGATE_PARAMETERS(FASTGATE_SHIFT_NORM_OPERANDS)) {
   PreparedShift p;
   ShiftProblem& o = p.problem;
   p.kept_alive.reserve(8);
-  p.half = x.scalar_type() == ScalarType::BFloat16;
+  p.is_bf16 = x.scalar_type() == ScalarType::BFloat16;
   STD_TORCH_CHECK(
-      (p.half || x.scalar_type() == ScalarType::Float) && x.dim() == 2 && has_left_neighbour.scalar_type() == ScalarType::Bool &&
+      (p.is_bf16 || x.scalar_type() == ScalarType::Float) && x.dim() == 2 && has_left_neighbour.scalar_type() == ScalarType::Bool &&
           has_left_neighbour.numel() == x.size(0),
       "shift_norm: x, has_left_neighbour: got other dtypes or shapes, wanted (rows, H) float32 or bfloat16, (rows,) bool; the torch "
       "reference takes other dtypes");
@@ -181,12 +181,11 @@ Tensor shift_norm(FASTGATE_PARAMETERS(FASTGATE_SHIFT_NORM_OPERANDS)) {
   if (o.rows == 0 || o.hidden == 0) return y;
   torch::stable::parallel_for(0, o.rows, std::max<int64_t>(1, kForwardElements / o.hidden), [&](int64_t begin, int64_t end) {
     std::vector<float> scratch(padded(o.hidden));
-    (p.half ? forward_b : forward_f)(o, out, scratch.data(), begin, end);
+    (p.is_bf16 ? forward_b : forward_f)(o, out, scratch.data(), begin, end);
   });
   return y;
 }
 
-// requested: a bit for dx, then for each vector's gradient, which come stacked.
 std::tuple<Tensor, Tensor> shift_norm_backward(Tensor grad, FASTGATE_PARAMETERS(FASTGATE_SHIFT_NORM_OPERANDS), int64_t requested) {
   const PreparedShift p = prepare(FASTGATE_ARGUMENTS(FASTGATE_SHIFT_NORM_OPERANDS));
   const ShiftProblem& o = p.problem;
@@ -208,7 +207,7 @@ std::tuple<Tensor, Tensor> shift_norm_backward(Tensor grad, FASTGATE_PARAMETERS(
   torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
     std::vector<float> scratch(7 * padded(o.hidden) + size);
     for (int64_t b = begin; b < end; ++b)
-      (p.half ? backward_b : backward_f)(
+      (p.is_bf16 ? backward_b : backward_f)(
           o, from, gradient, scratch.data(), b * block_rows, std::min(o.rows, (b + 1) * block_rows),
           sums.data() + b * size);
   });

@@ -8,7 +8,8 @@ namespace fastgate::cuda {
 enum class Type : int { f32, bf16, f16 };
 constexpr int64_t bytes(Type type) { return type == Type::f32 ? 4 : 2; }
 
-// Contiguous elements in device memory that start at a multiple of 16 bytes; null: an operand that was not given, a gradient that is not requested.
+// Contiguous elements in device memory that start at a multiple of 16 bytes; null: an operand that was not given, or a
+// gradient that is not requested.
 struct Array {
   const void* data = nullptr;
   Type type = Type::f32;

@@ -70,7 +70,7 @@ def operands(op):
         "attention_backward": dict(grad=rows(), **attention),
         "absorbed_attention": absorbed,
         "absorbed_attention_backward": dict(
-            grad=rows(2, HEADS, HIDDEN), grad_total=rows(2, HEADS), **absorbed
+            grad_mixed=rows(2, HEADS, HIDDEN), grad_total=rows(2, HEADS), **absorbed
         ),
         "embed_norm": embed,
         "embed_norm_backward": dict(grad=rows(), **embed, requested=127),
@@ -173,7 +173,7 @@ def test_operands_that_do_not_fit_are_refused(op):
         ("attention", dict(dropout_p=math.nan), "dropout_p"),
         ("attention_backward", dict(grad=rows(HIDDEN, ROWS)), "grad"),
         ("absorbed_attention", dict(cu_seqlens=ends(0, 2**30, ROWS)), "cu_seqlens"),
-        ("absorbed_attention_backward", dict(grad=rows(HIDDEN, HEADS, 2)), "grads"),
+        ("absorbed_attention_backward", dict(grad_mixed=rows(HIDDEN, HEADS, 2)), "grad_mixed"),
         ("embed_norm", dict(words=torch.full((ROWS,), 10**9)), "ids"),
         ("embed_norm", dict(weight2=None), "both or neither"),
         ("gated_add_norm", dict(gate=torch.zeros(0)), "gate"),

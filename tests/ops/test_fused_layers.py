@@ -296,7 +296,7 @@ def test_a_shift_needs_its_neighbours():
             RuntimeError, match=r"neighbours: got \d .*wanted .rows,. bool, or that and int64 rows"
         ):
             call(SHIFT_NORM, **wrong)
-    with pytest.raises(RuntimeError, match="shift_norm: x, linked"):
+    with pytest.raises(RuntimeError, match="shift_norm: x, has_left_neighbour"):
         call(SHIFT_NORM, neighbours=[torch.zeros(4, dtype=torch.bool)])
     with pytest.raises(RuntimeError, match="got row 5, wanted one of 5"):
         call(SHIFT_NORM, **fewer | {"neighbours": [linked, nearer, linked, torch.tensor([0, 5])]})

@@ -19,7 +19,7 @@ namespace fastgate::cpu {
 namespace {
 
 #define FASTGATE_AMX_TARGET __attribute__((target("amx-tile,amx-bf16," FASTGATE_AVX512_BF16_FEATURES)))
-constexpr int64_t kRows = 16, kDepth = 32;       // of a tile: rows, and how far it goes along k
+constexpr int64_t kRows = 16, kDepth = 32;       // of a tile register: rows, and how far it goes along k
 constexpr int64_t kStep = kDepth * kPanelColumns;  // numbers of a panel that a step reads
 
 struct alignas(64) TileConfig {
@@ -28,7 +28,7 @@ struct alignas(64) TileConfig {
   uint8_t rows[16] = {};
 };
 
-// AmxTiles 0 to 3 are sums, 4 and 5 rows of a, `upper` and `lower` of them, 6 and 7 columns of b.
+// Tile registers 0 to 3 are sums, 4 and 5 rows of a, `upper` and `lower` of them, 6 and 7 columns of b.
 FASTGATE_AMX_TARGET void configure(int64_t upper, int64_t lower) {
   TileConfig config;
   const int64_t rows[] = {upper, upper, lower, lower, upper, lower, kRows, kRows};

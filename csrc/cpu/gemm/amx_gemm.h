@@ -30,7 +30,7 @@ class AmxTiles {
       PanelPrefetch prefetch = {}, const Epilogue* meanwhile = nullptr);
 
  private:
-  int64_t rows_ = 0;  // that the registers are shaped for
+  int64_t rows_ = 0;  // that the registers are configured for
 };
 
 constexpr int64_t kAmxRows = 32;

@@ -12,7 +12,7 @@
 #define FASTGATE_AVX512_BF16_FEATURES "avx512f,avx512bw,avx512vl,avx512bf16"
 #else
 #pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wuninitialized"  // what GCC 12 says of its own header
+#pragma GCC diagnostic ignored "-Wuninitialized"  // GCC 12 warns about its own header
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
 #pragma GCC diagnostic pop
@@ -27,7 +27,7 @@ template <bool Gelu>
 FASTGATE_AVX512_BF16_TARGET FASTGATE_INLINE __m512 epilogue_of(const float* sums, const float* bias) {
   const __m512 x = _mm512_add_ps(_mm512_loadu_ps(sums), _mm512_loadu_ps(bias));
   if constexpr (!Gelu) return x;
-  // The second operand is taken where the first is not a number, which x must stay.
+  // max takes its second operand where one is a NaN, so x stays a NaN.
   __m512 y = _mm512_max_ps(_mm512_setzero_ps(), x);
   subtract_tail(y, _mm512_min_ps(_mm512_abs_ps(x), _mm512_set1_ps(kTailEnd)));
   return y;

@@ -11,7 +11,7 @@ namespace fastgate::cpu {
 #ifdef FASTGATE_AVX512_BF16
 namespace {
 
-constexpr int kTileRows = 8;  // rows: with two vectors of columns, the chains that hide an addition's latency
+constexpr int kTileRows = 8;  // with two vectors of columns: as many chains as hide an addition's latency
 
 // R rows of `bf16_gemm`. prefetch: memory to prefetch, `step` numbers further at each step along k.
 template <int R>

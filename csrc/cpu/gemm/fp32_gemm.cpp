@@ -1,4 +1,4 @@
-// GemmLevel of small float32 matrices, a tile of the result in registers at a time, for each level of x86-64.
+// Gemm of small float32 matrices, a tile of the result in registers at a time, for each level of x86-64.
 //
 // The sizes of a tile are what the level's registers hold. A matrix is cut into tiles of nearly equal height, so that
 // none runs nearly empty; each height is compiled apart.
@@ -35,7 +35,7 @@ FASTGATE_INLINE void load_vector(V& value, const float* p) {
   std::memcpy(&value, p, sizeof value);
 }
 
-// Memory to bring nearer on the way: 32 floats at each step row_tiles k, `step` further at the next. Or none.
+// Memory to prefetch on the way: 32 floats at each step along k, `step` further at the next. Or none.
 struct Prefetch {
   const float* at;
   int64_t step;
@@ -119,9 +119,9 @@ FASTGATE_INLINE void gemm_level(
     bool add, const MatrixView& a, const float* b, int64_t b_row, float* c, int64_t c_row, int64_t m, int64_t n, int64_t k,
     const float* next) {
   const int64_t tiles = (m + L::kGemmRows - 1) / L::kGemmRows;
-  // A single pass over b is as slow as memory: nothing comes sooner for being asked for sooner.
+  // A single pass over b is as slow as memory already: a prefetch would gain nothing.
   if (next == nullptr || tiles < 2) return gemm_tiles<L>(add, a, b, b_row, c, c_row, m, n, k, NoPrefetch{});
-  // Every pass brings its share: bringing all of it in the first would stall that.
+  // Every pass prefetches its share: all of it at once would stall the first pass.
   const Prefetch prefetch{next, std::max<int64_t>(1, 16 * L::kGemmPanels / tiles)};
   gemm_tiles<L>(add, a, b, b_row, c, c_row, m, n, k, prefetch);
 }
