@@ -1,4 +1,4 @@
-// What the ops take, written once for their schemas and their C++ functions, and the tensor helpers that they share.
+// What each op takes, written once for its schema and its C++ functions, and helpers on tensors.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -15,38 +15,45 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// An op's operands, in the order of its schema: FIRST(type, name) NEXT(type, name)... The Python ops take the same
-// (fastgate/ops/), which tests/ops/test_operands.py compares. They become a schema, "Tensor x, Tensor? bias, float eps";
-// the parameters of a function, Tensor x, OptionalTensor bias, double eps; its arguments, x, bias, eps.
-#define FASTGATE_SCHEMA(OPERANDS) OPERANDS(FASTGATE_FIRST_IN_SCHEMA, FASTGATE_NEXT_IN_SCHEMA)
-#define FASTGATE_PARAMETERS(OPERANDS) OPERANDS(FASTGATE_FIRST_PARAMETER, FASTGATE_NEXT_PARAMETER)
-#define FASTGATE_ARGUMENTS(OPERANDS) OPERANDS(FASTGATE_FIRST_ARGUMENT, FASTGATE_NEXT_ARGUMENT)
+// An op's operands, in the order of its schema. fastgate/ops/ has the same; tests/ops/test_operands.py compares them.
+//
+//   FASTGATE_SCHEMA(OP)      of its schema: "Tensor x, Tensor? bias, float eps"
+//   FASTGATE_PARAMETERS(OP)  of its C++ functions: Tensor x, OptionalTensor bias, double eps
+//   FASTGATE_ARGUMENTS(OP)   of a call: x, bias, eps
+#define FASTGATE_SCHEMA(OP) FASTGATE_##OP##_OPERANDS(FASTGATE_FIRST_IN_SCHEMA, FASTGATE_NEXT_IN_SCHEMA)
+#define FASTGATE_PARAMETERS(OP) FASTGATE_##OP##_OPERANDS(FASTGATE_FIRST_PARAMETER, FASTGATE_NEXT_PARAMETER)
+#define FASTGATE_ARGUMENTS(OP) FASTGATE_##OP##_OPERANDS(FASTGATE_FIRST_ARGUMENT, FASTGATE_NEXT_ARGUMENT)
 
-#define FASTGATE_GATED_ADD_NORM_OPERANDS(FIRST, NEXT)                                                                  \
-  FIRST(TENSOR, x) NEXT(TENSOR, residual) NEXT(TENSOR, weight) NEXT(TENSOR, norm_bias) NEXT(FLOAT, eps)       \
-  NEXT(OPTIONAL, bias) NEXT(OPTIONAL, gate) NEXT(OPTIONAL, scale) NEXT(OPTIONAL, offset)                      \
-  NEXT(FLOAT, dropout_p) NEXT(OPTIONAL, seed) NEXT(OPTIONAL, weight2) NEXT(OPTIONAL, norm_bias2)              \
-  NEXT(FLOAT, eps2)
+// clang-format off
+#define FASTGATE_GATED_ADD_NORM_OPERANDS(FIRST, NEXT) \
+  FIRST(TENSOR, x) NEXT(TENSOR, residual) NEXT(TENSOR, weight) NEXT(TENSOR, norm_bias) \
+  NEXT(FLOAT, eps) NEXT(OPTIONAL, bias) NEXT(OPTIONAL, gate) NEXT(OPTIONAL, scale) \
+  NEXT(OPTIONAL, offset) NEXT(FLOAT, dropout_p) NEXT(OPTIONAL, seed) NEXT(OPTIONAL, weight2) \
+  NEXT(OPTIONAL, norm_bias2) NEXT(FLOAT, eps2)
 
 // Rows of sequences one after another; those of sequence s end at cu_q[s + 1] and cu_k[s + 1].
-#define FASTGATE_ATTENTION_OPERANDS(FIRST, NEXT)                                                                       \
-  FIRST(TENSOR, q) NEXT(TENSOR, k) NEXT(TENSOR, v) NEXT(OPTIONAL, q_bias) NEXT(OPTIONAL, k_bias)              \
-  NEXT(OPTIONAL, v_bias) NEXT(TENSOR, cu_q) NEXT(TENSOR, cu_k) NEXT(INT, heads) NEXT(FLOAT, scale)            \
+#define FASTGATE_ATTENTION_OPERANDS(FIRST, NEXT) \
+  FIRST(TENSOR, q) NEXT(TENSOR, k) NEXT(TENSOR, v) NEXT(OPTIONAL, q_bias) NEXT(OPTIONAL, k_bias) \
+  NEXT(OPTIONAL, v_bias) NEXT(TENSOR, cu_q) NEXT(TENSOR, cu_k) NEXT(INT, heads) NEXT(FLOAT, scale) \
   NEXT(FLOAT, dropout_p) NEXT(OPTIONAL, seed)
 
-#define FASTGATE_ABSORBED_ATTENTION_OPERANDS(FIRST, NEXT)                                                              \
-  FIRST(TENSOR, probe) NEXT(TENSOR, x) NEXT(TENSOR, cu_seqlens) NEXT(FLOAT, scale) NEXT(FLOAT, dropout_p)     \
-  NEXT(OPTIONAL, seed)
+#define FASTGATE_ABSORBED_ATTENTION_OPERANDS(FIRST, NEXT) \
+  FIRST(TENSOR, probe) NEXT(TENSOR, x) NEXT(TENSOR, cu_seqlens) NEXT(FLOAT, scale) \
+  NEXT(FLOAT, dropout_p) NEXT(OPTIONAL, seed)
 
-#define FASTGATE_SHIFT_NORM_OPERANDS(FIRST, NEXT)                                                                      \
-  FIRST(TENSOR, x) NEXT(TENSOR, has_left_neighbour) NEXT(TENSOR, offset) NEXT(TENSOR, scale)                  \
-  NEXT(TENSOR, before) NEXT(TENSOR, after) NEXT(TENSOR, weight) NEXT(TENSOR, norm_bias) NEXT(FLOAT, eps)
+#define FASTGATE_SHIFT_NORM_OPERANDS(FIRST, NEXT) \
+  FIRST(TENSOR, x) NEXT(TENSOR, has_left_neighbour) NEXT(TENSOR, offset) NEXT(TENSOR, scale) \
+  NEXT(TENSOR, before) NEXT(TENSOR, after) NEXT(TENSOR, weight) NEXT(TENSOR, norm_bias) \
+  NEXT(FLOAT, eps)
 
-#define FASTGATE_EMBED_NORM_OPERANDS(FIRST, NEXT)                                                                      \
-  FIRST(TENSOR, words) NEXT(TENSOR, positions) NEXT(OPTIONAL, types) NEXT(TENSOR, word_table)                 \
-  NEXT(TENSOR, position_table) NEXT(TENSOR, type_table) NEXT(TENSOR, weight) NEXT(TENSOR, norm_bias)          \
-  NEXT(FLOAT, eps) NEXT(FLOAT, dropout_p) NEXT(OPTIONAL, seed) NEXT(OPTIONAL, weight2)                        \
-  NEXT(OPTIONAL, norm_bias2) NEXT(FLOAT, eps2) NEXT(INT, padding_idx) NEXT(INT, position_padding_idx)
+#define FASTGATE_EMBED_NORM_OPERANDS(FIRST, NEXT) \
+  FIRST(TENSOR, words) NEXT(TENSOR, positions) NEXT(OPTIONAL, types) NEXT(TENSOR, word_table) \
+  NEXT(TENSOR, position_table) NEXT(TENSOR, type_table) NEXT(TENSOR, weight) NEXT(TENSOR, norm_bias) \
+  NEXT(FLOAT, eps) NEXT(FLOAT, dropout_p) NEXT(OPTIONAL, seed) NEXT(OPTIONAL, weight2) \
+  NEXT(OPTIONAL, norm_bias2) NEXT(FLOAT, eps2) NEXT(INT, padding_idx) \
+  NEXT(INT, position_padding_idx)
+
+// clang-format on
 
 #define FASTGATE_FIRST_IN_SCHEMA(TYPE, NAME) FASTGATE_SCHEMA_##TYPE " " #NAME
 #define FASTGATE_NEXT_IN_SCHEMA(TYPE, NAME) ", " FASTGATE_SCHEMA_##TYPE " " #NAME
@@ -66,31 +73,31 @@ using OptionalTensor = std::optional<Tensor>;
 
 // requested: bits of gradient_bits.h.
 namespace cpu {
-std::tuple<Tensor, Tensor> absorbed_attention(FASTGATE_PARAMETERS(FASTGATE_ABSORBED_ATTENTION_OPERANDS));
+std::tuple<Tensor, Tensor> absorbed_attention(FASTGATE_PARAMETERS(ABSORBED_ATTENTION));
 std::tuple<Tensor, Tensor> absorbed_attention_backward(
-    Tensor grad_mixed, OptionalTensor grad_total, FASTGATE_PARAMETERS(FASTGATE_ABSORBED_ATTENTION_OPERANDS));
-Tensor embed_norm(FASTGATE_PARAMETERS(FASTGATE_EMBED_NORM_OPERANDS));
+    Tensor grad_mixed, OptionalTensor grad_total, FASTGATE_PARAMETERS(ABSORBED_ATTENTION));
+Tensor embed_norm(FASTGATE_PARAMETERS(EMBED_NORM));
 std::tuple<Tensor, Tensor, Tensor, Tensor> embed_norm_backward(
-    Tensor grad, FASTGATE_PARAMETERS(FASTGATE_EMBED_NORM_OPERANDS), int64_t requested);
-Tensor attention(FASTGATE_PARAMETERS(FASTGATE_ATTENTION_OPERANDS));
-std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor grad, FASTGATE_PARAMETERS(FASTGATE_ATTENTION_OPERANDS));
+    Tensor grad, FASTGATE_PARAMETERS(EMBED_NORM), int64_t requested);
+Tensor attention(FASTGATE_PARAMETERS(ATTENTION));
+std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor grad, FASTGATE_PARAMETERS(ATTENTION));
 bool packs_bfloat16();
 Tensor packed_linear(Tensor x, Tensor panels, OptionalTensor bias, int64_t columns, bool gelu);
 Tensor fused_layers(
     Tensor h, std::vector<OptionalTensor> operands, std::vector<int64_t> kinds, std::vector<double> numbers,
     Tensor cu_seqlens, OptionalTensor output_rows, std::vector<Tensor> neighbours);
-Tensor shift_norm(FASTGATE_PARAMETERS(FASTGATE_SHIFT_NORM_OPERANDS));
+Tensor shift_norm(FASTGATE_PARAMETERS(SHIFT_NORM));
 std::tuple<Tensor, Tensor> shift_norm_backward(
-    Tensor grad, FASTGATE_PARAMETERS(FASTGATE_SHIFT_NORM_OPERANDS), int64_t requested);
-Tensor gated_add_norm(FASTGATE_PARAMETERS(FASTGATE_GATED_ADD_NORM_OPERANDS));
+    Tensor grad, FASTGATE_PARAMETERS(SHIFT_NORM), int64_t requested);
+Tensor gated_add_norm(FASTGATE_PARAMETERS(GATED_ADD_NORM));
 std::tuple<Tensor, Tensor, Tensor> gated_add_norm_backward(
-    Tensor grad, FASTGATE_PARAMETERS(FASTGATE_GATED_ADD_NORM_OPERANDS), int64_t requested);
+    Tensor grad, FASTGATE_PARAMETERS(GATED_ADD_NORM), int64_t requested);
 }  // namespace cpu
 
 namespace cuda {
-Tensor gated_add_norm(FASTGATE_PARAMETERS(FASTGATE_GATED_ADD_NORM_OPERANDS));
+Tensor gated_add_norm(FASTGATE_PARAMETERS(GATED_ADD_NORM));
 std::tuple<Tensor, Tensor, Tensor> gated_add_norm_backward(
-    Tensor grad, FASTGATE_PARAMETERS(FASTGATE_GATED_ADD_NORM_OPERANDS), int64_t requested);
+    Tensor grad, FASTGATE_PARAMETERS(GATED_ADD_NORM), int64_t requested);
 }  // namespace cuda
 
 // An uninitialised contiguous tensor on `like`'s device. The shim is called straight: through the dispatcher an

@@ -257,7 +257,7 @@ HeadRows head_rows(std::vector<Tensor>& kept_alive, const Tensor& t) {
   return {held.data_ptr(), held.stride(0), held.stride(1)};
 }
 
-PreparedAbsorbed prepare(FASTGATE_PARAMETERS(FASTGATE_ABSORBED_ATTENTION_OPERANDS)) {
+PreparedAbsorbed prepare(FASTGATE_PARAMETERS(ABSORBED_ATTENTION)) {
   const auto dtype = x.scalar_type();
   STD_TORCH_CHECK(
       (dtype == ScalarType::Float || dtype == ScalarType::BFloat16) && probe.scalar_type() == dtype,
@@ -290,8 +290,8 @@ double cost_of(const AbsorbedProblem& o, int64_t sequence) {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> absorbed_attention(FASTGATE_PARAMETERS(FASTGATE_ABSORBED_ATTENTION_OPERANDS)) {
-  const PreparedAbsorbed p = prepare(FASTGATE_ARGUMENTS(FASTGATE_ABSORBED_ATTENTION_OPERANDS));
+std::tuple<Tensor, Tensor> absorbed_attention(FASTGATE_PARAMETERS(ABSORBED_ATTENTION)) {
+  const PreparedAbsorbed p = prepare(FASTGATE_ARGUMENTS(ABSORBED_ATTENTION));
   const AbsorbedProblem& o = p.problem;
   Tensor mixed = empty_like(probe, x.scalar_type());
   Tensor total = empty(probe.sizes().data(), 2, ScalarType::Float, x);
@@ -304,8 +304,8 @@ std::tuple<Tensor, Tensor> absorbed_attention(FASTGATE_PARAMETERS(FASTGATE_ABSOR
 }
 
 std::tuple<Tensor, Tensor> absorbed_attention_backward(
-    Tensor grad_mixed, OptionalTensor grad_total, FASTGATE_PARAMETERS(FASTGATE_ABSORBED_ATTENTION_OPERANDS)) {
-  PreparedAbsorbed p = prepare(FASTGATE_ARGUMENTS(FASTGATE_ABSORBED_ATTENTION_OPERANDS));
+    Tensor grad_mixed, OptionalTensor grad_total, FASTGATE_PARAMETERS(ABSORBED_ATTENTION)) {
+  PreparedAbsorbed p = prepare(FASTGATE_ARGUMENTS(ABSORBED_ATTENTION));
   const AbsorbedProblem& o = p.problem;
   STD_TORCH_CHECK(
       grad_mixed.scalar_type() == x.scalar_type() && has_sizes_of(grad_mixed, probe) &&

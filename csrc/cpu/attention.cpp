@@ -145,7 +145,7 @@ const float* bias_of(PreparedAttention& p, const OptionalTensor& bias) {
   return static_cast<const float*>(p.kept_alive.back().data_ptr());
 }
 
-PreparedAttention prepare(FASTGATE_PARAMETERS(FASTGATE_ATTENTION_OPERANDS)) {
+PreparedAttention prepare(FASTGATE_PARAMETERS(ATTENTION)) {
   const auto dtype = q.scalar_type();
   STD_TORCH_CHECK(
       (dtype == ScalarType::Float || dtype == ScalarType::BFloat16) && k.scalar_type() == dtype &&
@@ -189,8 +189,8 @@ double cost_of(const AttentionProblem& o, int64_t sequence) {
 
 }  // namespace
 
-Tensor attention(FASTGATE_PARAMETERS(FASTGATE_ATTENTION_OPERANDS)) {
-  const PreparedAttention p = prepare(FASTGATE_ARGUMENTS(FASTGATE_ATTENTION_OPERANDS));
+Tensor attention(FASTGATE_PARAMETERS(ATTENTION)) {
+  const PreparedAttention p = prepare(FASTGATE_ARGUMENTS(ATTENTION));
   Tensor out = empty_like(q, q.scalar_type());
   void* to = out.data_ptr();
   const AttentionProblem& o = p.problem;
@@ -204,8 +204,8 @@ Tensor attention(FASTGATE_PARAMETERS(FASTGATE_ATTENTION_OPERANDS)) {
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor grad, FASTGATE_PARAMETERS(FASTGATE_ATTENTION_OPERANDS)) {
-  PreparedAttention p = prepare(FASTGATE_ARGUMENTS(FASTGATE_ATTENTION_OPERANDS));
+std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor grad, FASTGATE_PARAMETERS(ATTENTION)) {
+  PreparedAttention p = prepare(FASTGATE_ARGUMENTS(ATTENTION));
   STD_TORCH_CHECK(
       grad.scalar_type() == q.scalar_type() && has_sizes_of(grad, q),
       "attention_backward: grad: got another shape or dtype, wanted the output's; pass the gradient of the output");

@@ -1,4 +1,4 @@
-// Attention's unit of work: one head of one sequence. Its slices of unpadded rows are copied to buffers and back.
+// Attention's unit of work, one head of one sequence, and its copies between unpadded rows and buffers.
 #pragma once
 
 #include "cpu/dropout.h"
@@ -17,7 +17,7 @@ struct AttentionProblem {
   int64_t sequences, hidden, heads, width;  // width: of a head
   const int64_t *cu_q, *cu_k;
   StridedRows q, k, v;
-  const float *q_bias, *v_bias;  // null where not given; the keys' adds nothing that the softmax does not take out
+  const float *q_bias, *v_bias;  // null: none. A bias of the keys cancels in the softmax.
   float scale;
   Dropout dropout;
 };
@@ -33,7 +33,8 @@ inline HeadTask head_task(const AttentionProblem& o, int64_t index) {
   const int64_t sequence = index / o.heads, head = index % o.heads;
   const int64_t q_row = o.cu_q[sequence], k_row = o.cu_k[sequence];
   const int64_t queries = o.cu_q[sequence + 1] - q_row, keys = o.cu_k[sequence + 1] - k_row;
-  return {head, q_row, queries, k_row, keys, (keys + 15) / 16, round_up(o.width, 16), row_stride(o.width), row_stride(keys)};
+  const int64_t blocks = (keys + 15) / 16, width16 = round_up(o.width, 16);
+  return {head, q_row, queries, k_row, keys, blocks, width16, row_stride(o.width), row_stride(keys)};
 }
 
 FASTGATE_INLINE float rounded_to(const float*, float value) { return value; }

@@ -1,4 +1,4 @@
-// Dropout as every backend draws it: Philox words against an integer threshold (fastgate/ops/reference/dropout.py).
+// Dropout as every backend draws it (fastgate/ops/reference/dropout.py): Philox against a threshold.
 #pragma once
 
 #include <algorithm>

@@ -194,7 +194,7 @@ void take_ids(PreparedEmbedding& p, int table, const Tensor& given) {
   p.problem.ids[table] = ids.data();
 }
 
-PreparedEmbedding prepare(FASTGATE_PARAMETERS(FASTGATE_EMBED_NORM_OPERANDS)) {
+PreparedEmbedding prepare(FASTGATE_PARAMETERS(EMBED_NORM)) {
   (void)padding_idx, (void)position_padding_idx;
   PreparedEmbedding p;
   EmbedProblem& o = p.problem;
@@ -261,8 +261,8 @@ void in_large_pages(const Tensor& t) {
 
 }  // namespace
 
-Tensor embed_norm(FASTGATE_PARAMETERS(FASTGATE_EMBED_NORM_OPERANDS)) {
-  const PreparedEmbedding p = prepare(FASTGATE_ARGUMENTS(FASTGATE_EMBED_NORM_OPERANDS));
+Tensor embed_norm(FASTGATE_PARAMETERS(EMBED_NORM)) {
+  const PreparedEmbedding p = prepare(FASTGATE_ARGUMENTS(EMBED_NORM));
   const EmbedProblem& o = p.problem;
   const int64_t shape[2] = {o.rows, o.hidden};
   Tensor y = empty(shape, 2, word_table.scalar_type(), word_table);
@@ -276,8 +276,8 @@ Tensor embed_norm(FASTGATE_PARAMETERS(FASTGATE_EMBED_NORM_OPERANDS)) {
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> embed_norm_backward(
-    Tensor grad, FASTGATE_PARAMETERS(FASTGATE_EMBED_NORM_OPERANDS), int64_t requested) {
-  const PreparedEmbedding p = prepare(FASTGATE_ARGUMENTS(FASTGATE_EMBED_NORM_OPERANDS));
+    Tensor grad, FASTGATE_PARAMETERS(EMBED_NORM), int64_t requested) {
+  const PreparedEmbedding p = prepare(FASTGATE_ARGUMENTS(EMBED_NORM));
   const EmbedProblem& o = p.problem;
   STD_TORCH_CHECK(
       grad.scalar_type() == word_table.scalar_type() && grad.numel() == o.rows * o.hidden,

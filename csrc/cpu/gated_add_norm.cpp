@@ -24,7 +24,8 @@ struct GatedNormProblem {
   const void *x, *residual;
   const float *weight, *norm_bias;
   const float *weight2, *norm_bias2;             // null: one norm
-  const float *bias, *scale, *offset, *undropped;  // zeros and ones where none was given; undropped is all ones
+  const float *bias, *scale, *offset;  // zeros and ones where none was given
+  const float* undropped;              // ones
   float gate, eps, eps2;
   Dropout dropout;
 };
@@ -199,7 +200,7 @@ void check_dtype(const char* name, const Tensor& t) {
       ": got another dtype, wanted float32 or bfloat16; the torch reference takes the others");
 }
 
-PreparedGatedNorm prepare(FASTGATE_PARAMETERS(FASTGATE_GATED_ADD_NORM_OPERANDS)) {
+PreparedGatedNorm prepare(FASTGATE_PARAMETERS(GATED_ADD_NORM)) {
   check_dtype("x", x);
   check_dtype("residual", residual);
   STD_TORCH_CHECK(
@@ -244,8 +245,8 @@ PreparedGatedNorm prepare(FASTGATE_PARAMETERS(FASTGATE_GATED_ADD_NORM_OPERANDS))
 
 }  // namespace
 
-Tensor gated_add_norm(FASTGATE_PARAMETERS(FASTGATE_GATED_ADD_NORM_OPERANDS)) {
-  const PreparedGatedNorm p = prepare(FASTGATE_ARGUMENTS(FASTGATE_GATED_ADD_NORM_OPERANDS));
+Tensor gated_add_norm(FASTGATE_PARAMETERS(GATED_ADD_NORM)) {
+  const PreparedGatedNorm p = prepare(FASTGATE_ARGUMENTS(GATED_ADD_NORM));
   const GatedNormProblem& o = p.problem;
   Tensor y = empty_like(x, p.y_dtype);
   void* out = y.data_ptr();
@@ -259,8 +260,8 @@ Tensor gated_add_norm(FASTGATE_PARAMETERS(FASTGATE_GATED_ADD_NORM_OPERANDS)) {
 }
 
 std::tuple<Tensor, Tensor, Tensor> gated_add_norm_backward(
-    Tensor grad, FASTGATE_PARAMETERS(FASTGATE_GATED_ADD_NORM_OPERANDS), int64_t requested) {
-  const PreparedGatedNorm p = prepare(FASTGATE_ARGUMENTS(FASTGATE_GATED_ADD_NORM_OPERANDS));
+    Tensor grad, FASTGATE_PARAMETERS(GATED_ADD_NORM), int64_t requested) {
+  const PreparedGatedNorm p = prepare(FASTGATE_ARGUMENTS(GATED_ADD_NORM));
   const GatedNormProblem& o = p.problem;
   STD_TORCH_CHECK(
       grad.scalar_type() == p.y_dtype && grad.numel() == x.numel(),

@@ -6,8 +6,8 @@
 
 namespace fastgate::cpu {
 
-// A half layer's kind. Its size is: the heads of either attention; the columns of the first gemm; the halo of a shift_norm,
-// in hops around the output rows, or kAllRows.
+// A half layer's kind. Its size: the heads of either attention; the columns of the first gemm; a shift_norm's
+// halo, in hops around the output rows, or kAllRows.
 enum HalfLayer : int64_t { kAttention, kAbsorbed, kFeedForward, kShiftNorm };
 constexpr int64_t kAllRows = -1;
 

@@ -147,7 +147,7 @@ const float* floats(PreparedShift& p, const Tensor& t) {
   return static_cast<const float*>(p.kept_alive.emplace_back(as_float(t)).data_ptr());
 }
 
-PreparedShift prepare(FASTGATE_PARAMETERS(FASTGATE_SHIFT_NORM_OPERANDS)) {
+PreparedShift prepare(FASTGATE_PARAMETERS(SHIFT_NORM)) {
   PreparedShift p;
   ShiftProblem& o = p.problem;
   p.kept_alive.reserve(8);
@@ -173,8 +173,8 @@ PreparedShift prepare(FASTGATE_PARAMETERS(FASTGATE_SHIFT_NORM_OPERANDS)) {
 
 }  // namespace
 
-Tensor shift_norm(FASTGATE_PARAMETERS(FASTGATE_SHIFT_NORM_OPERANDS)) {
-  const PreparedShift p = prepare(FASTGATE_ARGUMENTS(FASTGATE_SHIFT_NORM_OPERANDS));
+Tensor shift_norm(FASTGATE_PARAMETERS(SHIFT_NORM)) {
+  const PreparedShift p = prepare(FASTGATE_ARGUMENTS(SHIFT_NORM));
   const ShiftProblem& o = p.problem;
   Tensor y = empty_like(x, x.scalar_type());
   void* out = y.data_ptr();
@@ -186,8 +186,8 @@ Tensor shift_norm(FASTGATE_PARAMETERS(FASTGATE_SHIFT_NORM_OPERANDS)) {
   return y;
 }
 
-std::tuple<Tensor, Tensor> shift_norm_backward(Tensor grad, FASTGATE_PARAMETERS(FASTGATE_SHIFT_NORM_OPERANDS), int64_t requested) {
-  const PreparedShift p = prepare(FASTGATE_ARGUMENTS(FASTGATE_SHIFT_NORM_OPERANDS));
+std::tuple<Tensor, Tensor> shift_norm_backward(Tensor grad, FASTGATE_PARAMETERS(SHIFT_NORM), int64_t requested) {
+  const PreparedShift p = prepare(FASTGATE_ARGUMENTS(SHIFT_NORM));
   const ShiftProblem& o = p.problem;
   STD_TORCH_CHECK(
       grad.scalar_type() == x.scalar_type() && grad.numel() == x.numel(),

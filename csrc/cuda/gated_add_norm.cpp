@@ -80,7 +80,7 @@ struct Call {
   }
 };
 
-Call prepare(FASTGATE_PARAMETERS(FASTGATE_GATED_ADD_NORM_OPERANDS)) {
+Call prepare(FASTGATE_PARAMETERS(GATED_ADD_NORM)) {
   Call call;
   NormOperands& o = call.operands;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &call.device_type));
@@ -131,16 +131,16 @@ Output output(const Tensor& t, bool requested) {
 
 }  // namespace
 
-Tensor gated_add_norm(FASTGATE_PARAMETERS(FASTGATE_GATED_ADD_NORM_OPERANDS)) {
-  const Call call = prepare(FASTGATE_ARGUMENTS(FASTGATE_GATED_ADD_NORM_OPERANDS));
+Tensor gated_add_norm(FASTGATE_PARAMETERS(GATED_ADD_NORM)) {
+  const Call call = prepare(FASTGATE_ARGUMENTS(GATED_ADD_NORM));
   Tensor y = empty_like(x, call.y_dtype);
   check(launch_gated_add_norm(call.queue, call.operands, output(y, true)), "gated_add_norm");
   return y;
 }
 
 std::tuple<Tensor, Tensor, Tensor> gated_add_norm_backward(
-    Tensor grad, FASTGATE_PARAMETERS(FASTGATE_GATED_ADD_NORM_OPERANDS), int64_t requested) {
-  Call call = prepare(FASTGATE_ARGUMENTS(FASTGATE_GATED_ADD_NORM_OPERANDS));
+    Tensor grad, FASTGATE_PARAMETERS(GATED_ADD_NORM), int64_t requested) {
+  Call call = prepare(FASTGATE_ARGUMENTS(GATED_ADD_NORM));
   const NormOperands& o = call.operands;
   STD_TORCH_CHECK(
       grad.scalar_type() == call.y_dtype,

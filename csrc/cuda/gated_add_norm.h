@@ -1,4 +1,4 @@
-// gated_add_norm on CUDA: what its tensor side (.cpp, torch's stable ABI) hands to its kernel side (.cu, CUDA only).
+// gated_add_norm on CUDA: what its tensor side (.cpp, stable ABI) hands to its kernel side (.cu, no torch).
 #pragma once
 
 #include <cstdint>

@@ -1,11 +1,10 @@
-// Registers the CUDA ops under fastgate_cuda, a namespace of their own; fastgate/ops/backends.py enters them in the
-// registry.
+// Registers the CUDA ops under fastgate_cuda; fastgate/ops/backends.py enters them in the registry.
 #include "ops.h"
 
 STABLE_TORCH_LIBRARY(fastgate_cuda, m) {
-  m.def("gated_add_norm(" FASTGATE_SCHEMA(FASTGATE_GATED_ADD_NORM_OPERANDS) ") -> Tensor");
+  m.def("gated_add_norm(" FASTGATE_SCHEMA(GATED_ADD_NORM) ") -> Tensor");
   m.def(
-      "gated_add_norm_backward(Tensor grad, " FASTGATE_SCHEMA(FASTGATE_GATED_ADD_NORM_OPERANDS)
+      "gated_add_norm_backward(Tensor grad, " FASTGATE_SCHEMA(GATED_ADD_NORM)
       ", int requested) -> (Tensor, Tensor, Tensor)");
 }
 

@@ -1,4 +1,4 @@
-// A row of gated_add_norm in registers: how threads share it, and the steps that forward and backward take alike.
+// A row of gated_add_norm in registers: how threads share it, and the steps that both directions take.
 //
 // With rows i, columns j, keep mask m, keep probability 1 - p:
 //

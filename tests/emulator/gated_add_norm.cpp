@@ -8,9 +8,9 @@ thread_local float4 dynamic_shared[emulator::kShared / sizeof(float4)];
 }
 
 STABLE_TORCH_LIBRARY(fastgate_emulated, m) {
-  m.def("gated_add_norm(" FASTGATE_SCHEMA(FASTGATE_GATED_ADD_NORM_OPERANDS) ") -> Tensor");
+  m.def("gated_add_norm(" FASTGATE_SCHEMA(GATED_ADD_NORM) ") -> Tensor");
   m.def(
-      "gated_add_norm_backward(Tensor grad, " FASTGATE_SCHEMA(FASTGATE_GATED_ADD_NORM_OPERANDS)
+      "gated_add_norm_backward(Tensor grad, " FASTGATE_SCHEMA(GATED_ADD_NORM)
       ", int requested) -> (Tensor, Tensor, Tensor)");
 }
 

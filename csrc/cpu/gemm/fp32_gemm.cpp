@@ -187,7 +187,7 @@ template <class L>
 FASTGATE_INLINE void gemm_nt_level(
     const float* a, int64_t a_row, const float* b, int64_t b_row, float* c, int64_t c_row, int64_t m, int64_t n, int64_t k) {
   const int64_t row_tiles = (m + L::kNtRows - 1) / L::kNtRows, column_tiles = (n + L::kNtColumns - 1) / L::kNtColumns;
-  for (int64_t t = 0; t < column_tiles; ++t) {  // a few rows of b stay in the first-level cache while a passes
+  for (int64_t t = 0; t < column_tiles; ++t) {  // some rows of b stay in the first-level cache
     const int64_t j = t * n / column_tiles, columns = (t + 1) * n / column_tiles - j;
     for (int64_t u = 0; u < row_tiles; ++u) {
       const int64_t i = u * m / row_tiles, rows = (u + 1) * m / row_tiles - i;
