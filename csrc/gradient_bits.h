@@ -1,8 +1,9 @@
-// The bits of `requested`, by which a backward op is told which gradients to compute. fastgate/ops/ has the same, and
-// tests/ops/test_operands.py compares the two. Without torch's headers, because nvcc reads this too.
+// The bits of `requested`, by which a backward op is told which gradients to compute. fastgate/ops/ has the
+// same, and tests/ops/test_operands.py compares the two. Without torch's headers, because nvcc reads this
+// too.
 //
-// The low bits ask for gradients that are tensors of their own. Those of the parameters follow: they come stacked, in the
-// order of `Parameter`, and kFirstParameterBit << parameter asks for one.
+// The low bits ask for gradients that are tensors of their own. Those of the parameters follow: they come
+// stacked, in the order of `Parameter`, and kFirstParameterBit << parameter asks for one.
 #pragma once
 
 #include <cstdint>

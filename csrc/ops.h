@@ -15,7 +15,8 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// An op's operands, in the order of its schema. fastgate/ops/ has the same; tests/ops/test_operands.py compares them.
+// An op's operands, in the order of its schema. fastgate/ops/ has the same; tests/ops/test_operands.py
+// compares them.
 //
 //   FASTGATE_SCHEMA(OP)      of its schema: "Tensor x, Tensor? bias, float eps"
 //   FASTGATE_PARAMETERS(OP)  of its C++ functions: Tensor x, OptionalTensor bias, double eps
@@ -100,8 +101,8 @@ std::tuple<Tensor, Tensor, Tensor> gated_add_norm_backward(
     Tensor grad, FASTGATE_PARAMETERS(GATED_ADD_NORM), int64_t requested);
 }  // namespace cuda
 
-// An uninitialised contiguous tensor on `like`'s device. The shim is called straight: through the dispatcher an
-// allocation costs as much as a small kernel.
+// An uninitialised contiguous tensor on `like`'s device. The shim is called straight: through the dispatcher
+// an allocation costs as much as a small kernel.
 inline Tensor empty(const int64_t* sizes, int64_t dims, ScalarType dtype, const Tensor& like) {
   std::vector<int64_t> strides(dims);
   int64_t step = 1;

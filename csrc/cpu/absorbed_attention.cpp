@@ -1,14 +1,16 @@
-// Absorbed attention on the CPU, forward and backward: the equations of fastgate/ops/reference/absorbed_attention.py.
+// Absorbed attention on the CPU, forward and backward: the equations of
+// fastgate/ops/reference/absorbed_attention.py.
 //
-// A unit of work is one head of one sequence, and heads of a sequence that come to one thread go together: their scores
-// in one sweep over the sequence's rows, a softmax, and one sweep more for the mix. Backward makes the weights again.
-// Its gradient of the rows takes all heads: a second round, over runs of rows. Whoever computes an element, and beside
-// which others, it is the same sum: the same bits at every call and for every number of threads.
-#include "cpu/dropout.h"
-#include "cpu/cu_seqlens.h"
-#include "cpu/softmax.h"
+// A unit of work is one head of one sequence, and heads of a sequence that come to one thread go together:
+// their scores in one sweep over the sequence's rows, a softmax, and one sweep more for the mix. Backward
+// makes the weights again. Its gradient of the rows takes all heads: a second round, over runs of rows.
+// Whoever computes an element, and beside which others, it is the same sum: the same bits at every call and
+// for every number of threads.
 #include "cpu/arena.h"
+#include "cpu/cu_seqlens.h"
+#include "cpu/dropout.h"
 #include "cpu/gemm/fp32_gemm.h"
+#include "cpu/softmax.h"
 
 namespace fastgate::cpu {
 namespace {
@@ -63,7 +65,8 @@ FASTGATE_INLINE FloatRows rows_of(
 
 template <class T>
 FASTGATE_INLINE FloatRows heads_of(
-    const AbsorbedProblem& o, const HeadRows& from, int64_t sequence, int64_t head, int64_t count, float* buffer) {
+    const AbsorbedProblem& o, const HeadRows& from, int64_t sequence, int64_t head, int64_t count,
+    float* buffer) {
   const int64_t offset = sequence * from.sequence_step + head * from.head_step;
   return rows_of<T>(o, from.at, offset, from.head_step, count, buffer);
 }
@@ -75,11 +78,13 @@ FASTGATE_INLINE FloatRows x_of(const AbsorbedProblem& o, int64_t row, int64_t co
 
 // Where gemm leaves rows that belong at `row` of `to`; `write_back` brings them there.
 FASTGATE_INLINE FloatRows gemm_target(const AbsorbedProblem& o, void* to, int64_t row, float* buffer) {
-  return o.direct ? FloatRows{static_cast<float*>(to) + row * o.width, o.width} : FloatRows{buffer, row_stride(o.width)};
+  return o.direct ? FloatRows{static_cast<float*>(to) + row * o.width, o.width}
+                  : FloatRows{buffer, row_stride(o.width)};
 }
 
 template <class T>
-FASTGATE_INLINE void write_back(const AbsorbedProblem& o, const FloatRows& from, int64_t count, void* to, int64_t row) {
+FASTGATE_INLINE void write_back(
+    const AbsorbedProblem& o, const FloatRows& from, int64_t count, void* to, int64_t row) {
   if (o.direct) return;
   T* out = static_cast<T*>(to) + row * o.width;
   for (int64_t i = 0; i < count; ++i)
@@ -96,12 +101,14 @@ struct HeadGroup {
 HeadGroup head_group(const AbsorbedProblem& o, int64_t begin, int64_t end) {
   const int64_t sequence = begin / o.heads, head = begin % o.heads;
   const int64_t row = o.ends[sequence], rows = o.ends[sequence + 1] - row;
-  return {sequence, head, std::min(o.heads - head, end - begin), row, rows, (rows + 15) / 16, row_stride(rows)};
+  return {sequence,        head, std::min(o.heads - head, end - begin), row, rows, (rows + 15) / 16,
+          row_stride(rows)};
 }
 
 // out (heads, rows) = left x^T, `left` a row for each of the group's heads.
 template <class T>
-FASTGATE_INLINE void scores_against_rows(const AbsorbedProblem& o, const HeadGroup& r, const FloatRows& left, float* out, float* buffer) {
+FASTGATE_INLINE void scores_against_rows(
+    const AbsorbedProblem& o, const HeadGroup& r, const FloatRows& left, float* out, float* buffer) {
   for (int64_t first = 0; first < r.rows; first += kRows) {
     const int64_t count = std::min(kRows, r.rows - first);
     const FloatRows x = x_of<T>(o, r.row + first, count, buffer);
@@ -112,7 +119,8 @@ FASTGATE_INLINE void scores_against_rows(const AbsorbedProblem& o, const HeadGro
 // The group's heads of `to` = weights (heads, rows) x.
 template <class T>
 FASTGATE_INLINE void mix_rows(
-    const AbsorbedProblem& o, const HeadGroup& r, const float* weights, void* to, float* buffer, float* mixed) {
+    const AbsorbedProblem& o, const HeadGroup& r, const float* weights, void* to, float* buffer,
+    float* mixed) {
   const int64_t place = r.sequence * o.heads + r.head;
   const FloatRows out = gemm_target(o, to, place, mixed);
   for (int64_t first = 0; first == 0 || first < r.rows; first += kRows) {
@@ -127,9 +135,11 @@ FASTGATE_INLINE void mix_rows(
 
 // The group's probabilities into `scores`.
 template <class T>
-FASTGATE_INLINE void weigh(const AbsorbedProblem& o, const HeadGroup& r, float* scores, float* probes, float* buffer) {
+FASTGATE_INLINE void weigh(
+    const AbsorbedProblem& o, const HeadGroup& r, float* scores, float* probes, float* buffer) {
   scores_against_rows<T>(o, r, heads_of<T>(o, o.probe, r.sequence, r.head, r.heads, probes), scores, buffer);
-  for (int64_t h = 0; h < r.heads; ++h) for_each(r.rows, [&](int64_t j) { scores[h * r.apart + j] *= o.scale; });
+  for (int64_t h = 0; h < r.heads; ++h)
+    for_each(r.rows, [&](int64_t j) { scores[h * r.apart + j] *= o.scale; });
   softmax(scores, r.heads, r.apart, r.rows, r.blocks);
 }
 
@@ -150,9 +160,11 @@ struct AbsorbedOutputs {
 };
 
 template <class T>
-FASTGATE_INLINE void forward_units(const AbsorbedProblem& o, const AbsorbedOutputs& out, int64_t longest, int64_t begin, int64_t end) {
+FASTGATE_INLINE void forward_units(
+    const AbsorbedProblem& o, const AbsorbedOutputs& out, int64_t longest, int64_t begin, int64_t end) {
   Arena arena(rows_size(o) + 2 * heads_size(o) + longest_row(o, longest) + row_stride(longest));
-  float *buffer = arena.take(rows_size(o)), *probes = arena.take(heads_size(o)), *mixed = arena.take(heads_size(o));
+  float *buffer = arena.take(rows_size(o)), *probes = arena.take(heads_size(o)),
+        *mixed = arena.take(heads_size(o));
   float *scores = arena.take(longest_row(o, longest)), *factors = arena.take(row_stride(longest));
   for (int64_t unit = begin; unit < end;) {
     const HeadGroup r = head_group(o, unit, end);
@@ -174,13 +186,15 @@ template <class T>
 FASTGATE_INLINE void backward_units(
     const AbsorbedProblem& o, const AbsorbedGradients& g, int64_t longest, int64_t begin, int64_t end) {
   Arena arena(rows_size(o) + 2 * heads_size(o) + 2 * longest_row(o, longest) + row_stride(longest));
-  float *buffer = arena.take(rows_size(o)), *probes = arena.take(heads_size(o)), *mixed = arena.take(heads_size(o));
+  float *buffer = arena.take(rows_size(o)), *probes = arena.take(heads_size(o)),
+        *mixed = arena.take(heads_size(o));
   float *scores = arena.take(longest_row(o, longest)), *dscores = arena.take(longest_row(o, longest));
   float* factors = arena.take(row_stride(longest));
   for (int64_t unit = begin; unit < end;) {
     const HeadGroup r = head_group(o, unit, end);
     weigh<T>(o, r, scores, probes, buffer);
-    scores_against_rows<T>(o, r, heads_of<T>(o, g.grad, r.sequence, r.head, r.heads, probes), dscores, buffer);
+    scores_against_rows<T>(
+        o, r, heads_of<T>(o, g.grad, r.sequence, r.head, r.heads, probes), dscores, buffer);
     for (int64_t h = 0; h < r.heads; ++h) {
       float *p = scores + h * r.apart, *ds = dscores + h * r.apart;
       float* probabilities = g.weights + 2 * o.heads * r.row + (r.head + h) * r.rows;
@@ -188,7 +202,9 @@ FASTGATE_INLINE void backward_units(
       const float more = g.grad_total ? g.grad_total[unit + h] : 0.0f;
       if (o.dropout.on) {
         draw_factors(o, r, h, factors);
-        for_each(r.rows, [&](int64_t j) { probabilities[j] = p[j] * factors[j], ds[j] = factors[j] * (ds[j] + more); });
+        for_each(r.rows, [&](int64_t j) {
+          probabilities[j] = p[j] * factors[j], ds[j] = factors[j] * (ds[j] + more);
+        });
       } else {
         for_each(r.rows, [&](int64_t j) { probabilities[j] = p[j], ds[j] += more; });
       }
@@ -202,9 +218,11 @@ FASTGATE_INLINE void backward_units(
 
 // dx of runs of rows, kParts to a sequence.
 template <class T>
-FASTGATE_INLINE void backward_rows(const AbsorbedProblem& o, const AbsorbedGradients& g, int64_t begin, int64_t end) {
+FASTGATE_INLINE void backward_rows(
+    const AbsorbedProblem& o, const AbsorbedGradients& g, int64_t begin, int64_t end) {
   Arena arena(2 * heads_size(o) + rows_size(o));
-  float *grads = arena.take(heads_size(o)), *probes = arena.take(heads_size(o)), *buffer = arena.take(rows_size(o));
+  float *grads = arena.take(heads_size(o)), *probes = arena.take(heads_size(o)),
+        *buffer = arena.take(rows_size(o));
   for (int64_t part = begin; part < end;) {
     const int64_t sequence = part / kParts, until = std::min(end, (sequence + 1) * kParts);
     const int64_t row = o.ends[sequence], rows = o.ends[sequence + 1] - row;
@@ -218,24 +236,29 @@ FASTGATE_INLINE void backward_rows(const AbsorbedProblem& o, const AbsorbedGradi
       const int64_t count = std::min(kRows, to - first);
       const FloatRows out = gemm_target(o, g.dx, row + first, buffer);
       float* dx = const_cast<float*>(out.at);
-      gemm(false, {probabilities + first, 1, rows}, u.at, u.step, dx, out.step, count, round_up(o.width, 16), o.heads);
-      gemm(true, {dscores_out + first, 1, rows}, a.at, a.step, dx, out.step, count, round_up(o.width, 16), o.heads);
+      gemm(
+          false, {probabilities + first, 1, rows}, u.at, u.step, dx, out.step, count, round_up(o.width, 16),
+          o.heads);
+      gemm(
+          true, {dscores_out + first, 1, rows}, a.at, a.step, dx, out.step, count, round_up(o.width, 16),
+          o.heads);
       write_back<T>(o, out, count, g.dx, row + first);
     }
   }
 }
 
-#define FASTGATE_ABSORBED(NAME, T)                                                                                  \
-  FASTGATE_WIDE_CLONES void forward_##NAME(                                                                         \
-      const AbsorbedProblem& o, const AbsorbedOutputs& out, int64_t longest, int64_t begin, int64_t end) {                          \
-    forward_units<T>(o, out, longest, begin, end);                                                                  \
-  }                                                                                                                 \
-  FASTGATE_WIDE_CLONES void backward_##NAME(                                                                        \
-      const AbsorbedProblem& o, const AbsorbedGradients& g, int64_t longest, int64_t begin, int64_t end) {                  \
-    backward_units<T>(o, g, longest, begin, end);                                                                   \
-  }                                                                                                                 \
-  FASTGATE_WIDE_CLONES void rows_##NAME(const AbsorbedProblem& o, const AbsorbedGradients& g, int64_t begin, int64_t end) { \
-    backward_rows<T>(o, g, begin, end);                                                                             \
+#define FASTGATE_ABSORBED(NAME, T)                                                                         \
+  FASTGATE_WIDE_CLONES void forward_##NAME(                                                                \
+      const AbsorbedProblem& o, const AbsorbedOutputs& out, int64_t longest, int64_t begin, int64_t end) { \
+    forward_units<T>(o, out, longest, begin, end);                                                         \
+  }                                                                                                        \
+  FASTGATE_WIDE_CLONES void backward_##NAME(                                                               \
+      const AbsorbedProblem& o, const AbsorbedGradients& g, int64_t longest, int64_t begin, int64_t end) { \
+    backward_units<T>(o, g, longest, begin, end);                                                          \
+  }                                                                                                        \
+  FASTGATE_WIDE_CLONES void rows_##NAME(                                                                   \
+      const AbsorbedProblem& o, const AbsorbedGradients& g, int64_t begin, int64_t end) {                  \
+    backward_rows<T>(o, g, begin, end);                                                                    \
   }
 
 FASTGATE_ABSORBED(f, float)
@@ -261,10 +284,13 @@ PreparedAbsorbed prepare(FASTGATE_PARAMETERS(ABSORBED_ATTENTION)) {
   const auto dtype = x.scalar_type();
   STD_TORCH_CHECK(
       (dtype == ScalarType::Float || dtype == ScalarType::BFloat16) && probe.scalar_type() == dtype,
-      "absorbed_attention: probe, x: got other or unequal dtypes, wanted float32 or bfloat16; convert them first");
+      "absorbed_attention: probe, x: got other or unequal dtypes, wanted float32 or bfloat16; convert them "
+      "first");
   STD_TORCH_CHECK(
-      x.dim() == 2 && probe.dim() == 3 && probe.size(2) == x.size(1) && probe.size(0) + 1 == cu_seqlens.numel(),
-      "absorbed_attention: probe, x: got shapes that do not fit, wanted (sequences, heads, H), (rows, H); reshape "
+      x.dim() == 2 && probe.dim() == 3 && probe.size(2) == x.size(1) &&
+          probe.size(0) + 1 == cu_seqlens.numel(),
+      "absorbed_attention: probe, x: got shapes that do not fit, wanted (sequences, heads, H), (rows, H); "
+      "reshape "
       "them first");
   PreparedAbsorbed p;
   p.kept_alive.reserve(4);
@@ -310,12 +336,15 @@ std::tuple<Tensor, Tensor> absorbed_attention_backward(
   STD_TORCH_CHECK(
       grad_mixed.scalar_type() == x.scalar_type() && has_sizes_of(grad_mixed, probe) &&
           (!grad_total || grad_total->numel() == o.sequences * o.heads),
-      "absorbed_attention_backward: grad_mixed, grad_total: got another shape or dtype, wanted the outputs'; pass the gradients of "
+      "absorbed_attention_backward: grad_mixed, grad_total: got another shape or dtype, wanted the outputs'; "
+      "pass the gradients of "
       "the outputs");
   Tensor dprobe = empty_like(probe, x.scalar_type()), dx = empty_like(x, x.scalar_type());
   const std::unique_ptr<float[]> weights(new float[2 * o.heads * x.size(0)]);
-  AbsorbedGradients g{head_rows(p.kept_alive, grad_mixed), nullptr, dprobe.data_ptr(), dx.data_ptr(), weights.get()};
-  if (grad_total) g.grad_total = static_cast<const float*>(p.kept_alive.emplace_back(as_float(*grad_total)).data_ptr());
+  AbsorbedGradients g{
+      head_rows(p.kept_alive, grad_mixed), nullptr, dprobe.data_ptr(), dx.data_ptr(), weights.get()};
+  if (grad_total)
+    g.grad_total = static_cast<const float*>(p.kept_alive.emplace_back(as_float(*grad_total)).data_ptr());
   const auto cost = [&](int64_t sequence) { return 1.5 * cost_of(o, sequence); };
   parallel_by_cost(o.sequences, o.heads, cost, [&](int64_t begin, int64_t end) {
     (p.is_bf16 ? backward_b : backward_f)(o, g, p.longest, begin, end);

@@ -7,7 +7,8 @@
 namespace fastgate::cpu {
 
 constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
-// The distance between rows of n floats: an odd number of cache lines, or a column would fall into a few cache sets.
+// The distance between rows of n floats: an odd number of cache lines, or a column would fall into a few
+// cache sets.
 constexpr int64_t row_stride(int64_t n) { return round_up(n, 16) | 16; }
 
 // Uninitialised floats. Every piece begins at a cache line.

@@ -1,9 +1,10 @@
-// Self-attention over an unpadded batch on the CPU, forward and backward: the equations of kernels/attention_forward.py and
-// attention_backward.py.
+// Self-attention over an unpadded batch on the CPU, forward and backward: the equations of
+// kernels/attention_forward.py and attention_backward.py.
 //
-// One task is one head of one sequence. Its slices of q, k and v are copied to float32 buffers whose rows are whole
-// vectors, so that every product is a gemm of fp32_gemm.h. Backward draws the dropout mask and the probabilities again, so forward
-// keeps nothing, and a task owns its rows of every gradient: the same bits at every call.
+// One task is one head of one sequence. Its slices of q, k and v are copied to float32 buffers whose rows are
+// whole vectors, so that every product is a gemm of fp32_gemm.h. Backward draws the dropout mask and the
+// probabilities again, so forward keeps nothing, and a task owns its rows of every gradient: the same bits at
+// every call.
 #include "cpu/amx_attention.h"
 #include "cpu/attention_task.h"
 #include "cpu/cu_seqlens.h"
@@ -20,7 +21,8 @@ int64_t forward_arena_size(int64_t longest_q, int64_t longest_k, int64_t width) 
 }
 
 template <class T>
-FASTGATE_INLINE void forward_tasks(const AttentionProblem& o, void* out, Arena& arena, int64_t begin, int64_t end) {
+FASTGATE_INLINE void forward_tasks(
+    const AttentionProblem& o, void* out, Arena& arena, int64_t begin, int64_t end) {
   const Arena::Mark mark = arena.mark();
   for (int64_t index = begin; index < end; ++index) {
     const HeadTask t = head_task(o, index);
@@ -33,7 +35,8 @@ FASTGATE_INLINE void forward_tasks(const AttentionProblem& o, void* out, Arena& 
     gather_head<T>(o, t, o.q, o.q_bias, t.q_row, t.queries, t.queries, o.scale, q);
     gather_head<T>(o, t, o.v, o.v_bias, t.k_row, t.keys, t.keys, 1.0f, v);
     for (int64_t key = 0; key < t.keys; key += 16) {
-      gather_head<T>(o, t, o.k, nullptr, t.k_row + key, std::min<int64_t>(16, t.keys - key), 16, 1.0f, key_block);
+      gather_head<T>(
+          o, t, o.k, nullptr, t.k_row + key, std::min<int64_t>(16, t.keys - key), 16, 1.0f, key_block);
       transpose(key_block, w, t.width16, kt + key, n);
     }
     for (int64_t first = 0; first < t.queries; first += kQueries) {
@@ -53,7 +56,8 @@ FASTGATE_INLINE void forward_tasks(const AttentionProblem& o, void* out, Arena& 
 
 int64_t backward_arena_size(int64_t longest_q, int64_t longest_k, int64_t width) {
   const int64_t k = row_stride(longest_k), w = row_stride(width);
-  return (3 * longest_q + 2 * round_up(longest_k, 16) + 2 * longest_k) * w + (2 * round_up(width, 16) + 2 * kQueries + 1) * k;
+  return (3 * longest_q + 2 * round_up(longest_k, 16) + 2 * longest_k) * w +
+         (2 * round_up(width, 16) + 2 * kQueries + 1) * k;
 }
 
 struct AttentionGradients {
@@ -112,14 +116,14 @@ FASTGATE_INLINE void backward_tasks(
 }
 
 // A pair of functions for each element type, compiled for every clone.
-#define FASTGATE_ATTENTION(NAME, T)                                                                  \
-  FASTGATE_WIDE_CLONES void forward_##NAME(                                                          \
+#define FASTGATE_ATTENTION(NAME, T)                                                                       \
+  FASTGATE_WIDE_CLONES void forward_##NAME(                                                               \
       const AttentionProblem& o, void* out, Arena& arena, int64_t begin, int64_t end) {                   \
-    forward_tasks<T>(o, out, arena, begin, end);                                                   \
-  }                                                                                                  \
-  FASTGATE_WIDE_CLONES void backward_##NAME(                                                         \
+    forward_tasks<T>(o, out, arena, begin, end);                                                          \
+  }                                                                                                       \
+  FASTGATE_WIDE_CLONES void backward_##NAME(                                                              \
       const AttentionProblem& o, const AttentionGradients& g, Arena& arena, int64_t begin, int64_t end) { \
-    backward_tasks<T>(o, g, arena, begin, end);                                                    \
+    backward_tasks<T>(o, g, arena, begin, end);                                                           \
   }
 
 FASTGATE_ATTENTION(f, float)
@@ -154,9 +158,12 @@ PreparedAttention prepare(FASTGATE_PARAMETERS(ATTENTION)) {
   STD_TORCH_CHECK(
       q.dim() == 2 && k.dim() == 2 && v.dim() == 2 && k.size(0) == v.size(0) && q.size(1) == k.size(1) &&
           k.size(1) == v.size(1) && heads > 0 && q.size(1) % heads == 0,
-      "attention: q, k, v: got shapes that do not fit, wanted (queries, hidden), (keys, hidden), (keys, hidden) with hidden a "
+      "attention: q, k, v: got shapes that do not fit, wanted (queries, hidden), (keys, hidden), (keys, "
+      "hidden) with hidden a "
       "multiple of heads; reshape them first");
-  STD_TORCH_CHECK(cu_q.numel() == cu_k.numel(), "attention: cu_q, cu_k: got unequal lengths, wanted one end a sequence in each; pad with equal ends");
+  STD_TORCH_CHECK(
+      cu_q.numel() == cu_k.numel(),
+      "attention: cu_q, cu_k: got unequal lengths, wanted one end a sequence in each; pad with equal ends");
   PreparedAttention p;
   AttentionProblem& o = p.problem;
   o.sequences = cu_q.numel() - 1;
@@ -165,7 +172,8 @@ PreparedAttention prepare(FASTGATE_PARAMETERS(ATTENTION)) {
   o.width = o.hidden / heads;
   p.is_bf16 = dtype == ScalarType::BFloat16;
   p.kept_alive.reserve(8);
-  o.q = strided_rows(p.kept_alive, q), o.k = strided_rows(p.kept_alive, k), o.v = strided_rows(p.kept_alive, v);
+  o.q = strided_rows(p.kept_alive, q), o.k = strided_rows(p.kept_alive, k),
+  o.v = strided_rows(p.kept_alive, v);
   p.cu_q = read_cu_seqlens("attention", "cu_q", cu_q, q.size(0));
   p.cu_k = read_cu_seqlens("attention", "cu_k", cu_k, k.size(0));
   o.cu_q = p.cu_q.data(), o.cu_k = p.cu_k.data();
@@ -173,7 +181,8 @@ PreparedAttention prepare(FASTGATE_PARAMETERS(ATTENTION)) {
   for (const OptionalTensor* bias : {&q_bias, &k_bias, &v_bias})
     STD_TORCH_CHECK(
         !*bias || ((*bias)->dim() == 1 && (*bias)->size(0) == o.hidden),
-        "attention: q_bias, k_bias, v_bias: got another shape, wanted (", o.hidden, ",); pass one number a column of q");
+        "attention: q_bias, k_bias, v_bias: got another shape, wanted (", o.hidden,
+        ",); pass one number a column of q");
   o.q_bias = bias_of(p, q_bias);
   o.v_bias = bias_of(p, v_bias);
   o.scale = static_cast<float>(scale);
@@ -181,9 +190,11 @@ PreparedAttention prepare(FASTGATE_PARAMETERS(ATTENTION)) {
   return p;
 }
 
-// Of one head of a sequence, in float operations: the products, and what moving a row's slice costs beside them.
+// Of one head of a sequence, in float operations: the products, and what moving a row's slice costs beside
+// them.
 double cost_of(const AttentionProblem& o, int64_t sequence) {
-  const double queries = o.cu_q[sequence + 1] - o.cu_q[sequence], keys = o.cu_k[sequence + 1] - o.cu_k[sequence];
+  const double queries = o.cu_q[sequence + 1] - o.cu_q[sequence],
+               keys = o.cu_k[sequence + 1] - o.cu_k[sequence];
   return 4.0 * o.width * queries * keys + 50.0 * queries * keys + 20.0 * o.width * (queries + keys);
 }
 
@@ -208,8 +219,10 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor grad, FASTGATE_PARA
   PreparedAttention p = prepare(FASTGATE_ARGUMENTS(ATTENTION));
   STD_TORCH_CHECK(
       grad.scalar_type() == q.scalar_type() && has_sizes_of(grad, q),
-      "attention_backward: grad: got another shape or dtype, wanted the output's; pass the gradient of the output");
-  Tensor dq = empty_like(q, q.scalar_type()), dk = empty_like(k, k.scalar_type()), dv = empty_like(v, v.scalar_type());
+      "attention_backward: grad: got another shape or dtype, wanted the output's; pass the gradient of the "
+      "output");
+  Tensor dq = empty_like(q, q.scalar_type()), dk = empty_like(k, k.scalar_type()),
+         dv = empty_like(v, v.scalar_type());
   const AttentionGradients g{strided_rows(p.kept_alive, grad), dq.data_ptr(), dk.data_ptr(), dv.data_ptr()};
   const AttentionProblem& o = p.problem;
   const int64_t size = backward_arena_size(p.longest_q, p.longest_k, o.width);

@@ -1,8 +1,8 @@
 // Attention's unit of work, one head of one sequence, and its copies between unpadded rows and buffers.
 #pragma once
 
-#include "cpu/dropout.h"
 #include "cpu/arena.h"
+#include "cpu/dropout.h"
 #include "cpu/gemm/fp32_gemm.h"
 
 namespace fastgate::cpu {
@@ -45,12 +45,12 @@ FASTGATE_INLINE float rounded_to(const bf16*, float value) {
   return load(&stored, 0);
 }
 
-// A head's slice of `rows` rows, its bias added, into `out` (`padded` rows of width16), times `factor`; the padding is
-// zero. The sum with a bias is rounded to T, as a Linear's output would be.
+// A head's slice of `rows` rows, its bias added, into `out` (`padded` rows of width16), times `factor`; the
+// padding is zero. The sum with a bias is rounded to T, as a Linear's output would be.
 template <class T>
 FASTGATE_INLINE void gather_head(
-    const AttentionProblem& o, const HeadTask& t, const StridedRows& from, const float* bias, int64_t row, int64_t rows, int64_t padded,
-    float factor, float* out) {
+    const AttentionProblem& o, const HeadTask& t, const StridedRows& from, const float* bias, int64_t row,
+    int64_t rows, int64_t padded, float factor, float* out) {
   const float* head_bias = bias ? bias + t.head * o.width : nullptr;
   for (int64_t i = 0; i < padded; ++i) {
     float* to = out + i * t.width_row;
@@ -66,7 +66,8 @@ FASTGATE_INLINE void gather_head(
 
 template <class T>
 FASTGATE_INLINE void scatter_head(
-    const AttentionProblem& o, const HeadTask& t, const float* from, int64_t row, int64_t rows, float factor, void* to) {
+    const AttentionProblem& o, const HeadTask& t, const float* from, int64_t row, int64_t rows, float factor,
+    void* to) {
   for (int64_t i = 0; i < rows; ++i) {
     T* out = static_cast<T*>(to) + (row + i) * o.hidden + t.head * o.width;
     const float* source = from + i * t.width_row;
@@ -77,7 +78,8 @@ FASTGATE_INLINE void scatter_head(
 typedef float float4 __attribute__((vector_size(16)));
 
 // Sixteen rows of `columns`, a multiple of 4 -> sixteen columns.
-FASTGATE_INLINE void transpose(const float* from, int64_t from_row, int64_t columns, float* to, int64_t to_row) {
+FASTGATE_INLINE void transpose(
+    const float* from, int64_t from_row, int64_t columns, float* to, int64_t to_row) {
   for (int64_t i = 0; i < 16; i += 4)
     for (int64_t j = 0; j < columns; j += 4) {
       float4 a, b, c, d;
@@ -85,8 +87,10 @@ FASTGATE_INLINE void transpose(const float* from, int64_t from_row, int64_t colu
       std::memcpy(&b, from + (i + 1) * from_row + j, sizeof b);
       std::memcpy(&c, from + (i + 2) * from_row + j, sizeof c);
       std::memcpy(&d, from + (i + 3) * from_row + j, sizeof d);
-      const float4 ab = __builtin_shufflevector(a, b, 0, 4, 1, 5), AB = __builtin_shufflevector(a, b, 2, 6, 3, 7);
-      const float4 cd = __builtin_shufflevector(c, d, 0, 4, 1, 5), CD = __builtin_shufflevector(c, d, 2, 6, 3, 7);
+      const float4 ab = __builtin_shufflevector(a, b, 0, 4, 1, 5),
+                   AB = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+      const float4 cd = __builtin_shufflevector(c, d, 0, 4, 1, 5),
+                   CD = __builtin_shufflevector(c, d, 2, 6, 3, 7);
       const float4 rows[4] = {
           __builtin_shufflevector(ab, cd, 0, 1, 4, 5), __builtin_shufflevector(ab, cd, 2, 3, 6, 7),
           __builtin_shufflevector(AB, CD, 0, 1, 4, 5), __builtin_shufflevector(AB, CD, 2, 3, 6, 7)};
@@ -95,7 +99,8 @@ FASTGATE_INLINE void transpose(const float* from, int64_t from_row, int64_t colu
 }
 
 // Dropout factors of one query's row, zeros up to whole blocks; its counter row is query * heads + head.
-FASTGATE_INLINE void draw_factors(const AttentionProblem& o, const HeadTask& t, int64_t query, float* factors) {
+FASTGATE_INLINE void draw_factors(
+    const AttentionProblem& o, const HeadTask& t, int64_t query, float* factors) {
   keep_factors(o.dropout, (t.q_row + query) * o.heads + t.head, t.keys, factors);
   for (int64_t j = t.keys; j < 16 * t.blocks; ++j) factors[j] = 0.0f;
 }

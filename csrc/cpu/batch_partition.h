@@ -1,5 +1,5 @@
-// A batch split into one part per thread, each of whole sequences. A thread takes its part through many layers: what it
-// writes stays in its own cache, and it waits for the others only at the end.
+// A batch split into one part per thread, each of whole sequences. A thread takes its part through many
+// layers: what it writes stays in its own cache, and it waits for the others only at the end.
 #pragma once
 
 #include <algorithm>
@@ -10,14 +10,14 @@
 namespace fastgate::cpu {
 
 struct BatchPart {
-  Tensor h, cu_seqlens;           // unpadded rows, and where their sequences end
-  OptionalTensor output_rows;     // rows of h, one a sequence
-  std::vector<Tensor> neighbours; // has_left_neighbour of shift_norm, or what those with a halo read
-  int64_t sequence = 0, row = 0;  // the part's first ones, in the whole batch
+  Tensor h, cu_seqlens;            // unpadded rows, and where their sequences end
+  OptionalTensor output_rows;      // rows of h, one a sequence
+  std::vector<Tensor> neighbours;  // has_left_neighbour of shift_norm, or what those with a halo read
+  int64_t sequence = 0, row = 0;   // the part's first ones, in the whole batch
 };
 
-// The sequences at which a batch is split, from 0 to their number. No split where one thread would have much more to do
-// than the others, or too few rows to be worth reading every weight for.
+// The sequences at which a batch is split, from 0 to their number. No split where one thread would have much
+// more to do than the others, or too few rows to be worth reading every weight for.
 inline std::vector<int64_t> split_points(const std::vector<int64_t>& ends) {
   constexpr int64_t kMinRows = 64;  // of a part
   const int64_t last = ends.size() - 1, rows = ends.back(), threads = torch::stable::get_num_threads();
@@ -60,12 +60,14 @@ inline std::vector<BatchPart> partition(const BatchPart& whole, bool one_query_p
   for (size_t i = 0; i + 1 < points.size(); ++i) {
     const int64_t row = ends[points[i]], rows = ends[points[i + 1]] - row, count = points[i + 1] - points[i];
     const auto slice = [&](Tensor t) { return torch::stable::narrow(t, 0, row, rows); };
-    BatchPart part = {slice(whole.h), subtract(&ends[points[i]], count + 1, row, whole.h), {}, {}, points[i], row};
+    BatchPart part = {
+        slice(whole.h), subtract(&ends[points[i]], count + 1, row, whole.h), {}, {}, points[i], row};
     if (one_query_per_sequence) {
       const int64_t* numbers = static_cast<const int64_t*>(output_rows.data_ptr()) + points[i];
       part.output_rows = subtract(numbers, count, row, whole.h);
     }
-    for (const Tensor& has_left_neighbour : whole.neighbours) part.neighbours.push_back(slice(has_left_neighbour));
+    for (const Tensor& has_left_neighbour : whole.neighbours)
+      part.neighbours.push_back(slice(has_left_neighbour));
     parts.push_back(part);
   }
   return parts;

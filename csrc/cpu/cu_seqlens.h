@@ -1,4 +1,5 @@
-// cu_seqlens, the ends of an unpadded batch's sequences, and the division of sequences and other work among threads.
+// cu_seqlens, the ends of an unpadded batch's sequences, and the division of sequences and other work among
+// threads.
 #pragma once
 
 #include <algorithm>
@@ -8,12 +9,16 @@
 
 namespace fastgate::cpu {
 
-// The numbers of a cu_seqlens, (sequences + 1,) int32 or int64, checked to rise from 0 to `rows` (-1: to any number).
-inline std::vector<int64_t> read_cu_seqlens(const char* op, const char* name, const Tensor& cu_seqlens, int64_t rows = -1) {
+// The numbers of a cu_seqlens, (sequences + 1,) int32 or int64, checked to rise from 0 to `rows` (-1: to any
+// number).
+inline std::vector<int64_t> read_cu_seqlens(
+    const char* op, const char* name, const Tensor& cu_seqlens, int64_t rows = -1) {
   const auto dtype = cu_seqlens.scalar_type();
   STD_TORCH_CHECK(
-      (dtype == ScalarType::Int || dtype == ScalarType::Long) && cu_seqlens.dim() == 1 && cu_seqlens.size(0) > 0, op, ": ",
-      name, ": got another dtype or shape, wanted (sequences + 1,) int32; cumulate the lengths from 0");
+      (dtype == ScalarType::Int || dtype == ScalarType::Long) && cu_seqlens.dim() == 1 &&
+          cu_seqlens.size(0) > 0,
+      op, ": ", name,
+      ": got another dtype or shape, wanted (sequences + 1,) int32; cumulate the lengths from 0");
   const Tensor contiguous = dense(cu_seqlens);
   std::vector<int64_t> ends(contiguous.size(0));
   for (size_t i = 0; i < ends.size(); ++i)
@@ -32,9 +37,10 @@ inline int64_t longest_sequence(const std::vector<int64_t>& ends) {
   return longest;
 }
 
-// Calls work(begin, end) on ranges of the units 0 <= u < groups * units, one range per thread, of nearly equal cost. Group g
-// (a sequence, say) has units g * units to (g + 1) * units - 1 (its heads). cost(group): of one of its units, in float
-// operations. A range costs at least kMinCost, because less is not worth waking a thread.
+// Calls work(begin, end) on ranges of the units 0 <= u < groups * units, one range per thread, of nearly
+// equal cost. Group g (a sequence, say) has units g * units to (g + 1) * units - 1 (its heads). cost(group):
+// of one of its units, in float operations. A range costs at least kMinCost, because less is not worth waking
+// a thread.
 constexpr double kMinCost = 400000.0;
 
 template <class Cost, class Work>

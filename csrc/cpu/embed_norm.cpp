@@ -1,18 +1,19 @@
-// embed_norm on the CPU, forward and backward: the equations of fastgate/ops/reference/embed_norm.py, one row at a time.
+// embed_norm on the CPU, forward and backward: the equations of fastgate/ops/reference/embed_norm.py, one row
+// at a time.
 //
-// A row is gathered from the three tables into float32, normed inside the first-level cache, and written once. Backward
-// gathers again. It leaves du of every row, and sums the vectors' gradients over fixed blocks of rows; then the rows of
-// du that have an id are summed in order by whoever owns that id's row of the table: no atomics, the same bits at every
-// call and for every number of threads.
+// A row is gathered from the three tables into float32, normed inside the first-level cache, and written
+// once. Backward gathers again. It leaves du of every row, and sums the vectors' gradients over fixed blocks
+// of rows; then the rows of du that have an id are summed in order by whoever owns that id's row of the
+// table: no atomics, the same bits at every call and for every number of threads.
 #include <memory>
 
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
 
+#include "cpu/cu_seqlens.h"
 #include "cpu/dropout.h"
 #include "cpu/norm.h"
-#include "cpu/cu_seqlens.h"
 #include "gradient_bits.h"
 
 namespace fastgate::cpu {
@@ -51,7 +52,8 @@ FASTGATE_INLINE Norm embed_row(const EmbedProblem& o, int64_t row, float* u) {
   return statistics(u, o.hidden, total, o.eps);
 }
 
-// dropout(norm(u)) into v, and the statistics of the second norm, if there is one. `keep` holds the row's factors.
+// dropout(norm(u)) into v, and the statistics of the second norm, if there is one. `keep` holds the row's
+// factors.
 FASTGATE_INLINE Norm between(const EmbedProblem& o, const float* u, Norm one, const float* keep, float* v) {
   const float *weight = o.weight, *norm_bias = o.norm_bias;
   const auto normed = [&](int64_t j) { return (u[j] - one.mean) * one.rstd * weight[j] + norm_bias[j]; };
@@ -61,7 +63,8 @@ FASTGATE_INLINE Norm between(const EmbedProblem& o, const float* u, Norm one, co
 }
 
 template <class T>
-FASTGATE_INLINE void forward_rows(const EmbedProblem& o, void* out, float* scratch, int64_t begin, int64_t end) {
+FASTGATE_INLINE void forward_rows(
+    const EmbedProblem& o, void* out, float* scratch, int64_t begin, int64_t end) {
   const int64_t n = o.hidden;
   float *u = scratch, *keep = u + padded(n);
   const float *weight2 = o.weight2, *norm_bias2 = o.norm_bias2;
@@ -76,10 +79,12 @@ FASTGATE_INLINE void forward_rows(const EmbedProblem& o, void* out, float* scrat
   }
 }
 
-// du of the rows, and the sums of the vectors' gradients (weight, norm_bias, weight2, norm_bias2) into `block`.
+// du of the rows, and the sums of the vectors' gradients (weight, norm_bias, weight2, norm_bias2) into
+// `block`.
 template <class T>
 FASTGATE_INLINE void backward_rows(
-    const EmbedProblem& o, const void* grad, float* du, float* scratch, int64_t begin, int64_t end, float* block) {
+    const EmbedProblem& o, const void* grad, float* du, float* scratch, int64_t begin, int64_t end,
+    float* block) {
   const int64_t n = o.hidden;
   float *u = scratch, *t = u + padded(n), *v = t + padded(n), *keep = v + padded(n), *sums = keep + padded(n);
   float *dweight = sums, *dnorm_bias = dweight + n, *dweight2 = dnorm_bias + n, *dnorm_bias2 = dweight2 + n;
@@ -106,7 +111,8 @@ FASTGATE_INLINE void backward_rows(
   }
 }
 
-// A table's gradient, and the rows that each of its ids has: order[starts[id]] to order[starts[id + 1] - 1], rising.
+// A table's gradient, and the rows that each of its ids has: order[starts[id]] to order[starts[id + 1] - 1],
+// rising.
 struct TableScatter {
   void* gradient;
   int64_t number, padding;
@@ -116,8 +122,8 @@ struct TableScatter {
 // Ids `first` to `last` of a table's gradient, which was zeros, columns `begin` to `end`.
 template <class T>
 FASTGATE_INLINE void scatter_ids(
-    const EmbedProblem& o, const TableScatter& s, const float* du, float* scratch, int64_t first, int64_t last, int64_t begin,
-    int64_t end) {
+    const EmbedProblem& o, const TableScatter& s, const float* du, float* scratch, int64_t first,
+    int64_t last, int64_t begin, int64_t end) {
   const int64_t n = end - begin;
   float *sums = scratch, *part = sums + padded(n);
   for (int64_t id = first; id < last; ++id) {
@@ -142,18 +148,20 @@ FASTGATE_INLINE void scatter_ids(
   }
 }
 
-#define FASTGATE_EMBED(NAME, T)                                                                                    \
-  FASTGATE_CLONES void forward_##NAME(const EmbedProblem& o, void* y, float* scratch, int64_t begin, int64_t end) {     \
-    forward_rows<T>(o, y, scratch, begin, end);                                                                    \
-  }                                                                                                                \
-  FASTGATE_CLONES void backward_##NAME(                                                                            \
-      const EmbedProblem& o, const void* grad, float* du, float* scratch, int64_t begin, int64_t end, float* block) {   \
-    backward_rows<T>(o, grad, du, scratch, begin, end, block);                                                     \
-  }                                                                                                                \
-  FASTGATE_CLONES void scatter_##NAME(                                                                             \
-      const EmbedProblem& o, const TableScatter& s, const float* du, float* scratch, int64_t first, int64_t last,            \
-      int64_t begin, int64_t end) {                                                                                \
-    scatter_ids<T>(o, s, du, scratch, first, last, begin, end);                                                    \
+#define FASTGATE_EMBED(NAME, T)                                                                       \
+  FASTGATE_CLONES void forward_##NAME(                                                                \
+      const EmbedProblem& o, void* y, float* scratch, int64_t begin, int64_t end) {                   \
+    forward_rows<T>(o, y, scratch, begin, end);                                                       \
+  }                                                                                                   \
+  FASTGATE_CLONES void backward_##NAME(                                                               \
+      const EmbedProblem& o, const void* grad, float* du, float* scratch, int64_t begin, int64_t end, \
+      float* block) {                                                                                 \
+    backward_rows<T>(o, grad, du, scratch, begin, end, block);                                        \
+  }                                                                                                   \
+  FASTGATE_CLONES void scatter_##NAME(                                                                \
+      const EmbedProblem& o, const TableScatter& s, const float* du, float* scratch, int64_t first,   \
+      int64_t last, int64_t begin, int64_t end) {                                                     \
+    scatter_ids<T>(o, s, du, scratch, first, last, begin, end);                                       \
   }
 
 FASTGATE_EMBED(f, float)
@@ -170,8 +178,8 @@ struct PreparedEmbedding {
 
 const float* floats(PreparedEmbedding& p, const Tensor& t) {
   STD_TORCH_CHECK(
-      t.numel() == p.problem.hidden, "embed_norm: vectors: got ", t.numel(), " elements, wanted ", p.problem.hidden,
-      "; match the tables' width");
+      t.numel() == p.problem.hidden, "embed_norm: vectors: got ", t.numel(), " elements, wanted ",
+      p.problem.hidden, "; match the tables' width");
   p.kept_alive.push_back(as_float(t));
   return static_cast<const float*>(p.kept_alive.back().data_ptr());
 }
@@ -187,10 +195,13 @@ void take_ids(PreparedEmbedding& p, int table, const Tensor& given) {
   ids.resize(p.problem.rows);
   bool inside = true;
   for (size_t i = 0; i < ids.size(); ++i) {
-    ids[i] = wide ? static_cast<const int64_t*>(held.data_ptr())[i] : static_cast<const int32_t*>(held.data_ptr())[i];
+    ids[i] = wide ? static_cast<const int64_t*>(held.data_ptr())[i]
+                  : static_cast<const int32_t*>(held.data_ptr())[i];
     inside = inside && ids[i] >= 0 && ids[i] < p.numbers[table];
   }
-  STD_TORCH_CHECK(inside, "embed_norm: ids: got one outside its table, wanted 0 to ", p.numbers[table] - 1, "; look them up");
+  STD_TORCH_CHECK(
+      inside, "embed_norm: ids: got one outside its table, wanted 0 to ", p.numbers[table] - 1,
+      "; look them up");
   p.problem.ids[table] = ids.data();
 }
 
@@ -206,9 +217,10 @@ PreparedEmbedding prepare(FASTGATE_PARAMETERS(EMBED_NORM)) {
   for (int table = 0; table < kTables; ++table) {
     const Tensor& t = *tables[table];
     STD_TORCH_CHECK(
-        (dtype == ScalarType::Float || dtype == ScalarType::BFloat16) && t.scalar_type() == dtype && t.dim() == 2 &&
-            t.size(1) == o.hidden && t.size(0) > 0,
-        "embed_norm: tables: got other dtypes or shapes, wanted (number, H) thrice, float32 or bfloat16; convert them first");
+        (dtype == ScalarType::Float || dtype == ScalarType::BFloat16) && t.scalar_type() == dtype &&
+            t.dim() == 2 && t.size(1) == o.hidden && t.size(0) > 0,
+        "embed_norm: tables: got other dtypes or shapes, wanted (number, H) thrice, float32 or bfloat16; "
+        "convert them first");
     p.kept_alive.push_back(dense(t));
     o.tables[table] = p.kept_alive.back().data_ptr();
     p.numbers[table] = t.size(0);
@@ -230,15 +242,19 @@ PreparedEmbedding prepare(FASTGATE_PARAMETERS(EMBED_NORM)) {
 TableScatter scatter_of(const PreparedEmbedding& p, int table, Tensor& gradient, int64_t padding) {
   const int64_t rows = p.problem.rows, *ids = p.problem.ids[table];
   TableScatter s{gradient.data_ptr(), p.numbers[table], padding, {}, std::vector<int32_t>(rows)};
-  s.starts.assign(s.number + 2, 0);  // first one place late: filling in the order moves each start to the next one's
+  s.starts.assign(
+      s.number + 2, 0);  // first one place late: filling in the order moves each start to the next one's
   for (int64_t row = 0; row < rows; ++row) ++s.starts[(ids ? ids[row] : 0) + 2];
   for (int64_t id = 2; id < s.number + 2; ++id) s.starts[id] += s.starts[id - 1];
-  for (int64_t row = 0; row < rows; ++row) s.order[s.starts[(ids ? ids[row] : 0) + 1]++] = static_cast<int32_t>(row);
+  for (int64_t row = 0; row < rows; ++row)
+    s.order[s.starts[(ids ? ids[row] : 0) + 1]++] = static_cast<int32_t>(row);
   return s;
 }
 
 // A table of few ids goes to threads by columns, another by ids.
-void scatter_part(const PreparedEmbedding& p, const TableScatter& s, const float* du, float* scratch, int64_t begin, int64_t end) {
+void scatter_part(
+    const PreparedEmbedding& p, const TableScatter& s, const float* du, float* scratch, int64_t begin,
+    int64_t end) {
   const auto scatter = p.is_bf16 ? scatter_b : scatter_f;
   const int64_t hidden = p.problem.hidden;
   if (s.number < kParts)
@@ -247,8 +263,8 @@ void scatter_part(const PreparedEmbedding& p, const TableScatter& s, const float
     scatter(p.problem, s, du, scratch, begin * s.number / kParts, end * s.number / kParts, 0, hidden);
 }
 
-// A table's gradient is fresh memory at every step, and what zeros in it cost is a fault for each of its pages: 2 MB ones
-// where the system gives them for the asking.
+// A table's gradient is fresh memory at every step, and what zeros in it cost is a fault for each of its
+// pages: 2 MB ones where the system gives them for the asking.
 void in_large_pages(const Tensor& t) {
 #ifdef MADV_HUGEPAGE
   constexpr uintptr_t kPage = uintptr_t{2} << 20;
@@ -268,10 +284,11 @@ Tensor embed_norm(FASTGATE_PARAMETERS(EMBED_NORM)) {
   Tensor y = empty(shape, 2, word_table.scalar_type(), word_table);
   void* out = y.data_ptr();
   if (o.rows == 0 || o.hidden == 0) return y;
-  torch::stable::parallel_for(0, o.rows, std::max<int64_t>(1, kForwardElements / o.hidden), [&](int64_t begin, int64_t end) {
-    std::vector<float> scratch(2 * padded(o.hidden));
-    (p.is_bf16 ? forward_b : forward_f)(o, out, scratch.data(), begin, end);
-  });
+  torch::stable::parallel_for(
+      0, o.rows, std::max<int64_t>(1, kForwardElements / o.hidden), [&](int64_t begin, int64_t end) {
+        std::vector<float> scratch(2 * padded(o.hidden));
+        (p.is_bf16 ? forward_b : forward_f)(o, out, scratch.data(), begin, end);
+      });
   return y;
 }
 
@@ -295,7 +312,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> embed_norm_backward(
     std::vector<float> scratch(4 * padded(o.hidden) + size);
     for (int64_t b = begin; b < end; ++b)
       (p.is_bf16 ? backward_b : backward_f)(
-          o, from, du.get(), scratch.data(), b * block_rows, std::min(o.rows, (b + 1) * block_rows), sums.data() + b * size);
+          o, from, du.get(), scratch.data(), b * block_rows, std::min(o.rows, (b + 1) * block_rows),
+          sums.data() + b * size);
   });
 
   const Tensor* tables[kTables] = {&word_table, &position_table, &type_table};

@@ -1,13 +1,14 @@
-// Half layers of encoders from packed weights, any number in one call. Calling the steps one by one takes time that a small
-// batch notices, and more so because the weights displace the caller's data from the caches.
+// Half layers of encoders from packed weights, any number in one call. Calling the steps one by one takes
+// time that a small batch notices, and more so because the weights displace the caller's data from the
+// caches.
 #include <algorithm>
 #include <cstring>
 
-#include "ops.h"
 #include "cpu/batch_partition.h"
+#include "cpu/gemm/fp32_gemm.h"
 #include "cpu/half_layers.h"
 #include "cpu/simd.h"
-#include "cpu/gemm/fp32_gemm.h"
+#include "ops.h"
 
 namespace fastgate::cpu {
 namespace {
@@ -53,11 +54,11 @@ Tensor select_rows(const Tensor& h, const Tensor& indices) {
   const auto* places = static_cast<const int64_t*>(indices.data_ptr());
   for (int64_t i = 0; i < rows; ++i) {
     STD_TORCH_CHECK(
-        places[i] >= 0 && places[i] < h.size(0), "fused_layers: output_rows: got row ", places[i], ", wanted one of ",
-        h.size(0), "; pass rows of h");
+        places[i] >= 0 && places[i] < h.size(0), "fused_layers: output_rows: got row ", places[i],
+        ", wanted one of ", h.size(0), "; pass rows of h");
     std::memcpy(
-        static_cast<char*>(selected.data_ptr()) + i * bytes, static_cast<const char*>(h.data_ptr()) + places[i] * bytes,
-        bytes);
+        static_cast<char*>(selected.data_ptr()) + i * bytes,
+        static_cast<const char*>(h.data_ptr()) + places[i] * bytes, bytes);
   }
   return selected;
 }
@@ -84,7 +85,8 @@ class HalfOperands {
   const Tensor& at(int64_t place) const {
     const OptionalTensor& operand = maybe(place);
     STD_TORCH_CHECK(
-        operand.has_value(), "fused_layers: operands: got none at place ", begin_ + place, ", wanted a tensor; pass it");
+        operand.has_value(), "fused_layers: operands: got none at place ", begin_ + place,
+        ", wanted a tensor; pass it");
     return *operand;
   }
 
@@ -95,12 +97,12 @@ class HalfOperands {
 
 // LayerNorm(residual + x + bias), and a second LayerNorm given weight2.
 Tensor add_norm(
-    const Tensor& x, const Tensor& residual, const OptionalTensor& bias, const Tensor& weight, const Tensor& norm_bias,
-    double eps, const OptionalTensor& weight2 = std::nullopt, const OptionalTensor& norm_bias2 = std::nullopt,
-    double eps2 = 0.0) {
+    const Tensor& x, const Tensor& residual, const OptionalTensor& bias, const Tensor& weight,
+    const Tensor& norm_bias, double eps, const OptionalTensor& weight2 = std::nullopt,
+    const OptionalTensor& norm_bias2 = std::nullopt, double eps2 = 0.0) {
   return gated_add_norm(
-      x, residual, weight, norm_bias, eps, bias, std::nullopt, std::nullopt, std::nullopt, 0.0, std::nullopt, weight2,
-      norm_bias2, eps2);
+      x, residual, weight, norm_bias, eps, bias, std::nullopt, std::nullopt, std::nullopt, 0.0, std::nullopt,
+      weight2, norm_bias2, eps2);
 }
 
 // What ends both kinds of attention: the output's weight and bias, LayerNorm.
@@ -116,7 +118,8 @@ Tensor attention_end(const Tensor& mixed, const Tensor& residual, const Attentio
 }
 
 Tensor attention_half(
-    const Tensor& h, const HalfOperands& operands, const Tensor& cu_seqlens, int64_t heads, double scale, double eps) {
+    const Tensor& h, const HalfOperands& operands, const Tensor& cu_seqlens, int64_t heads, double scale,
+    double eps) {
   namespace place = attention_operands;
   const int64_t hidden = h.size(1);
   const Tensor qkv = packed_linear(h, operands.at(place::kQkv), std::nullopt, 3 * hidden, false);
@@ -134,8 +137,8 @@ Tensor attention_half(
 }
 
 Tensor absorbed_half(
-    const Tensor& h, const HalfOperands& operands, const Tensor& cu_seqlens, const OptionalTensor& output_rows,
-    int64_t heads, double scale, double eps) {
+    const Tensor& h, const HalfOperands& operands, const Tensor& cu_seqlens,
+    const OptionalTensor& output_rows, int64_t heads, double scale, double eps) {
   namespace place = absorbed_operands;
   const int64_t hidden = h.size(1);
   const Tensor &key = operands.at(place::kKey), &value = operands.at(place::kValue);
@@ -145,9 +148,10 @@ Tensor absorbed_half(
   };
   STD_TORCH_CHECK(
       hidden % 16 == 0 && heads > 0 && hidden % heads == 0 && fits(key, hidden * hidden) &&
-          fits(value, hidden * hidden) && (!v_bias || fits(*v_bias, hidden)) && output_rows && output_rows->dim() == 1 &&
-          output_rows->scalar_type() == ScalarType::Long,
-      "fused_layers: output_rows, key, value, v_bias: got shapes or dtypes that do not fit, wanted (sequences,) int64, "
+          fits(value, hidden * hidden) && (!v_bias || fits(*v_bias, hidden)) && output_rows &&
+          output_rows->dim() == 1 && output_rows->scalar_type() == ScalarType::Long,
+      "fused_layers: output_rows, key, value, v_bias: got shapes or dtypes that do not fit, wanted "
+      "(sequences,) int64, "
       "(H, H), (H, H), (H,) of h's dtype, H a multiple of 16 and of heads; call absorbed_attention");
   const Tensor from = dense(h), residual = select_rows(from, dense(*output_rows));
   const Tensor source = cast(ScalarType::Float, from);
@@ -184,28 +188,36 @@ Tensor absorbed_half(
   return attention_end(cast(h.scalar_type(), out), residual, end, eps);
 }
 
-Tensor feed_forward_half(const Tensor& h, const HalfOperands& operands, int64_t inner, double eps, double eps2) {
+Tensor feed_forward_half(
+    const Tensor& h, const HalfOperands& operands, int64_t inner, double eps, double eps2) {
   namespace place = feed_forward_operands;
-  const Tensor between = packed_linear(h, operands.at(place::kUp), operands.maybe(place::kUpBias), inner, true);
+  const Tensor between =
+      packed_linear(h, operands.at(place::kUp), operands.maybe(place::kUpBias), inner, true);
   const Tensor x = packed_linear(between, operands.at(place::kDown), std::nullopt, h.size(1), false);
   return add_norm(
-      x, h, operands.maybe(place::kDownBias), operands.at(place::kNormWeight), operands.at(place::kNormBias), eps,
-      operands.maybe(place::kNormWeight2), operands.maybe(place::kNormBias2), eps2);
+      x, h, operands.maybe(place::kDownBias), operands.at(place::kNormWeight), operands.at(place::kNormBias),
+      eps, operands.maybe(place::kNormWeight2), operands.maybe(place::kNormBias2), eps2);
 }
 
-// halo: kAllRows, or h has the rows up to halo + 1 hops from the output rows, and the result those up to halo hops.
+// halo: kAllRows, or h has the rows up to halo + 1 hops from the output rows, and the result those up to halo
+// hops.
 Tensor shift_half(
-    const Tensor& h, const HalfOperands& operands, const std::vector<Tensor>& neighbours, int64_t halo, double eps) {
+    const Tensor& h, const HalfOperands& operands, const std::vector<Tensor>& neighbours, int64_t halo,
+    double eps) {
   namespace place = shift_norm_operands;
   const bool fewer = halo >= 0;
   const size_t index = fewer ? 2 * static_cast<size_t>(halo) : 0;
   STD_TORCH_CHECK(
-      neighbours.size() > index + fewer && (!fewer || neighbours[index + 1].scalar_type() == ScalarType::Long),
-      "fused_layers: neighbours: got ", neighbours.size(), " tensors or rows of another dtype, wanted (rows,) bool, or "
-      "that and int64 rows for each halo from 0 to ", halo, "; pass them for a shift_norm");
+      neighbours.size() > index + fewer &&
+          (!fewer || neighbours[index + 1].scalar_type() == ScalarType::Long),
+      "fused_layers: neighbours: got ", neighbours.size(),
+      " tensors or rows of another dtype, wanted (rows,) bool, or "
+      "that and int64 rows for each halo from 0 to ",
+      halo, "; pass them for a shift_norm");
   const Tensor y = shift_norm(
-      h, neighbours[index], operands.at(place::kOffset), operands.at(place::kScale), operands.at(place::kBefore),
-      operands.at(place::kAfter), operands.at(place::kNormWeight), operands.at(place::kNormBias), eps);
+      h, neighbours[index], operands.at(place::kOffset), operands.at(place::kScale),
+      operands.at(place::kBefore), operands.at(place::kAfter), operands.at(place::kNormWeight),
+      operands.at(place::kNormBias), eps);
   return fewer ? select_rows(y, dense(neighbours[index + 1])) : y;
 }
 
@@ -219,10 +231,14 @@ struct HalfLayers {
 // How many operands a half layer has.
 int64_t operand_count(int64_t kind) {
   switch (kind) {
-    case kAttention: return attention_operands::kPlaces;
-    case kAbsorbed: return absorbed_operands::kPlaces;
-    case kFeedForward: return feed_forward_operands::kPlaces;
-    case kShiftNorm: return shift_norm_operands::kPlaces;
+    case kAttention:
+      return attention_operands::kPlaces;
+    case kAbsorbed:
+      return absorbed_operands::kPlaces;
+    case kFeedForward:
+      return feed_forward_operands::kPlaces;
+    case kShiftNorm:
+      return shift_norm_operands::kPlaces;
   }
   STD_TORCH_CHECK(false, "fused_layers: kinds: got ", kind, ", wanted 0 to 3; see fused_layers.py");
 }
@@ -239,17 +255,23 @@ Tensor run_half_layers(const HalfLayers& halves, const BatchPart& part) {
     const HalfOperands operands(halves.operands, next);
     next += operand_count(kind);
     switch (kind) {
-      case kAttention: h = attention_half(h, operands, part.cu_seqlens, size, scale_or_eps2, eps); break;
+      case kAttention:
+        h = attention_half(h, operands, part.cu_seqlens, size, scale_or_eps2, eps);
+        break;
       case kAbsorbed:
         h = absorbed_half(h, operands, part.cu_seqlens, part.output_rows, size, scale_or_eps2, eps);
         break;
-      case kFeedForward: h = feed_forward_half(h, operands, size, eps, scale_or_eps2); break;
-      case kShiftNorm: h = shift_half(h, operands, part.neighbours, size, eps); break;
+      case kFeedForward:
+        h = feed_forward_half(h, operands, size, eps, scale_or_eps2);
+        break;
+      case kShiftNorm:
+        h = shift_half(h, operands, part.neighbours, size, eps);
+        break;
     }
   }
   STD_TORCH_CHECK(
-      next == halves.operands.size(), "fused_layers: operands: got ", halves.operands.size(), ", wanted ", next,
-      "; pass those of every half layer");
+      next == halves.operands.size(), "fused_layers: operands: got ", halves.operands.size(), ", wanted ",
+      next, "; pass those of every half layer");
   return h;
 }
 
@@ -260,8 +282,10 @@ Tensor fused_layers(
     Tensor cu_seqlens, OptionalTensor output_rows, std::vector<Tensor> neighbours) {
   STD_TORCH_CHECK(
       h.dim() == 2 && kinds.size() % kKindsPerHalf == 0 &&
-          numbers.size() / kNumbersPerHalf == kinds.size() / kKindsPerHalf && numbers.size() % kNumbersPerHalf == 0,
-      "fused_layers: h, kinds, numbers: got ", h.dim(), " dimensions, ", kinds.size(), " and ", numbers.size(),
+          numbers.size() / kNumbersPerHalf == kinds.size() / kKindsPerHalf &&
+          numbers.size() % kNumbersPerHalf == 0,
+      "fused_layers: h, kinds, numbers: got ", h.dim(), " dimensions, ", kinds.size(), " and ",
+      numbers.size(),
       " numbers, wanted (rows, H), two and two a half layer; reshape h, pass two a half layer");
   STD_TORCH_CHECK(
       is_float(h) || h.scalar_type() == ScalarType::BFloat16,
@@ -270,7 +294,8 @@ Tensor fused_layers(
   bool one_query_per_sequence = false;
   for (size_t half = 0; half < halves.count(); ++half)
     one_query_per_sequence = one_query_per_sequence || kinds[half * kKindsPerHalf + kKind] == kAbsorbed;
-  const std::vector<BatchPart> parts = partition({h, cu_seqlens, output_rows, neighbours}, one_query_per_sequence);
+  const std::vector<BatchPart> parts =
+      partition({h, cu_seqlens, output_rows, neighbours}, one_query_per_sequence);
   if (parts.size() == 1) return run_half_layers(halves, parts[0]);
   Tensor out =
       empty_rows(one_query_per_sequence ? cu_seqlens.numel() - 1 : h.size(0), h.size(1), h.scalar_type(), h);

@@ -1,8 +1,10 @@
-// gated_add_norm on the CPU, forward and backward: the equations of fastgate/ops/reference/, one row at a time.
+// gated_add_norm on the CPU, forward and backward: the equations of fastgate/ops/reference/, one row at a
+// time.
 //
-// A row is read once, worked on in float32 inside the first-level cache, and written once. Backward recomputes the
-// row's statistics from x and residual, so forward keeps nothing. Parameters' gradients are summed over fixed blocks
-// of rows and the blocks in order: the same bits at every call and for every number of threads.
+// A row is read once, worked on in float32 inside the first-level cache, and written once. Backward
+// recomputes the row's statistics from x and residual, so forward keeps nothing. Parameters' gradients are
+// summed over fixed blocks of rows and the blocks in order: the same bits at every call and for every number
+// of threads.
 #include <algorithm>
 
 #include "cpu/dropout.h"
@@ -23,7 +25,7 @@ struct GatedNormProblem {
   int64_t rows, hidden;
   const void *x, *residual;
   const float *weight, *norm_bias;
-  const float *weight2, *norm_bias2;             // null: one norm
+  const float *weight2, *norm_bias2;   // null: one norm
   const float *bias, *scale, *offset;  // zeros and ones where none was given
   const float* undropped;              // ones
   float gate, eps, eps2;
@@ -36,7 +38,8 @@ FASTGATE_CLONES void draw_keep_factors(const GatedNormProblem& o, int64_t row, f
 
 // u of one row into `u`, and its statistics. `keep` holds the row's dropout factors.
 template <class TX, class TR>
-FASTGATE_INLINE Norm mix(const GatedNormProblem& o, const TX* x, const TR* residual, const float* keep, float* u) {
+FASTGATE_INLINE Norm
+mix(const GatedNormProblem& o, const TX* x, const TR* residual, const float* keep, float* u) {
   const float gate = o.gate;
   const float *scale = o.scale, *bias = o.bias, *offset = o.offset;
   const float total = sum(o.hidden, [&](int64_t j) {
@@ -47,7 +50,8 @@ FASTGATE_INLINE Norm mix(const GatedNormProblem& o, const TX* x, const TR* resid
 }
 
 template <class TX, class TR, class TY>
-FASTGATE_INLINE void forward_rows(const GatedNormProblem& o, void* out, float* scratch, int64_t begin, int64_t end) {
+FASTGATE_INLINE void forward_rows(
+    const GatedNormProblem& o, void* out, float* scratch, int64_t begin, int64_t end) {
   const int64_t n = o.hidden;
   float *u = scratch, *drawn = u + padded(n);
   const float *weight = o.weight, *norm_bias = o.norm_bias, *weight2 = o.weight2, *norm_bias2 = o.norm_bias2;
@@ -55,16 +59,15 @@ FASTGATE_INLINE void forward_rows(const GatedNormProblem& o, void* out, float* s
     const int64_t first = row * n;
     TY* y = static_cast<TY*>(out) + first;
     if (o.dropout.on) draw_keep_factors(o, row, drawn);
-    const Norm one = mix(
-        o, static_cast<const TX*>(o.x) + first, static_cast<const TR*>(o.residual) + first,
-        o.dropout.on ? drawn : o.undropped, u);
+    const Norm one =
+        mix(o, static_cast<const TX*>(o.x) + first, static_cast<const TR*>(o.residual) + first,
+            o.dropout.on ? drawn : o.undropped, u);
     if (weight2 == nullptr) {
       for_each(n, [&](int64_t j) { store(y, j, (u[j] - one.mean) * one.rstd * weight[j] + norm_bias[j]); });
       continue;
     }
-    const float total = sum(n, [&](int64_t j) {
-      return u[j] = (u[j] - one.mean) * one.rstd * weight[j] + norm_bias[j];
-    });
+    const float total =
+        sum(n, [&](int64_t j) { return u[j] = (u[j] - one.mean) * one.rstd * weight[j] + norm_bias[j]; });
     const Norm two = statistics(u, n, total, o.eps2);
     for_each(n, [&](int64_t j) { store(y, j, (u[j] - two.mean) * two.rstd * weight2[j] + norm_bias2[j]); });
   }
@@ -78,13 +81,16 @@ struct GatedNormGradients {
 
 template <class TX, class TR, class TY>
 FASTGATE_INLINE void backward_rows(
-    const GatedNormProblem& o, const GatedNormGradients& g, float* scratch, int64_t begin, int64_t end, float* block) {
+    const GatedNormProblem& o, const GatedNormGradients& g, float* scratch, int64_t begin, int64_t end,
+    float* block) {
   const int64_t n = o.hidden, requested = g.requested;
-  float *u = scratch, *t = u + padded(n), *v = t + padded(n), *drawn = v + padded(n), *sums = drawn + padded(n);
+  float *u = scratch, *t = u + padded(n), *v = t + padded(n), *drawn = v + padded(n),
+        *sums = drawn + padded(n);
   float *dbias = sums, *dgate = dbias + n, *dscale = dgate + n, *doffset = dscale + n;
-  float *dweight = doffset + n, *dnorm_bias = dweight + n, *dweight2 = dnorm_bias + n, *dnorm_bias2 = dweight2 + n;
+  float *dweight = doffset + n, *dnorm_bias = dweight + n, *dweight2 = dnorm_bias + n,
+        *dnorm_bias2 = dweight2 + n;
   const float *weight = o.weight, *norm_bias = o.norm_bias, *scale = o.scale, *bias = o.bias;
-  const float *keep = o.dropout.on ? drawn : o.undropped;
+  const float* keep = o.dropout.on ? drawn : o.undropped;
   const float gate = o.gate;
   for (int64_t start = begin; start < end; start += kFlush) {
     const int64_t stop = std::min(end, start + kFlush);
@@ -100,9 +106,8 @@ FASTGATE_INLINE void backward_rows(
       if (o.weight2 == nullptr) {
         means = norm_backward(n, dy, weight, one, u, t, dweight, dnorm_bias);
       } else {
-        const float total = sum(n, [&](int64_t j) {
-          return v[j] = (u[j] - one.mean) * one.rstd * weight[j] + norm_bias[j];
-        });
+        const float total =
+            sum(n, [&](int64_t j) { return v[j] = (u[j] - one.mean) * one.rstd * weight[j] + norm_bias[j]; });
         const Norm two = statistics(v, n, total, o.eps2);
         means = norm_backward(n, dy, o.weight2, two, v, t, dweight2, dnorm_bias2);
         for_each(n, [&](int64_t j) { t[j] = through_norm(two, means, v[j], t[j]); });
@@ -128,8 +133,10 @@ FASTGATE_INLINE void backward_rows(
       } else if (requested & parameter_bit(grads::kBias)) {
         for_each(n, [&](int64_t j) { dbias[j] += gate * (keep[j] * t[j]); });
       }
-      if (requested & parameter_bit(grads::kGate)) for_each(n, [&](int64_t j) { dgate[j] += t[j] * (keep[j] * (load(x, j) + bias[j])); });
-      if (requested & parameter_bit(grads::kScale)) for_each(n, [&](int64_t j) { dscale[j] += t[j] * load(residual, j); });
+      if (requested & parameter_bit(grads::kGate))
+        for_each(n, [&](int64_t j) { dgate[j] += t[j] * (keep[j] * (load(x, j) + bias[j])); });
+      if (requested & parameter_bit(grads::kScale))
+        for_each(n, [&](int64_t j) { dscale[j] += t[j] * load(residual, j); });
       if (requested & parameter_bit(grads::kOffset)) for_each(n, [&](int64_t j) { doffset[j] += t[j]; });
     }
     float* into = block;
@@ -143,13 +150,15 @@ FASTGATE_INLINE void backward_rows(
 }
 
 // One pair of functions for each pair of element types, compiled for every clone.
-#define FASTGATE_KERNELS(NAME, TX, TR, TY)                                                                      \
-  FASTGATE_CLONES void forward_##NAME(const GatedNormProblem& o, void* y, float* scratch, int64_t begin, int64_t end) { \
-    forward_rows<TX, TR, TY>(o, y, scratch, begin, end);                                                        \
-  }                                                                                                             \
-  FASTGATE_CLONES void backward_##NAME(                                                                         \
-      const GatedNormProblem& o, const GatedNormGradients& g, float* scratch, int64_t begin, int64_t end, float* block) {        \
-    backward_rows<TX, TR, TY>(o, g, scratch, begin, end, block);                                                \
+#define FASTGATE_KERNELS(NAME, TX, TR, TY)                                                                \
+  FASTGATE_CLONES void forward_##NAME(                                                                    \
+      const GatedNormProblem& o, void* y, float* scratch, int64_t begin, int64_t end) {                   \
+    forward_rows<TX, TR, TY>(o, y, scratch, begin, end);                                                  \
+  }                                                                                                       \
+  FASTGATE_CLONES void backward_##NAME(                                                                   \
+      const GatedNormProblem& o, const GatedNormGradients& g, float* scratch, int64_t begin, int64_t end, \
+      float* block) {                                                                                     \
+    backward_rows<TX, TR, TY>(o, g, scratch, begin, end, block);                                          \
   }
 
 FASTGATE_KERNELS(ff, float, float, float)
@@ -164,7 +173,8 @@ struct Kernels {
 
 Kernels choose(ScalarType x, ScalarType residual) {
   static constexpr auto kBf16 = ScalarType::BFloat16;
-  if (x == kBf16) return residual == kBf16 ? Kernels{forward_bb, backward_bb} : Kernels{forward_bf, backward_bf};
+  if (x == kBf16)
+    return residual == kBf16 ? Kernels{forward_bb, backward_bb} : Kernels{forward_bf, backward_bf};
   return residual == kBf16 ? Kernels{forward_fb, backward_fb} : Kernels{forward_ff, backward_ff};
 }
 
@@ -215,7 +225,8 @@ PreparedGatedNorm prepare(FASTGATE_PARAMETERS(GATED_ADD_NORM)) {
   o.x = p.kept_alive.back().data_ptr();
   p.kept_alive.push_back(dense(residual));
   o.residual = p.kept_alive.back().data_ptr();
-  const bool both_bf16 = x.scalar_type() == ScalarType::BFloat16 && residual.scalar_type() == ScalarType::BFloat16;
+  const bool both_bf16 =
+      x.scalar_type() == ScalarType::BFloat16 && residual.scalar_type() == ScalarType::BFloat16;
   p.y_dtype = both_bf16 ? ScalarType::BFloat16 : ScalarType::Float;
   o.dropout = dropout_of("gated_add_norm", dropout_p, seed);
   p.kernels = choose(x.scalar_type(), residual.scalar_type());
@@ -269,10 +280,11 @@ std::tuple<Tensor, Tensor, Tensor> gated_add_norm_backward(
   const Tensor dy = dense(grad);
   const int64_t none = 0;
   Tensor dx = requested & grads::kX ? empty_like(x, x.scalar_type()) : empty(&none, 1, x.scalar_type(), x);
-  Tensor dresidual =
-      requested & grads::kResidual ? empty_like(x, residual.scalar_type()) : empty(&none, 1, residual.scalar_type(), x);
+  Tensor dresidual = requested & grads::kResidual ? empty_like(x, residual.scalar_type())
+                                                  : empty(&none, 1, residual.scalar_type(), x);
   int64_t count = 0;
-  for (int parameter = 0; parameter < grads::kParameters; ++parameter) count += (requested & parameter_bit(parameter)) != 0;
+  for (int parameter = 0; parameter < grads::kParameters; ++parameter)
+    count += (requested & parameter_bit(parameter)) != 0;
   const int64_t shape[2] = {count, o.hidden};
   Tensor parameters = empty(shape, 2, ScalarType::Float, x);
 
@@ -282,12 +294,14 @@ std::tuple<Tensor, Tensor, Tensor> gated_add_norm_backward(
   const int64_t blocks = (o.rows + block_rows - 1) / block_rows, size = count * o.hidden;
   std::vector<float> sums(blocks * size);
   const GatedNormGradients g{
-      dy.data_ptr(), requested & grads::kX ? dx.data_ptr() : nullptr, requested & grads::kResidual ? dresidual.data_ptr() : nullptr, requested};
+      dy.data_ptr(), requested & grads::kX ? dx.data_ptr() : nullptr,
+      requested & grads::kResidual ? dresidual.data_ptr() : nullptr, requested};
   torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
     std::vector<float> scratch(4 * padded(o.hidden) + grads::kParameters * o.hidden);
     for (int64_t b = begin; b < end; ++b)
       p.kernels.backward(
-          o, g, scratch.data(), b * block_rows, std::min(o.rows, (b + 1) * block_rows), sums.data() + b * size);
+          o, g, scratch.data(), b * block_rows, std::min(o.rows, (b + 1) * block_rows),
+          sums.data() + b * size);
   });
   float* out = static_cast<float*>(parameters.data_ptr());
   std::fill(out, out + size, 0.0f);

@@ -8,8 +8,8 @@ namespace fastgate::cpu {
 // x Phi(x), for x <= 0 and for x >= 0, is max(x, 0) less |x| Phi(-|x|).
 constexpr float kTailEnd = 5.5f;  // from there on a Phi(-a) is at most 1e-7, and is taken as its value there
 
-// Subtracts a Phi(-a), 0 <= a <= kTailEnd, from y, to 4e-7: for a float or a vector of them. Phi(-a) is a polynomial of
-// s = a / 2.75 - 1, its largest error times a + 1/4 the least that this degree has.
+// Subtracts a Phi(-a), 0 <= a <= kTailEnd, from y, to 4e-7: for a float or a vector of them. Phi(-a) is a
+// polynomial of s = a / 2.75 - 1, its largest error times a + 1/4 the least that this degree has.
 template <class V>
 FASTGATE_INLINE void subtract_tail(V& y, const V& a) {
   const V s = a * (1.0f / 2.75f) - 1.0f;

@@ -20,10 +20,31 @@ namespace attention_operands {
 enum Place : int64_t { kQkv, kQBias, kKBias, kVBias, kOutput, kOutputBias, kNormWeight, kNormBias, kPlaces };
 }
 namespace absorbed_operands {
-enum Place : int64_t { kQuery, kQBias, kKey, kValue, kVBias, kOutput, kOutputBias, kNormWeight, kNormBias, kPlaces };
+enum Place : int64_t {
+  kQuery,
+  kQBias,
+  kKey,
+  kValue,
+  kVBias,
+  kOutput,
+  kOutputBias,
+  kNormWeight,
+  kNormBias,
+  kPlaces
+};
 }
 namespace feed_forward_operands {
-enum Place : int64_t { kUp, kUpBias, kDown, kDownBias, kNormWeight, kNormBias, kNormWeight2, kNormBias2, kPlaces };
+enum Place : int64_t {
+  kUp,
+  kUpBias,
+  kDown,
+  kDownBias,
+  kNormWeight,
+  kNormBias,
+  kNormWeight2,
+  kNormBias2,
+  kPlaces
+};
 }
 namespace shift_norm_operands {
 enum Place : int64_t { kOffset, kScale, kBefore, kAfter, kNormWeight, kNormBias, kPlaces };

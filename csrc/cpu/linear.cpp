@@ -1,27 +1,28 @@
-// linear on the CPU from a packed weight: x W^T + b, and the GELU of it. float32; bfloat16 where has_avx512_bf16(), by AMX
-// where has_amx().
+// linear on the CPU from a packed weight: x W^T + b, and the GELU of it. float32; bfloat16 where
+// has_avx512_bf16(), by AMX where has_amx().
 //
-// The weight lies in panels of 32 of its rows, which are the result's columns. Element (column, k) of a panel is at
-// k * 32 + column, in bfloat16 as in bf16_gemm.h, so a gemm reads a panel once and in order. With few rows, the time goes into
-// reading the weight from memory and into the call itself: threads own panels, and nothing is looked up. Many rows are
-// processed in blocks that stay in the second-level cache.
+// The weight lies in panels of 32 of its rows, which are the result's columns. Element (column, k) of a panel
+// is at k * 32 + column, in bfloat16 as in bf16_gemm.h, so a gemm reads a panel once and in order. With few
+// rows, the time goes into reading the weight from memory and into the call itself: threads own panels, and
+// nothing is looked up. Many rows are processed in blocks that stay in the second-level cache.
 #include <algorithm>
 
-#include "cpu/gemm/amx_gemm.h"
-#include "cpu/gelu.h"
-#include "ops.h"
-#include "cpu/gemm/bf16_gemm.h"
-#include "cpu/simd.h"
 #include "cpu/arena.h"
+#include "cpu/gelu.h"
+#include "cpu/gemm/amx_gemm.h"
+#include "cpu/gemm/bf16_gemm.h"
 #include "cpu/gemm/fp32_gemm.h"
+#include "cpu/simd.h"
+#include "ops.h"
 
 namespace fastgate::cpu {
 namespace {
 
-constexpr int64_t kRows = 192, kDepth = 768;  // of a block of x: 576 KB
+constexpr int64_t kRows = 192, kDepth = 768;       // of a block of x: 576 KB
 constexpr int64_t kFewRows = 64, kFewDepth = 384;  // 48 KB of a panel
-constexpr int64_t kEpilogueRows = 64;                // bfloat16 rows whose sums stay in the first-level cache until their epilogue
-constexpr int64_t kMinWeights = 32768;           // per thread at least: less is not worth waking one
+constexpr int64_t kEpilogueRows =
+    64;  // bfloat16 rows whose sums stay in the first-level cache until their epilogue
+constexpr int64_t kMinWeights = 32768;  // per thread at least: less is not worth waking one
 
 struct OutputBlock {
   int64_t rows, columns, y_row;
@@ -69,9 +70,11 @@ void gemm_panels(const Bf16Linear& o, int64_t from, int64_t to, int64_t begin, i
   }
 }
 
-// The same by AMX. Each block of rows prefetches its share of the next panel, and computes the epilogue of the block before.
+// The same by AMX. Each block of rows prefetches its share of the next panel, and computes the epilogue of
+// the block before.
 void amx_gemm_panels(
-    const Bf16Linear& o, int64_t from, int64_t to, int64_t begin, int64_t end, float* c, float* other, AmxTiles& tiles) {
+    const Bf16Linear& o, int64_t from, int64_t to, int64_t begin, int64_t end, float* c, float* other,
+    AmxTiles& tiles) {
   const int64_t k = o.sizes.k, blocks = (to - from + kAmxRows - 1) / kAmxRows;
   const int64_t share = round_up(kPanelColumns * kPanelColumns / std::max<int64_t>(1, blocks), kPanelColumns);
   Epilogue before = {};
@@ -80,7 +83,8 @@ void amx_gemm_panels(
     PanelPrefetch prefetch = {panel + k * kPanelColumns, t + 1 < end ? share : 0};
     // Configuring the tile registers for fewer rows costs more than multiplying some rows again.
     const int64_t rows = std::min(kAmxRows, to - from);
-    for (int64_t block = from; block < to; block += kAmxRows, prefetch.at += k / kPanelColumns * prefetch.step) {
+    for (int64_t block = from; block < to;
+         block += kAmxRows, prefetch.at += k / kPanelColumns * prefetch.step) {
       const int64_t row = std::min(block, to - rows);
       tiles.gemm(o.a + row * k, k, panel, c, kPanelColumns, rows, k, prefetch, &before);
       before = o.epilogue(c, rows, row, t);
@@ -95,7 +99,8 @@ void linear_bf16(const Bf16Linear& o) {
   constexpr int64_t kElements = 196608;  // of a block of x: 384 KB
   const int64_t m = o.sizes.m, k = o.sizes.k, count = (o.sizes.n + kPanelColumns - 1) / kPanelColumns;
   const bool by_amx = k % kPanelColumns == 0 && has_amx();
-  const int64_t most = std::max<int64_t>(48, kElements / std::max<int64_t>(1, k)), row_blocks = (m + most - 1) / most;
+  const int64_t most = std::max<int64_t>(48, kElements / std::max<int64_t>(1, k)),
+                row_blocks = (m + most - 1) / most;
   const int64_t grain = std::max<int64_t>(1, kMinWeights / std::max<int64_t>(1, k * kPanelColumns));
   torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
     Arena arena(2 * kEpilogueRows * kPanelColumns);
@@ -118,7 +123,8 @@ int64_t rows_of(const Tensor& x) {
   return rows;
 }
 
-Tensor packed_linear_bf16(const Tensor& x, const Tensor& panels, const OptionalTensor& bias, int64_t columns, bool gelu) {
+Tensor packed_linear_bf16(
+    const Tensor& x, const Tensor& panels, const OptionalTensor& bias, int64_t columns, bool gelu) {
   const int64_t k = 2 * panels.size(1), m = rows_of(x);
   const Tensor from = dense(x), added = bias ? as_float(*bias) : x;
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
@@ -127,8 +133,12 @@ Tensor packed_linear_bf16(const Tensor& x, const Tensor& panels, const OptionalT
   std::vector<float> padded(panels.size(0) * kPanelColumns);
   if (bias) std::copy_n(static_cast<const float*>(added.data_ptr()), columns, padded.begin());
   linear_bf16(
-      {{m, columns, k}, static_cast<const bf16*>(from.data_ptr()), static_cast<const bf16*>(panels.data_ptr()), padded.data(),
-       gelu, static_cast<bf16*>(y.data_ptr())});
+      {{m, columns, k},
+       static_cast<const bf16*>(from.data_ptr()),
+       static_cast<const bf16*>(panels.data_ptr()),
+       padded.data(),
+       gelu,
+       static_cast<bf16*>(y.data_ptr())});
   return y;
 }
 
@@ -142,16 +152,20 @@ Tensor packed_linear(Tensor x, Tensor panels, OptionalTensor bias, int64_t colum
   STD_TORCH_CHECK(
       (dtype == ScalarType::Float || (is_bf16 && has_avx512_bf16())) && x.scalar_type() == dtype &&
           (!bias || bias->scalar_type() == ScalarType::Float || (is_bf16 && bias->scalar_type() == dtype)),
-      "packed_linear: x, panels, bias: got another dtype, wanted float32, or bfloat16 on a processor with AVX512-BF16; "
+      "packed_linear: x, panels, bias: got another dtype, wanted float32, or bfloat16 on a processor with "
+      "AVX512-BF16; "
       "convert them first");
   STD_TORCH_CHECK(
       x.dim() > 0 && panels.dim() == 3 && panels.size(2) == (is_bf16 ? 2 : 1) * kPanelColumns &&
           x.size(x.dim() - 1) == (is_bf16 ? 2 : 1) * panels.size(1) && columns >= 0 &&
-          panels.size(0) == columns / kPanelColumns + (columns % kPanelColumns > 0) && (!bias || bias->numel() == columns),
-      "packed_linear: x, panels, bias: got shapes that do not fit, wanted (..., K), (columns / 32 rounded up, K, 32), "
+          panels.size(0) == columns / kPanelColumns + (columns % kPanelColumns > 0) &&
+          (!bias || bias->numel() == columns),
+      "packed_linear: x, panels, bias: got shapes that do not fit, wanted (..., K), (columns / 32 rounded "
+      "up, K, 32), "
       "bfloat16 (columns / 32 rounded up, K / 2, 64), (columns,); reshape them");
   STD_TORCH_CHECK(
-      panels.is_contiguous(), "packed_linear: panels: got a view that is not contiguous, wanted panels one after another; "
+      panels.is_contiguous(),
+      "packed_linear: panels: got a view that is not contiguous, wanted panels one after another; "
       "call contiguous() once");
   if (is_bf16) return packed_linear_bf16(x, panels, bias, columns, gelu);
   const int64_t count = panels.size(0), k = panels.size(1), n = columns, m = rows_of(x);
@@ -159,7 +173,8 @@ Tensor packed_linear(Tensor x, Tensor panels, OptionalTensor bias, int64_t colum
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
   shape.back() = n;
   Tensor y = empty(shape.data(), x.dim(), ScalarType::Float, x);
-  const auto *a = static_cast<const float*>(from.data_ptr()), *w = static_cast<const float*>(panels.data_ptr());
+  const auto *a = static_cast<const float*>(from.data_ptr()),
+             *w = static_cast<const float*>(panels.data_ptr());
   const float* b = bias ? static_cast<const float*>(added.data_ptr()) : nullptr;
   auto* out = static_cast<float*>(y.data_ptr());
   const int64_t row_blocks = (m + kRows - 1) / kRows;
@@ -173,7 +188,8 @@ Tensor packed_linear(Tensor x, Tensor panels, OptionalTensor bias, int64_t colum
     for (int64_t r = 0; r < row_blocks; ++r) {
       const int64_t first = r * m / row_blocks, rows = (r + 1) * m / row_blocks - first;
       for (int64_t s = 0; s < slices * (end - begin); ++s) {
-        const int64_t t = begin + (few ? s / slices : s % (end - begin)), p = (few ? s % slices : s / (end - begin)) * depth;
+        const int64_t t = begin + (few ? s / slices : s % (end - begin)),
+                      p = (few ? s % slices : s / (end - begin)) * depth;
         const int64_t deep = std::min(depth, k - p), width = std::min(kPanelColumns, n - kPanelColumns * t);
         float* to = out + first * n + kPanelColumns * t;
         float* c = width < kPanelColumns ? last_panel.data() : to;

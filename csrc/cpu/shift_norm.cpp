@@ -1,9 +1,9 @@
 // shift_norm on the CPU, forward and backward: the equations of fastgate/ops/reference/, one row at a time.
 //
-// A row is mixed with those beside it and normalised in float32 inside the first-level cache. Backward needs du of three
-// rows for one of dx: it goes down the rows and holds the last three, and begins each block of rows one row early where
-// that one is a neighbour. Parameters' gradients are summed over fixed blocks of rows and the blocks in order: the same bits
-// at every call and for every number of threads.
+// A row is mixed with those beside it and normalised in float32 inside the first-level cache. Backward needs
+// du of three rows for one of dx: it goes down the rows and holds the last three, and begins each block of
+// rows one row early where that one is a neighbour. Parameters' gradients are summed over fixed blocks of
+// rows and the blocks in order: the same bits at every call and for every number of threads.
 #include <algorithm>
 
 #include "cpu/norm.h"
@@ -60,15 +60,16 @@ FASTGATE_INLINE void forward_rows(const ShiftProblem& o, void* out, float* u, in
   for (int64_t row = begin; row < end; ++row) {
     T* y = static_cast<T*>(out) + row * o.hidden;
     const Norm norm = mix(o, rows_at<T>(o, row), u);
-    for_each(o.hidden, [&](int64_t j) { store(y, j, (u[j] - norm.mean) * norm.rstd * weight[j] + norm_bias[j]); });
+    for_each(
+        o.hidden, [&](int64_t j) { store(y, j, (u[j] - norm.mean) * norm.rstd * weight[j] + norm_bias[j]); });
   }
 }
 
 // du of one row into `du`; the norm's own gradients are added to dweight and dnorm_bias.
 template <class T>
 FASTGATE_INLINE void du_of(
-    const ShiftProblem& o, const void* grad, const NeighbourRows<T>& r, int64_t row, float* u, float* du, float* dweight,
-    float* dnorm_bias) {
+    const ShiftProblem& o, const void* grad, const NeighbourRows<T>& r, int64_t row, float* u, float* du,
+    float* dweight, float* dnorm_bias) {
   const T* dy = static_cast<const T*>(grad) + row * o.hidden;
   const Norm norm = mix(o, r, u);
   const Means means = norm_backward(o.hidden, dy, o.weight, norm, u, du, dweight, dnorm_bias);
@@ -77,7 +78,8 @@ FASTGATE_INLINE void du_of(
 
 template <class T>
 FASTGATE_INLINE void backward_rows(
-    const ShiftProblem& o, const void* grad, void* gradient, float* scratch, int64_t begin, int64_t end, float* block) {
+    const ShiftProblem& o, const void* grad, void* gradient, float* scratch, int64_t begin, int64_t end,
+    float* block) {
   const int64_t n = o.hidden;
   float *u = scratch, *zeros = u + padded(n), *unused = zeros + padded(n), *sums = unused + 2 * padded(n);
   float *doffset = sums, *dscale = doffset + n, *dbefore = dscale + n, *dafter = dbefore + n;
@@ -85,9 +87,10 @@ FASTGATE_INLINE void backward_rows(
   const float *scale = o.scale, *before = o.before, *after = o.after;
   std::fill(zeros, zeros + n, 0.0f);
   const auto held = [&](int64_t row) { return ring + row % 3 * padded(n); };
-  const auto of_another_block = [&](int64_t row) __attribute__((always_inline)) {  // as all that a clone calls
-    du_of<T>(o, grad, rows_at<T>(o, row), row, u, held(row), unused, unused + padded(n));
-  };
+  const auto of_another_block =
+      [&](int64_t row) __attribute__((always_inline)) {  // as all that a clone calls
+        du_of<T>(o, grad, rows_at<T>(o, row), row, u, held(row), unused, unused + padded(n));
+      };
   if (o.above(begin)) of_another_block(begin - 1);
   for (int64_t start = begin; start < end; start += kFlush) {
     const int64_t stop = std::min(end, start + kFlush);
@@ -111,21 +114,26 @@ FASTGATE_INLINE void backward_rows(
       const int64_t ready = row - 1;
       if (gradient == nullptr || ready < begin) continue;
       T* dx = static_cast<T*>(gradient) + ready * n;
-      const float *du = held(ready), *down = o.above(ready) ? held(ready + 2) : zeros;  // ready - 1 lies there
+      const float *du = held(ready),
+                  *down = o.above(ready) ? held(ready + 2) : zeros;  // ready - 1 lies there
       const float* up = o.below(ready) ? held(ready + 1) : zeros;
-      for_each(n, [&](int64_t j) { store(dx, j, du[j] + (scale[j] * du[j] + before[j] * up[j] + after[j] * down[j])); });
+      for_each(n, [&](int64_t j) {
+        store(dx, j, du[j] + (scale[j] * du[j] + before[j] * up[j] + after[j] * down[j]));
+      });
     }
     for_each(grads::kParameters * n, [&](int64_t j) { block[j] += sums[j]; });
   }
 }
 
-#define FASTGATE_SHIFT(NAME, T)                                                                                  \
-  FASTGATE_CLONES void forward_##NAME(const ShiftProblem& o, void* y, float* scratch, int64_t begin, int64_t end) {     \
-    forward_rows<T>(o, y, scratch, begin, end);                                                                  \
-  }                                                                                                              \
-  FASTGATE_CLONES void backward_##NAME(                                                                          \
-      const ShiftProblem& o, const void* grad, void* dx, float* scratch, int64_t begin, int64_t end, float* block) {    \
-    backward_rows<T>(o, grad, dx, scratch, begin, end, block);                                                   \
+#define FASTGATE_SHIFT(NAME, T)                                                                      \
+  FASTGATE_CLONES void forward_##NAME(                                                               \
+      const ShiftProblem& o, void* y, float* scratch, int64_t begin, int64_t end) {                  \
+    forward_rows<T>(o, y, scratch, begin, end);                                                      \
+  }                                                                                                  \
+  FASTGATE_CLONES void backward_##NAME(                                                              \
+      const ShiftProblem& o, const void* grad, void* dx, float* scratch, int64_t begin, int64_t end, \
+      float* block) {                                                                                \
+    backward_rows<T>(o, grad, dx, scratch, begin, end, block);                                       \
   }
 
 FASTGATE_SHIFT(f, float)
@@ -136,14 +144,15 @@ struct PreparedShift {
   ShiftProblem problem{};
   std::vector<Tensor> kept_alive;
   std::vector<float> zeros;
-  std::vector<char> has_left_neighbour;  // with its ends: a loop over rows that tests for them is not vectorised
+  std::vector<char>
+      has_left_neighbour;  // with its ends: a loop over rows that tests for them is not vectorised
   bool is_bf16 = false;
 };
 
 const float* floats(PreparedShift& p, const Tensor& t) {
   STD_TORCH_CHECK(
-      t.numel() == p.problem.hidden, "shift_norm: vectors: got ", t.numel(), " elements, wanted ", p.problem.hidden,
-      "; match x's last dimension");
+      t.numel() == p.problem.hidden, "shift_norm: vectors: got ", t.numel(), " elements, wanted ",
+      p.problem.hidden, "; match x's last dimension");
   return static_cast<const float*>(p.kept_alive.emplace_back(as_float(t)).data_ptr());
 }
 
@@ -153,17 +162,21 @@ PreparedShift prepare(FASTGATE_PARAMETERS(SHIFT_NORM)) {
   p.kept_alive.reserve(8);
   p.is_bf16 = x.scalar_type() == ScalarType::BFloat16;
   STD_TORCH_CHECK(
-      (p.is_bf16 || x.scalar_type() == ScalarType::Float) && x.dim() == 2 && has_left_neighbour.scalar_type() == ScalarType::Bool &&
-          has_left_neighbour.numel() == x.size(0),
-      "shift_norm: x, has_left_neighbour: got other dtypes or shapes, wanted (rows, H) float32 or bfloat16, (rows,) bool; the torch "
+      (p.is_bf16 || x.scalar_type() == ScalarType::Float) && x.dim() == 2 &&
+          has_left_neighbour.scalar_type() == ScalarType::Bool && has_left_neighbour.numel() == x.size(0),
+      "shift_norm: x, has_left_neighbour: got other dtypes or shapes, wanted (rows, H) float32 or bfloat16, "
+      "(rows,) bool; the torch "
       "reference takes other dtypes");
   o.rows = x.size(0), o.hidden = x.size(1);
   o.x = p.kept_alive.emplace_back(dense(x)).data_ptr();
   const Tensor neighbours = dense(has_left_neighbour);
   p.has_left_neighbour.assign(o.rows + 1, 0);
-  if (o.rows > 0) std::memcpy(p.has_left_neighbour.data() + 1, static_cast<const char*>(neighbours.data_ptr()) + 1, o.rows - 1);
+  if (o.rows > 0)
+    std::memcpy(
+        p.has_left_neighbour.data() + 1, static_cast<const char*>(neighbours.data_ptr()) + 1, o.rows - 1);
   o.has_left_neighbour = p.has_left_neighbour.data();
-  o.offset = floats(p, offset), o.scale = floats(p, scale), o.before = floats(p, before), o.after = floats(p, after);
+  o.offset = floats(p, offset), o.scale = floats(p, scale), o.before = floats(p, before),
+  o.after = floats(p, after);
   o.weight = floats(p, weight), o.norm_bias = floats(p, norm_bias);
   o.eps = static_cast<float>(eps);
   p.zeros.assign(o.hidden, 0.0f);
@@ -179,14 +192,16 @@ Tensor shift_norm(FASTGATE_PARAMETERS(SHIFT_NORM)) {
   Tensor y = empty_like(x, x.scalar_type());
   void* out = y.data_ptr();
   if (o.rows == 0 || o.hidden == 0) return y;
-  torch::stable::parallel_for(0, o.rows, std::max<int64_t>(1, kForwardElements / o.hidden), [&](int64_t begin, int64_t end) {
-    std::vector<float> scratch(padded(o.hidden));
-    (p.is_bf16 ? forward_b : forward_f)(o, out, scratch.data(), begin, end);
-  });
+  torch::stable::parallel_for(
+      0, o.rows, std::max<int64_t>(1, kForwardElements / o.hidden), [&](int64_t begin, int64_t end) {
+        std::vector<float> scratch(padded(o.hidden));
+        (p.is_bf16 ? forward_b : forward_f)(o, out, scratch.data(), begin, end);
+      });
   return y;
 }
 
-std::tuple<Tensor, Tensor> shift_norm_backward(Tensor grad, FASTGATE_PARAMETERS(SHIFT_NORM), int64_t requested) {
+std::tuple<Tensor, Tensor> shift_norm_backward(
+    Tensor grad, FASTGATE_PARAMETERS(SHIFT_NORM), int64_t requested) {
   const PreparedShift p = prepare(FASTGATE_ARGUMENTS(SHIFT_NORM));
   const ShiftProblem& o = p.problem;
   STD_TORCH_CHECK(

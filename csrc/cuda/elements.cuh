@@ -1,4 +1,5 @@
-// Rows of stored elements (float32, bfloat16, float16): runs of columns moved in 16-byte accesses, or one by one.
+// Rows of stored elements (float32, bfloat16, float16): runs of columns moved in 16-byte accesses, or one by
+// one.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -53,7 +54,8 @@ struct AlignedRun {
 // Stands for an element type that is known at run time only, in rows of any width and alignment.
 struct Mixed {};
 
-// C columns of a row as they were read: in their own type, so that a row that is still on its way takes few registers.
+// C columns of a row as they were read: in their own type, so that a row that is still on its way takes few
+// registers.
 template <class T, int C>
 struct Held {
   AlignedRun<T, C> run;

@@ -13,8 +13,9 @@ namespace {
 
 namespace grads = gated_add_norm_gradients;
 
-// torch's current stream. The stable ABI gives it from torch 2.13 on only; before that, torch's CUDA library has it. It
-// is in the process, for there is a CUDA tensor, but its symbols are visible to those who name it only.
+// torch's current stream. The stable ABI gives it from torch 2.13 on only; before that, torch's CUDA library
+// has it. It is in the process, for there is a CUDA tensor, but its symbols are visible to those who name it
+// only.
 void* current_stream(int32_t device) {
   using Find = AOTITorchError (*)(int32_t, void**);
   static const Find find = [] {
@@ -23,7 +24,8 @@ void* current_stream(int32_t device) {
   }();
   STD_TORCH_CHECK(
       find != nullptr,
-      "gated_add_norm: stream: got a torch without libtorch_cuda.so's aoti_torch_get_current_cuda_stream, wanted one "
+      "gated_add_norm: stream: got a torch without libtorch_cuda.so's aoti_torch_get_current_cuda_stream, "
+      "wanted one "
       "with it; install a CUDA build of torch, or set FASTGATE_CUDA=triton");
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(find(device, &stream));
@@ -74,8 +76,8 @@ struct Call {
   Array parameter(const OptionalTensor& t, const char* name, int64_t elements) {
     if (!t) return {};
     STD_TORCH_CHECK(
-        t->numel() == elements, "gated_add_norm: ", name, ": got ", t->numel(), " elements, wanted ", elements,
-        "; match x's last dimension");
+        t->numel() == elements, "gated_add_norm: ", name, ": got ", t->numel(), " elements, wanted ",
+        elements, "; match x's last dimension");
     return array(is_stored(t->scalar_type()) ? *t : torch::stable::to(*t, ScalarType::Float), name);
   }
 };
@@ -112,7 +114,8 @@ Call prepare(FASTGATE_PARAMETERS(GATED_ADD_NORM)) {
   if (dropout_p > 0.0) {
     STD_TORCH_CHECK(
         seed && seed->numel() == 1 && seed->scalar_type() == ScalarType::Long,
-        "gated_add_norm: seed: got none, wanted an int64 tensor of one element with dropout_p > 0; pass a seed");
+        "gated_add_norm: seed: got none, wanted an int64 tensor of one element with dropout_p > 0; pass a "
+        "seed");
     o.seed = static_cast<const int64_t*>(call.array(*seed, "seed").data);
     o.threshold = static_cast<uint32_t>(std::fmin(std::nearbyint(dropout_p * 4294967296.0), 4294967295.0));
     o.kept = static_cast<float>(1.0 / (1.0 - dropout_p));
@@ -148,10 +151,11 @@ std::tuple<Tensor, Tensor, Tensor> gated_add_norm_backward(
   const Array dy = call.rows(grad, "grad", x.numel());
   const int64_t none = 0;
   Tensor dx = requested & grads::kX ? empty_like(x, x.scalar_type()) : empty(&none, 1, x.scalar_type(), x);
-  Tensor dresidual =
-      requested & grads::kResidual ? empty_like(x, residual.scalar_type()) : empty(&none, 1, residual.scalar_type(), x);
+  Tensor dresidual = requested & grads::kResidual ? empty_like(x, residual.scalar_type())
+                                                  : empty(&none, 1, residual.scalar_type(), x);
   int64_t sizes[2] = {0, o.hidden};
-  for (int parameter = 0; parameter < grads::kParameters; ++parameter) sizes[0] += (requested & (int64_t{grads::kFirstParameterBit} << parameter)) != 0;
+  for (int parameter = 0; parameter < grads::kParameters; ++parameter)
+    sizes[0] += (requested & (int64_t{grads::kFirstParameterBit} << parameter)) != 0;
   Tensor parameters = empty(sizes, 2, ScalarType::Float, x);
   int64_t blocks = 0;
   check(gated_add_norm_partial_rows(call.queue, o, &blocks), "gated_add_norm_backward");
@@ -159,7 +163,8 @@ std::tuple<Tensor, Tensor, Tensor> gated_add_norm_backward(
   Tensor partials = empty(&room, 1, ScalarType::Float, x);
   check(
       launch_gated_add_norm_backward(
-          call.queue, o, dy, output(dx, requested & grads::kX), output(dresidual, requested & grads::kResidual), requested,
+          call.queue, o, dy, output(dx, requested & grads::kX),
+          output(dresidual, requested & grads::kResidual), requested,
           static_cast<float*>(partials.data_ptr()), static_cast<float*>(parameters.data_ptr())),
       "gated_add_norm_backward");
   return {dx, dresidual, parameters};

@@ -8,8 +8,8 @@ namespace fastgate::cuda {
 enum class Type : int { f32, bf16, f16 };
 constexpr int64_t bytes(Type type) { return type == Type::f32 ? 4 : 2; }
 
-// Contiguous elements in device memory that start at a multiple of 16 bytes; null: an operand that was not given, or a
-// gradient that is not requested.
+// Contiguous elements in device memory that start at a multiple of 16 bytes; null: an operand that was not
+// given, or a gradient that is not requested.
 struct Array {
   const void* data = nullptr;
   Type type = Type::f32;
@@ -41,13 +41,15 @@ struct Queue {
 
 const char* launch_gated_add_norm(Queue queue, const NormOperands& operands, Output y);
 
-// The parameters that `requested` names (gradient_bits.h) stand in `parameters` (count, hidden), float32, in its bits' order;
-// gate's row sums to its gradient. `partials` is room for partial rows * count * hidden numbers.
+// The parameters that `requested` names (gradient_bits.h) stand in `parameters` (count, hidden), float32, in
+// its bits' order; gate's row sums to its gradient. `partials` is room for partial rows * count * hidden
+// numbers.
 const char* launch_gated_add_norm_backward(
-    Queue queue, const NormOperands& operands, Array grad, Output dx, Output dresidual, int64_t requested, float* partials,
-    float* parameters);
+    Queue queue, const NormOperands& operands, Array grad, Output dx, Output dresidual, int64_t requested,
+    float* partials, float* parameters);
 
-// The partial rows, of sums, that backward writes: a function of rows, hidden and the device's multiprocessors only.
+// The partial rows, of sums, that backward writes: a function of rows, hidden and the device's
+// multiprocessors only.
 const char* gated_add_norm_partial_rows(Queue queue, const NormOperands& operands, int64_t* partial_rows);
 
 }  // namespace fastgate::cuda

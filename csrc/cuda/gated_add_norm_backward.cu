@@ -4,7 +4,8 @@
 //
 //   dxhat_j / du_k = rstd * (delta_jk - 1 / n - xhat_j * xhat_k / n)
 //
-// since d rstd / du_k = -rstd^2 * xhat_k / n, and the mean's own share in the variance is sum_j (u_j - mean) = 0. Hence
+// since d rstd / du_k = -rstd^2 * xhat_k / n, and the mean's own share in the variance is sum_j (u_j - mean)
+// = 0. Hence
 //
 //   du = rstd * (t - mean(t) - xhat * mean(t * xhat))
 //
@@ -15,12 +16,12 @@
 //   dgate     = sum_ij du * d                doffset  = sum_i du
 //   dweight   = sum_i dy * xhat              dnorm_bias = sum_i dy
 //
-// A second norm sits on y: its backward gives the dy of the first. Backward recomputes u, the statistics and the mask
-// from x, residual and the seed, which it reads anyway: forward saves nothing.
+// A second norm sits on y: its backward gives the dy of the first. Backward recomputes u, the statistics and
+// the mask from x, residual and the seed, which it reads anyway: forward saves nothing.
 //
-// E = 8, so that the sums over rows stay in registers, and a team loads its next row while it works on this one; the
-// grid is one block a multiprocessor. Each block adds its teams' sums in order and writes one row of partial sums, and
-// sum_partials adds those in order: the same bits at every call.
+// E = 8, so that the sums over rows stay in registers, and a team loads its next row while it works on this
+// one; the grid is one block a multiprocessor. Each block adds its teams' sums in order and writes one row of
+// partial sums, and sum_partials adds those in order: the same bits at every call.
 #include "gradient_bits.h"
 #include "launch.cuh"
 #include "norm_rows.cuh"
@@ -36,8 +37,8 @@ __host__ __device__ constexpr int bit(int parameter) { return kFirstParameterBit
 
 __device__ inline int bits_set(int bits) { return __popc(bits); }
 
-// A thread's sums over its team's rows in shared memory, for each requested parameter its E columns: four by four, and
-// neighbouring threads' side by side, so that accesses are 16 bytes wide and meet no bank twice.
+// A thread's sums over its team's rows in shared memory, for each requested parameter its E columns: four by
+// four, and neighbouring threads' side by side, so that accesses are 16 bytes wide and meet no bank twice.
 template <class L>
 struct ParameterSums {
   static constexpr int kQuads = L::kChunks * L::kChunk / 4;
@@ -55,7 +56,9 @@ struct ParameterSums {
   __device__ bool has(int parameter) const { return requested & bit(parameter); }
 
   // Place of a requested parameter's first four.
-  __device__ int first(int parameter) const { return bits_set(requested >> 2 & ((1 << parameter) - 1)) * kQuads; }
+  __device__ int first(int parameter) const {
+    return bits_set(requested >> 2 & ((1 << parameter) - 1)) * kQuads;
+  }
 
   // Adds to chunk k.
   __device__ void add(int parameter, int k, const float (&values)[L::kChunk]) {
@@ -64,14 +67,16 @@ struct ParameterSums {
     for (int c = 0; c < L::kChunk; c += 4) {
       float4& sum = mine[(at + c / 4) * threads];
       const float4 was = sum;
-      sum = make_float4(was.x + values[c], was.y + values[c + 1], was.z + values[c + 2], was.w + values[c + 3]);
+      sum =
+          make_float4(was.x + values[c], was.y + values[c + 1], was.z + values[c + 2], was.w + values[c + 3]);
     }
   }
 };
 
 // The sums of all teams, added in the teams' order: one row of partial sums a block, (count, hidden).
 template <class L>
-__device__ inline void write_partials(const NormOperands& o, const Team& team, const ParameterSums<L>& sums, float* partials) {
+__device__ inline void write_partials(
+    const NormOperands& o, const Team& team, const ParameterSums<L>& sums, float* partials) {
   constexpr int kQuads = ParameterSums<L>::kQuads;
   const int teams = blockDim.x / sums.threads, stride = sums.count * kQuads * sums.threads;
   const float4* first = dynamic_shared + team.thread;
@@ -93,7 +98,8 @@ __device__ inline void write_partials(const NormOperands& o, const Team& team, c
   }
 }
 
-// dL/d(output) in dy to dL/d(xhat) in t, and the means over the row that its gradient needs: of t and of t * xhat.
+// dL/d(output) in dy to dL/d(xhat) in t, and the means over the row that its gradient needs: of t and of t *
+// xhat.
 template <class L>
 __device__ inline float2 weigh(
     const NormOperands& o, Array weight, Team& team, const typename L::Values& xhat, typename L::Values& t) {
@@ -126,9 +132,9 @@ __device__ inline void through_norm(
 }
 
 template <class L>
-__global__ void __launch_bounds__(kWarpsPerBlock * kWarp, 1) backward_rows(
-    const __grid_constant__ NormOperands o, const Array grad, const Output dx, const Output dresidual, int requested,
-    float* partials, int warps) {
+__global__ void __launch_bounds__(kWarpsPerBlock* kWarp, 1) backward_rows(
+    const __grid_constant__ NormOperands o, const Array grad, const Output dx, const Output dresidual,
+    int requested, float* partials, int warps) {
   constexpr int C = L::kChunk, K = L::kChunks;
   constexpr bool kNarrow = C * K <= 8;  // room in registers for the usual sums and for the next row
   Team team(warps);
@@ -162,7 +168,8 @@ __global__ void __launch_bounds__(kWarpsPerBlock * kWarp, 1) backward_rows(
       affine<L>(o, o.weight, o.norm_bias, team, u, xhat2);
       rstd2 = normalise<L>(o, o.eps2, team, xhat2);
     }
-    if constexpr (!kNarrow) read_row<L, typename L::TY>(grad, team, o, row, dy), unpack_row<L, typename L::TY>(dy, t);
+    if constexpr (!kNarrow)
+      read_row<L, typename L::TY>(grad, team, o, row, dy), unpack_row<L, typename L::TY>(dy, t);
     if (o.weight2.data != nullptr) {
 #pragma unroll
       for (int k = 0; k < K; ++k) {
@@ -195,7 +202,7 @@ __global__ void __launch_bounds__(kWarpsPerBlock * kWarp, 1) backward_rows(
     for (int k = 0; k < K; ++k) {
       const int column = L::column(team, k), inside = o.hidden - column;
       const int64_t at = row * o.hidden + column;
-      const float(&du)[C] = t[k];
+      const float (&du)[C] = t[k];
       float out[C];
       if (requested & (kX | bit(kBias))) {
 #pragma unroll
@@ -255,7 +262,7 @@ __global__ void __launch_bounds__(kWarpsPerBlock * kWarp, 1) backward_rows(
 constexpr int kSumWarps = 8;
 
 // (rows, size) to its column sums: warp w adds rows w, w + 8, ..., then the warps are added in order.
-__global__ void __launch_bounds__(kSumWarps * kWarp)
+__global__ void __launch_bounds__(kSumWarps* kWarp)
     sum_partials(const float* __restrict__ partials, int64_t rows, int64_t size, float* __restrict__ sums) {
   __shared__ float parts[kSumWarps][kWarp];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
@@ -283,7 +290,8 @@ struct BackwardGrid {
 template <class L>
 cudaError_t backward_grid(Queue queue, const NormOperands& o, BackwardGrid* grid) {
   int multiprocessors;
-  const cudaError_t error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, queue.device);
+  const cudaError_t error =
+      cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, queue.device);
   grid->warps = warps_a_row(o, L::kColumns);
   grid->teams = kWarpsPerBlock / grid->warps;
   const int64_t enough = divided_up(o.rows, grid->teams);
@@ -319,30 +327,31 @@ int count_of(int requested) {
   return count;
 }
 
-// One launch for all that is requested, unless the sums of a very wide row exceed a multiprocessor's shared memory: then
-// further launches read the rows again for the parameters that are left.
+// One launch for all that is requested, unless the sums of a very wide row exceed a multiprocessor's shared
+// memory: then further launches read the rows again for the parameters that are left.
 template <class L>
 cudaError_t launch_backward(
-    Queue queue, const NormOperands& o, Array grad, Output dx, Output dresidual, int requested, float* partials,
-    float* parameters) {
+    Queue queue, const NormOperands& o, Array grad, Output dx, Output dresidual, int requested,
+    float* partials, float* parameters) {
   constexpr int kRows = kX | kResidual, kStatic = 1024;  // shared memory that is not sums, at most
   int shared;
   cudaError_t error = cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, queue.device);
   BackwardGrid grid;
   if (error == cudaSuccess) error = backward_grid<L>(queue, o, &grid);
-  const int threads = grid.teams * grid.warps * kWarp, bytes_a_sum = threads * L::kColumns * int(sizeof(float));
+  const int threads = grid.teams * grid.warps * kWarp,
+            bytes_a_sum = threads * L::kColumns * int(sizeof(float));
   int rows = requested & kRows, left = requested & ~kRows;
   while (error == cudaSuccess && (rows | left)) {
     const int now = lowest(left, (shared - kStatic) / bytes_a_sum), count = count_of(now);
     if (grid.blocks > 0)
       error = launch(
-          queue, backward_rows<L>, grid.blocks, threads, static_cast<size_t>(count) * bytes_a_sum, o, grad, dx,
-          dresidual, rows | now, partials, grid.warps);
+          queue, backward_rows<L>, grid.blocks, threads, static_cast<size_t>(count) * bytes_a_sum, o, grad,
+          dx, dresidual, rows | now, partials, grid.warps);
     const int64_t size = static_cast<int64_t>(count) * o.hidden;
     if (error == cudaSuccess && count > 0)
       error = launch(
-          queue, sum_partials, divided_up(size, kWarp), kSumWarps * kWarp, 0, static_cast<const float*>(partials),
-          grid.blocks, size, parameters);
+          queue, sum_partials, divided_up(size, kWarp), kSumWarps * kWarp, 0,
+          static_cast<const float*>(partials), grid.blocks, size, parameters);
     parameters += size;
     left &= ~now;
     rows = 0;
@@ -362,8 +371,8 @@ const char* gated_add_norm_partial_rows(Queue queue, const NormOperands& o, int6
 }
 
 const char* launch_gated_add_norm_backward(
-    Queue queue, const NormOperands& o, Array grad, Output dx, Output dresidual, int64_t requested, float* partials,
-    float* parameters) {
+    Queue queue, const NormOperands& o, Array grad, Output dx, Output dresidual, int64_t requested,
+    float* partials, float* parameters) {
   const OnDevice on(queue.device);
   if (on.error != cudaSuccess) return described(on.error);
   return described(with_backward_layout(o, [&](auto layout) {

@@ -1,7 +1,7 @@
 // gated_add_norm on CUDA, forward: x and residual read once, y written once, nothing kept for backward.
 //
-// E is large enough for one warp a row up to 1024 columns: no barrier, and every load of a row is under way before the
-// first is used.
+// E is large enough for one warp a row up to 1024 columns: no barrier, and every load of a row is under way
+// before the first is used.
 #include "launch.cuh"
 #include "norm_rows.cuh"
 
@@ -11,13 +11,18 @@ namespace {
 
 constexpr int kForwardWarps = 4;  // of a block, where one warp a row is enough
 
-// Threads of a forward block at most: one warp a row up to the widest row of each layout but the last, kWidest there.
+// Threads of a forward block at most: one warp a row up to the widest row of each layout but the last,
+// kWidest there.
 template <class L>
-constexpr int kForwardThreads = L::kAligned && L::kColumns < 32 ? kForwardWarps * kWarp : kWidest / L::kColumns;
+constexpr int kForwardThreads =
+    L::kAligned && L::kColumns < 32 ? kForwardWarps * kWarp : kWidest / L::kColumns;
 
-// Threads of a multiprocessor that a forward kernel leaves registers for: the more columns each holds, the fewer.
+// Threads of a multiprocessor that a forward kernel leaves registers for: the more columns each holds, the
+// fewer.
 template <class L>
-constexpr int kForwardResident = L::kColumns == 16 && L::kAligned ? 1024 : L::kColumns == 24 ? 640 : 512;
+constexpr int kForwardResident = L::kColumns == 16 && L::kAligned ? 1024
+                                 : L::kColumns == 24              ? 640
+                                                                  : 512;
 
 template <class L>
 __global__ void __launch_bounds__(kForwardThreads<L>, kForwardResident<L> / kForwardThreads<L>)

@@ -4,8 +4,8 @@
 STABLE_TORCH_LIBRARY(fastgate_cuda, m) {
   m.def("gated_add_norm(" FASTGATE_SCHEMA(GATED_ADD_NORM) ") -> Tensor");
   m.def(
-      "gated_add_norm_backward(Tensor grad, " FASTGATE_SCHEMA(GATED_ADD_NORM)
-      ", int requested) -> (Tensor, Tensor, Tensor)");
+      "gated_add_norm_backward(Tensor grad, " FASTGATE_SCHEMA(
+          GATED_ADD_NORM) ", int requested) -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastgate_cuda, CUDA, m) {

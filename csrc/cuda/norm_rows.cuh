@@ -5,9 +5,9 @@
 //   d = m * (x + bias) / (1 - p)        u = scale * residual + gate * d + offset
 //   xhat = (u - mean(u)) * rstd(u)      y = xhat * weight + norm_bias
 //
-// A team of one or several warps owns a row, and each thread E of its columns, in chunks that are as wide as one
-// 16-byte access of the wider element type: so neighbouring threads touch neighbouring bytes. Parameters are read again
-// for each row, from the first-level cache.
+// A team of one or several warps owns a row, and each thread E of its columns, in chunks that are as wide as
+// one 16-byte access of the wider element type: so neighbouring threads touch neighbouring bytes. Parameters
+// are read again for each row, from the first-level cache.
 #pragma once
 
 #include "dropout.cuh"
@@ -30,7 +30,9 @@ struct Layout {
   using Values = float[kChunks][kChunk];
 
   // First column of this thread's chunk k.
-  __device__ static int column(const Team& team, int k) { return (k * team.threads() + team.thread) * kChunk; }
+  __device__ static int column(const Team& team, int k) {
+    return (k * team.threads() + team.thread) * kChunk;
+  }
   // Whether element c of a chunk, `inside` of whose columns lie in the row, is one of them.
   __device__ static bool has(int inside, int c) { return kAligned ? inside > 0 : c < inside; }
 };
@@ -94,12 +96,13 @@ __device__ inline void drop(
   }
 }
 
-// u of this thread's columns, zero beyond the row; `keep` gets the mask's bits, chunk after chunk. kReads: x and
-// residual are not there yet, each chunk is read when it is due.
+// u of this thread's columns, zero beyond the row; `keep` gets the mask's bits, chunk after chunk. kReads: x
+// and residual are not there yet, each chunk is read when it is due.
 template <class L, bool kReads>
 __device__ inline void mix(
-    const NormOperands& o, const Scalars& scalars, const Team& team, int64_t row, HeldRow<L, typename L::TX>& x,
-    HeldRow<L, typename L::TR>& residual, typename L::Values& u, uint32_t& keep) {
+    const NormOperands& o, const Scalars& scalars, const Team& team, int64_t row,
+    HeldRow<L, typename L::TX>& x, HeldRow<L, typename L::TR>& residual, typename L::Values& u,
+    uint32_t& keep) {
   constexpr int C = L::kChunk;
   keep = 0;
 #pragma unroll

@@ -1,7 +1,8 @@
-// csrc/cuda's gated_add_norm on CPU tensors, through the emulated CUDA beside this file: fastgate_emulated's ops.
+// csrc/cuda's gated_add_norm on CPU tensors, through the emulated CUDA beside this file: fastgate_emulated's
+// ops.
+#include "cuda/gated_add_norm.cpp"
 #include "cuda/gated_add_norm_backward.cu"
 #include "cuda/gated_add_norm_forward.cu"
-#include "cuda/gated_add_norm.cpp"
 
 namespace fastgate::cuda {
 thread_local float4 dynamic_shared[emulator::kShared / sizeof(float4)];
@@ -10,8 +11,8 @@ thread_local float4 dynamic_shared[emulator::kShared / sizeof(float4)];
 STABLE_TORCH_LIBRARY(fastgate_emulated, m) {
   m.def("gated_add_norm(" FASTGATE_SCHEMA(GATED_ADD_NORM) ") -> Tensor");
   m.def(
-      "gated_add_norm_backward(Tensor grad, " FASTGATE_SCHEMA(GATED_ADD_NORM)
-      ", int requested) -> (Tensor, Tensor, Tensor)");
+      "gated_add_norm_backward(Tensor grad, " FASTGATE_SCHEMA(
+          GATED_ADD_NORM) ", int requested) -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastgate_emulated, CPU, m) {

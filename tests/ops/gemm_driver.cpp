@@ -1,5 +1,6 @@
-// Prints a line for each level of x86-64 that this machine runs: its name, the largest error of an element against sums
-// in double, and the number of elements whose bits are others in another tile of the same product.
+// Prints a line for each level of x86-64 that this machine runs: its name, the largest error of an element
+// against sums in double, and the number of elements whose bits are others in another tile of the same
+// product.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -17,7 +18,9 @@ void check(const char* name, GemmLevel level) {
   std::vector<float> a(40 * 97), b(97 * 97), c(40 * 97), again(97);
   for (size_t i = 0; i < a.size(); ++i) a[i] = at(i);
   for (size_t i = 0; i < b.size(); ++i) b[i] = at(3 * i + 1);
-  const auto compare = [&](double true_sum, float found) { worst = std::max(worst, std::abs(true_sum - found)); };
+  const auto compare = [&](double true_sum, float found) {
+    worst = std::max(worst, std::abs(true_sum - found));
+  };
   for (int64_t m : {1, 2, 3, 5, 6, 7, 8, 9, 12, 13, 25, 40})
     for (int64_t k : {0, 1, 7, 40})
       for (int64_t n : {16, 32, 48, 96})
@@ -29,14 +32,15 @@ void check(const char* name, GemmLevel level) {
             for (int64_t i = 0; i < m; ++i)
               for (int64_t j = 0; j < n; ++j) {
                 double sum = add ? at(i * 97 + j) : 0.0;
-                for (int64_t p = 0; p < k; ++p) sum += double(left.data[i * left.row_stride + p * left.column_stride]) * b[p * 97 + j];
+                for (int64_t p = 0; p < k; ++p)
+                  sum += double(left.data[i * left.row_stride + p * left.column_stride]) * b[p * 97 + j];
                 compare(sum, c[i * 97 + j]);
               }
             const int64_t last = m - 1;
             for (int64_t j = 0; j < n; ++j) again[j] = add ? at(last * 97 + j) : 0.0f;
             level.gemm(
-                add, {left.data + last * left.row_stride, left.row_stride, left.column_stride}, b.data(), 97, again.data(), 97, 1, n, k,
-                b.data());
+                add, {left.data + last * left.row_stride, left.row_stride, left.column_stride}, b.data(), 97,
+                again.data(), 97, 1, n, k, b.data());
             for (int64_t j = 0; j < n; ++j) changed += again[j] != c[last * 97 + j];
           }
   for (int64_t m : {1, 2, 3, 4, 5, 12})

@@ -1,5 +1,5 @@
-// Two tile registers of sixteen rows by two of sixteen columns: four sums in registers, four loads a step of 32 along k. A
-// panel's pairs (bf16_gemm.h) are the layout that AMX wants of its right operand.
+// Two tile registers of sixteen rows by two of sixteen columns: four sums in registers, four loads a step of
+// 32 along k. A panel's pairs (bf16_gemm.h) are the layout that AMX wants of its right operand.
 #include "cpu/gemm/amx_gemm.h"
 
 #include <algorithm>
@@ -19,7 +19,7 @@ namespace fastgate::cpu {
 namespace {
 
 #define FASTGATE_AMX_TARGET __attribute__((target("amx-tile,amx-bf16," FASTGATE_AVX512_BF16_FEATURES)))
-constexpr int64_t kRows = 16, kDepth = 32;       // of a tile register: rows, and how far it goes along k
+constexpr int64_t kRows = 16, kDepth = 32;         // of a tile register: rows, and how far it goes along k
 constexpr int64_t kStep = kDepth * kPanelColumns;  // numbers of a panel that a step reads
 
 struct alignas(64) TileConfig {
@@ -85,7 +85,9 @@ bool request_amx() {
   unsigned a = 0, b = 0, c = 0, d = 0;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
   constexpr unsigned kBfloat16 = 1u << 22, kTiles = 1u << 24;
-  constexpr long kAsk = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM: the kernel saves tile registers for a process that asks
+  constexpr long kAsk = 0x1023,
+                 kTileData =
+                     18;  // ARCH_REQ_XCOMP_PERM: the kernel saves tile registers for a process that asks
   return (d & kBfloat16) && (d & kTiles) && syscall(SYS_arch_prctl, kAsk, kTileData) == 0;
 }
 
@@ -97,8 +99,8 @@ bool has_amx() {
 }
 
 FASTGATE_AMX_TARGET void AmxTiles::gemm(
-    const bf16* a, int64_t a_row, const bf16* b, float* c, int64_t c_row, int64_t m, int64_t k, PanelPrefetch prefetch,
-    const Epilogue* meanwhile) {
+    const bf16* a, int64_t a_row, const bf16* b, float* c, int64_t c_row, int64_t m, int64_t k,
+    PanelPrefetch prefetch, const Epilogue* meanwhile) {
   if (m != rows_) configure(std::min(m, kRows), std::max<int64_t>(0, m - kRows));
   rows_ = m;
   // By reference: a copy would wait until everything stored before it is in the cache.
@@ -115,7 +117,8 @@ AmxTiles::~AmxTiles() {
 #else
 
 bool has_amx() { return false; }
-void AmxTiles::gemm(const bf16*, int64_t, const bf16*, float*, int64_t, int64_t, int64_t, PanelPrefetch, const Epilogue*) {}
+void AmxTiles::gemm(
+    const bf16*, int64_t, const bf16*, float*, int64_t, int64_t, int64_t, PanelPrefetch, const Epilogue*) {}
 AmxTiles::~AmxTiles() {}
 
 #endif

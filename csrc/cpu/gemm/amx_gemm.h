@@ -22,9 +22,9 @@ class AmxTiles {
   AmxTiles& operator=(const AmxTiles&) = delete;
   ~AmxTiles();
 
-  // As bf16_gemm, for m <= kAmxRows and k a multiple of 32; rows of c are c_row apart. An element of c is one sum,
-  // whatever m is. meanwhile: the epilogue of another gemm, computed beside this one by the vector units, which a gemm by
-  // tile registers leaves idle; null: none.
+  // As bf16_gemm, for m <= kAmxRows and k a multiple of 32; rows of c are c_row apart. An element of c is one
+  // sum, whatever m is. meanwhile: the epilogue of another gemm, computed beside this one by the vector
+  // units, which a gemm by tile registers leaves idle; null: none.
   void gemm(
       const bf16* a, int64_t a_row, const bf16* b, float* c, int64_t c_row, int64_t m, int64_t k,
       PanelPrefetch prefetch = {}, const Epilogue* meanwhile = nullptr);

@@ -1,5 +1,5 @@
-// The epilogue of one row of a bfloat16 gemm, whose sums are still in the first-level cache. It is inlined into functions that
-// are compiled for AVX512-BF16 or for more.
+// The epilogue of one row of a bfloat16 gemm, whose sums are still in the first-level cache. It is inlined
+// into functions that are compiled for AVX512-BF16 or for more.
 #pragma once
 
 #include "cpu/gelu.h"
@@ -36,7 +36,8 @@ FASTGATE_AVX512_BF16_TARGET FASTGATE_INLINE __m512 epilogue_of(const float* sums
 template <bool Gelu>
 FASTGATE_AVX512_BF16_TARGET FASTGATE_INLINE void epilogue_row(const Epilogue& epilogue, int64_t i) {
   const float* c = epilogue.c + i * kPanelColumns;
-  const __m512 low = epilogue_of<Gelu>(c, epilogue.bias), high = epilogue_of<Gelu>(c + 16, epilogue.bias + 16);
+  const __m512 low = epilogue_of<Gelu>(c, epilogue.bias),
+               high = epilogue_of<Gelu>(c + 16, epilogue.bias + 16);
   const auto used = static_cast<__mmask32>((uint64_t{1} << epilogue.width) - 1);
   _mm512_mask_storeu_epi16(epilogue.to + i * epilogue.to_row, used, (__m512i)_mm512_cvtne2ps_pbh(high, low));
 }

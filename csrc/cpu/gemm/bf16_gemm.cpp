@@ -1,5 +1,5 @@
-// Written with intrinsics, because no compiler makes AVX512-BF16's pair products from a plain loop. With a few rows it is 2.5
-// times as fast as oneDNN.
+// Written with intrinsics, because no compiler makes AVX512-BF16's pair products from a plain loop. With a
+// few rows it is 2.5 times as fast as oneDNN.
 #include "cpu/gemm/bf16_gemm.h"
 
 #include <algorithm>
@@ -42,14 +42,17 @@ FASTGATE_AVX512_BF16_TARGET void gemm_tile(
 
 template <int R>
 void gemm_tile_of_rows(
-    int64_t rows, const bf16* a, int64_t a_row, const bf16* b, float* c, int64_t k, const bf16* prefetch, int64_t step) {
+    int64_t rows, const bf16* a, int64_t a_row, const bf16* b, float* c, int64_t k, const bf16* prefetch,
+    int64_t step) {
   if constexpr (R > 1)
     if (rows < R) return gemm_tile_of_rows<R - 1>(rows, a, a_row, b, c, k, prefetch, step);
   gemm_tile<R>(a, a_row, b, c, k, prefetch, step);
 }
 
 // The first `n` of sixteen.
-inline __mmask16 first_of(int64_t n) { return n < 16 ? static_cast<__mmask16>((1u << n) - 1) : __mmask16{0xffff}; }
+inline __mmask16 first_of(int64_t n) {
+  return n < 16 ? static_cast<__mmask16>((1u << n) - 1) : __mmask16{0xffff};
+}
 
 // 2^x of x <= 0 to 3e-6 of it: 2^n times the series of what is left, at most a half.
 FASTGATE_AVX512_BF16_TARGET FASTGATE_INLINE __m512 power_of_two(__m512 x) {
@@ -65,10 +68,12 @@ FASTGATE_AVX512_BF16_TARGET FASTGATE_INLINE __m512 power_of_two(__m512 x) {
 
 bool has_avx512_bf16() {
   __builtin_cpu_init();
-  return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+  return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl");
 }
 
-void bf16_gemm(const bf16* a, int64_t a_row, const bf16* b, float* c, int64_t m, int64_t k, const bf16* next) {
+void bf16_gemm(
+    const bf16* a, int64_t a_row, const bf16* b, float* c, int64_t m, int64_t k, const bf16* next) {
   const int64_t row_tiles = (m + kTileRows - 1) / kTileRows;
   // Every pass over b prefetches its share of `next`: all of it at once would stall the first pass.
   const int64_t step = next ? std::max<int64_t>(1, 2 * kPanelColumns / std::max<int64_t>(1, row_tiles)) : 0;

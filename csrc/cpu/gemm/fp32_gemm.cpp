@@ -1,7 +1,7 @@
 // Gemm of small float32 matrices, a tile of the result in registers at a time, for each level of x86-64.
 //
-// The sizes of a tile are what the level's registers hold. A matrix is cut into tiles of nearly equal height, so that
-// none runs nearly empty; each height is compiled apart.
+// The sizes of a tile are what the level's registers hold. A matrix is cut into tiles of nearly equal height,
+// so that none runs nearly empty; each height is compiled apart.
 #include "cpu/gemm/fp32_gemm.h"
 
 #include <algorithm>
@@ -54,7 +54,8 @@ struct NoPrefetch {
 // One tile of `gemm`: R rows, P panels.
 template <class L, int R, int P, class A>
 FASTGATE_INLINE void gemm_tile(
-    bool add, const MatrixView& a, const float* b, int64_t b_row, float* c, int64_t c_row, int64_t k, A prefetch) {
+    bool add, const MatrixView& a, const float* b, int64_t b_row, float* c, int64_t c_row, int64_t k,
+    A prefetch) {
   using V = typename L::Vector;
   constexpr int kLanes = sizeof(V) / sizeof(float), kVectors = 16 * P / kLanes;
   V sums[R][kVectors];
@@ -88,7 +89,8 @@ FASTGATE_INLINE void gemm_tile(
 // The tile of `rows` rows, rows <= R.
 template <class L, int R, int P, class A>
 FASTGATE_INLINE void gemm_tile_of_rows(
-    int64_t rows, bool add, const MatrixView& a, const float* b, int64_t b_row, float* c, int64_t c_row, int64_t k, A prefetch) {
+    int64_t rows, bool add, const MatrixView& a, const float* b, int64_t b_row, float* c, int64_t c_row,
+    int64_t k, A prefetch) {
   if constexpr (R > 1)
     if (rows < R) return gemm_tile_of_rows<L, R - 1, P>(rows, add, a, b, b_row, c, c_row, k, prefetch);
   gemm_tile<L, R, P>(add, a, b, b_row, c, c_row, k, prefetch);
@@ -96,8 +98,8 @@ FASTGATE_INLINE void gemm_tile_of_rows(
 
 template <class L, class A>
 FASTGATE_INLINE void gemm_tiles(
-    bool add, const MatrixView& a, const float* b, int64_t b_row, float* c, int64_t c_row, int64_t m, int64_t n, int64_t k,
-    A prefetch) {
+    bool add, const MatrixView& a, const float* b, int64_t b_row, float* c, int64_t c_row, int64_t m,
+    int64_t n, int64_t k, A prefetch) {
   const int64_t tiles = (m + L::kGemmRows - 1) / L::kGemmRows;
   for (int64_t j = 0; j < n;) {
     const bool wide = L::kGemmPanels == 2 && n - j >= 32;
@@ -105,9 +107,11 @@ FASTGATE_INLINE void gemm_tiles(
       const int64_t i = t * m / tiles, rows = (t + 1) * m / tiles - i;
       const MatrixView part{a.data + i * a.row_stride, a.row_stride, a.column_stride};
       if (wide)
-        gemm_tile_of_rows<L, L::kGemmRows, L::kGemmPanels>(rows, add, part, b + j, b_row, c + i * c_row + j, c_row, k, prefetch);
+        gemm_tile_of_rows<L, L::kGemmRows, L::kGemmPanels>(
+            rows, add, part, b + j, b_row, c + i * c_row + j, c_row, k, prefetch);
       else
-        gemm_tile_of_rows<L, L::kGemmRows, 1>(rows, add, part, b + j, b_row, c + i * c_row + j, c_row, k, prefetch);
+        gemm_tile_of_rows<L, L::kGemmRows, 1>(
+            rows, add, part, b + j, b_row, c + i * c_row + j, c_row, k, prefetch);
       prefetch.skip(k);
     }
     j += wide ? 32 : 16;
@@ -116,8 +120,8 @@ FASTGATE_INLINE void gemm_tiles(
 
 template <class L>
 FASTGATE_INLINE void gemm_level(
-    bool add, const MatrixView& a, const float* b, int64_t b_row, float* c, int64_t c_row, int64_t m, int64_t n, int64_t k,
-    const float* next) {
+    bool add, const MatrixView& a, const float* b, int64_t b_row, float* c, int64_t c_row, int64_t m,
+    int64_t n, int64_t k, const float* next) {
   const int64_t tiles = (m + L::kGemmRows - 1) / L::kGemmRows;
   // A single pass over b is as slow as memory already: a prefetch would gain nothing.
   if (next == nullptr || tiles < 2) return gemm_tiles<L>(add, a, b, b_row, c, c_row, m, n, k, NoPrefetch{});
@@ -167,15 +171,16 @@ FASTGATE_INLINE void gemm_nt_tile(
                    __builtin_shufflevector(folded[0], folded[1], 2, 6, 3, 7);
     const v4 two = __builtin_shufflevector(folded[2], folded[3], 0, 4, 1, 5) +
                    __builtin_shufflevector(folded[2], folded[3], 2, 6, 3, 7);
-    const v4 all = __builtin_shufflevector(one, two, 0, 1, 4, 5) + __builtin_shufflevector(one, two, 2, 3, 6, 7);
+    const v4 all =
+        __builtin_shufflevector(one, two, 0, 1, 4, 5) + __builtin_shufflevector(one, two, 2, 3, 6, 7);
     std::memcpy(c + r * c_row, &all, C * sizeof(float));
   }
 }
 
 template <class L, int R, int C>
 FASTGATE_INLINE void gemm_nt_tile_of_rows(
-    int64_t rows, int64_t columns, const float* a, int64_t a_row, const float* b, int64_t b_row, float* c, int64_t c_row,
-    int64_t k) {
+    int64_t rows, int64_t columns, const float* a, int64_t a_row, const float* b, int64_t b_row, float* c,
+    int64_t c_row, int64_t k) {
   if constexpr (R > 1)
     if (rows < R) return gemm_nt_tile_of_rows<L, R - 1, C>(rows, columns, a, a_row, b, b_row, c, c_row, k);
   if constexpr (C > 1)
@@ -185,8 +190,10 @@ FASTGATE_INLINE void gemm_nt_tile_of_rows(
 
 template <class L>
 FASTGATE_INLINE void gemm_nt_level(
-    const float* a, int64_t a_row, const float* b, int64_t b_row, float* c, int64_t c_row, int64_t m, int64_t n, int64_t k) {
-  const int64_t row_tiles = (m + L::kNtRows - 1) / L::kNtRows, column_tiles = (n + L::kNtColumns - 1) / L::kNtColumns;
+    const float* a, int64_t a_row, const float* b, int64_t b_row, float* c, int64_t c_row, int64_t m,
+    int64_t n, int64_t k) {
+  const int64_t row_tiles = (m + L::kNtRows - 1) / L::kNtRows,
+                column_tiles = (n + L::kNtColumns - 1) / L::kNtColumns;
   for (int64_t t = 0; t < column_tiles; ++t) {  // some rows of b stay in the first-level cache
     const int64_t j = t * n / column_tiles, columns = (t + 1) * n / column_tiles - j;
     for (int64_t u = 0; u < row_tiles; ++u) {
@@ -199,21 +206,21 @@ FASTGATE_INLINE void gemm_nt_level(
 
 struct GemmLevel {
   void (*gemm)(
-      bool, const MatrixView&, const float*, int64_t, float*, int64_t, int64_t, int64_t, int64_t, const float*);
-  void (*gemm_nt)(
-      const float*, int64_t, const float*, int64_t, float*, int64_t, int64_t, int64_t, int64_t);
+      bool, const MatrixView&, const float*, int64_t, float*, int64_t, int64_t, int64_t, int64_t,
+      const float*);
+  void (*gemm_nt)(const float*, int64_t, const float*, int64_t, float*, int64_t, int64_t, int64_t, int64_t);
 };
 
-#define FASTGATE_GEMM_LEVEL(LEVEL, TARGET)                                                                              \
-  TARGET void gemm_##LEVEL(                                                                                       \
-      bool add, const MatrixView& a, const float* b, int64_t b_row, float* c, int64_t c_row, int64_t m, int64_t n,          \
-      int64_t k, const float* next) {                                                                                 \
-    gemm_level<LEVEL>(add, a, b, b_row, c, c_row, m, n, k, next);                                                 \
-  }                                                                                                                   \
-  TARGET void gemm_nt_##LEVEL(                                                                                  \
-      const float* a, int64_t a_row, const float* b, int64_t b_row, float* c, int64_t c_row, int64_t m, int64_t n,    \
-      int64_t k) {                                                                                                    \
-    gemm_nt_level<LEVEL>(a, a_row, b, b_row, c, c_row, m, n, k);                                                \
+#define FASTGATE_GEMM_LEVEL(LEVEL, TARGET)                                                              \
+  TARGET void gemm_##LEVEL(                                                                             \
+      bool add, const MatrixView& a, const float* b, int64_t b_row, float* c, int64_t c_row, int64_t m, \
+      int64_t n, int64_t k, const float* next) {                                                        \
+    gemm_level<LEVEL>(add, a, b, b_row, c, c_row, m, n, k, next);                                       \
+  }                                                                                                     \
+  TARGET void gemm_nt_##LEVEL(                                                                          \
+      const float* a, int64_t a_row, const float* b, int64_t b_row, float* c, int64_t c_row, int64_t m, \
+      int64_t n, int64_t k) {                                                                           \
+    gemm_nt_level<LEVEL>(a, a_row, b, b_row, c, c_row, m, n, k);                                        \
   }
 
 FASTGATE_GEMM_LEVEL(Baseline, )
@@ -223,7 +230,8 @@ FASTGATE_GEMM_LEVEL(Avx512, __attribute__((target("arch=x86-64-v4"))))
 GemmLevel choose_level() {
   __builtin_cpu_init();
   // The levels by what they consist of: clang knows their names as targets before it knows them here.
-  const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+  const bool v3 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
   const bool v4 = v3 && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (v4) return {gemm_Avx512, gemm_nt_Avx512};
@@ -236,13 +244,14 @@ const GemmLevel kLevel = choose_level();
 }  // namespace
 
 void gemm(
-    bool add, MatrixView a, const float* b, int64_t b_row, float* c, int64_t c_row, int64_t m, int64_t n, int64_t k,
-    const float* next) {
+    bool add, MatrixView a, const float* b, int64_t b_row, float* c, int64_t c_row, int64_t m, int64_t n,
+    int64_t k, const float* next) {
   kLevel.gemm(add, a, b, b_row, c, c_row, m, n, k, next);
 }
 
 void gemm_nt(
-    const float* a, int64_t a_row, const float* b, int64_t b_row, float* c, int64_t c_row, int64_t m, int64_t n, int64_t k) {
+    const float* a, int64_t a_row, const float* b, int64_t b_row, float* c, int64_t c_row, int64_t m,
+    int64_t n, int64_t k) {
   kLevel.gemm_nt(a, a_row, b, b_row, c, c_row, m, n, k);
 }
 
