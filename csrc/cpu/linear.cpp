@@ -20,8 +20,7 @@ namespace {
 
 constexpr int64_t kRows = 192, kDepth = 768;       // of a block of x: 576 KB
 constexpr int64_t kFewRows = 64, kFewDepth = 384;  // 48 KB of a panel
-constexpr int64_t kEpilogueRows =
-    64;  // bfloat16 rows whose sums stay in the first-level cache until their epilogue
+constexpr int64_t kEpilogueRows = 64;   // whose sums stay in the first-level cache until the epilogue
 constexpr int64_t kMinWeights = 32768;  // per thread at least: less is not worth waking one
 
 struct OutputBlock {

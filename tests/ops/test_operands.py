@@ -52,7 +52,7 @@ def enumerators(text, enum):
 
 def namespace(text, name):
     """The body of a namespace of a header."""
-    (body,) = re.findall(rf"namespace {name} {{\n(.*?)\n}}", text, re.DOTALL)
+    (body,) = re.findall(rf"namespace {name} {{\n(.*?)\n}}(?!;)", text, re.DOTALL)
     return body
 
 
