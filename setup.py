@@ -78,19 +78,19 @@ def compiler(environ: Environ) -> str:
         raise CannotBuild(f"compiled kernels are built on Linux x86_64 only, this is {system}")
     names = [environ["CXX"]] if environ.get("CXX") else ["c++", "g++", "clang++"]
     for name in names:
-        found = shutil.which(name, path=environ.get("PATH"))
-        if found:
-            return found
+        path = shutil.which(name, path=environ.get("PATH"))
+        if path:
+            return path
     raise CannotBuild(f"no C++ compiler found (looked for {', '.join(names)})")
 
 
 def nvcc(environ: Environ) -> str:
     """CUDA's compiler: $CUDA_HOME/bin/nvcc, or nvcc on PATH."""
     home = environ.get("CUDA_HOME")
-    found = shutil.which("nvcc", path=str(Path(home) / "bin") if home else environ.get("PATH"))
-    if found is None:
+    path = shutil.which("nvcc", path=str(Path(home) / "bin") if home else environ.get("PATH"))
+    if path is None:
         raise CannotBuild(f"no nvcc found in {home + '/bin' if home else 'PATH'}")
-    return found
+    return path
 
 
 def cuda_is_meant(environ: Environ) -> bool:
@@ -116,10 +116,10 @@ def ninja() -> str:
         bundled = Path(package.BIN_DIR) / "ninja"
         if bundled.exists():
             return str(bundled)
-    found = shutil.which("ninja")
-    if found is None:
+    path = shutil.which("ninja")
+    if path is None:
         raise CannotBuild("ninja is not installed in the build environment")
-    return found
+    return path
 
 
 def plan(environ: Environ) -> dict[str, str]:

@@ -18,10 +18,11 @@ from fastgate.ops.linear import ONEDNN_DTYPES, Packed
 
 FUSED_LAYERS_OP = "fused_layers"  # the compiled op
 OPS = ("attention", "absorbed_attention", "gated_add_norm", "shift_norm")  # what it calls, besides products
-ATTENTION, ABSORBED, FEED_FORWARD, SHIFT_NORM = range(4)  # kinds of halves, as csrc/cpu/half_layers.h has them
+# Kinds of halves; csrc/cpu/half_layers.h has the same.
+ATTENTION, ABSORBED, FEED_FORWARD, SHIFT_NORM = range(4)
 ALL_ROWS = -1  # the reach of a shift_norm that leaves no row out
 _ATTENTION_END = ("output", "output_bias", "norm_weight", "norm_bias")
-# Kind -> the operands of a half in the order in which the compiled op takes them; csrc/cpu/half_layers.h has the same.
+# Kind -> the operands of a half, in the compiled op's order; csrc/cpu/half_layers.h has the same.
 OPERANDS = {
     ATTENTION: ("qkv", "q_bias", "k_bias", "v_bias", *_ATTENTION_END),
     ABSORBED: ("query", "q_bias", "key", "value", "v_bias", *_ATTENTION_END),

@@ -291,7 +291,11 @@ def test_a_shift_needs_its_neighbours():
     linked, nearer = torch.tensor([False, True, True, False, True]), torch.tensor([0, 1, 3])
     fewer = {"kinds": [SHIFT_NORM, 1], "neighbours": [linked[:3], nearer[:1], linked, nearer]}
     assert torch.equal(call(SHIFT_NORM, **fewer), call(SHIFT_NORM)[nearer])
-    for wrong in ({"neighbours": []}, fewer | {"neighbours": [linked] * 3}, fewer | {"neighbours": [linked] * 4}):
+    for wrong in (
+        {"neighbours": []},
+        fewer | {"neighbours": [linked] * 3},
+        fewer | {"neighbours": [linked] * 4},
+    ):
         with pytest.raises(
             RuntimeError, match=r"neighbours: got \d .*wanted .rows,. bool, or that and int64 rows"
         ):

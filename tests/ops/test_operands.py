@@ -1,5 +1,5 @@
-"""What is written once in Python and once in C++: each op's operands, the bits of the gradients that are requested of its
-backward, and the operands of half layers."""
+"""What is written once in Python and once in C++: each op's operands, the bits of the gradients that are
+requested of its backward, and the operands of half layers."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def arguments(library, op):
 @pytest.mark.parametrize("backward", ["", "_backward"])
 @pytest.mark.parametrize("op", backends.CPU_OPS)
 def test_the_cpu_library_takes_the_operands_of_python(op, backward):
-    """Save for the outputs that Python's backward takes for the GPU's kernels; the CPU's compute them again."""
+    """Except the outputs that Python's backward takes for the GPU's kernels: the CPU's compute them again."""
     outputs = {result.name for result in getattr(torch.ops.fastgate, op).default._schema.returns}
     python = arguments(torch.ops.fastgate, op + backward)
     expected = [(name, type_) for name, type_ in python if name not in outputs]
