@@ -115,6 +115,52 @@ void linear_bf16(const Bf16Linear& o) {
   });
 }
 
+struct Fp32Linear {
+  GemmSizes sizes;
+  const float *a, *w, *bias;  // bias: null: none
+  bool gelu;
+  float* out;
+};
+
+// Panels `begin` to `end` of the result's rows `first` to `first + rows`. last_panel: room for these rows of
+// a panel that is wider than what is left of the result.
+void gemm_panels(
+    const Fp32Linear& o, int64_t first, int64_t rows, int64_t begin, int64_t end, float* last_panel) {
+  const int64_t n = o.sizes.n, k = o.sizes.k;
+  // Few rows: a panel is read from its beginning to its end, and what follows is prefetched.
+  const bool few = o.sizes.m <= kFewRows;
+  const int64_t depth = few ? kFewDepth : kDepth, slices = std::max<int64_t>(1, (k + depth - 1) / depth);
+  const int64_t panels = end - begin;
+  for (int64_t s = 0; s < slices * panels; ++s) {
+    const int64_t t = begin + (few ? s / slices : s % panels), p = (few ? s % slices : s / panels) * depth;
+    const int64_t deep = std::min(depth, k - p), width = std::min(kPanelColumns, n - kPanelColumns * t);
+    float* to = o.out + first * n + kPanelColumns * t;
+    float* c = width < kPanelColumns ? last_panel : to;
+    const int64_t c_row = width < kPanelColumns ? kPanelColumns : n;
+    const float* slice = o.w + (t * k + p) * kPanelColumns;
+    const float* next = few && s + 1 < slices * panels ? slice + deep * kPanelColumns : nullptr;
+    gemm(p > 0, {o.a + first * k + p, k, 1}, slice, kPanelColumns, c, c_row, rows, kPanelColumns, deep, next);
+    if (p + deep < k) continue;
+    const float* bias = o.bias ? o.bias + kPanelColumns * t : nullptr;
+    if (bias || o.gelu) fp32_epilogue({rows, width, c_row, bias, o.gelu}, c);
+    if (width < kPanelColumns)
+      for (int64_t i = 0; i < rows; ++i) std::copy_n(c + i * kPanelColumns, width, to + i * n);
+  }
+}
+
+void linear_fp32(const Fp32Linear& o) {
+  const int64_t m = o.sizes.m, n = o.sizes.n, k = o.sizes.k, count = (n + kPanelColumns - 1) / kPanelColumns;
+  const int64_t row_blocks = (m + kRows - 1) / kRows;
+  const int64_t grain = std::max<int64_t>(1, kMinWeights / std::max<int64_t>(1, k * kPanelColumns));
+  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+    std::vector<float> last_panel(end * kPanelColumns > n ? std::min(m, kRows) * kPanelColumns : 0);
+    for (int64_t r = 0; r < row_blocks; ++r) {
+      const int64_t first = r * m / row_blocks, rows = (r + 1) * m / row_blocks - first;
+      gemm_panels(o, first, rows, begin, end, last_panel.data());
+    }
+  });
+}
+
 // The rows of x (..., K), also where K is 0.
 int64_t rows_of(const Tensor& x) {
   int64_t rows = 1;
@@ -122,22 +168,42 @@ int64_t rows_of(const Tensor& x) {
   return rows;
 }
 
-Tensor packed_linear_bf16(
-    const Tensor& x, const Tensor& panels, const OptionalTensor& bias, int64_t columns, bool gelu) {
-  const int64_t k = 2 * panels.size(1), m = rows_of(x);
-  const Tensor from = dense(x), added = bias ? as_float(*bias) : x;
+// x's shape with `columns` in the last place, uninitialised.
+Tensor empty_result(const Tensor& x, int64_t columns, ScalarType dtype) {
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
   shape.back() = columns;
-  Tensor y = empty(shape.data(), x.dim(), ScalarType::BFloat16, x);
+  return empty(shape.data(), x.dim(), dtype, x);
+}
+
+Tensor packed_linear_fp32(
+    const Tensor& x, const Tensor& panels, const OptionalTensor& bias, int64_t columns, bool gelu) {
+  const Tensor from = dense(x), added = bias ? dense(*bias) : x;
+  Tensor y = empty_result(x, columns, ScalarType::Float);
+  Fp32Linear o = {};
+  o.sizes = {rows_of(x), columns, panels.size(1)};
+  o.a = static_cast<const float*>(from.data_ptr());
+  o.w = static_cast<const float*>(panels.data_ptr());
+  o.bias = bias ? static_cast<const float*>(added.data_ptr()) : nullptr;
+  o.gelu = gelu;
+  o.out = static_cast<float*>(y.data_ptr());
+  linear_fp32(o);
+  return y;
+}
+
+Tensor packed_linear_bf16(
+    const Tensor& x, const Tensor& panels, const OptionalTensor& bias, int64_t columns, bool gelu) {
+  const Tensor from = dense(x), added = bias ? as_float(*bias) : x;
+  Tensor y = empty_result(x, columns, ScalarType::BFloat16);
   std::vector<float> padded(panels.size(0) * kPanelColumns);
   if (bias) std::copy_n(static_cast<const float*>(added.data_ptr()), columns, padded.begin());
-  linear_bf16(
-      {{m, columns, k},
-       static_cast<const bf16*>(from.data_ptr()),
-       static_cast<const bf16*>(panels.data_ptr()),
-       padded.data(),
-       gelu,
-       static_cast<bf16*>(y.data_ptr())});
+  Bf16Linear o = {};
+  o.sizes = {rows_of(x), columns, 2 * panels.size(1)};
+  o.a = static_cast<const bf16*>(from.data_ptr());
+  o.w = static_cast<const bf16*>(panels.data_ptr());
+  o.bias = padded.data();
+  o.gelu = gelu;
+  o.out = static_cast<bf16*>(y.data_ptr());
+  linear_bf16(o);
   return y;
 }
 
@@ -152,58 +218,19 @@ Tensor packed_linear(Tensor x, Tensor panels, OptionalTensor bias, int64_t colum
       (dtype == ScalarType::Float || (is_bf16 && has_avx512_bf16())) && x.scalar_type() == dtype &&
           (!bias || bias->scalar_type() == ScalarType::Float || (is_bf16 && bias->scalar_type() == dtype)),
       "packed_linear: x, panels, bias: got another dtype, wanted float32, or bfloat16 on a processor with "
-      "AVX512-BF16; "
-      "convert them first");
+      "AVX512-BF16; convert them first");
   STD_TORCH_CHECK(
       x.dim() > 0 && panels.dim() == 3 && panels.size(2) == (is_bf16 ? 2 : 1) * kPanelColumns &&
           x.size(x.dim() - 1) == (is_bf16 ? 2 : 1) * panels.size(1) && columns >= 0 &&
           panels.size(0) == columns / kPanelColumns + (columns % kPanelColumns > 0) &&
           (!bias || bias->numel() == columns),
       "packed_linear: x, panels, bias: got shapes that do not fit, wanted (..., K), (columns / 32 rounded "
-      "up, K, 32), "
-      "bfloat16 (columns / 32 rounded up, K / 2, 64), (columns,); reshape them");
+      "up, K, 32), bfloat16 (columns / 32 rounded up, K / 2, 64), (columns,); reshape them");
   STD_TORCH_CHECK(
       panels.is_contiguous(),
       "packed_linear: panels: got a view that is not contiguous, wanted panels one after another; "
       "call contiguous() once");
-  if (is_bf16) return packed_linear_bf16(x, panels, bias, columns, gelu);
-  const int64_t count = panels.size(0), k = panels.size(1), n = columns, m = rows_of(x);
-  const Tensor from = dense(x), added = bias ? dense(*bias) : x;
-  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
-  shape.back() = n;
-  Tensor y = empty(shape.data(), x.dim(), ScalarType::Float, x);
-  const auto *a = static_cast<const float*>(from.data_ptr()),
-             *w = static_cast<const float*>(panels.data_ptr());
-  const float* b = bias ? static_cast<const float*>(added.data_ptr()) : nullptr;
-  auto* out = static_cast<float*>(y.data_ptr());
-  const int64_t row_blocks = (m + kRows - 1) / kRows;
-  // Few rows: a panel is read from its beginning to its end, and what follows is prefetched.
-  const bool few = m <= kFewRows;
-  const int64_t depth = few ? kFewDepth : kDepth, slices = std::max<int64_t>(1, (k + depth - 1) / depth);
-  const int64_t grain = std::max<int64_t>(1, kMinWeights / std::max<int64_t>(1, k * kPanelColumns));
-  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
-    // The last panel may be wider than what is left of a row.
-    std::vector<float> last_panel(end * kPanelColumns > n ? std::min(m, kRows) * kPanelColumns : 0);
-    for (int64_t r = 0; r < row_blocks; ++r) {
-      const int64_t first = r * m / row_blocks, rows = (r + 1) * m / row_blocks - first;
-      for (int64_t s = 0; s < slices * (end - begin); ++s) {
-        const int64_t t = begin + (few ? s / slices : s % (end - begin)),
-                      p = (few ? s % slices : s / (end - begin)) * depth;
-        const int64_t deep = std::min(depth, k - p), width = std::min(kPanelColumns, n - kPanelColumns * t);
-        float* to = out + first * n + kPanelColumns * t;
-        float* c = width < kPanelColumns ? last_panel.data() : to;
-        const int64_t c_row = width < kPanelColumns ? kPanelColumns : n;
-        const float* at = w + (t * k + p) * kPanelColumns;
-        const float* next = few && s + 1 < slices * (end - begin) ? at + deep * kPanelColumns : nullptr;
-        gemm(p > 0, {a + first * k + p, k, 1}, at, kPanelColumns, c, c_row, rows, kPanelColumns, deep, next);
-        if (p + deep < k) continue;
-        if (b || gelu) fp32_epilogue({rows, width, c_row, b ? b + kPanelColumns * t : nullptr, gelu}, c);
-        if (width < kPanelColumns)
-          for (int64_t i = 0; i < rows; ++i) std::copy_n(c + i * kPanelColumns, width, to + i * n);
-      }
-    }
-  });
-  return y;
+  return (is_bf16 ? packed_linear_bf16 : packed_linear_fp32)(x, panels, bias, columns, gelu);
 }
 
 }  // namespace fastgate::cpu

@@ -43,7 +43,7 @@ def readable(mangled: str) -> str:
 
 
 def compiled(architecture: str) -> dict[str, dict[str, int]]:
-    """Every kernel of csrc/cuda, compiled for `architecture`: readable name -> what cubin_stats.read gives."""
+    """Every kernel of csrc/cuda, compiled for `architecture`: readable name -> what cubin_stats reads."""
     statistics = {}
     with tempfile.TemporaryDirectory() as folder:
         for source in sorted(SOURCES.glob("*.cu")):
