@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fastgate.errors import (
     ArgumentError,
@@ -23,6 +23,7 @@ from fastgate.ops import backends  # noqa: F401  leaves the compiled kernels whe
 if TYPE_CHECKING:
     from fastgate.pruning import (
         Distill,
+        Fixed,
         Pruner,
         PruningConfig,
         SelfPruningMixin,
@@ -39,6 +40,7 @@ __all__ = [
     "DataError",
     "Distill",
     "FastgateError",
+    "Fixed",
     "NothingPatched",
     "Pruner",
     "PruningConfig",
@@ -58,10 +60,17 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """Pruning, on first use: it brings the Trainer along, which a model that only runs does not need."""
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from fastgate import pruning
+if not TYPE_CHECKING:  # type checkers read the names above, and refuse others
 
-    return getattr(pruning, name)
+    def __getattr__(name: str) -> object:
+        """Pruning, on first use. It imports the Trainer, which a model that only runs does not need."""
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from fastgate import pruning
+
+        return getattr(pruning, name)
+
+
+def __dir__() -> list[str]:
+    """Everything public, also what is imported on first use."""
+    return sorted([*__all__, "__version__", "ops"])

@@ -1,4 +1,4 @@
-"""The errors fastgate raises, and the one form their messages take."""
+"""The errors that fastgate raises, and the form of their messages."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class NothingPatched(FastgateError, ValueError):
 
 
 class Unsupported(FastgateError, ValueError):
-    """The model or the call needs something fastgate does not do; the message names the way out."""
+    """The model or the call needs something that fastgate does not do."""
 
 
 class CheckpointError(FastgateError, ValueError):
@@ -28,5 +28,8 @@ class DataError(FastgateError, ValueError):
 
 
 def format_error(where: str, argument: str, got: object, wanted: str, remedy: str) -> str:
-    """One sentence an error: `where: argument, got X, wanted Y; remedy`."""
+    """The form of every message: `where: argument: got X, wanted Y; remedy`.
+
+    where: the call or the file. argument: what is wrong there. remedy: what the user can do.
+    """
     return f"{where}: {argument}: got {got}, wanted {wanted}; {remedy}"

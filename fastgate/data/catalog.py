@@ -13,12 +13,18 @@ KINDS = ("text", "pair", "regression", "tokens")
 class Spec:
     """What has to be known to read a data set as a task.
 
-    kind: `text` (one text, one class), `pair` (two texts, one class), `regression` (one or two texts, a
-    number), `tokens` (a list of words, one tag each). columns: the input columns; target: the label column.
-    evaluate_on: splits that are scored together, as far as they are there and carry labels. labels: class
-    names in the order of the ids, where the data set fixes them. named: labels can only be these names
-    or their ids, so no training rows are needed to know them. hub: None for data that only its owners may
-    give away. folder: where the files are, if not under the task's own name.
+    Args:
+        kind: `text` (one text, one class), `pair` (two texts, one class), `regression` (one or two texts, a
+            number) or `tokens` (a list of words, a tag for each).
+        columns: the input columns.
+        target: the label column.
+        metric: name of the main score.
+        labels: class names in the order of the ids, where the data set fixes them.
+        evaluate_on: splits that are scored together, if they exist and have labels.
+        hub: name of the hub's data set, None for data that only its owners may distribute.
+        hub_config, hub_revision: which version of it.
+        named: labels can only be `labels` or their ids, so no training rows are needed to know them.
+        folder: where the files are, if not under the task's own name.
     """
 
     kind: str
@@ -93,9 +99,9 @@ CATALOG: dict[str, Spec] = {
 
 
 def check_kind(kind: str) -> None:
-    """Refuse a kind of task that there is not."""
+    """Raises DataError for an unknown kind of task."""
     if kind not in KINDS:
-        remedy = "choose what fits the label column"
+        remedy = "choose the one that fits the label column"
         raise DataError(
             format_error("fastgate", "--task-type", repr(kind), "one of " + ", ".join(KINDS), remedy)
         )

@@ -11,7 +11,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fastgate.data.task import Task
 from fastgate.errors import DataError, format_error
@@ -55,12 +55,12 @@ def _module_files(package: str) -> list[tuple[Path, str]]:
     if spec is None or not spec.submodule_search_locations:
         return []
     root = Path(next(iter(spec.submodule_search_locations)))
-    found = []
+    files = []
     for path in sorted(root.rglob("*.py")):
         inside = path.relative_to(root)
         if not _SKIPPED_FOLDERS & set(inside.parts) and not inside.name.startswith(("test_", "conftest")):
-            found.append((path, f"{package}/{inside.as_posix()}"))
-    return found
+            files.append((path, f"{package}/{inside.as_posix()}"))
+    return files
 
 
 def _read(path: Path) -> Iterator[str]:
@@ -124,10 +124,10 @@ def collect(packages: Sequence[str], wanted: Mapping[str, int]) -> dict[str, lis
     first: dict[str, Docstring] = {}
     shared: set[str] = set()
     for package in packages:
-        left = dict(wanted)
+        missing = dict(wanted)
         for path, module in sorted(_module_files(package), key=lambda file: _number(file[1])):
             split = _split(module)
-            if left.get(split, 0) <= 0:
+            if missing.get(split, 0) <= 0:
                 continue
             for raw in _read(path):
                 text = clean(raw)
@@ -136,19 +136,19 @@ def collect(packages: Sequence[str], wanted: Mapping[str, int]) -> dict[str, lis
                     continue
                 if shape not in first:
                     first[shape] = Docstring(text, package, module)
-                    left[split] -= 1
+                    missing[split] -= 1
                 elif first[shape].package != package:
                     shared.add(shape)
-            if not any(count > 0 for count in left.values()):
+            if not any(count > 0 for count in missing.values()):
                 break
-    found: dict[str, list[Docstring]] = {split: [] for split in wanted}
-    taken: Counter[tuple[str, str]] = Counter()
+    chosen: dict[str, list[Docstring]] = {split: [] for split in wanted}
+    counts: Counter[tuple[str, str]] = Counter()
     for shape, item in first.items():
-        place = (_split(item.module), item.package)
-        if shape not in shared and taken[place] < wanted[place[0]]:
-            taken[place] += 1
-            found[place[0]].append(item)
-    return found
+        group = (_split(item.module), item.package)
+        if shape not in shared and counts[group] < wanted[group[0]]:
+            counts[group] += 1
+            chosen[group[0]].append(item)
+    return chosen
 
 
 def docstring_task(classes: int = 6, train_rows: int = 2700, validation_rows: int = 1200) -> Task:
@@ -160,9 +160,9 @@ def docstring_task(classes: int = 6, train_rows: int = 2700, validation_rows: in
     import datasets
 
     labels = biggest(classes)
-    found = collect(labels, {"train": train_rows // classes, "validation": validation_rows // classes})
+    docstrings = collect(labels, {"train": train_rows // classes, "validation": validation_rows // classes})
     splits = {}
-    for split, items in found.items():
+    for split, items in docstrings.items():
         count = Counter(item.package for item in items)
         share = min(count[package] for package in labels) if labels else 0
         if len(labels) < 2 or share == 0:
@@ -170,11 +170,11 @@ def docstring_task(classes: int = 6, train_rows: int = 2700, validation_rows: in
             remedy = "install fastgate with its dependencies, whose sources are the corpus"
             wanted = "two packages or more with docstrings"
             raise DataError(format_error("docstring_task", f"{split} docstrings", got, wanted, remedy))
-        taken: Counter[str] = Counter()
-        rows: dict[str, list] = {"text": [], "label": []}
+        counts: Counter[str] = Counter()
+        rows: dict[str, list[Any]] = {"text": [], "label": []}
         for item in sorted(items, key=lambda item: _number(item.text)):
-            taken[item.package] += 1
-            if taken[item.package] <= share:
+            counts[item.package] += 1
+            if counts[item.package] <= share:
                 rows["text"].append(item.text)
                 rows["label"].append(labels.index(item.package))
         splits[split] = datasets.Dataset.from_dict(rows)

@@ -47,22 +47,22 @@ class Table:
         return self.rows.count
 
     def place(self, column: str, number: int) -> str:
-        """A row of a column in words: its line in the file where it has one, and its number from 0."""
+        """A row of a column in words: its line in the file, if it has one, and its number, counted from 0."""
         line = f"line {self.rows.lines[number]}, " if self.rows.lines else ""
         return f"column {column}: {line}row {number}"
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def no_progress_bars() -> Iterator[None]:
     """No progress bars from `datasets` inside."""
     from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-    was = are_progress_bars_disabled()
+    were_disabled = are_progress_bars_disabled()
     disable_progress_bars()
     try:
         yield
     finally:
-        if not was:
+        if not were_disabled:
             enable_progress_bars()
 
 
@@ -86,7 +86,7 @@ def _bytes(path: Path, where: str) -> bytes:
     except DataError:  # a ValueError too
         raise
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        remedy = "copy or compress it again; the file may be cut"
+        remedy = "copy or compress it again; the file may be incomplete"
         refuse(where, "file", f"a damaged gzip file ({error})", "a whole one", remedy)
     except (OSError, ValueError) as error:
         got = getattr(error, "strerror", None) or error
@@ -144,26 +144,26 @@ def read_file(path: str | Path, option: str = "file") -> Table:
 
 
 def read_folder(data_dir: str | Path, name: str, splits: Collection[str]) -> dict[str, Table]:
-    """Those of `splits` found as `<data_dir>/<name>/<split>` with a known ending; `train` must be there."""
+    """Those of `splits` files as `<data_dir>/<name>/<split>` with a known ending; `train` must be there."""
     folder = Path(os.path.expanduser(data_dir)) / name
     where = f"--data-dir {data_dir}"
     wanted = f"{folder}/train.jsonl.gz and an evaluation split beside it"
     if not folder.is_dir():
         remedy = "check --data-dir, or leave it out to use the hub's data set"
         refuse("fastgate", "--data-dir", f"{data_dir} without a folder {name}", wanted, remedy)
-    found: dict[str, list[Path]] = {}
+    files: dict[str, list[Path]] = {}
     for path in sorted(folder.iterdir()):
         suffix = _suffix(path)
         if suffix is not None:
-            found.setdefault(path.name[: -len(suffix)], []).append(path)
-    if "train" not in found:
-        listing = ", ".join(sorted(found)) or "nothing"
+            files.setdefault(path.name[: -len(suffix)], []).append(path)
+    if "train" not in files:
+        listing = ", ".join(sorted(files)) or "nothing"
         refuse(where, "splits", f"{listing} in {folder}", wanted, "add the missing split")
-    for split in found.keys() & set(splits):
-        if len(found[split]) > 1:
-            got = " and ".join(path.name for path in found[split])
-            refuse(where, f"split {split}", f"{got} in {folder}", "one file a split", "remove one of them")
-    return {split: read_file(paths[0], "--data-dir") for split, paths in found.items() if split in splits}
+    for split in files.keys() & set(splits):
+        if len(files[split]) > 1:
+            got = " and ".join(path.name for path in files[split])
+            refuse(where, f"split {split}", f"{got} in {folder}", "one file each", "remove one of them")
+    return {split: read_file(paths[0], "--data-dir") for split, paths in files.items() if split in splits}
 
 
 def read_hub(name: str, path: str, config: str | None, revision: str | None) -> dict[str, Table]:
@@ -176,11 +176,11 @@ def read_hub(name: str, path: str, config: str | None, revision: str | None) -> 
         got = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
         remedy = "check the connection to the hub, or put the files in a folder and pass --data-dir"
         refuse(f"--task {name}", f"hub data set {path}", got, "a data set that loads", remedy)
-    return {split: _hub_table(f"--task {name}, split {split}", found) for split, found in loaded.items()}
+    return {split: _hub_table(f"--task {name}, split {split}", dataset) for split, dataset in loaded.items()}
 
 
-def _hub_table(where: str, found: Any) -> Table:
-    named = {column: getattr(f, "feature", f) for column, f in found.features.items()}
-    classes = {column: tuple(f.names) for column, f in named.items() if getattr(f, "names", None)}
-    rows = Rows(tuple(found.column_names), lambda column: list(found[column][:]), len(found))
+def _hub_table(where: str, dataset: Any) -> Table:
+    features = {column: getattr(f, "feature", f) for column, f in dataset.features.items()}
+    classes = {column: tuple(f.names) for column, f in features.items() if getattr(f, "names", None)}
+    rows = Rows(tuple(dataset.column_names), lambda column: list(dataset[column][:]), len(dataset))
     return Table(where, rows, classes)

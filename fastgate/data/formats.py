@@ -1,7 +1,7 @@
 """The rows of a data file: JSON lines, a JSON list, comma-separated or tab-separated values.
 
-Every value comes through as the file has it. A cell of a table is text: `NA`, `null`, `001`, `1e5` and blanks
-around a word stay what they are, and an empty cell is an empty text. Nothing is guessed from other rows.
+Every value stays as the file has it. A cell of a table is text: `NA`, `null`, `001`, `1e5` and blanks around
+a word do not change, and an empty cell is an empty text. Nothing is guessed from other rows.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 from fastgate.errors import DataError, format_error
 
-_LONGEST_CELL = 2**31 - 1  # characters; csv stops at 131072 otherwise
+_MAX_CELL = 2**31 - 1  # characters; the default of csv is 131072
 _QUOTED = re.compile(r'"(?:[^"]|"")*"')  # a whole cell in quotation marks, those inside it doubled
 
 
@@ -35,32 +35,32 @@ def refuse(where: str, place: str, got: object, wanted: str, remedy: str) -> NoR
     raise DataError(format_error(where, place, got, wanted, remedy))
 
 
-class _Twice(ValueError):
-    """A key that stands twice in one JSON object."""
+class _RepeatedKey(ValueError):
+    """A key that is twice in one JSON object."""
 
 
 def _repeated(names: list[str]) -> list[str]:
     return [name[:80] for name, count in Counter(names).items() if count > 1]
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise _Twice(f"the key {_repeated([key for key, _ in pairs])[0]!r} twice in one object")
-    return found
+def _without_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        raise _RepeatedKey(f"the key {_repeated([key for key, _ in pairs])[0]!r} twice in one object")
+    return values
 
 
-_decoder = json.JSONDecoder(object_pairs_hook=_once)
+_decoder = json.JSONDecoder(object_pairs_hook=_without_repeated_keys)
 
 
 def _json(text: str, where: str, first_line: int) -> Any:
     """One JSON value; first_line: the line that `text` begins at."""
-    remedy = "mend that line; .jsonl has one JSON object a line, .json may be one list of objects"
+    remedy = "correct that line; .jsonl has one JSON object a line, .json may be one list of objects"
     try:
         return _decoder.decode(text)
     except json.JSONDecodeError as error:
         refuse(where, f"line {first_line + error.lineno - 1}", f"no JSON ({error.msg})", "JSON", remedy)
-    except _Twice as error:
+    except _RepeatedKey as error:
         refuse(where, f"line {first_line}", error, "every key once", "remove or rename one of them")
     except RecursionError:
         refuse(
@@ -82,12 +82,12 @@ def _from_objects(rows: list[Any], lines: list[int], where: str) -> Rows:
 
 def json_lines(text: str, where: str) -> Rows:
     """One object a line; empty lines are passed over. A key that a row lacks is null there."""
-    found = [
+    numbered = [
         (number, _json(line, where, number))
         for number, line in enumerate(text.split("\n"), 1)
         if line.strip(" \t\r")
     ]
-    return _from_objects([row for _, row in found], [number for number, _ in found], where)
+    return _from_objects([row for _, row in numbered], [number for number, _ in numbered], where)
 
 
 def json_file(text: str, where: str) -> Rows:
@@ -127,7 +127,7 @@ def comma_separated(text: str, where: str) -> Rows:
         refuse(where, "header", f"no comma in {header[:80]!r}", "columns separated by commas", other)
     rows: list[list[str]] = []
     lines: list[int] = []
-    limit = csv.field_size_limit(_LONGEST_CELL)
+    limit = csv.field_size_limit(_MAX_CELL)
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     before = 0
     try:
@@ -140,11 +140,11 @@ def comma_separated(text: str, where: str) -> Rows:
         refuse(where, f"line {before + 1}", f"damaged quotation marks ({error})", "RFC 4180", remedy)
     finally:
         csv.field_size_limit(limit)
-    _no_swallowed_rows(text, rows, lines, where, remedy)
+    _check_cell_lines(text, rows, lines, where, remedy)
     return _from_cells(rows, lines, where, remedy)
 
 
-def _no_swallowed_rows(text: str, rows: list[list[str]], lines: list[int], where: str, remedy: str) -> None:
+def _check_cell_lines(text: str, rows: list[list[str]], lines: list[int], where: str, remedy: str) -> None:
     """Refuse a cell over several lines, each of which is a whole row, with a value of some column that other
     rows have: two texts with one stray quotation mark each, not one text."""
     raw = io.StringIO(text, newline="").readlines()
@@ -174,12 +174,12 @@ def tab_separated(text: str, where: str) -> Rows:
     those inside are doubled, and some are doubled or the header is quoted) is read without them.
     Empty lines are passed over; every row has the header's width.
     """
-    found = [(n, line.removesuffix("\r")) for n, line in enumerate(text.split("\n"), 1)]
-    lines = [number for number, line in found if line]
-    rows = [line.split("\t") for _, line in found if line]
-    marked = [cell for row in rows for cell in row if '"' in cell]
-    doubled = any('""' in cell[1:-1] for cell in marked) or any(cell.startswith('"') for cell in rows[0])
-    if doubled and all(map(_QUOTED.fullmatch, marked)):
+    numbered = [(n, line.removesuffix("\r")) for n, line in enumerate(text.split("\n"), 1)]
+    lines = [number for number, line in numbered if line]
+    rows = [line.split("\t") for _, line in numbered if line]
+    with_quotes = [cell for row in rows for cell in row if '"' in cell]
+    doubled = any('""' in cell[1:-1] for cell in with_quotes) or any(cell.startswith('"') for cell in rows[0])
+    if doubled and all(map(_QUOTED.fullmatch, with_quotes)):
         rows = [
             [cell[1:-1].replace('""', '"') if cell.startswith('"') else cell for cell in row] for row in rows
         ]

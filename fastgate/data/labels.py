@@ -13,7 +13,7 @@ from fastgate.data.formats import refuse
 
 _WHOLE = re.compile(r"(-?(?:0|[1-9][0-9]{0,17}))(?:\.0)?")
 _FRACTION = re.compile(r"[-+]?[0-9]*\.[0-9]+(?:[eE][-+]?[0-9]+)?")
-_GAPS = ("nan", "na", "n/a", "null", "none", "inf", "-inf")  # among numbers these are missing values
+_MISSING_VALUES = ("nan", "na", "n/a", "null", "none", "inf", "-inf")  # among numbers
 _HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # half of a surrogate pair, which no file can hold
 
 
@@ -33,33 +33,34 @@ def class_key(value: Any) -> str | None:
 
 
 def class_keys(rows: Table, column: str, values: Sequence[Any], numbers: Sequence[int]) -> list[str]:
-    """The class of each label, by name; numbers: the row that each is of.
+    """The class of each label, by name. numbers: the row number of each label.
 
-    Raises DataError for what is no label, and for a column of scores or of numbers with gaps: classes made
-    of them would be none.
+    Raises DataError for what is no label, and for a column of scores or of numbers with missing values.
     """
-    found: list[str] = []
+    keys: list[str] = []
     for value, number in zip(values, numbers, strict=True):
         key = class_key(value)
         if key is None:
             got = value if isinstance(value, float) else f"a {type(value).__name__}"
-            _no_class(rows, column, number, got)
+            _refuse_label(rows, column, number, got)
         else:
-            found.append(key)
+            keys.append(key)
     booleans = [isinstance(value, bool) for value in values]
     if any(booleans) and not all(booleans):
-        _no_class(rows, column, numbers[booleans.index(not booleans[0])], "true or false among other labels")
-    seen = set(found)
-    words = {key for key in seen if not _is_whole(key)}
+        _refuse_label(
+            rows, column, numbers[booleans.index(not booleans[0])], "true or false among other labels"
+        )
+    distinct = set(keys)
+    words = {key for key in distinct if not _is_whole(key)}
     scores = {key for key in words if _FRACTION.fullmatch(key)}
-    odd = scores | {key for key in words if key.lower() in _GAPS}
-    if odd and odd == words and (scores or words != seen):
-        place = next(place for place, key in enumerate(found) if key in odd)
-        _no_class(rows, column, numbers[place], repr(found[place])[:80])
-    return found
+    odd = scores | {key for key in words if key.lower() in _MISSING_VALUES}
+    if odd and odd == words and (scores or words != distinct):
+        place = next(place for place, key in enumerate(keys) if key in odd)
+        _refuse_label(rows, column, numbers[place], repr(keys[place])[:80])
+    return keys
 
 
-def _no_class(rows: Table, column: str, number: int, got: object) -> NoReturn:
+def _refuse_label(rows: Table, column: str, number: int, got: object) -> NoReturn:
     remedy = "name the label column, fill the gap, or choose --task-type regression for numbers"
     refuse(rows.where, rows.place(column, number), got, "a class (text or whole number)", remedy)
 
@@ -80,7 +81,7 @@ def _order(key: str) -> tuple[bool, int, str]:
 
 @dataclass(frozen=True)
 class Classes:
-    """names: in the order of the ids. ids: of each label that may stand in the data."""
+    """names: in the order of the ids. ids: the id of every label that the data may have."""
 
     names: tuple[str, ...]
     ids: dict[str, int]
@@ -99,7 +100,7 @@ class Classes:
                 refuse(first.where, f"column {spec.target}", got, "the same classes in each", remedy)
             return cls(fixed[0], {str(i): i for i in range(len(fixed[0]))})
         if spec.labels:
-            seen = {key for found in keys.values() for key in found}
+            seen = {key for split_keys in keys.values() for key in split_keys}
             by_name = {_canonical(name): i for i, name in enumerate(spec.labels)}
             if all(map(_is_whole, seen)) and not any(map(_is_whole, spec.labels)):
                 return cls(spec.labels, {str(i): i for i in range(len(spec.labels))})
@@ -123,7 +124,9 @@ class Classes:
             other = bare.setdefault(key.strip(), key)
             if other != key:
                 got = f"{other!r} and {key!r}, which differ in blanks only"
-                refuse(rows.where, place, got, "one spelling a class", "remove the blanks around labels")
+                refuse(
+                    rows.where, place, got, "one spelling for each class", "remove the blanks around labels"
+                )
         return cls(tuple(seen), {key: i for i, key in enumerate(seen)})
 
     def id(self, key: str, rows: Table, column: str, number: int) -> int:
@@ -131,7 +134,7 @@ class Classes:
         if key not in self.ids:
             known = [*self.ids][:20] if [*self.ids] == [*self.names] else self._with_names()
             wanted = f"a known label ({', '.join(known)}{', ...' if len(self.ids) > 20 else ''})"
-            remedy = "mend it, or add such training rows"
+            remedy = "correct it, or add training rows of that class"
             refuse(rows.where, rows.place(column, number), repr(key)[:80], wanted, remedy)
         return self.ids[key]
 

@@ -14,7 +14,7 @@ from fastgate.data.formats import refuse
 _ITEM = r"""(?:'(?:[^'\\\n]|\\.)*'|"(?:[^"\\\n]|\\.)*"|-?[0-9]+(?:\.[0-9]+)?)"""
 _PYTHON_LIST = re.compile(rf"\[\s*(?:{_ITEM}\s*(?:,\s*{_ITEM}\s*)*,?\s*)?\]")
 _BRACKETED = re.compile(r"[\[({]\s*['\"]|\[.*\]$|\(.*\)$|\w+\(\[", re.DOTALL)
-_SEPARATED = re.compile(r"[\w'\"][,;]|^'.+'$")  # no tag but several, or one that a list was cut into
+_SEPARATED = re.compile(r"[\w'\"][,;]|^'.+'$")  # several tags, or a piece of a list
 _IN_PARENTHESES = re.compile(r"\([^()]*\)")  # where tags such as N(soort,ev) hold commas
 
 
@@ -40,7 +40,7 @@ def words_of(value: Any, where: str, place: str) -> list[Any]:
     stand_alone = len(words) > 1 and words[0] in ("[", "(") and words[-1] in ("]", ")")  # brackets as words
     if _BRACKETED.match(text) and not stand_alone:
         remedy = "write a JSON list (json.dumps), or the words separated by blanks"
-        refuse(where, place, f"{text[:60]!r}, which is no whole list", "a list of words or tags", remedy)
+        refuse(where, place, f"{text[:60]!r}, which is no complete list", "a list of words or tags", remedy)
     return words
 
 
@@ -59,12 +59,12 @@ def _listed(text: str) -> list[Any] | None:
     if not text.startswith("["):
         return None
     try:
-        found = json.loads(text)
+        value = json.loads(text)
     except (ValueError, RecursionError):
         if not _PYTHON_LIST.fullmatch(text):
             return None
         try:
-            found = ast.literal_eval(text)
+            value = ast.literal_eval(text)
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             return None
-    return found if isinstance(found, list) else None
+    return value if isinstance(value, list) else None

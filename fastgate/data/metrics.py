@@ -68,7 +68,7 @@ def tokens(logits: np.ndarray, gold: np.ndarray, labels: Sequence[str]) -> dict[
     """
     predicted = logits.argmax(-1)
     scored = gold != IGNORED
-    found = {"token_accuracy": float((predicted[scored] == gold[scored]).mean())}
+    scores = {"token_accuracy": float((predicted[scored] == gold[scored]).mean())}
     if is_iob2(labels):
         from seqeval.metrics import f1_score
 
@@ -79,5 +79,5 @@ def tokens(logits: np.ndarray, gold: np.ndarray, labels: Sequence[str]) -> dict[
             _undefined("entity F1", "there is no entity in the gold tags")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            found = {"entity_f1": float(f1_score(words(gold), words(predicted), zero_division=0)), **found}
-    return found
+            scores = {"entity_f1": float(f1_score(words(gold), words(predicted), zero_division=0)), **scores}
+    return scores

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import import_module
+from types import ModuleType
 from typing import Any, NoReturn
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from fastgate.errors import Unsupported, format_error
+from fastgate.models import compat
+from fastgate.nn.choices import OutputRows
 from fastgate.nn.hooks import foreign_hooks, replaced_method, shadowed_method
 from fastgate.nn.replacement import Replacement
 
-# Rows a head reads. first: token 0 of each sequence. attended: what the mask keeps. labelled: rows with a
-# label in training, attended ones otherwise. every: padding too, as the softmax of question answering does.
-# (sentence.py has one more, start: the first attended token of each sequence.)
-DEMANDS = {
+# A class without its prefix -> the rows it reads. `every` is there for the softmax of question answering,
+# which goes over padding too. sentence_transformers.py knows what its models read.
+OUTPUT_ROWS: dict[str, OutputRows] = {
     "Model": "attended",
     "ForSequenceClassification": "first",
     "ForMultipleChoice": "first",
@@ -30,103 +32,114 @@ DEMANDS = {
 
 @dataclass(frozen=True)
 class Family:
-    """A family of transformers: its package, the prefix of its classes, the attribute of its heads."""
+    """A family of transformers: its package, and the attribute of its heads that is the encoder."""
 
     package: str
-    prefix: str
     attribute: str
 
     @property
-    def module(self) -> Any:
-        return import_module(f"transformers.models.{self.package}.modeling_{self.package}")
+    def prefix(self) -> str:
+        return compat.PREFIXES[self.package]
+
+    @property
+    def module(self) -> ModuleType:
+        """The module of transformers that has the classes."""
+        return compat.modeling_module(self.package)
 
     def hf_class(self, name: str) -> type[nn.Module]:
         """The class of transformers, e.g. `hf_class("Layer")` is BertLayer."""
-        found: type[nn.Module] = getattr(self.module, self.prefix + name)
-        return found
+        cls: type[nn.Module] = getattr(self.module, self.prefix + name)
+        return cls
 
-    def heads(self) -> dict[str, str]:
-        """Class name -> demand, for the heads this family has."""
-        return {self.prefix + n: d for n, d in DEMANDS.items() if hasattr(self.module, self.prefix + n)}
+    def models(self) -> dict[str, OutputRows]:
+        """Class name -> the rows it reads, for the encoder and the heads that this family has."""
+        names = {self.prefix + name: rows for name, rows in OUTPUT_ROWS.items()}
+        return {name: rows for name, rows in names.items() if hasattr(self.module, name)}
 
 
 FAMILIES = (
-    Family("bert", "Bert", "bert"),
-    Family("roberta", "Roberta", "roberta"),
-    Family("xlm_roberta", "XLMRoberta", "roberta"),
-    Family("camembert", "Camembert", "roberta"),
+    Family("bert", "bert"),
+    Family("roberta", "roberta"),
+    Family("xlm_roberta", "roberta"),
+    Family("camembert", "roberta"),
 )
 
 
 @dataclass
-class Found:
-    """An encoder inside a model: the module, its family, the head above it and what that reads (or None)."""
+class LocatedEncoder:
+    """An encoder inside a model: the module, its family, the head above it and the rows that the head reads
+    (None without a known head)."""
 
     encoder: nn.Module
     family: Family
-    reads: str | None
+    reads: OutputRows | None
     head: nn.Module | None
 
 
 def base_class(module: nn.Module) -> type[nn.Module]:
     """The class of transformers behind a module, swapped or not."""
     cls = type(module)
-    return cls.__mro__[1] if "fastgate_demand" in cls.__dict__ else cls
+    return cls.__mro__[1] if "fastgate_output_rows" in cls.__dict__ else cls
 
 
-def find_encoders(model: nn.Module) -> Iterator[Found]:
+def find_encoders(model: nn.Module) -> Iterator[LocatedEncoder]:
     """Every encoder of a known family in `model`, patched or not, each once."""
     heads: dict[int, nn.Module] = {}
     for module in model.modules():
-        for family in FAMILIES:
-            known = base_class(module)
-            if known.__module__ == family.module.__name__ and known.__name__ in family.heads():
-                if known.__name__ != family.prefix + "Model":
-                    heads[id(getattr(module, family.attribute))] = module
-                else:
-                    head = heads.get(id(module))
-                    reads = None if head is None else family.heads()[base_class(head).__name__]
-                    yield Found(module, family, reads, head)
+        cls = base_class(module)
+        family = _family_of(cls)
+        if family is None:
+            continue
+        if cls.__name__ != family.prefix + "Model":
+            heads[id(getattr(module, family.attribute))] = module
+        else:
+            head = heads.get(id(module))
+            reads = None if head is None else family.models()[base_class(head).__name__]
+            yield LocatedEncoder(module, family, reads, head)
 
 
-def verify(found: Found) -> None:
+def _family_of(cls: type[nn.Module]) -> Family | None:
+    """The family whose encoder or head a class of transformers is."""
+    for family in FAMILIES:
+        if cls.__module__ == family.module.__name__ and cls.__name__ in family.models():
+            return family
+    return None
+
+
+def is_known_class(cls: type[nn.Module]) -> bool:
+    """Whether a class is an encoder or a head of transformers that fastgate knows."""
+    return _family_of(cls) is not None
+
+
+def class_named(name: str) -> type[PreTrainedModel] | None:
+    """The encoder or head of transformers of this name; None if fastgate knows none."""
+    for family in FAMILIES:
+        if name in family.models():
+            cls: type[PreTrainedModel] = getattr(family.module, name)
+            return cls
+    return None
+
+
+# Settings of a config that fastgate has no form for -> what it wants, and the way out.
+_REFUSED_SETTINGS = {
+    "is_decoder": ("an encoder", "load it with is_decoder=False"),
+    "add_cross_attention": ("self-attention only", "load it with add_cross_attention=False"),
+    "is_causal": ("attention both ways", "leave this model unpatched"),
+}
+
+
+def verify(located: LocatedEncoder) -> None:
     """Refuse, with the reason and the way out, an encoder fastgate would not run as transformers does."""
-    encoder, family = found.encoder, found.family
-    config: Any = encoder.config
+    encoder, family = located.encoder, located.family
     name = base_class(encoder).__name__
-    if getattr(config, "is_decoder", False):
-        raise Unsupported(
-            format_error(
-                "patch", f"{name}.config.is_decoder", True, "an encoder", "load it with is_decoder=False"
-            )
-        )
-    if getattr(config, "add_cross_attention", False):
-        raise Unsupported(
-            format_error(
-                "patch",
-                f"{name}.config.add_cross_attention",
-                True,
-                "self-attention only",
-                "load it with add_cross_attention=False",
-            )
-        )
-    if getattr(config, "is_causal", False):
-        raise Unsupported(
-            format_error(
-                "patch", f"{name}.config.is_causal", True, "attention both ways", "leave this model unpatched"
-            )
-        )
+    for setting, (wanted, remedy) in _REFUSED_SETTINGS.items():
+        if getattr(encoder.config, setting, False):
+            raise Unsupported(format_error("patch", f"{name}.config.{setting}", True, wanted, remedy))
     if type(encoder) is base_class(encoder) and shadowed_method(encoder):
         # It was bound to the class before: the class that `patch` puts in would never be called.
-        raise Unsupported(
-            format_error(
-                "patch",
-                f"{name}.{shadowed_method(encoder)}",
-                "a replaced method",
-                f"{name}'s own",
-                "undo it before fastgate.patch (accelerate: remove_hook_from_module), or do it after",
-            )
-        )
+        where = f"{name}.{shadowed_method(encoder)}"
+        remedy = "undo it before fastgate.patch (accelerate: remove_hook_from_module), or do it after"
+        raise Unsupported(format_error("patch", where, "a replaced method", f"{name}'s own", remedy))
     verify_modules("patch", encoder, family)
 
 
@@ -150,8 +163,8 @@ def verify_modules(where: str, encoder: Any, family: Family) -> None:
     where: the call that the error names.
     """
     name = base_class(encoder).__name__
-    if "_create_attention_masks" in encoder.__dict__:
-        _refuse_method(where, f"{name}._create_attention_masks")
+    if compat.MASK_METHOD in encoder.__dict__:
+        _refuse_method(where, f"{name}.{compat.MASK_METHOD}")
     _expect(where, f"{name}.encoder", encoder.encoder, family.hf_class("Encoder"))
     layers = encoder.encoder.layer
     if type(layers) is not nn.ModuleList:
@@ -207,8 +220,3 @@ def _refuse_method(where: str, path: str) -> NoReturn:
     remedy = f"undo the replacement, or {_WAY_OUT}"
     wanted = "none, as fastgate never calls this method"
     raise Unsupported(format_error(where, path, "a replaced method", wanted, remedy))
-
-
-def activation(layer: Any) -> Any:
-    """The activation between the two products of the feed-forward part."""
-    return layer.intermediate.intermediate_act_fn

@@ -30,12 +30,12 @@ def replace_files(folder: Path, notice: str) -> Iterator[Path]:
     `folder` is made if it is missing. Its other files stay. An error in the block changes nothing and leaves
     nothing behind. notice: the text of `config.json` while files move.
     """
-    made = _make(folder)
+    new_folders = _make(folder)
     try:
         with _locked(folder):
             finish(folder)
-            for left in folder.glob(f"{STAGING}*"):
-                shutil.rmtree(left, ignore_errors=True)
+            for leftover in folder.glob(f"{STAGING}*"):
+                shutil.rmtree(leftover, ignore_errors=True)
             staging = Path(tempfile.mkdtemp(prefix=STAGING, dir=folder))
             try:
                 staging.chmod(folder.stat().st_mode & 0o777)  # whoever reads the folder may read a commit
@@ -50,7 +50,7 @@ def replace_files(folder: Path, notice: str) -> Iterator[Path]:
                 raise
             finish(folder)
     except BaseException:
-        for path in made:
+        for path in new_folders:
             with suppress(OSError):  # it is not empty: something else was written there
                 path.rmdir()
         raise

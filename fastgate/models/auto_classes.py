@@ -1,6 +1,6 @@
 """`from_pretrained` and `save_pretrained` of patched models, and the Auto classes of transformers.
 
-A patched model is of a class that `patch.SWAPPED` made. Its `save_pretrained` writes fastgate's format where
+A patched model is of a class of swapped_classes.py. Its `save_pretrained` writes fastgate's format where
 a model of transformers would compute something else from the weights. Its `from_pretrained` builds the pruned
 model, so that transformers' own code fills in the weights, and raises where that code would only warn.
 """
@@ -14,20 +14,19 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
-from transformers.models.auto import modeling_auto
-from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 
 from fastgate.errors import ArgumentError, CheckpointError, Unsupported, format_error
-from fastgate.models import atomic_files
+from fastgate.models import atomic_files, compat
 from fastgate.models.architectures import base_class, find_encoders
 from fastgate.models.checkpoint import layout_of, unused_names, write_pruned
 from fastgate.models.checkpoint_config import KEY, MODEL_TYPES, PRUNED, is_pruned, read_layout
 from fastgate.models.checkpoint_files import META, verify
 from fastgate.models.handle import EncoderHandle, get_encoder
-from fastgate.models.patching import SWAPPED, SaveAround
+from fastgate.models.patching import SaveWrapper
+from fastgate.models.swapped_classes import SWAPPED, is_swapped
 
-_HUB = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
-_ENCODER = re.compile(r"(^|\.)(embeddings|encoder)\.")  # what no loader may draw anew
+_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+_ENCODER_NAME = re.compile(r"(^|\.)(embeddings|encoder)\.")  # weights that no loader may draw anew
 
 
 @classmethod  # type: ignore[misc]
@@ -39,7 +38,7 @@ def from_pretrained(cls: Any, pretrained_model_name_or_path: Any, *args: Any, **
     """
     inherited = super(cls, cls).from_pretrained
     name = pretrained_model_name_or_path
-    hub = {key: kwargs[key] for key in _HUB if key in kwargs}
+    hub = {key: kwargs[key] for key in _HUB_OPTIONS if key in kwargs}
     folder = _local(name, hub)
     if folder is not None:
         _finish(folder)
@@ -56,14 +55,14 @@ def from_pretrained(cls: Any, pretrained_model_name_or_path: Any, *args: Any, **
     if folder is not None:
         verify(folder)
     config = copy.deepcopy(config)
-    config.transformers_weights = None  # the notice that stops the classes of transformers
-    wanted_info = kwargs.pop("output_loading_info", False)
+    setattr(config, compat.WEIGHTS_ENTRY, None)  # the notice that stops the classes of transformers
+    with_info = kwargs.pop("output_loading_info", False)
     model, info = inherited(name, *args, **{**kwargs, "config": config, "output_loading_info": True})
     _check_info(model, info, config, str(name), bool(kwargs.get("ignore_mismatched_sizes")))
-    return (model, info) if wanted_info else model
+    return (model, info) if with_info else model
 
 
-def _overridden(config: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def _overridden(config: PreTrainedConfig, kwargs: dict[str, Any]) -> tuple[PreTrainedConfig, dict[str, Any]]:
     """Arguments that are entries of the config override them; the others are left, as in transformers."""
     names = [name for name in kwargs if hasattr(config, name) and name not in ("dtype", "torch_dtype")]
     for name in names:
@@ -102,7 +101,7 @@ def _check_info(model: Any, info: dict[str, Any], config: Any, name: str, resize
         for entry in info.get(what) or []:
             key = entry if isinstance(entry, str) else entry[0]
             strict = same_head and not (what == "mismatched_keys" and resized)
-            if strict or _ENCODER.search(key):
+            if strict or _ENCODER_NAME.search(key):
                 wrong.append(f"{what.removesuffix('_keys')} {key}")
     if wrong:
         wanted, remedy = "the weights of the pruned model", "save the model anew"
@@ -124,13 +123,13 @@ def save_pretrained(
     So is one with soft gates, whose folder then says that it is unfinished: only the training that wrote it
     reads it. Raises Unsupported for arguments that the format has no place for.
     """
-    if getattr(self, "_hf_peft_config_loaded", False) or _is_plain(self):
-        known = type(self) in SWAPPED.values()
+    if compat.has_adapters(self) or _is_plain(self):
+        swapped = is_swapped(self)
         folder = Path(os.fsdecode(save_directory)).expanduser()
-        if not (known and (folder / META).exists()):
-            given = _without_replacements(self, state_dict) if known else state_dict
+        if not (swapped and (folder / META).exists()):
+            tensors = _without_replacements(self, state_dict) if swapped else state_dict
             base_class(self).save_pretrained(  # type: ignore[attr-defined]
-                self, save_directory, is_main_process, given, push_to_hub, **kwargs
+                self, save_directory, is_main_process, tensors, push_to_hub, **kwargs
             )
             return
     _refuse_options(push_to_hub, kwargs, self)
@@ -140,18 +139,17 @@ def save_pretrained(
 
 def _is_plain(model: Any) -> bool:
     """Whether a model of transformers computes the same from the same weights."""
-    states = [
-        EncoderHandle(f.encoder) for f in find_encoders(model) if hasattr(f.encoder, "fastgate_runtime")
-    ]
-    return all(layout_of(state).is_plain(state.num_layers) for state in states)
+    encoders = [located.encoder for located in find_encoders(model)]
+    handles = [EncoderHandle(encoder) for encoder in encoders if hasattr(encoder, "fastgate_runtime")]
+    return all(layout_of(handle).is_plain(handle.num_layers) for handle in handles)
 
 
 def _without_replacements(model: Any, state_dict: dict[str, Any] | None) -> dict[str, Any] | None:
     """The state dict without replacements that no gate lets in; None where there are none of them."""
-    state = get_encoder(model)
-    if all(state.replacement(i) is None for i in range(state.num_layers)):
+    handle = get_encoder(model)
+    if all(handle.replacement(i) is None for i in range(handle.num_layers)):
         return state_dict
-    unused = unused_names(model, layout_of(state))
+    unused = unused_names(model, layout_of(handle))
     source = model.state_dict() if state_dict is None else state_dict
     return {name: tensor for name, tensor in source.items() if not name.startswith(unused)}
 
@@ -165,20 +163,21 @@ def _refuse_options(push_to_hub: bool, options: dict[str, Any], model: Any) -> N
         "safe_serialization": (options.get("safe_serialization") is False, "leave it out"),
         "max_shard_size": (_bytes(options.get("max_shard_size")) < size, "leave it out: one file"),
     }
-    for name, (given, remedy) in refused.items():
-        if given:
+    for name, (is_refused, remedy) in refused.items():
+        if is_refused:
             got = f"{options.get(name, True)!r} for a pruned model"
             raise Unsupported(format_error("save_pretrained", name, got, "the default", remedy))
 
 
-def _bytes(size: Any) -> float:
+def _bytes(size: int | str | None) -> float:
+    """A size such as "5GB" in bytes; infinity for None."""
     if size is None or isinstance(size, int):
         return float("inf") if size is None else float(size)
-    found = re.fullmatch(r"\s*([\d.]+)\s*([KMGT]?)I?B\s*", str(size).upper())
-    if found is None:
+    match = re.fullmatch(r"\s*([\d.]+)\s*([KMGT]?)I?B\s*", str(size).upper())
+    if match is None:
         remedy = 'pass a size such as "5GB"'
         raise ArgumentError(format_error("save_pretrained", "max_shard_size", repr(size), "bytes", remedy))
-    return float(found[1]) * 1000.0 ** " KMGT".index(found[2] or " ")
+    return float(match[1]) * 1000.0 ** " KMGT".index(match[2] or " ")
 
 
 def _register() -> None:
@@ -186,11 +185,9 @@ def _register() -> None:
     for model_type in MODEL_TYPES:
         plain = MODEL_TYPES[model_type]
         AutoConfig.register(model_type, PRUNED[plain], exist_ok=True)
-        TOKENIZER_MAPPING.register(PRUNED[plain], TOKENIZER_MAPPING[plain], exist_ok=True)
-    for name in dir(modeling_auto):
-        mapping = getattr(getattr(modeling_auto, name), "_model_mapping", None)
-        if not name.startswith("AutoModel") or mapping is None:
-            continue
+        tokenizers = compat.TOKENIZER_MAPPING
+        tokenizers.register(PRUNED[plain], tokenizers[plain], exist_ok=True)
+    for mapping in compat.auto_model_mappings():
         for plain, pruned in PRUNED.items():
             hf = mapping.get(plain, None)
             if hf in SWAPPED:
@@ -200,5 +197,5 @@ def _register() -> None:
 for _class in SWAPPED.values():
     _class.from_pretrained = from_pretrained  # type: ignore[attr-defined]
     _class.save_pretrained = save_pretrained  # type: ignore[attr-defined]
-SaveAround.function = staticmethod(save_pretrained)
+SaveWrapper.function = staticmethod(save_pretrained)
 _register()

@@ -1,9 +1,9 @@
-"""`save` and `load`: a folder with the weights that are left (safetensors) and what they mean (JSON).
+"""`save` and `load`: a folder with the weights of a patched model (safetensors) and what they mean (JSON).
 
 Format 2 is three files. `config.json` is that of transformers. For a pruned model it has a `model_type` of
-fastgate's and an entry `fastgate` (configs.py). `model.safetensors` has the weights. `fastgate.json` has the
-format, the class, the entry `fastgate` again, and the SHA-256 of the other two. A model that is patched and
-not pruned has the config and the weights that transformers writes.
+fastgate's and an entry `fastgate` (checkpoint_config.py). `model.safetensors` has the weights.
+`fastgate.json` has the format, the class, the entry `fastgate` again, and the SHA-256 of the other two. A
+model that is patched and not pruned has the config and the weights that transformers writes.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from fastgate.errors import ArgumentError, CheckpointError, Unsupported, format_error
-from fastgate.models import atomic_files
-from fastgate.models.architectures import FAMILIES, base_class
+from fastgate.models import atomic_files, compat
+from fastgate.models.architectures import base_class, is_known_class
 from fastgate.models.checkpoint_config import INTERRUPTED, KEY, MODEL_TYPES, PRUNED, Layout, described
 from fastgate.models.checkpoint_files import (
     ANEW,
@@ -46,16 +46,20 @@ from fastgate.models.checkpoint_files import (
     snapshot,
 )
 from fastgate.models.checkpoint_structure import build, check, check_hooks, fill, shared
+from fastgate.models.compat import WEIGHTS_ENTRY
 from fastgate.models.handle import EncoderHandle, check_module, get_encoder
 from fastgate.models.pruning import refuse_adapters
+from fastgate.nn.choices import ReplacementKind
 
-_LAYER = re.compile(r"encoder\.layer\.(\d+)\.")
+_LAYER_NAME = re.compile(r"encoder\.layer\.(\d+)\.")
 
 
 # -- saving
 
 
-def save(model: nn.Module, path: str | os.PathLike[str], tokenizer: Any = None) -> Path:
+def save(
+    model: nn.Module, path: str | os.PathLike[str], tokenizer: PreTrainedTokenizerBase | None = None
+) -> Path:
     """Write a patched model to the folder `path`: `fastgate.json`, `config.json`, `model.safetensors`.
 
     Only weights that are left are written. These files, and those of `tokenizer` if it is given, replace
@@ -69,10 +73,10 @@ def save(model: nn.Module, path: str | os.PathLike[str], tokenizer: Any = None) 
     """
     check_module("save", model)
     refuse_adapters("save", model)
-    state, hf = get_encoder(model, "save"), known_class(model)
-    layout = layout_of(state)
+    handle, hf = get_encoder(model, "save"), known_class(model)
+    layout = layout_of(handle)
     if layout.unfinished:
-        soft = [i for i, gate in enumerate(state.gates) if isinstance(gate, torch.Tensor)]
+        soft = [i for i, gate in enumerate(handle.gates) if isinstance(gate, torch.Tensor)]
         got = f"soft gates in layers {soft}" if soft else "gates that are still being learned"
         remedy = "harden the gates (Pruner.harden) first"
         raise ArgumentError(format_error("save", "model", got, "gates of 0 or 1", remedy))
@@ -96,14 +100,10 @@ def write_pruned(
     _write(model, base_class(model), layout, folder_to_write(path).resolve(), None, tensors)
 
 
-def _is_known(hf: type[nn.Module]) -> bool:
-    return any(hf.__module__ == f.module.__name__ and hf.__name__ in f.heads() for f in FAMILIES)
-
-
 def known_class(model: nn.Module) -> type[nn.Module]:
     """The class of transformers of an encoder or a head, which `load` makes again."""
     hf = base_class(model)
-    if _is_known(hf):
+    if is_known_class(hf):
         return hf
     remedy = "save the encoder inside it and rebuild the rest"
     if hasattr(model, "_orig_mod") or hf.__name__ in ("DataParallel", "DistributedDataParallel"):
@@ -114,21 +114,21 @@ def known_class(model: nn.Module) -> type[nn.Module]:
     raise ArgumentError(format_error("save", "model", type(model).__name__, wanted, remedy))
 
 
-def layout_of(state: EncoderHandle) -> Layout:
+def layout_of(handle: EncoderHandle) -> Layout:
     """What the weights of a patched model mean."""
-    state.check_layers("save")
-    gates = state.gates
-    closed = [i for i, gate in enumerate(gates) if not isinstance(gate, torch.Tensor) and gate == 0.0]
-    found = [state.replacement(i) for i in closed]
-    kinds = {"zero" if one is None else one.kind for one in found} or {"zero"}
+    handle.check_layers("save")
+    gates = handle.gates
+    skipped = [i for i, gate in enumerate(gates) if not isinstance(gate, torch.Tensor) and gate == 0.0]
+    replacements = [handle.replacement(i) for i in skipped]
+    kinds: set[ReplacementKind] = {"zero" if r is None else r.kind for r in replacements} or {"zero"}
     if len(kinds) > 1:
         remedy = "prune with one replacement"
         raise ArgumentError(
             format_error("save", "model", f"replacements {sorted(kinds)}", "one kind", remedy)
         )
-    runtime = state.runtime
+    runtime: Any = handle.runtime
     return Layout(
-        tuple(i for i in range(state.num_layers) if i not in closed),
+        tuple(i for i in range(handle.num_layers) if i not in skipped),
         kinds.pop(),
         runtime.asked,
         runtime.pooling,
@@ -137,7 +137,7 @@ def layout_of(state: EncoderHandle) -> Layout:
 
 
 def unused_names(model: nn.Module, layout: Layout) -> tuple[str, ...]:
-    """Prefixes of what a checkpoint leaves out: attention of closed layers, replacements of open ones."""
+    """Prefixes of what a checkpoint leaves out: attention of skipped layers, replacements of others."""
     if layout.unfinished:
         return ()
     encoder = get_encoder(model).encoder
@@ -159,17 +159,17 @@ def folder_to_write(path: str | os.PathLike[str]) -> Path:
     try:
         if "\0" in str(target):
             raise ValueError("a null character")
-        there = next(one for one in (target, *target.absolute().parents) if one.exists())
+        existing = next(path for path in (target, *target.absolute().parents) if path.exists())
     except (OSError, ValueError) as error:  # too long, or with a character that no path has
         got = f"{str(target)[:80]!r} ({one_line(error)[:80]})"
         raise ArgumentError(format_error("save", "path", got, "a path of this system", remedy)) from error
-    if not there.is_dir():
-        got = str(target) if there == target else f"{target}, under the file {there}"
+    if not existing.is_dir():
+        got = str(target) if existing == target else f"{target}, under the file {existing}"
         raise ArgumentError(format_error("save", "path", got, "a folder or a new path", remedy))
     return target
 
 
-def _check_tokenizer(tokenizer: Any) -> None:
+def _check_tokenizer(tokenizer: object) -> None:
     """Refuse what would write no tokenizer, or files in the place of the model's."""
     if tokenizer is None:
         return
@@ -184,9 +184,9 @@ def _refuse_foreign(target: Path) -> None:
     folder = target.resolve()
     if (folder / META).is_file() or atomic_files.is_interrupted(folder) or _is_pruned_config(folder / CONFIG):
         return
-    there = [name for name in (CONFIG, WEIGHTS, f"{WEIGHTS}.index.json") if (folder / name).exists()]
-    if there:
-        got = f"{target}, which has a {there[0]} that fastgate did not write"
+    names = [name for name in (CONFIG, WEIGHTS, f"{WEIGHTS}.index.json") if (folder / name).exists()]
+    if names:
+        got = f"{target}, which has a {names[0]} that fastgate did not write"
         wanted = "a new folder, one without a model, or a fastgate checkpoint"
         remedy = "choose another path, or delete the model there"
         raise ArgumentError(format_error("save", "path", got, wanted, remedy))
@@ -203,17 +203,17 @@ def _write(
     hf: type[nn.Module],
     layout: Layout,
     folder: Path,
-    tokenizer: Any,
-    given: Mapping[str, torch.Tensor] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    state_dict: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
     """Check that `load` can build the model again, then write its files and put them in place."""
     plain = layout.is_plain(len(get_encoder(model).gates))
     config, unused = _config_to_write(model, hf), unused_names(model, layout)
-    if _is_known(hf) and not layout.unfinished:
+    if is_known_class(hf) and not layout.unfinished:
         _check_buildable(model, hf, config, layout, unused)
-    tensors = _tensors(model, unused, given, tied=plain)
+    tensors = _tensors(model, unused, state_dict, tied=plain)
     pruned = described(config, layout)
-    notice = {name: pruned[name] for name in ("model_type", "transformers_weights")}
+    notice = {name: pruned[name] for name in ("model_type", WEIGHTS_ENTRY)}
     with atomic_files.replace_files(folder, json.dumps(notice | {KEY: {INTERRUPTED: True}})) as staging:
         with _errors_of_the_disk():
             if plain:
@@ -235,7 +235,7 @@ def _write(
 
 def _config_to_write(model: Any, hf: type[nn.Module]) -> dict[str, Any]:
     """The model's config as JSON, with the class and the dtype that transformers adds."""
-    if _is_known(hf) and type(model.config) not in PRUNED:
+    if is_known_class(hf) and type(model.config) not in PRUNED:
         wanted = "a config class of transformers, such as BertConfig"
         raise Unsupported(
             format_error("save", "model.config", type(model.config).__name__, wanted, "use that class")
@@ -271,26 +271,26 @@ def _check_buildable(
 
 
 def _tensors(
-    model: nn.Module, unused: tuple[str, ...], given: Mapping[str, torch.Tensor] | None, tied: bool
+    model: nn.Module, unused: tuple[str, ...], state_dict: Mapping[str, torch.Tensor] | None, tied: bool
 ) -> dict[str, torch.Tensor]:
     """The tensors that a checkpoint needs, on the CPU. tied: under all of their names, not one."""
     own = {n: t for n, t in model.state_dict(keep_vars=True).items() if not n.startswith(unused)}
-    copies = getattr(model, "all_tied_weights_keys", None) or {}  # name -> the one that transformers keeps
+    copies = compat.tied_names(model)
     names = [name for name, others in shared(own).items() if tied or name == _first(others, copies)]
-    source = own if given is None else given
+    source = own if state_dict is None else state_dict
     missing = [name for name in names if name not in source]
     if missing:
         remedy = "pass the whole state dict of the model, or leave state_dict out"
         got = f"no {missing[:3]}"
         raise ArgumentError(format_error("save_pretrained", "state_dict", got, "these tensors", remedy))
-    found: dict[str, torch.Tensor] = {}
+    tensors: dict[str, torch.Tensor] = {}
     places: set[tuple[int, torch.Size]] = set()
     for name in names:
         tensor = source[name].detach().cpu().contiguous()
         place = (tensor.data_ptr(), tensor.shape)
-        found[name] = tensor.clone() if not tied and tensor.numel() and place in places else tensor
+        tensors[name] = tensor.clone() if not tied and tensor.numel() and place in places else tensor
         places.add(place)
-    return found
+    return tensors
 
 
 def _first(names: list[str], copies: Mapping[str, str]) -> str:
@@ -304,15 +304,15 @@ def _errors_of_the_disk() -> Iterator[None]:
     try:
         yield
     except SafetensorError as error:
-        found = re.search(r"os error (\d+)", str(error))
-        number = int(found[1]) if found else errno.EIO
+        match = re.search(r"os error (\d+)", str(error))
+        number = int(match[1]) if match else errno.EIO
         raise OSError(number, os.strerror(number), WEIGHTS) from error
 
 
 # -- loading
 
 
-def load(path: str | os.PathLike[str]) -> nn.Module:
+def load(path: str | os.PathLike[str]) -> PreTrainedModel:
     """Read a checkpoint that `save` wrote: the patched, pruned model, in eval mode, on the CPU.
 
     Folders that `save_pretrained` of a pruned model or a Trainer wrote are such checkpoints too. A save that
@@ -325,7 +325,7 @@ def load(path: str | os.PathLike[str]) -> nn.Module:
     weights = folder / WEIGHTS
     header = header_of(file, weights)
     hf = class_named(meta["class"], folder)
-    layers = len({found[1] for name in header if (found := _LAYER.search(name))})
+    layers = len({match[1] for name in header if (match := _LAYER_NAME.search(name))})
     config = model_config(data, hf, str(folder / CONFIG), layers)
     layout = layout_in(meta, data, folder, config)
     config.name_or_path = str(folder)

@@ -1,7 +1,8 @@
 """How a pruned model is described in `config.json`, and the config classes that read the description.
 
 A pruned model has a `model_type` of its own, so that transformers without fastgate does not know it. Classes
-of transformers that ignore the `model_type` refuse the name that stands in `transformers_weights`.
+of transformers that ignore the `model_type` refuse the name of the weights (`compat.WEIGHTS_ENTRY`), which is
+a notice instead.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from typing import Any
 from transformers import BertConfig, CamembertConfig, PreTrainedConfig, RobertaConfig, XLMRobertaConfig
 
 from fastgate.errors import CheckpointError, format_error
-from fastgate.models.handle import POOLING_KEY, POOLINGS
-from fastgate.nn.replacement import KINDS
+from fastgate.models.compat import WEIGHTS_ENTRY
+from fastgate.models.handle import POOLING_KEY
+from fastgate.nn.choices import DEMANDS, POOLINGS, REPLACEMENT_KINDS, Demand, Pooling, ReplacementKind
 
 KEY = "fastgate"  # the entry of a config that holds the description
 NOTICE = "this model is pruned by fastgate: pip install fastgate, then import fastgate before loading it"
@@ -29,9 +31,9 @@ class Layout:
     """
 
     kept: tuple[int, ...]
-    replacement: str = "zero"
-    demand: str | None = None
-    pooling: str = "first"
+    replacement: ReplacementKind = "zero"
+    demand: Demand | None = None
+    pooling: Pooling = "first"
     unfinished: bool = False
 
     def as_json(self) -> dict[str, Any]:
@@ -45,12 +47,12 @@ class Layout:
         return len(self.kept) == layers and self.pooling == "first" and not self.unfinished
 
 
-def read_layout(data: Any, where: str, layers: Any) -> Layout:
+def read_layout(data: object, where: str, layers: object) -> Layout:
     """The description in a file. Raises CheckpointError for one that is damaged, unfinished or interrupted.
 
     where: the file, for the message. layers: the number of layers that the config states.
     """
-    got = data if isinstance(data, dict) else {}
+    got: dict[str, Any] = data if isinstance(data, dict) else {}
     if got.get(INTERRUPTED):
         raise CheckpointError(
             format_error("load", where, "the notice of a save that was interrupted", "a checkpoint",
@@ -66,8 +68,8 @@ def read_layout(data: Any, where: str, layers: Any) -> Layout:
         isinstance(kept, list)
         and all(type(i) is int for i in kept)
         and kept == sorted(set(kept))
-        and got.get("replacement") in KINDS
-        and got.get("demand") in (None, "first", "all")
+        and got.get("replacement") in REPLACEMENT_KINDS
+        and got.get("demand") in (None, *DEMANDS)
         and got.get("pooling", "first") in POOLINGS
     )
     if not fields:
@@ -86,40 +88,40 @@ def read_layout(data: Any, where: str, layers: Any) -> Layout:
     return Layout(tuple(kept), got["replacement"], got.get("demand"), got.get("pooling", "first"))
 
 
-class _Pruned(PreTrainedConfig):
+class _Pruned(PreTrainedConfig):  # type: ignore[no-untyped-call]
     """A config of transformers and, under `fastgate`, what was pruned. It says so wherever it is written."""
 
     def __post_init__(self, **kwargs: Any) -> None:
-        super().__post_init__(**{**kwargs, "transformers_weights": NOTICE})
+        super().__post_init__(**{**kwargs, WEIGHTS_ENTRY: NOTICE})  # type: ignore[no-untyped-call]
 
     def to_dict(self) -> dict[str, Any]:
         data: dict[str, Any] = super().to_dict()
-        return data | {"transformers_weights": NOTICE}
+        return data | {WEIGHTS_ENTRY: NOTICE}
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         super().save_pretrained(*args, **kwargs)
-        self.transformers_weights = NOTICE  # which transformers deletes
+        setattr(self, WEIGHTS_ENTRY, NOTICE)  # which transformers deletes
 
 
-class FastgateBertConfig(_Pruned, BertConfig):
+class FastgateBertConfig(_Pruned, BertConfig):  # type: ignore[no-untyped-call]
     """A BertConfig of a pruned model."""
 
     model_type = "fastgate_bert"
 
 
-class FastgateRobertaConfig(_Pruned, RobertaConfig):
+class FastgateRobertaConfig(_Pruned, RobertaConfig):  # type: ignore[no-untyped-call]
     """A RobertaConfig of a pruned model."""
 
     model_type = "fastgate_roberta"
 
 
-class FastgateXLMRobertaConfig(_Pruned, XLMRobertaConfig):
+class FastgateXLMRobertaConfig(_Pruned, XLMRobertaConfig):  # type: ignore[no-untyped-call]
     """An XLMRobertaConfig of a pruned model."""
 
     model_type = "fastgate_xlm_roberta"
 
 
-class FastgateCamembertConfig(_Pruned, CamembertConfig):
+class FastgateCamembertConfig(_Pruned, CamembertConfig):  # type: ignore[no-untyped-call]
     """A CamembertConfig of a pruned model."""
 
     model_type = "fastgate_camembert"
@@ -146,7 +148,7 @@ def plain_config(config: Any) -> Any:
         return config
     plain = copy.deepcopy(config)
     plain.__class__ = _PLAIN[type(config)]
-    for name in (KEY, "transformers_weights"):
+    for name in (KEY, WEIGHTS_ENTRY):
         plain.__dict__.pop(name, None)
     return plain
 
@@ -156,4 +158,4 @@ def described(data: dict[str, Any], layout: Layout) -> dict[str, Any]:
     pooling = {POOLING_KEY: layout.pooling} if layout.pooling != "first" else {}
     rest = {name: value for name, value in data.items() if name != POOLING_KEY}
     model_type = f"fastgate_{str(data['model_type']).replace('-', '_')}"
-    return rest | pooling | {"model_type": model_type, "transformers_weights": NOTICE, KEY: layout.as_json()}
+    return rest | pooling | {"model_type": model_type, WEIGHTS_ENTRY: NOTICE, KEY: layout.as_json()}

@@ -8,24 +8,25 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from fastgate.errors import ArgumentError, CheckpointError, format_error
-from fastgate.models import atomic_files
-from fastgate.models.architectures import FAMILIES
+from fastgate.models import architectures, atomic_files
 from fastgate.models.checkpoint_config import KEY, MODEL_TYPES, PRUNED, Layout, read_layout
 from fastgate.models.checkpoint_structure import DTYPES, shared
+from fastgate.models.compat import WEIGHTS_ENTRY
 from fastgate.models.handle import POOLING_KEY
 
 FORMAT = 2
 META, WEIGHTS, CONFIG = "fastgate.json", "model.safetensors", "config.json"
 ANEW = "save the model anew"  # what helps with most of what is wrong
-_LARGEST_JSON = 2**26  # bytes
+_MAX_JSON_BYTES = 2**26
 # Sizes in a config, which must be positive and small enough to look at.
 _SIZES = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
@@ -45,17 +46,17 @@ def snapshot(folder: Path) -> tuple[dict[str, Any], dict[str, Any], Any]:
     A save at the same time may replace files between two reads: then they are read again.
     """
     for _ in range(20):
-        before = _state_of(folder)
+        before = _file_states(folder)
         try:
             meta = _checked_meta(folder)
             data = read_json(atomic_files.find(folder, CONFIG))
             _check_digests(folder, meta)
             file = _opened(atomic_files.find(folder, WEIGHTS))
         except CheckpointError:
-            if _state_of(folder) == before:
+            if _file_states(folder) == before:
                 raise
             continue
-        if _state_of(folder) == before:
+        if _file_states(folder) == before:
             return meta, data, file
     remedy = "load again when saving has ended"
     raise CheckpointError(
@@ -71,33 +72,33 @@ def _opened(weights: Path) -> Any:
         raise CheckpointError(format_error("load", str(weights), one_line(error), wanted, ANEW)) from error
 
 
-def _state_of(folder: Path) -> list[Any]:
-    """What changes when a save puts its files in place: a file that is moved stays the same but for its
-    place."""
-    found: list[Any] = []
+def _file_states(folder: Path) -> list[tuple[Path, int, int, int] | None]:
+    """What changes when a save puts its files in place. A file that is moved changes its place only."""
+    states: list[tuple[Path, int, int, int] | None] = []
     for name in (META, CONFIG, WEIGHTS):
         try:
             place = atomic_files.find(folder, name)
             stat = place.stat()
-            found.append((place, stat.st_ino, stat.st_size, stat.st_mtime_ns))
+            states.append((place, stat.st_ino, stat.st_size, stat.st_mtime_ns))
         except OSError:
-            found.append(None)
-    return found
+            states.append(None)
+    return states
 
 
 def folder_to_read(path: str | os.PathLike[str]) -> Path:
+    """The folder of a checkpoint, `~` expanded. Raises ArgumentError for what is no path."""
     if not isinstance(path, str | os.PathLike) or not os.fspath(path):
         remedy = 'pass a path, such as "pruned"'
         raise ArgumentError(format_error("load", "path", repr(path)[:80], "the path of a folder", remedy))
     folder = Path(os.fsdecode(path)).expanduser()
     wanted = "the folder of a checkpoint written by fastgate.save"
     try:
-        found = folder.is_dir()
+        is_folder = folder.is_dir()
     except OSError as error:
         raise CheckpointError(
             format_error("load", str(folder)[:80], one_line(error)[:80], wanted, "check the path")
         ) from error
-    if found:
+    if is_folder:
         if not atomic_files.find(folder, META).is_file():
             got = "an empty folder" if not any(folder.iterdir()) else "a folder without fastgate.json"
             remedy = "check the path"
@@ -132,21 +133,21 @@ def _check_digests(folder: Path, meta: dict[str, Any]) -> None:
     for name, digest in meta["sha256"].items():
         path = atomic_files.find(folder, name)
         try:
-            found = digest_of(path)
+            actual = digest_of(path)
         except OSError as error:
             got = "no such file" if isinstance(error, FileNotFoundError) else one_line(error)
             remedy = "copy the whole folder again"
             raise CheckpointError(
                 format_error("load", str(path), got, "a file that can be read", remedy)
             ) from error
-        if found != digest:
+        if actual != digest:
             remedy = "the file was cut short or changed: copy it again or save the model anew"
             got = "contents that do not match their checksum"
             raise CheckpointError(format_error("load", str(path), got, f"{digest[:12]} of {META}", remedy))
 
 
 def layout_in(meta: dict[str, Any], data: dict[str, Any], folder: Path, config: Any) -> Layout:
-    """What fastgate.json says, which config.json must say too."""
+    """What fastgate.json says, which config.json must say too. meta, data: the contents of the two."""
     layers = config.num_hidden_layers
     pooling = data.get(POOLING_KEY, "first")
     known = meta if meta["format"] != 1 else {**meta, "pooling": pooling}
@@ -162,53 +163,30 @@ def layout_in(meta: dict[str, Any], data: dict[str, Any], folder: Path, config: 
     return layout
 
 
-def class_named(name: str, folder: Path) -> type[nn.Module]:
-    for family in FAMILIES:
-        if name in family.heads():
-            found: type[nn.Module] = getattr(family.module, name)
-            return found
-    wanted = "an encoder or head of transformers that fastgate knows"
-    remedy = "upgrade fastgate, or make that class, prune it the same, and call load_state_dict"
-    raise CheckpointError(format_error("load", str(folder / META), f"class {name[:60]!r}", wanted, remedy))
+def class_named(name: str, folder: Path) -> type[PreTrainedModel]:
+    """The encoder or head of transformers that a checkpoint holds."""
+    cls = architectures.class_named(name)
+    if cls is None:
+        wanted = "an encoder or head of transformers that fastgate knows"
+        remedy = "upgrade fastgate, or make that class, prune it the same, and call load_state_dict"
+        got = f"class {name[:60]!r}"
+        raise CheckpointError(format_error("load", str(folder / META), got, wanted, remedy))
+    return cls
 
 
-def model_config(data: dict[str, Any], hf: Any, where: str, layers: int) -> PreTrainedConfig:
+def model_config(data: dict[str, Any], hf: type[nn.Module], where: str, layers: int) -> PreTrainedConfig:
     """The config of transformers in a JSON object, once nothing in it can do harm.
 
-    layers: how many the weights have. Raises CheckpointError.
+    hf: the class of the model. where: the file, for the message. layers: how many the weights have. Raises
+    CheckpointError.
     """
-
-    def refuse(name: str, wanted: str) -> CheckpointError:
-        return CheckpointError(
-            format_error("load", where, f"{name} {str(data.get(name))[:60]!r}", wanted, ANEW)
-        )
-
-    for name in _SIZES:
-        if type(data.get(name)) is not int or not 0 < data[name] < 2**31:
-            raise refuse(name, "a positive integer")
-    if data["num_hidden_layers"] != layers:
-        raise refuse("num_hidden_layers", f"{layers}, as the weights have")
-    if type(data.get("num_labels", 0)) is not int or not 0 <= data.get("num_labels", 0) < 10**6:
-        raise refuse("num_labels", "fewer than a million")
-    for name in ("dtype", "torch_dtype"):
-        if data.get(name) not in (None, *(str(dtype).removeprefix("torch.") for dtype in DTYPES)):
-            raise refuse(name, "float32, bfloat16, float16 or float64")
-    for name in _FOREIGN:
-        if data.get(name) is not None:
-            raise refuse(name, "none")
-    for name in ("attn_implementation", "_attn_implementation"):  # the name of a hub's kernel would be run
-        if data.get(name) not in (None, "eager", "sdpa", "flash_attention_2", "flex_attention"):
-            raise refuse(name, "eager or sdpa")
-    model_type = data.get("model_type")
-    plain = MODEL_TYPES.get(model_type) if isinstance(model_type, str) else None
-    if plain is None:
-        plain = next((cls for cls in PRUNED if cls.model_type == model_type), None)
-    if plain is None or not issubclass(hf.config_class, plain):
-        raise refuse("model_type", f"that of a {hf.__name__}")
+    for name, wanted in _wrong_entries(data, layers):
+        raise _refusal(data, where, name, wanted)
+    plain = _config_class(data, hf, where)
     for name in data:
         if name.startswith("__") or callable(getattr(plain, name, None)):  # it would take a method's place
-            raise refuse(name, "no such entry")
-    rest = {n: v for n, v in data.items() if n not in (KEY, "transformers_weights", "model_type")}
+            raise _refusal(data, where, name, "no such entry")
+    rest = {n: v for n, v in data.items() if n not in (KEY, WEIGHTS_ENTRY, "model_type")}
     try:
         config = plain.from_dict(rest)
         config.validate()
@@ -216,6 +194,42 @@ def model_config(data: dict[str, Any], hf: Any, where: str, layers: int) -> PreT
         wanted = "a configuration that transformers reads"
         raise CheckpointError(format_error("load", where, one_line(error), wanted, ANEW)) from error
     return config
+
+
+def _refusal(data: dict[str, Any], where: str, name: str, wanted: str) -> CheckpointError:
+    got = f"{name} {str(data.get(name))[:60]!r}"
+    return CheckpointError(format_error("load", where, got, wanted, ANEW))
+
+
+def _wrong_entries(data: dict[str, Any], layers: int) -> Iterator[tuple[str, str]]:
+    """Entries of a config that are refused, in turn, and what is wanted instead."""
+    for name in _SIZES:
+        if type(data.get(name)) is not int or not 0 < data[name] < 2**31:
+            yield name, "a positive integer"
+    if data["num_hidden_layers"] != layers:
+        yield "num_hidden_layers", f"{layers}, as the weights have"
+    if type(data.get("num_labels", 0)) is not int or not 0 <= data.get("num_labels", 0) < 10**6:
+        yield "num_labels", "fewer than a million"
+    for name in ("dtype", "torch_dtype"):
+        if data.get(name) not in (None, *(str(dtype).removeprefix("torch.") for dtype in DTYPES)):
+            yield name, "float32, bfloat16, float16 or float64"
+    for name in _FOREIGN:
+        if data.get(name) is not None:
+            yield name, "none"
+    for name in ("attn_implementation", "_attn_implementation"):  # the name of a hub's kernel would be run
+        if data.get(name) not in (None, "eager", "sdpa", "flash_attention_2", "flex_attention"):
+            yield name, "eager or sdpa"
+
+
+def _config_class(data: dict[str, Any], hf: Any, where: str) -> type[PreTrainedConfig]:
+    """The config class of transformers that a `model_type` names, fastgate's or theirs."""
+    model_type = data.get("model_type")
+    plain = MODEL_TYPES.get(model_type) if isinstance(model_type, str) else None
+    if plain is None:
+        plain = next((cls for cls in PRUNED if cls.model_type == model_type), None)
+    if plain is None or not issubclass(hf.config_class, plain):
+        raise _refusal(data, where, "model_type", f"that of a {hf.__name__}")
+    return plain
 
 
 def header_of(file: Any, weights: Path) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -230,18 +244,18 @@ def header_of(file: Any, weights: Path) -> dict[str, tuple[tuple[int, ...], str]
 
 def check_header(model: nn.Module, header: dict[str, tuple[tuple[int, ...], str]], weights: Path) -> None:
     """Raises CheckpointError unless the file has the tensors of the model in their shapes."""
-    here = model.state_dict(keep_vars=True)
-    groups = shared(here)
-    missing = [name for name in here if not any(other in header for other in groups[name])]
-    unknown = [name for name in header if name not in here]
+    tensors = model.state_dict(keep_vars=True)
+    groups = shared(tensors)
+    missing = [name for name in tensors if not any(other in header for other in groups[name])]
+    unknown = [name for name in header if name not in tensors]
     if missing or unknown:
         got = f"missing {missing[:3]}, unknown {unknown[:3]}"
         raise CheckpointError(
             format_error("load", str(weights), got, "the tensors that the config needs", ANEW)
         )
     for name, (shape, dtype) in header.items():
-        if shape != tuple(here[name].shape):
-            got, wanted = f"{name}: {shape}", f"shapes as in config.json, {tuple(here[name].shape)}"
+        if shape != tuple(tensors[name].shape):
+            got, wanted = f"{name}: {shape}", f"shapes as in config.json, {tuple(tensors[name].shape)}"
             raise CheckpointError(format_error("load", str(weights), got, wanted, ANEW))
         if dtype not in ("F32", "BF16", "F16", "F64"):
             wanted = "float32, bfloat16, float16 or float64"
@@ -251,7 +265,7 @@ def check_header(model: nn.Module, header: dict[str, tuple[tuple[int, ...], str]
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises CheckpointError for anything else, NaN and an entry that comes twice."""
     try:
-        if path.stat().st_size > _LARGEST_JSON:
+        if path.stat().st_size > _MAX_JSON_BYTES:
             raise ValueError(f"{path.stat().st_size} bytes, which is too many")
         data = json.loads(path.read_text("utf-8"), parse_constant=_no_number, object_pairs_hook=_once)
     except FileNotFoundError as error:

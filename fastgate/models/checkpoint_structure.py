@@ -6,20 +6,23 @@ import functools
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from fastgate.errors import Unsupported, format_error
 from fastgate.models.architectures import base_class
 from fastgate.models.checkpoint_config import KEY, Layout, is_pruned, plain_config, read_layout
 from fastgate.models.handle import get_encoder
-from fastgate.models.patching import SWAPPED, patch
+from fastgate.models.patching import patch
 from fastgate.models.pruning import prune, refuse_adapters
+from fastgate.models.swapped_classes import SWAPPED
 from fastgate.nn.packed_linear import PackedLinear
 from fastgate.nn.replacement import Replacement
 
+M = TypeVar("M", bound=nn.Module)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Numbers of a module that a config decides and that no weight shows.
 _NUMBERS = ("eps", "num_attention_heads", "attention_head_size", "scaling", "padding_idx")
@@ -31,13 +34,13 @@ _BUFFERS = {
 _REMEDY = "undo the change before saving, or save the weights with torch.save(model.state_dict(), path)"
 
 
-def build(cls: type[nn.Module], config: Any, layout: Layout) -> nn.Module:
+def build(cls: type[M], config: PreTrainedConfig, layout: Layout) -> M:
     """A patched and pruned model of a class of transformers, on the meta device: shapes without values."""
     with torch.device("meta"):
         return arrange(cls(config), layout)
 
 
-def arrange(model: nn.Module, layout: Layout) -> nn.Module:
+def arrange(model: M, layout: Layout) -> M:
     """Patch and prune a dense model as `layout` says, in place; returns the model."""
     patch(model, demand=layout.demand)
     if len(layout.kept) < get_encoder(model).num_layers:
@@ -45,7 +48,7 @@ def arrange(model: nn.Module, layout: Layout) -> nn.Module:
     return model
 
 
-def fill(model: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
+def fill(model: M, tensors: dict[str, Tensor]) -> M:
     """Give a model that `build` made its weights, on the CPU, and the buffers that are not saved."""
     groups = shared(model.state_dict(keep_vars=True))
     copies = {name: tensor.clone() for name, tensor in tensors.items()}
@@ -59,15 +62,15 @@ def fill(model: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
     return model.eval()
 
 
-def check(model: nn.Module, wanted: nn.Module, unused: tuple[str, ...]) -> None:
-    """Refuse, by name, what `wanted`, the model that `load` would build, has not or has otherwise.
+def check(model: nn.Module, rebuilt: nn.Module, unused: tuple[str, ...]) -> None:
+    """Refuse, by name, what differs from `rebuilt`, the model that `load` would build.
 
     unused: prefixes of names in `model` that are not saved. Raises Unsupported.
     """
     refuse_adapters("save", model)
-    mine, theirs = _modules(model, unused), _modules(wanted, unused)
-    for name in [*mine, *theirs]:
-        got, expected = mine.get(name), theirs.get(name)
+    modules, wanted = _modules(model, unused), _modules(rebuilt, unused)
+    for name in [*modules, *wanted]:
+        got, expected = modules.get(name), wanted.get(name)
         if _kind(got) is not _kind(expected):
             raise Unsupported(format_error("save", name, _named(got), _named(expected), _REMEDY))
         for number in _NUMBERS:
@@ -77,7 +80,7 @@ def check(model: nn.Module, wanted: nn.Module, unused: tuple[str, ...]) -> None:
                     format_error("save", f"{name}.{number}", value, f"{other}, as in config", _REMEDY)
                 )
         _check_buffers(name, got)
-    _check_tensors(_tensors(model, unused), _tensors(wanted, unused))
+    _check_tensors(_tensors(model, unused), _tensors(rebuilt, unused))
 
 
 def _check_buffers(name: str, module: nn.Module | None) -> None:
@@ -114,15 +117,14 @@ def _is_of_a_library(hook: Any) -> bool:
 
 def _modules(model: nn.Module, unused: tuple[str, ...]) -> dict[str, nn.Module]:
     """Name -> module, without replacements: their kind is saved, and their tensors are compared."""
-    found = model.named_modules(remove_duplicate=False)
     return {
         name: module
-        for name, module in found
+        for name, module in model.named_modules(remove_duplicate=False)
         if not f"{name}.".startswith(unused) and type(module) is not Replacement
     }
 
 
-def _kind(module: nn.Module | None) -> Any:
+def _kind(module: nn.Module | None) -> type[nn.Module] | None:
     """The class that the state dict is of: a Linear's stays what it is when `freeze` packs it."""
     if module is None:
         return None
@@ -132,7 +134,7 @@ def _kind(module: nn.Module | None) -> Any:
 def _named(module: nn.Module | None) -> str:
     if module is None:
         return "no such module"
-    cls = _kind(module)
+    cls = base_class(module) if type(module) is not PackedLinear else nn.Linear
     return cls.__name__ if cls.__module__.startswith(("torch.nn.modules", "transformers")) else str(cls)
 
 
@@ -140,12 +142,12 @@ def _tensors(model: nn.Module, unused: tuple[str, ...]) -> dict[str, Any]:
     return {name: t for name, t in model.state_dict(keep_vars=True).items() if not name.startswith(unused)}
 
 
-def _check_tensors(mine: dict[str, Any], wanted: dict[str, Any]) -> None:
-    for name in [*mine, *wanted]:
-        if name not in wanted or name not in mine:
-            got, expected = ("a tensor", "none") if name in mine else ("none", "a tensor")
+def _check_tensors(tensors: dict[str, Any], wanted: dict[str, Any]) -> None:
+    for name in [*tensors, *wanted]:
+        if name not in wanted or name not in tensors:
+            got, expected = ("a tensor", "none") if name in tensors else ("none", "a tensor")
             raise Unsupported(format_error("save", name, got, f"{expected}, as the config has it", _REMEDY))
-        got, expected = mine[name], wanted[name]
+        got, expected = tensors[name], wanted[name]
         if type(got) not in (nn.Parameter, Tensor):
             remedy = "save the model before it is quantised or sharded"
             raise Unsupported(format_error("save", name, type(got).__name__, "an ordinary tensor", remedy))
@@ -161,17 +163,17 @@ def _check_tensors(mine: dict[str, Any], wanted: dict[str, Any]) -> None:
             raise Unsupported(
                 format_error("save", name, got.dtype, "float32, bfloat16, float16 or float64", _REMEDY)
             )
-    for group, other in _unlike(mine, wanted):
+    for group, other in _unlike_groups(tensors, wanted):
         got = f"shared by {', '.join(group)}" if len(group) > 1 else "a weight of its own"
         expected = f"shared by {', '.join(other)}" if len(other) > 1 else "a weight of its own"
         remedy = "give each layer its own weights (copy.deepcopy), or set config.tie_word_embeddings as it is"
         raise Unsupported(format_error("save", group[0], got, expected, remedy))
 
 
-def _unlike(mine: dict[str, Any], wanted: dict[str, Any]) -> Iterator[tuple[list[str], list[str]]]:
+def _unlike_groups(tensors: dict[str, Any], wanted: dict[str, Any]) -> Iterator[tuple[list[str], list[str]]]:
     """Names that are one parameter in one model and not in the other."""
-    groups, others = shared(mine), shared(wanted)
-    for name in mine:
+    groups, others = shared(tensors), shared(wanted)
+    for name in tensors:
         if groups[name] != others[name]:
             yield groups[name], others[name]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -13,15 +13,19 @@ from torch import Tensor, nn
 from fastgate.errors import ArgumentError, format_error
 from fastgate.models.encoder_forward import halo_of, output_row_mask, plan_of_encoder
 from fastgate.models.handle import EncoderHandle, get_encoder
-from fastgate.runtime.cuda_graphs import DEVICES
+from fastgate.runtime.costs import Sizes
+from fastgate.runtime.graph_device import DEVICES
 from fastgate.runtime.layer import Layer, is_skipped
-from fastgate.runtime.plan import Sizes, flops
-from fastgate.runtime.unpadding import unpad
+from fastgate.runtime.plan import flops_of
+from fastgate.runtime.steps.absorbed_attention import ProjectQuery
+from fastgate.runtime.steps.base import Step
+from fastgate.runtime.unpadding import UnpaddedBatch, unpad
 
 
 @dataclass(frozen=True)
 class Row:
-    """One layer: its gate, live rows of packed ones, steps, share of the unpruned model's FLOPs, notes."""
+    """One layer: its gate, how many of the rows it computes, its steps, its FLOPs and their share of the
+    unpruned model's, and notes."""
 
     layer: int
     attention: str
@@ -35,15 +39,17 @@ class Row:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What a patched model runs for sequences of `lengths` tokens; shares are of dense FLOPs, unpadded.
+    """What a patched model runs for sequences of `lengths` tokens.
 
-    graphs: what CUDA graphs have done so far, None on a device without them.
+    unpadded_rows: tokens of the batch. output_rows: those that the head reads. kept: layers whose attention
+    runs. flops_share: of the unpruned model's FLOPs on an unpadded batch. graphs: what CUDA graphs have done
+    so far. None on a device without them.
     """
 
     demand: str
     lengths: tuple[int, ...]
-    packed_rows: int
-    output_row_mask: int
+    unpadded_rows: int
+    output_rows: int
     kept: tuple[int, ...]
     flops: int
     flops_share: float
@@ -56,8 +62,8 @@ class Explanation:
 
     def __str__(self) -> str:
         lines = [
-            f"demand {self.demand}: {self.output_row_mask} of {self.packed_rows} rows read; attention kept in "
-            f"{list(self.kept)} of {len(self.layers)} layers; {self.flops_share:.1%} of dense FLOPs",
+            f"demand {self.demand}: {self.output_rows} of {self.unpadded_rows} rows are output rows; attention "
+            f"kept in {list(self.kept)} of {len(self.layers)} layers; {self.flops_share:.1%} of dense FLOPs",
             "layer  attention  gate  live rows  steps   FLOPs  notes",
         ]
         for row in self.layers:
@@ -78,58 +84,54 @@ def explain(model: nn.Module, lengths: Sequence[int] = (32,) * 8) -> Explanation
         remedy = "pass what fastgate.patch or fastgate.load returned"
         raise ArgumentError(format_error("explain", "model", repr(model), "a patched model", remedy))
     lengths = _checked(lengths)
-    state = get_encoder(model, "explain")
-    state.check_layers("explain")
-    encoder = state.encoder
-    batch, longest = len(lengths), max(lengths)
-    attended = torch.arange(longest) < torch.tensor(lengths)[:, None]
-    demanded = output_row_mask(encoder, attended, None, False, (batch, longest), attended.device)
-    unpadded = unpad(batch, longest, attended, demanded, attended.device, halo_of(encoder))
-    inspection = state.runtime.inspections.of(encoder)
+    handle = get_encoder(model, "explain")
+    handle.check_layers("explain")
+    encoder, runtime = handle.encoder, handle.runtime
+    unpadded = _unpadded(handle, lengths)
+    inspection = runtime.inspections.of(encoder)
     plan = plan_of_encoder(encoder, inspection, unpadded, capture=False)
-    pairs = sum(q * k for q, k in zip(unpadded.queries.lengths, unpadded.keys.lengths, strict=True))
-    rows, squares = sum(lengths), sum(n * n for n in lengths)
-
-    table, dense = [], 0
-    for i, layer in enumerate(inspection.layers):
-        steps = plan.of_layer(i)
-        gate = state.gates[i]
-        attention, heads, intermediate = _widths(encoder.config, layer)
-        sizes = Sizes(
-            encoder.config.hidden_size,
-            intermediate,
-            unpadded.queries.rows,
-            unpadded.keys.rows,
-            unpadded.within,
-            pairs,
-            batch,
-            attention,
-        )
-        dense += 4 * rows * sizes.hidden * (2 * attention + intermediate) + 4 * squares * attention
-        table.append(
-            Row(
-                i,
-                _status(state, i),
-                gate.item() if isinstance(gate, Tensor) else gate,
-                sizes.live(steps[-1]),
-                tuple(s.op for s in steps),
-                sum(flops(step, sizes, heads) for step in steps),
-                0.0,
-                _notes(layer, steps[0].op),
-            )
-        )
-    table = [replace(row, flops_share=row.flops / dense) for row in table]
-    total = sum(row.flops for row in table)
+    sizes = [layer_sizes(encoder.config, layer, unpadded) for layer in inspection.layers]
+    dense_flops = sum(each.dense_flops for each in sizes)
+    rows = tuple(
+        _row(handle, i, layer, plan.of_layer(i), sizes[i], dense_flops)
+        for i, layer in enumerate(inspection.layers)
+    )
+    flops = sum(row.flops for row in rows)
     return Explanation(
-        state.runtime.demand,
+        runtime.demand,
         tuple(lengths),
         unpadded.queries.rows,
-        unpadded.within[0],
+        unpadded.rows_within_halo[0],
         plan.kept,
-        total,
-        total / dense,
-        tuple(table),
-        _graphs(state),
+        flops,
+        flops / dense_flops,
+        rows,
+        _graphs(handle),
+    )
+
+
+def _unpadded(handle: EncoderHandle, lengths: Sequence[int]) -> UnpaddedBatch:
+    """A batch of sequences of these lengths, as a forward unpads it."""
+    batch, longest = len(lengths), max(lengths)
+    attended = torch.arange(longest) < torch.tensor(lengths)[:, None]
+    outputs = output_row_mask(handle.encoder, attended, None, False, (batch, longest), attended.device)
+    return unpad(batch, longest, attended, outputs, attended.device, halo_of(handle.encoder))
+
+
+def _row(
+    handle: EncoderHandle, i: int, layer: Layer, steps: tuple[Step, ...], sizes: Sizes, dense_flops: int
+) -> Row:
+    """What layer i runs. dense_flops: of the unpruned model."""
+    gate, flops = handle.gates[i], flops_of(steps, sizes)
+    return Row(
+        i,
+        _status(handle, i),
+        gate.item() if isinstance(gate, Tensor) else gate,
+        steps[-1].rows(sizes),
+        tuple(step.name for step in steps),
+        flops,
+        flops / dense_flops,
+        _notes(layer, steps[0]),
     )
 
 
@@ -147,48 +149,58 @@ def _checked(lengths: Any) -> list[int]:
     return found
 
 
-def _widths(config: Any, layer: Layer) -> tuple[int, int, int]:
-    """(all heads together, number of heads, feed-forward block) of a layer, which may be narrower than the
-    config says; what a module does not tell, and a pruned attention, are as the config has it."""
-    attention = None if layer.query is None else getattr(layer.query.module, "out_features", None)
+def layer_sizes(config: Any, layer: Layer, unpadded: UnpaddedBatch) -> Sizes:
+    """What the costs of a layer depend on.
+
+    A layer may be narrower than the config says. What a module does not tell, and a pruned attention, are as
+    the config has it.
+    """
+    width = None if layer.query is None else getattr(layer.query.module, "out_features", None)
     up = layer.intermediate._modules.get("dense")
-    intermediate = getattr(up, "out_features", None) or config.intermediate_size
-    if attention is None:
-        return config.hidden_size, config.num_attention_heads, intermediate
-    return attention, layer.heads_in(attention), intermediate
+    return Sizes(
+        hidden=config.hidden_size,
+        intermediate=getattr(up, "out_features", None) or config.intermediate_size,
+        heads=config.num_attention_heads if width is None else layer.heads_in(width),
+        attention_width=config.hidden_size if width is None else width,
+        rows=unpadded.queries.rows,
+        keys=unpadded.keys.rows,
+        rows_within_halo=unpadded.rows_within_halo,
+        pairs=unpadded.pairs,
+        sequences=unpadded.batch,
+    )
 
 
-def _status(state: EncoderHandle, i: int) -> str:
+def _status(handle: EncoderHandle, i: int) -> str:
     """What became of a layer's attention, in one word."""
-    gate = state.gates[i]
-    if state.is_removed(i):
+    gate = handle.gates[i]
+    if handle.is_removed(i):
         return "removed"
     if is_skipped(gate) or (isinstance(gate, Tensor) and gate.item() == 0):
         return "skipped"
     return "gated" if isinstance(gate, Tensor) else "kept"
 
 
-def _graphs(state: EncoderHandle) -> str | None:
-    graphs = state.runtime.graphs
-    first = next(state.encoder.parameters(), None)
+def _graphs(handle: EncoderHandle) -> str | None:
+    graphs = handle.runtime.executor.graphs
+    first = next(handle.encoder.parameters(), None)
     if first is None or first.device.type not in DEVICES:
         return None
-    return "turned off" if graphs is None else graphs.said()
+    return "turned off" if graphs is None else graphs.summary()
 
 
-def _notes(layer: Layer, first: str) -> tuple[str, ...]:
+def _notes(layer: Layer, first: Step) -> tuple[str, ...]:
     """What is not the usual: an absorbed attention, a replacement, modules called as they are."""
-    notes = ["absorbed: one query a sequence"] if first == "project_query" else []
+    notes = ["absorbed: one query a sequence"] if isinstance(first, ProjectQuery) else []
     if layer.replacement is not None and layer.replacement.kind != "zero":
         notes.append(f"replaced by {layer.replacement.kind}")
-    products = {
+    linears = {
         "attention.self.query": layer.query,
         "attention.self.key": layer.key,
         "attention.self.value": layer.value,
         "attention.output.dense": layer.dense,
         "output.dense": layer.down,
     }
-    called = {path: dense.module for path, dense in products.items() if dense is not None and not dense.plain}
+    called = {path: dense.module for path, dense in linears.items() if dense is not None and not dense.plain}
     for path, end in (("attention.output", layer.attention_end), ("output", layer.output_end)):
         if not end.plain_dropout and (end is layer.output_end or layer.query is not None):
             called[f"{path}.dropout"] = end.dropout

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +20,14 @@ from fastgate.nn.packed_linear import (
     unpack_linear,
     without_gradients,
 )
+from fastgate.nn.plain_modules import is_plain
 from fastgate.ops.linear import ONEDNN_DTYPES, Packed, missing_for_onednn, pack_together
-from fastgate.runtime.layer import is_plain, is_skipped, shifts_of
+from fastgate.runtime.layer import is_skipped, layers_that_mix
+
+M = TypeVar("M", bound=nn.Module)
 
 
-def freeze(model: nn.Module) -> nn.Module:
+def freeze(model: M) -> M:
     """Lay the weights of plain Linears out as they are multiplied, in place; returns the model.
 
     For inference on the CPU in float32 or bfloat16: the same outputs but for rounding, and the layers of an
@@ -39,12 +42,34 @@ def freeze(model: nn.Module) -> nn.Module:
     gates, Unsupported for other devices and dtypes or a torch without oneDNN.
     """
     check_module("freeze", model)
-    encoders = [item.encoder for item in find_encoders(model) if hasattr(item.encoder, "fastgate_runtime")]
-    if not encoders:
+    handles = _handles(model)
+    if not handles:
         got = f"unpatched {type(model).__name__}"
         raise NothingPatched(
             format_error("freeze", "model", got, "a patched model", "call fastgate.patch(model)")
         )
+    _check_mode(model, handles)
+    linears = _packable(model, handles)
+    fused: dict[nn.Linear, Packed] = {}
+    for handle in handles:
+        for view in handle.layers:
+            fused.update(_packed_qkv(view.attention.self, set(linears)))
+    for linear in linears:
+        pack_linear(linear, fused.get(linear))
+    for handle in handles:
+        handle.runtime.frozen = True
+        handle.runtime.forget()
+    return model
+
+
+def _handles(model: nn.Module) -> list[EncoderHandle]:
+    """The handles on the patched encoders in a model."""
+    encoders = [located.encoder for located in find_encoders(model)]
+    return [EncoderHandle(encoder) for encoder in encoders if hasattr(encoder, "fastgate_runtime")]
+
+
+def _check_mode(model: nn.Module, handles: list[EncoderHandle]) -> None:
+    """Refuse training mode, soft gates, and a torch that has not the products that packed weights need."""
     if model.training:
         got = "a model in training mode"
         raise ArgumentError(
@@ -54,43 +79,46 @@ def freeze(model: nn.Module) -> nn.Module:
         raise Unsupported(
             format_error("freeze", "torch", missing_for_onednn(), "oneDNN", "run the model as it is")
         )
-    whole: set[nn.Module] = set()
-    for encoder in encoders:
-        state = EncoderHandle(encoder)
-        soft = [i for i, gate in enumerate(state.gates) if isinstance(gate, Tensor)]
+    for handle in handles:
+        soft = [i for i, gate in enumerate(handle.gates) if isinstance(gate, Tensor)]
         if soft:
             remedy = "harden the gates (Pruner.harden) first"
             raise ArgumentError(
                 format_error("freeze", "model", f"soft gates in layers {soft}", "0 or 1", remedy)
             )
-        if state.runtime.demand in ("first", "start"):
-            whole |= _absorbed(state)
-    found = [module for module in model.modules() if is_plain(module) and module not in whole]
+
+
+def _packable(model: nn.Module, handles: list[EncoderHandle]) -> list[nn.Linear]:
+    """The Linears to pack: plain ones, whose weight no other module has and nothing reads otherwise.
+
+    Raises Unsupported for one that is elsewhere than on the CPU, or of a dtype that is not packed.
+    """
+    read: set[nn.Module] = set()
+    for handle in handles:
+        if handle.runtime.demand in ("first", "start"):
+            read |= _absorbed(handle)
     holders = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
-    packable: list[Any] = [module for module in found if holders[id(module.weight)] == 1]
-    kinds = {(module.weight.device.type, module.weight.dtype) for module in packable}
+    linears = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.Linear)
+        and is_plain(module)
+        and module not in read
+        and holders[id(module.weight)] == 1
+    ]
+    places = {(linear.weight.device.type, linear.weight.dtype) for linear in linears}
     wrong = sorted(
-        f"{dtype} on {device}" for device, dtype in kinds if device != "cpu" or dtype not in ONEDNN_DTYPES
+        f"{dtype} on {device}" for device, dtype in places if device != "cpu" or dtype not in ONEDNN_DTYPES
     )
     if wrong:
         remedy = "run the model as it is, or convert it first"
         raise Unsupported(
             format_error("freeze", "model", ", ".join(wrong), "float32 or bfloat16 on the CPU", remedy)
         )
-    together = {}
-    for encoder in encoders:
-        for view in EncoderHandle(encoder).layers:
-            together.update(_joined(view.attention.self, set(packable)))
-    for module in packable:
-        pack_linear(module, together.get(module))
-    for encoder in encoders:
-        runtime = EncoderHandle(encoder).runtime
-        runtime.frozen = True
-        runtime.forget()
-    return model
+    return linears
 
 
-def thaw(model: nn.Module) -> nn.Module:
+def thaw(model: M) -> M:
     """Make Linears again of what `freeze` packed, in place; returns the model.
 
     They are the modules that they were, with the parameters that they had where somebody still holds those,
@@ -117,25 +145,25 @@ def forward_frozen(forward: Callable[..., Any], encoder: nn.Module, *args: Any, 
     asks for one."""
     if not torch.is_grad_enabled():
         return forward(encoder, *args, **kwargs)
-    given = (*args, *kwargs.values())
-    if any(isinstance(t, Tensor) and t.requires_grad for t in given) or asks_for_gradients(encoder):
+    arguments = (*args, *kwargs.values())
+    if any(isinstance(t, Tensor) and t.requires_grad for t in arguments) or asks_for_gradients(encoder):
         return without_gradients(encoder.training, lambda: forward(encoder, *args, **kwargs))
     return forward(encoder, *args, **kwargs)
 
 
-def _joined(attention: Any, found: set[nn.Linear]) -> dict[nn.Linear, Packed]:
-    """Query, key and value packed together, if all three are among `found` and of one shape."""
+def _packed_qkv(attention: Any, linears: set[nn.Linear]) -> dict[nn.Linear, Packed]:
+    """Query, key and value packed together, if all three are among `linears` and of one shape."""
     parts = [attention._modules.get(name) for name in ("query", "key", "value")]
-    if not found.issuperset(parts) or len({part.weight.shape for part in parts}) > 1:
+    if not linears.issuperset(parts) or len({part.weight.shape for part in parts}) > 1:
         return {}
     return dict(zip(parts, pack_together([part.weight for part in parts]), strict=True))
 
 
-def _absorbed(state: EncoderHandle) -> set[nn.Module]:
-    """The key and value Linears of the last attention: with one query a sequence their weights are read."""
-    gates = state.gates
+def _absorbed(handle: EncoderHandle) -> set[nn.Module]:
+    """The key and value Linears of the last attention. With one query per sequence their weights are read."""
+    gates = handle.gates
     top = max((i for i, gate in enumerate(gates) if not is_skipped(gate)), default=-1)
-    if max(shifts_of(state.encoder.encoder.layer, gates), default=-1) >= top:
+    if max(layers_that_mix(handle.encoder.encoder.layer, gates), default=-1) >= top:
         return set()
-    attention = state.layers[top].attention.self
+    attention = handle.layers[top].attention.self
     return {attention.key, attention.value}

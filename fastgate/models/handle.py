@@ -8,16 +8,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fastgate.errors import ArgumentError, CheckpointError, NothingPatched, Unsupported, format_error
 from fastgate.models.architectures import find_encoders
 from fastgate.models.inspection import Inspections
 from fastgate.nn.replacement import Replacement
-from fastgate.runtime.compiled_plan import PlanCache
 from fastgate.runtime.context import ActivationTrace
-from fastgate.runtime.cuda_graphs import DEVICES, CudaGraphs
+from fastgate.runtime.executor import Executor
 from fastgate.runtime.layer import Gate, is_skipped, replacement_of
 
 POOLINGS = ("first", "mean")  # what a pooler reads: token 0, or the mean over the attended rows
@@ -28,21 +26,19 @@ POOLING_KEY = "fastgate_pooling"  # where a config says it; without it: first
 class EncoderRuntime:
     """What a patched encoder carries beside its weights.
 
-    reads: the rows that what stands above it reads (families.DEMANDS), None if nothing known does. gates: one
-    an encoder layer: 1.0 the attention runs, 0.0 it is skipped, a 0-d tensor it is gated. record: where to
-    write what is computed, while recording. asked: the demand `patch` was called with, if any. graphs: those
-    captured for inference on a GPU; None: never. programs: what its layers run once they are frozen.
-    inspections: what its modules were found to be. pooling: one of POOLINGS. unfinished: the gates are being
-    learned, so their values now are no result. frozen: whether `freeze` has packed weights. removed: the
-    layers whose attention `prune` has dropped.
+    reads: the rows that the head above it reads (architectures.DEMANDS). None if nothing known does. gates:
+    one an encoder layer. 1.0: the attention runs. 0.0: it is skipped. A 0-d tensor: it is gated. trace: what
+    to record in, while recording. asked: the demand that `patch` was called with, if any. executor: runs its
+    plans. inspections: what its modules were found to be. pooling: one of POOLINGS. unfinished: the gates are
+    being learned, so their values now are no result. frozen: whether `freeze` has packed weights. removed:
+    the layers whose attention `prune` has dropped.
     """
 
     reads: str | None
     gates: list[Gate] = field(default_factory=list)
-    record: ActivationTrace | None = None
+    trace: ActivationTrace | None = None
     asked: str | None = None
-    graphs: CudaGraphs | None = None
-    programs: PlanCache = field(default_factory=PlanCache)
+    executor: Executor = field(default_factory=Executor)
     inspections: Inspections = field(default_factory=Inspections)
     pooling: str = "first"
     unfinished: bool = False
@@ -50,8 +46,9 @@ class EncoderRuntime:
     removed: tuple[int, ...] = ()
 
     def forget(self) -> None:
-        """Let go of what was found in the modules, so that weights that were dropped are freed at once."""
-        self.inspections, self.programs = Inspections(), PlanCache()
+        """Drop what was found in the modules, so that weights that were dropped are freed at once."""
+        self.inspections = Inspections()
+        self.executor.clear()
 
     @property
     def demand(self) -> str:
@@ -61,18 +58,6 @@ class EncoderRuntime:
         if self.asked == "all" and self.reads != "every":
             return "attended"
         return self.reads or ("first" if self.asked == "first" else "attended")
-
-    def captures(self, device: torch.device) -> bool:
-        """Whether forwards on `device` may be replayed from graphs."""
-        return self.graphs is not None and device.type in DEVICES
-
-
-@dataclass(frozen=True)
-class LayerView:
-    """One encoder layer: its index and the attention module of transformers."""
-
-    index: int
-    attention: Any
 
 
 class PrunedOtherwise(CheckpointError, RuntimeError):
@@ -87,16 +72,17 @@ class EncoderHandle:
 
     @property
     def runtime(self) -> EncoderRuntime:
-        found: EncoderRuntime = self.encoder.fastgate_runtime
-        return found
+        runtime: EncoderRuntime = self.encoder.fastgate_runtime
+        return runtime
 
     @property
     def num_layers(self) -> int:
         return len(self.encoder.encoder.layer)
 
     @property
-    def layers(self) -> list[LayerView]:
-        return [LayerView(i, layer.attention) for i, layer in enumerate(self.encoder.encoder.layer)]
+    def layers(self) -> list[Any]:
+        """The encoder layers, modules of transformers."""
+        return list(self.encoder.encoder.layer)
 
     @property
     def gates(self) -> list[Gate]:
@@ -115,9 +101,8 @@ class EncoderHandle:
                 )
             )
         for i, gate in enumerate(gates):
-            if (isinstance(gate, Tensor) and gate.dim()) or (
-                not isinstance(gate, Tensor) and gate not in (0.0, 1.0)
-            ):
+            is_valid = gate.dim() == 0 if isinstance(gate, Tensor) else gate in (0.0, 1.0)
+            if not is_valid:
                 raise ArgumentError(
                     format_error(
                         "set_gates",
@@ -205,14 +190,14 @@ class EncoderHandle:
             layer.attention._modules.pop("replacement", None)
 
     @contextmanager
-    def record(self, whole: bool = True) -> Iterator[ActivationTrace]:
-        """While open, each forward fills the yielded Record anew. whole: as in Record."""
-        record = ActivationTrace(whole=whole)
-        self.runtime.record = record
+    def record(self, every_row: bool = True) -> Iterator[ActivationTrace]:
+        """While open, each forward fills the trace anew. every_row: as in ActivationTrace."""
+        trace = ActivationTrace(every_row=every_row)
+        self.runtime.trace = trace
         try:
-            yield record
+            yield trace
         finally:
-            self.runtime.record = None
+            self.runtime.trace = None
 
 
 def check_module(where: str, model: object) -> None:

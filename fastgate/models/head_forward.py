@@ -6,24 +6,29 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from transformers.modeling_outputs import MaskedLMOutput
-from transformers.utils import can_return_tuple
+from torch import Tensor, nn
 
 from fastgate.errors import ArgumentError, format_error
+from fastgate.models import compat
 from fastgate.models.architectures import Family
 from fastgate.models.encoder_forward import checked_rows
 from fastgate.models.handle import EncoderRuntime
 from fastgate.runtime.unpadding import on_host
 
+Arguments = dict[str, Any]  # of a call of a model, by name
 
-def rows_read(head: Any, runtime: EncoderRuntime, given: dict[str, Any]) -> Tensor | None:
+
+def output_rows_of_call(head: nn.Module, runtime: EncoderRuntime, arguments: Arguments) -> Tensor | None:
     """(batch, length) bool, the rows that a call of a tagging or language-model head reads; None: attended.
 
-    The rows asked for and the labelled ones; in evaluation, or where `patch` was asked for all, a loss comes
-    with the logits of all attended rows. given: the call's arguments by name.
+    They are the rows asked for and the labelled ones. In evaluation, or where `patch` was asked for all, a
+    loss comes with the logits of all attended rows.
+
+    Raises ArgumentError for rows or labels of another shape than the input.
     """
-    rows, labels, tokens = given.get("rows"), given.get("labels"), _tokens(given)
+    rows: Tensor | None = arguments.get("rows")
+    labels: Tensor | None = arguments.get("labels")
+    tokens = _tokens(arguments)
     if tokens is None or (rows is None and labels is None):
         return rows
     shape = (tokens.shape[0], tokens.shape[1])
@@ -36,30 +41,71 @@ def rows_read(head: Any, runtime: EncoderRuntime, given: dict[str, Any]) -> Tens
         raise ArgumentError(
             format_error("forward", "labels", got, f"one a token, {shape}", "pad labels as the input is")
         )
-    labelled = (labels != -100).view(shape)
+    labelled: Tensor = (labels != -100).view(shape)
     if rows is not None:
         return rows.to(labelled.device) | labelled
     if head.training and runtime.asked != "all":
         return labelled
-    mask = given.get("attention_mask")
+    mask: Tensor | None = arguments.get("attention_mask")
     return labelled | mask.to(labelled.device).bool() if mask is not None and mask.shape == shape else None
 
 
-def _tokens(given: dict[str, Any]) -> Tensor | None:
-    ids: Tensor | None = given.get("input_ids")
-    return given.get("inputs_embeds") if ids is None else ids
+def _tokens(arguments: Arguments) -> Tensor | None:
+    """What the call gives as input: (batch, length) ids, or (batch, length, hidden) embeddings."""
+    ids: Tensor | None = arguments.get("input_ids")
+    embeds: Tensor | None = arguments.get("inputs_embeds")
+    return embeds if ids is None else ids
 
 
-@can_return_tuple
-def masked_lm(head: Any, family: Family, rows: Tensor | None, given: dict[str, Any]) -> Any:
-    """What a language-model head returns for the rows read (see rows_read); the other rows' logits are zeros.
+def masked_lm(
+    head: Any, family: Family, rows: Tensor | None, arguments: Arguments, return_dict: bool | None
+) -> Any:
+    """What a language-model head returns for the output rows; the other rows' logits are zeros.
 
-    The product with the vocabulary costs, in a BERT-base, more than three layers: it runs on these rows only,
-    and so does the cross entropy, which is of labelled rows alone whatever stands in the others.
+    The product with the vocabulary costs, in a BERT-base, more than three layers. It runs on the output rows
+    only. So does the cross entropy, which is of labelled rows alone whatever is in the others.
+
+    rows: (batch, length) bool, None: the attended ones. return_dict: as in transformers.
     """
-    mask, tokens = given.get("attention_mask"), _tokens(given)
-    labels, following = given.get("labels"), given.get("next_sentence_label")
-    passed = {name: v for name, v in given.items() if name not in ("labels", "next_sentence_label")}
+    output = _masked_lm(head, family, rows, arguments)
+    if return_dict is None:
+        return_dict = getattr(head.config, "return_dict", True)
+    return output if return_dict else output.to_tuple()
+
+
+def _masked_lm(head: Any, family: Family, rows: Tensor | None, arguments: Arguments) -> Any:
+    outputs, index = _encode(head, family, rows, arguments)
+    hidden: Tensor = outputs.last_hidden_state
+    flat = hidden.flatten(0, 1)
+    chosen = flat if index is None else flat.index_select(0, index)
+    module = head.cls if hasattr(head, "cls") else head.lm_head
+    pretraining = hasattr(module, "seq_relationship")
+    scores: Tensor
+    relation: Any
+    scores, relation = module(chosen, outputs.pooler_output) if pretraining else (module(chosen), None)
+    logits = scores if index is None else _spread(scores, index, len(flat))
+    logits = logits.view(*hidden.shape[:2], -1)
+    labels, next_sentence = arguments.get("labels"), arguments.get("next_sentence_label")
+    loss = None
+    if labels is not None and (next_sentence is not None or not pretraining):
+        labels = labels.to(scores.device).flatten()
+        loss = F.cross_entropy(scores, labels if index is None else labels.index_select(0, index))
+    recorded = {"hidden_states": outputs.hidden_states, "attentions": outputs.attentions}
+    if not pretraining:
+        return compat.MaskedLMOutput(loss=loss, logits=logits, **recorded)
+    if loss is not None and next_sentence is not None:
+        loss = loss + F.cross_entropy(relation.view(-1, 2), next_sentence.view(-1))
+    return compat.PreTrainingOutput(
+        loss=loss, prediction_logits=logits, seq_relationship_logits=relation, **recorded
+    )
+
+
+def _encode(
+    head: Any, family: Family, rows: Tensor | None, arguments: Arguments
+) -> tuple[Any, Tensor | None]:
+    """What the encoder returns, and the index of the rows to run the head on (see _index)."""
+    mask, tokens = arguments.get("attention_mask"), _tokens(arguments)
+    passed = {name: v for name, v in arguments.items() if name not in ("labels", "next_sentence_label")}
     if tokens is not None and mask is not None and mask.shape != tokens.shape[:2]:
         mask = tokens = None  # the encoder refuses it
     if any(t is not None and t.device.type != "cpu" for t in (mask, rows)):
@@ -68,33 +114,13 @@ def masked_lm(head: Any, family: Family, rows: Tensor | None, given: dict[str, A
         passed |= {} if mask is None else {"attention_mask": mask}
     index = None if tokens is None else _index(mask if rows is None else rows, tokens.device)
     outputs = getattr(head, family.attribute)(**(passed | {"rows": rows, "return_dict": True}))
-    hidden = outputs.last_hidden_state
     if outputs.hidden_states is not None or outputs.attentions is not None:
         index = None  # every row is read then
-    flat = hidden.flatten(0, 1)
-    picked = flat if index is None else flat.index_select(0, index)
-    module = head.cls if hasattr(head, "cls") else head.lm_head
-    pretraining = hasattr(module, "seq_relationship")
-    scores: Tensor
-    relation: Any
-    scores, relation = module(picked, outputs.pooler_output) if pretraining else (module(picked), None)
-    logits = scores if index is None else _spread(scores, index, len(flat))
-    logits = logits.view(*hidden.shape[:2], -1)
-    loss = None
-    if labels is not None and (following is not None or not pretraining):
-        labels = labels.to(scores.device).flatten()
-        loss = F.cross_entropy(scores, labels if index is None else labels.index_select(0, index))
-    kept = {"hidden_states": outputs.hidden_states, "attentions": outputs.attentions}
-    if not pretraining:
-        return MaskedLMOutput(loss=loss, logits=logits, **kept)
-    if loss is not None and following is not None:
-        loss = loss + F.cross_entropy(relation.view(-1, 2), following.view(-1))
-    output = family.module.BertForPreTrainingOutput
-    return output(loss=loss, prediction_logits=logits, seq_relationship_logits=relation, **kept)
+    return outputs, index
 
 
 def _index(rows: Tensor | None, device: torch.device) -> Tensor | None:
-    """(n,) int64 on the device: row b * length + t of each row to run the head on; None: all of them.
+    """(n,) int64 on the device: b * length + t of each row to run the head on; None: all of them.
 
     rows: (batch, length), None: all. On the host it is counted without a wait.
     """

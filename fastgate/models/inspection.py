@@ -1,16 +1,12 @@
 """What an encoder is made of, looked at once: which modules are plain, and which must be called or refused.
 
 The encoder runs fused ops in place of modules, so before each forward it must know that nobody has changed
-them. To look at each module takes a millisecond, to see that nothing has changed takes some microseconds:
-what could change is kept in flat lists, which C code compares. Numbers and values (rates of dropout, eps, the
-weights' own values) are not compared, they are read at each use.
+them (runtime/snapshot.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from itertools import chain
-from operator import is_
 from typing import Any
 
 import torch
@@ -19,30 +15,16 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fastgate.errors import Unsupported, format_error
 from fastgate.models.architectures import FAMILIES, Family, base_class, verify_modules
-from fastgate.nn.hooks import GLOBAL_HOOKS, foreign_hooks, hook_dicts, is_itself, replaced_method
-from fastgate.runtime.layer import PLAIN_TENSORS, Layer, drop, is_plain, is_plain_dropout, is_plain_norm
+from fastgate.nn.hooks import GLOBAL_HOOKS, foreign_hooks, is_itself, replaced_method
+from fastgate.nn.plain_modules import PLAIN_TENSORS, dropout_rate, is_plain, is_plain_dropout, is_plain_norm
+from fastgate.runtime.snapshot import KNOWN_PACKAGES, EncoderSnapshot
 
 _REMEDY = "run the model as transformers does (fastgate.unpatch)"
-# Attributes that decide whether a module is plain, and may be set at any time.
-DECISIVE = (
-    "forward",
-    "act",
-    "approximate",
-    "intermediate_act_fn",
-    "normalized_shape",
-    "max_norm",
-    "scale_grad_by_freq",
-    "sparse",
-)
-
-# Modules whose forward is known: what they compute is in their parameters and a few numbers.
-KNOWN = ("torch.nn.modules.", "transformers.models.", "transformers.activations", "fastgate.")
 REQUIRE_GRADIENTS = "make_inputs_require_grads"  # the hook of PreTrainedModel.enable_input_require_grads
 
 
-class Inspection:
-    """An encoder as it was found. layers: its layers. tables: of words, positions and types, where
-    embed_norm may stand for the embeddings; none where they are called as a module.
+class Inspection(EncoderSnapshot):
+    """An encoder as it was found.
 
     Raises Unsupported for modules that are neither plain nor called, and for weights that are elsewhere.
     """
@@ -50,65 +32,35 @@ class Inspection:
     def __init__(self, encoder: Any) -> None:
         self.family = _family(encoder)
         verify_modules("forward", encoder, self.family)
-        self.attention = _attention_of(encoder.config, self.family)
-        _verify_attention(*self.attention)
-        self.roots = (encoder.embeddings, encoder.encoder, encoder.config)
-        self.layers = tuple(Layer.of(layer) for layer in encoder.encoder.layer)
-        self.removed = tuple(i for i, layer in enumerate(self.layers) if layer.query is None)
-        self.tables = _tables(encoder.embeddings)
+        self.config = encoder.config
+        self.attention_function = _attention_function(encoder.config, self.family)
+        _verify_attention(*self.attention_function)
+        super().__init__(encoder, _tables(encoder.embeddings))
         self.hooked_tables = [table for table in self.tables if foreign_hooks(table)]
-        self.modules: list[nn.Module] = list(
-            dict.fromkeys(m for root in self.roots[:2] for m in root.modules())
-        )
-        self.size = len(encoder.__dict__)  # the dictionary itself leads here, and would keep itself alive
-        self.states = [m.__dict__ for m in self.modules]
-        self.sizes = list(map(len, self.states))
-        self.types = list(map(type, self.modules))
-        self.classes: list[Any] = list(dict.fromkeys(self.types))
-        self.forwards = [kind.forward for kind in self.classes]
-        held: list[list[dict[str, Any]]] = [[m._modules, m._parameters, m._buffers] for m in self.modules]
-        self.held = [of for of in chain.from_iterable(held) if of]
-        self.there = list(_flat(self.held))
-        self.tensors: list[Tensor] = list(dict.fromkeys(t for t in self.there if isinstance(t, Tensor)))
-        self.kinds = list(map(type, self.tensors))
-        hooks = [of for m in self.modules for of in hook_dicts(m)]
-        self.unhooked = [of for of in hooks if not of]
-        self.hooked = [(of, tuple(of)) for of in hooks if of]
-        self.decisive = [(s, name, s[name]) for s in self.states for name in DECISIVE if name in s]
         self.token_type_buffer = encoder.embeddings._buffers.get("token_type_ids")
-        self.changes = _changes(self.token_type_buffer)
+        self.token_type_changes = _changes(self.token_type_buffer)
         verify_places(encoder)
 
     @property
     def gathers(self) -> bool:
-        """Whether embed_norm may stand for the embeddings now: the tables are of one dtype, where a hook has
-        an output require a gradient it does so anyway, and dropout leaves something."""
+        """Whether embed_norm may stand for the embeddings now.
+
+        The tables are of one dtype, where a hook has an output require a gradient it does so anyway, and
+        dropout leaves something.
+        """
         return (
             len({table.weight.dtype for table in self.tables}) == 1
             and all(table.weight.requires_grad for table in self.hooked_tables)
-            and drop(self.roots[0].dropout) < 1.0
+            and dropout_rate(self.embeddings.dropout) < 1.0
         )
 
-    def holds(self, encoder: Any) -> bool:
+    def matches(self, encoder: Any) -> bool:
         """Whether `encoder` is made of the same things still."""
-        state, modules = encoder.__dict__, encoder._modules
-        now = list(_flat(self.held))
         return (
-            self.roots[0] is modules["embeddings"]
-            and self.roots[1] is modules["encoder"]
-            and self.roots[2] is state["config"]
-            and self.size == len(state)
-            and len(now) == len(self.there)
-            and all(map(is_, now, self.there))
-            and list(map(len, self.states)) == self.sizes
-            and list(map(type, self.modules)) == self.types
-            and list(map(type, self.tensors)) == self.kinds
-            and not any(self.unhooked)
-            and all(tuple(of) == keys for of, keys in self.hooked)
-            and all(of.get(name) is value for of, name, value in self.decisive)
-            and all(kind.forward is own for kind, own in zip(self.classes, self.forwards, strict=True))
-            and _attention_of(self.roots[2], self.family) == self.attention
-            and _changes(self.token_type_buffer) == self.changes
+            self.config is encoder.__dict__["config"]
+            and super().matches(encoder)
+            and _attention_function(self.config, self.family) == self.attention_function
+            and _changes(self.token_type_buffer) == self.token_type_changes
         )
 
 
@@ -125,10 +77,10 @@ class Inspections:
         """
         if any(GLOBAL_HOOKS):
             _refuse_global_hooks()
-        found = self.last
-        if found is None or not found.holds(encoder):
-            found = self.last = Inspection(encoder)
-        return found
+        inspection = self.last
+        if inspection is None or not inspection.matches(encoder):
+            inspection = self.last = Inspection(encoder)
+        return inspection
 
     def __deepcopy__(self, memo: Any) -> Inspections:
         return Inspections()
@@ -137,16 +89,12 @@ class Inspections:
         return Inspections, ()
 
 
-def _flat(dicts: Iterable[dict[str, Any]]) -> Iterable[Any]:
-    return chain.from_iterable(map(dict.values, dicts))
-
-
 def _family(encoder: nn.Module) -> Family:
     package = base_class(encoder).__module__
     return next(family for family in FAMILIES if family.module.__name__ == package)
 
 
-def _attention_of(config: Any, family: Family) -> tuple[str, Any]:
+def _attention_function(config: Any, family: Family) -> tuple[str, Any]:
     """The name of the attention that the config asks for, and the function that transformers calls for it."""
     name = config.__dict__.get("_attn_implementation_internal") or "eager"
     if name == "eager":
@@ -226,7 +174,7 @@ def verify_places(encoder: Any) -> None:
     for place, module in encoder.named_modules():
         if place.partition(".")[0] not in ("embeddings", "encoder"):
             continue
-        if not type(module).__module__.startswith(KNOWN) or not is_itself(module):
+        if not type(module).__module__.startswith(KNOWN_PACKAGES) or not is_itself(module):
             continue  # it is called, and what it is, or was put around it, knows where the weights are
         for key, tensor in chain(module._parameters.items(), module._buffers.items()):
             if tensor is None or type(tensor) not in PLAIN_TENSORS:

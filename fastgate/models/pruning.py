@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, SupportsIndex, TypeVar
 
 from torch import nn
 
@@ -12,61 +12,68 @@ from fastgate.errors import ArgumentError, Unsupported, format_error
 from fastgate.models.architectures import find_encoders
 from fastgate.models.handle import EncoderHandle, check_module, get_encoder
 from fastgate.models.patching import patch
-from fastgate.nn.replacement import KINDS, Removed
+from fastgate.nn.choices import REPLACEMENT_KINDS, ReplacementKind
+from fastgate.nn.replacement import Removed
+
+M = TypeVar("M", bound=nn.Module)
 
 
-def prune(model: nn.Module, keep: Iterable[int], replacement: str = "zero") -> nn.Module:
-    """Keep self-attention in the layers `keep` (indices from 0) and drop it everywhere else, in place.
+def prune(model: M, keep: Iterable[SupportsIndex], replacement: ReplacementKind = "zero") -> M:
+    """Keep self-attention in the layers `keep` and remove it from all others, in place; returns the model.
 
     Patches the model if it is not patched, drops the query, key, value and output weights of the other
-    layers, and leaves their LayerNorm. `replacement` stands in for what is dropped: `zero` nothing, `mean` a
-    vector, `affine` a vector and a scale a channel, `shift` these and weights a channel on the two tokens
-    beside; values already learned are kept, others start at zero. A `shift` is the one that costs a step of
-    its own, and the rows it looks at are computed with those it is computed for. Returns the model.
+    layers, and leaves their LayerNorm.
 
-    keep: integers of Python, numpy or torch.
+    keep: indices from 0, integers of Python, numpy or torch.
+
+    replacement: what takes the place of a pruned attention. `zero`: nothing. `mean`: a vector. `affine`: a
+    vector and a scale per channel. `shift`, the token shift: these and, per channel, weights on the previous
+    and the next token. Values already learned stay, others start at zero. Only the token shift costs a step
+    of its own, and output rows that it adds.
 
     Raises ArgumentError for indices outside the encoder, an unknown replacement, or a layer pruned before,
-    Unsupported for a model with adapters of PEFT, or layers dropped that are one module with layers kept.
+    Unsupported for a model with adapters of PEFT, or pruned layers that are one module with layers kept.
     """
     check_module("prune", model)
     refuse_adapters("prune", model)
-    found = list(find_encoders(model))
-    if len(found) != 1:  # which of these raises says how many there are
+    encoders = list(find_encoders(model))
+    if len(encoders) != 1:  # which of these raises says how many there are
         patch(model)
         get_encoder(model, "prune")
-    state = EncoderHandle(found[0].encoder)
-    kept = _indices(keep, state.num_layers)
-    if replacement not in KINDS:
+    handle = EncoderHandle(encoders[0].encoder)
+    kept = _indices(keep, handle.num_layers)
+    if replacement not in REPLACEMENT_KINDS:
+        wanted = " | ".join(REPLACEMENT_KINDS)
         raise ArgumentError(
-            format_error("prune", "replacement", repr(replacement), " | ".join(KINDS), "pass one of these")
+            format_error("prune", "replacement", repr(replacement), wanted, "pass one of these")
         )
-    gone = [i for i in kept if state.is_removed(i)]
-    if gone:
-        raise ArgumentError(
-            format_error(
-                "prune", "keep", gone, "layers whose attention is still there", "load the unpruned model"
-            )
-        )
+    dropped = [i for i in range(handle.num_layers) if i not in kept]
+    _check_layers(handle, kept, dropped)
+    patch(model)
+    handle.add_replacements(replacement, layers=dropped)
+    for i, layer in enumerate(handle.layers):
+        if i in kept:
+            layer.attention._modules.pop("replacement", None)
+        else:
+            layer.attention.self = Removed()
+            layer.attention.output.dense = Removed()
+    handle.runtime.removed = tuple(dropped)
+    handle.runtime.forget()
+    handle.set_gates([1.0 if i in kept else 0.0 for i in range(handle.num_layers)])
+    return model
 
-    dropped = [i for i in range(state.num_layers) if i not in kept]
-    at = [id(view.attention) for view in state.layers]
-    shared = [i for i in dropped if at[i] in {at[j] for j in kept}]
+
+def _check_layers(handle: EncoderHandle, kept: list[int], dropped: list[int]) -> None:
+    """Refuse to keep what was pruned before, and to drop what layers that are kept have too."""
+    pruned = [i for i in kept if handle.is_removed(i)]
+    if pruned:
+        wanted, remedy = "layers whose attention is still there", "load the unpruned model"
+        raise ArgumentError(format_error("prune", "keep", pruned, wanted, remedy))
+    attentions = [id(layer.attention) for layer in handle.layers]
+    shared = [i for i in dropped if attentions[i] in {attentions[j] for j in kept}]
     if shared:
         got, remedy = f"layers {shared} that share their attention with others", "copy.deepcopy each layer"
         raise Unsupported(format_error("prune", "keep", got, "layers of their own to drop", remedy))
-    patch(model)
-    state.add_replacements(replacement, layers=dropped)
-    for view in state.layers:
-        if view.index in kept:
-            view.attention._modules.pop("replacement", None)
-        else:
-            view.attention.self = Removed()
-            view.attention.output.dense = Removed()
-    state.runtime.removed = tuple(dropped)
-    state.runtime.forget()
-    state.set_gates([1.0 if i in kept else 0.0 for i in range(state.num_layers)])
-    return model
 
 
 def refuse_adapters(where: str, model: nn.Module) -> None:
@@ -81,25 +88,25 @@ def refuse_adapters(where: str, model: nn.Module) -> None:
             raise Unsupported(format_error(where, "model", got, "a model without adapters", remedy))
 
 
-def _indices(keep: Any, layers: int) -> list[int]:
+def _indices(keep: object, layers: int) -> list[int]:
     """The layers to keep, in order."""
     wanted, remedy = f"layer indices from 0 to {layers - 1}", "pass a list, such as keep=[0, 3]"
     if isinstance(keep, str | bytes) or not isinstance(keep, Iterable):
         raise ArgumentError(format_error("prune", "keep", repr(keep), wanted, remedy))
     try:
-        given = list(keep)
+        values = list(keep)
     except TypeError as error:  # a tensor without a dimension
         raise ArgumentError(format_error("prune", "keep", repr(keep), wanted, remedy)) from error
-    found, wrong = set(), []
-    for one in given:
-        index = _index(one)
+    indices, wrong = set(), []
+    for value in values:
+        index = _index(value)
         if index is None or not 0 <= index < layers:
-            wrong.append(one)
+            wrong.append(value)
         else:
-            found.add(index)
+            indices.add(index)
     if wrong:
         raise ArgumentError(format_error("prune", "keep", wrong[:5], wanted, "drop or correct them"))
-    return sorted(found)
+    return sorted(indices)
 
 
 def _index(value: Any) -> int | None:

@@ -8,32 +8,34 @@ from typing import Any
 
 from torch import nn
 
-# Modules that may follow the pooling without a look at the tokens, unless told to by `module_input_name`.
-_AFTER = ("Dense", "Dropout", "LayerNorm", "Normalize")
+from fastgate.nn.choices import OutputRows
+
+# Modules that may follow the pooling. They do not read the tokens, unless `module_input_name` says so.
+_MODULES_AFTER_POOLING = ("Dense", "Dropout", "LayerNorm", "Normalize")
 
 
-def rows_read(model: nn.Module) -> dict[int, str]:
-    """id of a module inside a sentence-transformers model -> the rows (families.DEMANDS) that are read of it.
+def output_rows_by_module(model: nn.Module) -> dict[int, OutputRows]:
+    """id of a module inside a sentence-transformers model -> the output rows that are read of it.
 
-    `start`: the first attended token of each sequence, which is what CLS pooling takes there. Any other
-    pooling, and any module or subclass not known here, reads all attended tokens; expanded queries read
-    their padding too. Empty unless sentence-transformers is loaded.
+    CLS pooling takes `start`, the first attended token of each sequence. Any other pooling, and any module or
+    subclass not known here, reads all attended tokens. Expanded queries read their padding too. Empty unless
+    sentence-transformers is loaded.
     """
-    found: dict[int, str] = {}
+    rows: dict[int, OutputRows] = {}
     if "sentence_transformers" not in sys.modules:
-        return found
+        return rows
     for module in model.modules():
         if _is(module, "SentenceTransformer"):
-            reads = "start" if _pools_cls(module) else "attended"
-            found |= {id(inside): reads for inside in module.modules()}
+            reads: OutputRows = "start" if _pools_cls(module) else "attended"
+            rows |= {id(inside): reads for inside in module.modules()}
     for module in model.modules():
         if _is(module, "Transformer") and getattr(module, "query_expansion", None) is not None:
-            found |= {id(inside): "every" for inside in module.modules()}
-    return found
+            rows |= {id(inside): "every" for inside in module.modules()}
+    return rows
 
 
-class EncodeAround:
-    """`encode` of a model of sentence-transformers whose encoder computes one row a sequence.
+class EncodeWrapper:
+    """`encode` of a sentence-transformers model whose encoder computes one row per sequence.
 
     A call that reads more, because it asks for the tokens or the pooling was changed, has all attended rows
     computed from then on.
@@ -51,25 +53,24 @@ class EncodeAround:
                     runtime.asked = "all"
         return encode(self.model, *args, **kwargs)
 
-    def _reads_more(self, encode: Any, args: Any, kwargs: Any) -> bool:
+    def _reads_more(self, encode: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         names = list(inspect.signature(encode).parameters)[1:]
-        given = dict(zip(names, args, strict=False)) | kwargs
-        return given.get("output_value", "sentence_embedding") != "sentence_embedding" or not _pools_cls(
-            self.model
-        )
+        arguments = dict(zip(names, args, strict=False)) | kwargs
+        value = arguments.get("output_value", "sentence_embedding")
+        return value != "sentence_embedding" or not _pools_cls(self.model)
 
 
 def watch(model: nn.Module) -> None:
-    """Put an EncodeAround on every model of sentence-transformers in `model` that pools one row."""
+    """Put an EncodeWrapper on every sentence-transformers model in `model` that pools one row."""
     for module in model.modules():
         if _is(module, "SentenceTransformer") and _pools_cls(module):
-            module.__dict__.setdefault("encode", EncodeAround(module))
+            module.__dict__.setdefault("encode", EncodeWrapper(module))
 
 
 def unwatch(model: nn.Module) -> None:
-    """Take the EncodeArounds away."""
+    """Take the EncodeWrappers away."""
     for module in model.modules():
-        if isinstance(module.__dict__.get("encode"), EncodeAround):
+        if isinstance(module.__dict__.get("encode"), EncodeWrapper):
             del module.__dict__["encode"]
 
 
@@ -84,15 +85,15 @@ def _pools_cls(model: Any) -> bool:
     modules = list(model.children())
     if len(modules) < 2:
         return False
-    encoder, pooling, *after = modules
+    encoder, pooling, *later = modules
     return (
         _is(encoder, "Transformer")
         and _is(pooling, "Pooling")
         and getattr(pooling, "pooling_mode", None) == "cls"
         and pooling.include_prompt
         and all(
-            any(_is(module, name) for name in _AFTER)
+            any(_is(module, name) for name in _MODULES_AFTER_POOLING)
             and getattr(module, "module_input_name", "sentence_embedding") == "sentence_embedding"
-            for module in after
+            for module in later
         )
     )

@@ -1,4 +1,4 @@
-"""The distributions of the gates: drawing on the host, probabilities, their inverse.
+"""The distributions of the gates: drawing on the host, probabilities, the mean.
 
 A gate is `z = clamp(s * (ZETA - GAMMA) + GAMMA, 0, 1)` with `s = sigmoid((logit(u) + log_alpha) / BETA)` and
 u uniform in (0, 1) (Louizos, Welling, Kingma, "Learning Sparse Neural Networks through L0 Regularization",
@@ -17,7 +17,7 @@ from fastgate.errors import ArgumentError, format_error
 
 GAMMA, ZETA = -0.1, 1.1  # the stretch: the probability mass outside [0, 1] is clipped onto 0 and 1
 BETA = 2.0 / 3.0  # temperature
-_SHIFT = BETA * math.log(-GAMMA / ZETA)  # P(z > 0) = sigmoid(log_alpha - _SHIFT)
+_LOGIT_OFFSET = BETA * math.log(-GAMMA / ZETA)  # P(z > 0) = sigmoid(log_alpha - _LOGIT_OFFSET)
 
 
 def draw(log_alpha: Tensor, generator: torch.Generator) -> Tensor:
@@ -28,9 +28,14 @@ def draw(log_alpha: Tensor, generator: torch.Generator) -> Tensor:
     """
     if log_alpha.device.type != "cpu" or generator.device.type != "cpu":
         raise ArgumentError(
-            format_error("gates.draw", "log_alpha", f"{log_alpha.device.type}, generator {generator.device.type}",
-                "both on the CPU", "move log_alpha to the CPU and use torch.Generator()")
-        )  # fmt: skip
+            format_error(
+                "hard_concrete.draw",
+                "log_alpha",
+                f"{log_alpha.device.type}, generator {generator.device.type}",
+                "both on the CPU",
+                "move log_alpha to the CPU and use torch.Generator()",
+            )
+        )
     # fp64 noise whatever log_alpha's dtype: u is never 0 or 1 exactly after the clamp, so logit(u) is finite.
     u = torch.rand(log_alpha.shape, generator=generator, dtype=torch.float64).clamp_(1e-12, 1 - 1e-12)
     s = torch.sigmoid((torch.logit(u).to(log_alpha.dtype) + log_alpha) / BETA)
@@ -48,7 +53,11 @@ def draw_exact(log_alpha: Tensor, keep: int, generator: torch.Generator) -> Tens
     if not 0 <= keep <= log_alpha.numel():
         raise ArgumentError(
             format_error(
-                "gates.draw_exact", "keep", keep, f"0 to {log_alpha.numel()}", "keep at most all of them"
+                "hard_concrete.draw_exact",
+                "keep",
+                keep,
+                f"0 to {log_alpha.numel()}",
+                "keep at most all of them",
             )
         )
     u = torch.rand(log_alpha.shape, generator=generator, dtype=torch.float64).clamp_(1e-12, 1 - 1e-12)
@@ -62,12 +71,7 @@ def draw_exact(log_alpha: Tensor, keep: int, generator: torch.Generator) -> Tens
 
 def p_open(log_alpha: Tensor) -> Tensor:
     """P(z > 0), the probability that the sublayer runs at all."""
-    return torch.sigmoid(log_alpha - _SHIFT)
-
-
-def p_full(log_alpha: Tensor) -> Tensor:
-    """P(z = 1), the probability that the sublayer runs ungated."""
-    return torch.sigmoid(log_alpha + _SHIFT)  # the stretch is symmetric around 1/2
+    return torch.sigmoid(log_alpha - _LOGIT_OFFSET)
 
 
 def expected(log_alpha: Tensor) -> Tensor:
@@ -78,22 +82,12 @@ def expected(log_alpha: Tensor) -> Tensor:
     return (torch.sigmoid(log_alpha.unsqueeze(-1) - BETA * threshold) * weights).sum(-1)
 
 
-def log_alpha_for(probability: float) -> float:
-    """The log-alpha at which P(z > 0) is `probability`, in (0, 1): the inverse of `p_open`."""
-    if not 0.0 < probability < 1.0:
-        raise ArgumentError(
-            format_error("gates.log_alpha_for", "probability", probability, "a number strictly between 0 and 1",
-                "use 1e-6 or 1 - 1e-6 for a gate that is all but decided")
-        )  # fmt: skip
-    return math.log(probability / (1.0 - probability)) + _SHIFT
-
-
 def harden(scores: Tensor, keep: int) -> list[int]:
     """The indices of the `keep` largest scores, ascending; of equal scores the lower index is kept."""
     if not 0 <= keep <= scores.numel():
         raise ArgumentError(
             format_error(
-                "gates.harden",
+                "hard_concrete.harden",
                 "keep",
                 keep,
                 f"0 to {scores.numel()}",

@@ -6,33 +6,16 @@ import inspect
 from typing import Any
 
 from torch import nn
-from torch.nn.modules import module as torch_module
 
-# Hooks of this module of transformers record outputs inside its own forwards, and do nothing elsewhere.
-CAPTURE_HOOKS = "transformers.utils.output_capturing"
-# Hooks of torch that run with every module there is.
-GLOBAL_HOOKS = (
-    torch_module._global_forward_pre_hooks,
-    torch_module._global_forward_hooks,
-    torch_module._global_backward_pre_hooks,
-    torch_module._global_backward_hooks,
-)
-
-
-def hook_dicts(module: nn.Module) -> tuple[dict[int, Any], ...]:
-    """The dictionaries that hold a module's hooks: forward, forward pre, full backward, backward pre."""
-    return (
-        module._forward_hooks,
-        module._forward_pre_hooks,
-        module._backward_hooks,
-        module._backward_pre_hooks,
-    )
+from fastgate.nn.transformers_names import is_output_capturing
+from fastgate.ops.torch_compat import GLOBAL_HOOKS as GLOBAL_HOOKS
+from fastgate.ops.torch_compat import hook_dicts as hook_dicts
 
 
 def foreign_hooks(module: nn.Module) -> list[Any]:
     """Hooks of every kind on a module, but for transformers' own that record outputs."""
     hooks = [hook for kind in hook_dicts(module) for hook in kind.values()]
-    return [hook for hook in hooks if getattr(hook, "__module__", None) != CAPTURE_HOOKS]
+    return [hook for hook in hooks if not is_output_capturing(hook)]
 
 
 def replaced_method(module: nn.Module) -> str:

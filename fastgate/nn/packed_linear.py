@@ -1,16 +1,18 @@
-"""PackedLinear: a Linear whose weight lies as the CPU's product wants it. `freeze` makes Linears it."""
+"""PackedLinear: what `freeze` makes of a Linear, with a weight laid out for the CPU's matrix product."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import TensorWeakRef
 
 from fastgate.errors import Unsupported, format_error
 from fastgate.ops.linear import ONEDNN_DTYPES, Packed, pack
+from fastgate.ops.torch_compat import TensorWeakRef, version_of
+
+T = TypeVar("T")
 
 _REMEDY = "call fastgate.thaw(model) first"
 
@@ -27,7 +29,7 @@ def pack_linear(module: nn.Linear, packed: Packed | None = None) -> None:
         "weight_requires_grad": weight.requires_grad,
         "bias_required_grad": None if module.bias is None else module.bias.requires_grad,
     }
-    module.__dict__.update(state, parameter=TensorWeakRef(weight), parameter_version=_version(weight))
+    module.__dict__.update(state, parameter=TensorWeakRef(weight), parameter_version=version_of(weight))
     module.__class__ = PackedLinear  # type: ignore[assignment]
 
 
@@ -37,14 +39,14 @@ def unpack_linear(module: PackedLinear) -> bool:
     Returns whether that parameter was changed in place since, which no frozen forward has seen. It then keeps
     its values, unless other weights were loaded into the frozen module.
     """
-    there, version = (module.__dict__.pop(name, None) for name in ("parameter", "parameter_version"))
+    reference, version = (module.__dict__.pop(name, None) for name in ("parameter", "parameter_version"))
     flag, changed, dense = module.asks_for_gradient, module.flags_changed, module.packed.dense()
     for name in ("packed", "weight_requires_grad", "bias_required_grad"):
         del module.__dict__[name]
-    weight = None if there is None else there()
-    anew, edited = module.__dict__.pop("packed_anew", False), False
-    if weight is not None and _version(weight) != version:
-        edited, dense = True, dense if anew else weight.detach()
+    weight = None if reference is None else reference()
+    repacked, edited = module.__dict__.pop("packed_anew", False), False
+    if weight is not None and version_of(weight) != version:
+        edited, dense = True, dense if repacked else weight.detach()
     if weight is None:
         weight = nn.Parameter(dense, requires_grad=flag)
     elif changed:
@@ -55,11 +57,6 @@ def unpack_linear(module: PackedLinear) -> bool:
     module._parameters.update(weight=weight, bias=bias)  # in a Linear's order
     module.__class__ = nn.Linear  # type: ignore[assignment]
     return edited
-
-
-def _version(tensor: Tensor) -> int | None:
-    """Counts the changes in place; None for a tensor that torch counts none of."""
-    return None if tensor.is_inference() else tensor._version
 
 
 class FrozenWeight(Unsupported, AttributeError):
@@ -106,8 +103,9 @@ class PackedLinear(nn.Module):
         return super().__getattr__(name)
 
     def forward(self, x: Tensor) -> Tensor:
-        if type(self) is nn.Linear:  # thawed, and what was put around this method holds it still
-            return nn.Linear.forward(self, x)
+        cls: type[nn.Module] = type(self)
+        if cls is nn.Linear:  # it was thawed, and a wrapper holds this method still
+            return nn.Linear.forward(self, x)  # type: ignore[arg-type]
         if torch.is_grad_enabled() and (x.requires_grad or asks_for_gradients(self)):
             return without_gradients(self.training, lambda: self.packed.product(x, self.bias))
         return self.packed.product(x, self.bias)
@@ -128,7 +126,7 @@ class PackedLinear(nn.Module):
             self._put(applied)
         elif self.packed.in_panels:
             fn(self.packed.data)  # which stays where it is, or is moved in place, to shared memory
-        return super()._apply(fn, recurse)
+        return nn.Module._apply(self, fn, recurse)  # type: ignore[no-untyped-call, no-any-return]
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         destination[prefix + "weight"] = self.packed.dense()
@@ -188,7 +186,7 @@ def asks_for_gradients(module: nn.Module) -> bool:
     )
 
 
-def without_gradients(training: bool, compute: Callable[[], Any]) -> Any:
+def without_gradients(training: bool, compute: Callable[[], T]) -> T:
     """What `compute` returns, computed without a graph; a backward through it raises Unsupported, and so does
     this call in training."""
     if training:
@@ -202,26 +200,28 @@ def without_gradients(training: bool, compute: Callable[[], Any]) -> Any:
             )
         )
     with torch.no_grad():
-        found = compute()
-    return _guarded(found)
+        outputs = compute()
+    guarded: T = _guarded(outputs)
+    return guarded
 
 
-def _guarded(found: Any) -> Any:
-    if isinstance(found, Tensor):
-        return _NoBackward.apply(found, torch.empty(0, requires_grad=True))
-    if isinstance(found, dict):  # a ModelOutput
-        return type(found)(**{name: _guarded(value) for name, value in found.items()})
-    if isinstance(found, (list, tuple)):
-        return type(found)(_guarded(value) for value in found)
-    return found
+def _guarded(outputs: Any) -> Any:
+    """The same outputs; a backward through a tensor among them raises Unsupported."""
+    if isinstance(outputs, Tensor):
+        return _NoBackward.apply(outputs, torch.empty(0, requires_grad=True))  # type: ignore[no-untyped-call]
+    if isinstance(outputs, dict):  # a ModelOutput
+        return type(outputs)(**{name: _guarded(value) for name, value in outputs.items()})
+    if isinstance(outputs, (list, tuple)):
+        return type(outputs)(_guarded(value) for value in outputs)
+    return outputs
 
 
 class _NoBackward(torch.autograd.Function):
     """An output that would have had a gradient."""
 
     @staticmethod
-    def forward(ctx: Any, found: Tensor, asks: Tensor) -> Tensor:
-        return found.view_as(found)
+    def forward(ctx: Any, output: Tensor, asks: Tensor) -> Tensor:
+        return output.view_as(output)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:

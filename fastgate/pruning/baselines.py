@@ -1,16 +1,15 @@
-"""Choices of attention to keep that learn nothing, or little: the controls of learned gates."""
+"""Choices of attention to keep that learn nothing, or little: the baselines of learned gates."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastgate.errors import ArgumentError, format_error
-from fastgate.models.handle import get_encoder
+from fastgate.models.handle import EncoderHandle, get_encoder
 from fastgate.pruning.modes import evaluating
 from fastgate.pruning.numbers import integer
 
@@ -41,30 +40,34 @@ def greedy_by_loss(model: nn.Module, batches: Sequence[Mapping[str, Tensor]], ke
     model: patched, every gate open, returns `.loss` for a batch with labels. Its gates and mode are left as
     they were.
     """
-    state = get_encoder(model)
-    _check(state.num_layers, keep)
+    handle = get_encoder(model)
+    _check(handle.num_layers, keep)
     if not batches:
         raise ArgumentError(
             format_error(
                 "greedy_by_loss", "batches", 0, "one or more", "pass labelled batches of training data"
             )
         )
-    before = state.gates
-    kept = list(range(state.num_layers))
+    gates = handle.gates
+    kept = list(range(handle.num_layers))
     try:
         with evaluating(model):
             while len(kept) > keep:
-                losses = {drop: _loss(model, state, batches, [i for i in kept if i != drop]) for drop in kept}
+                losses = {
+                    drop: _loss(model, handle, batches, [i for i in kept if i != drop]) for drop in kept
+                }
                 kept.remove(min(kept, key=lambda i: (losses[i], i)))
     finally:
-        state.set_gates(before)
+        handle.set_gates(gates)
     return kept
 
 
-def _loss(model: nn.Module, state: Any, batches: Sequence[Mapping[str, Tensor]], kept: list[int]) -> float:
+def _loss(
+    model: nn.Module, handle: EncoderHandle, batches: Sequence[Mapping[str, Tensor]], kept: list[int]
+) -> float:
     """The mean loss with only `kept` running. Raises ArgumentError if it is not a number: no layer would then
     be better than another."""
-    state.set_gates([1.0 if i in kept else 0.0 for i in range(state.num_layers)])
+    handle.set_gates([1.0 if i in kept else 0.0 for i in range(handle.num_layers)])
     losses = [model(**batch).loss for batch in batches]
     mean = math.nan if None in losses else sum(float(loss) for loss in losses) / len(losses)
     if not math.isfinite(mean):
@@ -76,4 +79,4 @@ def _loss(model: nn.Module, state: Any, batches: Sequence[Mapping[str, Tensor]],
 
 def _check(layers: int, keep: int) -> None:
     remedy = "keep at least one attention, at most all"
-    integer("criteria", "keep", keep, f"1 to {layers}", remedy, lambda k: 0 < k <= layers)
+    integer("baselines", "keep", keep, f"1 to {layers}", remedy, lambda k: 0 < k <= layers)

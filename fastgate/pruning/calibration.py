@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from fastgate.errors import ArgumentError, format_error
+from fastgate.models.handle import EncoderHandle
 from fastgate.pruning.objective import Costs, costs_of
 from fastgate.runtime.context import ActivationTrace
-from fastgate.runtime.plan import Sizes
+from fastgate.runtime.costs import Sizes
 
 RIDGE = 1e-3  # of the mean square of a channel
 
@@ -20,7 +21,7 @@ class Calibration:
     """Sums over the rows computed while every gate is open: small, on the host, saved with the Pruner."""
 
     def __init__(self, layers: int, config: Any, reads_neighbours: bool):
-        """config: the encoder's. mixes: what stands in for an attention mixes tokens."""
+        """config: the encoder's. reads_neighbours: the replacement mixes tokens."""
         self.config, self.reads_neighbours = config, reads_neighbours
         # Normal equations of each channel: attention output on 1, h[i], h[i - 1], h[i + 1].
         self.gram = torch.zeros(layers, 4, 4, config.hidden_size, dtype=torch.float64)
@@ -30,15 +31,15 @@ class Calibration:
         )  # rows packed, rows demanded, query-key pairs, sequences
         self.costs: Costs | None = None
 
-    def add(self, record: ActivationTrace) -> None:
-        """Add a forward that `record` holds."""
-        length = record.length
+    def add(self, trace: ActivationTrace) -> None:
+        """Add a forward that `trace` holds."""
+        length = trace.length
         with torch.no_grad():
-            for layer, rows in dict(record.attention_output).items():  # recomputed ones come first
-                basis = _basis(*record.hidden[layer], record.hidden[layer + 1][0], length)
+            for layer, rows in dict(trace.attention_output).items():  # recomputed ones come first
+                basis = _basis(*trace.hidden[layer], trace.hidden[layer + 1][0], length)
                 self.gram[layer] += torch.einsum("irc,jrc->ijc", basis, basis).cpu()
                 self.right[layer] += torch.einsum("irc,rc->ic", basis, rows.float()).cpu()
-        packed, demanded = record.hidden[0][0], record.hidden[-1][0]
+        packed, demanded = trace.hidden[0][0], trace.hidden[-1][0]
         lengths = torch.bincount(packed // length).double().cpu()
         self.sizes += torch.tensor(
             [packed.numel(), demanded.numel(), float(lengths.square().sum()), float((lengths > 0).sum())],
@@ -46,7 +47,7 @@ class Calibration:
         )
 
     @torch.no_grad()
-    def start(self, state: Any) -> None:
+    def start(self, handle: EncoderHandle) -> None:
         """Start each replacement at the least-squares fit to its attention's output, as far as its kind can
         express that, and price the layers; on every rank alike.
 
@@ -56,13 +57,13 @@ class Calibration:
         total = sum_over_ranks(torch.cat([part.flatten() for part in parts]))
         if not bool(torch.isfinite(total).all()) or not float(total[-self.sizes.numel()]):
             got = "no row" if bool(torch.isfinite(total).all()) else "NaN or infinity"
-            remedy = "call pruner.loss(outputs, inputs) after each forward, and check the model's weights"
+            remedy = "train on batches whose attention_mask is not 0, and check the model's weights"
             needed = "finite hidden states of the warm phase"
             raise ArgumentError(format_error("Pruner.step", "measured", got, needed, remedy))
-        found = total.split([part.numel() for part in parts])
-        self.gram, self.right, self.sizes = (a.view_as(b) for a, b in zip(found, parts, strict=True))
-        for layer in range(state.num_layers):
-            replacement = state.replacement(layer)
+        sums = torch.split(total, [part.numel() for part in parts])
+        self.gram, self.right, self.sizes = (a.view_as(b) for a, b in zip(sums, parts, strict=True))
+        for layer in range(handle.num_layers):
+            replacement = handle.replacement(layer)
             rows = float(self.gram[layer, 0, 0, 0])
             if replacement is None or not rows:
                 continue
@@ -82,14 +83,18 @@ class Calibration:
         self._price()
 
     def _price(self) -> None:
-        packed, demanded, pairs, sequences = (int(n) for n in self.sizes.tolist())
-        config = self.config
+        rows, output_rows, pairs, sequences = (int(n) for n in self.sizes.tolist())
         sizes = Sizes(
-            config.hidden_size, config.intermediate_size, packed, packed, (demanded,), pairs, sequences
+            hidden=self.config.hidden_size,
+            intermediate=self.config.intermediate_size,
+            heads=self.config.num_attention_heads,
+            rows=rows,
+            keys=rows,
+            rows_within_halo=(output_rows,),
+            pairs=pairs,
+            sequences=sequences,
         )
-        output_rows_only, single = demanded < packed, demanded == sequences
-        heads, layers = config.num_attention_heads, self.gram.shape[0]
-        self.costs = costs_of(sizes, heads, layers, output_rows_only, single, self.reads_neighbours)
+        self.costs = costs_of(sizes, self.gram.shape[0], self.reads_neighbours)
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -115,8 +120,8 @@ def _basis(index: Tensor, h: Tensor, wanted: Tensor, length: int) -> Tensor:
     before, after = torch.zeros_like(h), torch.zeros_like(h)
     before[1:] = torch.where(beside, h[:-1], 0.0)
     after[:-1] = torch.where(beside, h[1:], 0.0)
-    found = torch.stack([torch.ones_like(h), h, before, after])
-    return found if wanted.shape == index.shape else found[:, torch.searchsorted(index, wanted)]
+    basis = torch.stack([torch.ones_like(h), h, before, after])
+    return basis if wanted.shape == index.shape else basis[:, torch.searchsorted(index, wanted)]
 
 
 def sum_over_ranks(numbers: Tensor) -> Tensor:

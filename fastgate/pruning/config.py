@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal
 
 from fastgate.errors import ArgumentError, format_error
 from fastgate.nn.replacement import KINDS
@@ -12,33 +13,41 @@ from fastgate.pruning.numbers import integer, number
 from fastgate.pruning.objective import Speedup, Target
 from fastgate.pruning.schedule import make_schedule
 
-GATES = ("hard_concrete", "exact")
+Gates = Literal["hard_concrete", "exact"]
+ReplacementKind = Literal["zero", "mean", "affine", "shift"]
+GATES: tuple[Gates, ...] = ("hard_concrete", "exact")
 
 
 @dataclass(frozen=True)
 class PruningConfig:
     """How to prune.
 
-    target: `Sparsity(0.8)`, `Speedup(4.0)`, or `Fixed(keep)` for a choice made by hand.
-    replacement: what stands in for a pruned attention: `zero`, `mean`, `affine`, or `shift`, which mixes
-    neighbouring tokens, in an op of its own: the best score. The others cost no op.
-    distill: weights of the distillation terms; None for none.
-    warm, ramp, harden: shares of all steps. Gates are open until `warm`, the target rises until `ramp`, gates
-    are fixed at `harden`, and the rest recovers the score.
-    gate_lr: Adam's rate for the gates' log-alpha and the Lagrangian's multipliers. gates: `hard_concrete`,
-    each drawn by itself and held to the target by a Lagrangian, or `exact`, as many at a time as the target
-    leaves (for Sparsity). replacement_lr: the rate of the replacements' parameters, in times that of the
-    weights they are trained beside: they have further to go. seed: of the draws.
+    Args:
+        target: `Sparsity(0.8)`, `Speedup(4.0)`, or `Fixed(keep)` for a choice made by hand.
+        replacement: What takes the place of a pruned attention: `zero`, `mean`, `affine`, or `shift`, which
+            mixes neighbouring tokens in an op of its own and gives the best score. The others cost no op.
+        distill: Weights of the distillation terms; None for none.
+        warm: Share of all steps until which every gate is open.
+        ramp: Share of all steps until which the target rises.
+        harden: Share of all steps at which the gates are fixed; the steps after it recover the score.
+        gate_lr: Adam's learning rate for the gates' log-alpha and the Lagrangian's multipliers.
+        gates: `hard_concrete`, each drawn by itself and held to the target by a Lagrangian, or `exact`, as
+            many at a time as the target leaves (for Sparsity).
+        replacement_lr: The learning rate of the replacements' parameters, relative to that of the weights
+            beside them: they have further to go.
+        seed: Of the draws.
+
+    Raises ArgumentError for values outside these.
     """
 
     target: Target
-    replacement: str = "shift"
+    replacement: ReplacementKind = "shift"
     distill: Distill | None = field(default_factory=Distill)
     warm: float = 0.02
     ramp: float = 0.2
     harden: float = 0.3
     gate_lr: float = 0.05
-    gates: str = "hard_concrete"
+    gates: Gates = "hard_concrete"
     replacement_lr: float = 10.0
     seed: int = 0
 

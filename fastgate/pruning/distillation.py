@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastgate.errors import ArgumentError, format_error
 from fastgate.models.architectures import base_class
-from fastgate.models.handle import get_encoder
+from fastgate.models.handle import EncoderHandle, get_encoder
 from fastgate.models.patching import patch
 from fastgate.pruning.finite import IGNORED, LABELS
 from fastgate.pruning.modes import evaluating
@@ -32,17 +32,22 @@ REGRESSION, MULTI_LABEL, ONE_LABEL = (
 
 @dataclass(frozen=True)
 class Distill:
-    """How a teacher is listened to.
+    """How much a teacher counts, and how.
 
-    logits, hidden: weights of the two terms; temperature: of the logits. labels: weight of the task's own
-    loss beside them, and dropout: the student's, where a dense teacher teaches. It has learned from the
-    labels already, and dropout blurs what is matched. swap: share of the tokens that are swapped for others
-    of the batch in every other step, where a dense teacher teaches: rows beyond those of the task, which it
-    alone labels. A model that teaches itself has nothing else to learn from: its loss and its dropout stay.
-    The scores of a single-label head are compared by the divergence of their softmax, those of a multi-label
+    Scores of a single-label head are compared by the divergence of their softmax, those of a multi-label
     head by that of each label's sigmoid, those of a regression by the squared difference. Embeddings of
-    sentence-transformers are compared by one minus their cosine, with the weight of `logits`.
-    The defaults are what was found best for texts, `for_tokens` for tagging: docs/FINDINGS.md.
+    sentence-transformers are compared by one minus their cosine, with the weight of `logits`. The defaults
+    are what was found best for texts, those of `for_tokens` for tagging.
+
+    Args:
+        logits: Weight of the comparison of scores.
+        hidden: Weight of the comparison of hidden states, layer by layer.
+        temperature: Of the scores.
+        labels: Weight of the task's own loss, where a dense teacher teaches: it has learned from the labels
+            already. A model that teaches itself has nothing else to learn from, and keeps its loss.
+        dropout: The student's, where a dense teacher teaches: dropout blurs what is compared.
+        swap: Share of the tokens that are swapped for others of the batch in every other step, where a dense
+            teacher teaches: rows beyond those of the task, which it alone labels.
     """
 
     logits: float = 1.0
@@ -91,7 +96,7 @@ class Teacher:
     def __init__(self, model: nn.Module, student: nn.Module, distill: Distill):
         _check_shared(model, student)
         self.model = patch(model)
-        self.state = get_encoder(model)
+        self.handle = get_encoder(model)
         _check_alike(model, student, distill)
 
     def engage(self) -> None:
@@ -116,7 +121,7 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(self, inputs: Mapping[str, Any], want_hidden: bool) -> TeacherOutputs:
-        return _ask(self.model, self.state, inputs, want_hidden)
+        return _teacher_forward(self.model, self.handle, inputs, want_hidden)
 
 
 # A model that teaches -> its modes and its flags before it did, by name, and the Teachers at work with it.
@@ -129,18 +134,18 @@ class SelfTeacher:
     """The student itself with every gate open and dropout off."""
 
     def __init__(self, model: nn.Module):
-        self.model, self.state = model, get_encoder(model)
+        self.model, self.handle = model, get_encoder(model)
 
     @torch.no_grad()
     def __call__(self, inputs: Mapping[str, Any], want_hidden: bool) -> TeacherOutputs:
-        gates, recording = self.state.gates, self.state.runtime.record
-        self.state.set_gates([1.0] * self.state.num_layers)
+        gates, recording = self.handle.gates, self.handle.runtime.trace
+        self.handle.set_gates([1.0] * self.handle.num_layers)
         try:
             with evaluating(self.model):
-                return _ask(self.model, self.state, inputs, want_hidden)
+                return _teacher_forward(self.model, self.handle, inputs, want_hidden)
         finally:
-            self.state.set_gates(gates)
-            self.state.runtime.record = recording
+            self.handle.set_gates(gates)
+            self.handle.runtime.trace = recording
 
 
 def _check_shared(teacher: nn.Module, student: nn.Module) -> None:
@@ -153,12 +158,12 @@ def _check_shared(teacher: nn.Module, student: nn.Module) -> None:
 
 def _check_alike(teacher: nn.Module, student: nn.Module, distill: Distill) -> None:
     """Refuse a teacher whose scores or hidden states have another form than the student's."""
-    mine, theirs = get_encoder(student), get_encoder(teacher)
-    own, other = mine.encoder.config, theirs.encoder.config
+    handles = get_encoder(student), get_encoder(teacher)
+    own, other = (handle.encoder.config for handle in handles)
     facts = [("entries in the vocabulary", other.vocab_size, own.vocab_size)]
     if distill.hidden:
         facts += [
-            ("layers", theirs.num_layers, mine.num_layers),
+            ("layers", handles[1].num_layers, handles[0].num_layers),
             ("hidden units", other.hidden_size, own.hidden_size),
         ]
     for what, got, wanted in facts:
@@ -192,31 +197,33 @@ def _head(model: nn.Module) -> str:
     """The kind of scores a model gives, in words: `ForSequenceClassification with 3 labels`."""
     for module in model.modules():
         name = base_class(module).__name__
-        _, found, kind = name.partition("For")
+        _, separator, kind = name.partition("For")
         config: Any = getattr(module, "config", None)
-        if found and config is not None:
+        if separator and config is not None:
             counted = kind in ("SequenceClassification", "TokenClassification")
             return f"For{kind}" + (f" with {config.num_labels} labels" if counted else "")
     return "no head"
 
 
-def _ask(model: nn.Module, state: Any, inputs: Mapping[str, Any], want_hidden: bool) -> TeacherOutputs:
-    given = {name: value for name, value in inputs.items() if name not in LABELS}
+def _teacher_forward(
+    model: nn.Module, handle: EncoderHandle, inputs: Mapping[str, Any], want_hidden: bool
+) -> TeacherOutputs:
+    unlabelled = {name: value for name, value in inputs.items() if name not in LABELS}
 
     def outputs() -> Any:
-        return model(given) if is_sentence_model(model) else model(**given)
+        return model(unlabelled) if is_sentence_model(model) else model(**unlabelled)
 
     if not want_hidden:
         return TeacherOutputs(outputs(), [])
-    with state.record() as record:
-        return TeacherOutputs(outputs(), record.hidden)
+    with handle.record() as trace:
+        return TeacherOutputs(outputs(), trace.hidden)
 
 
 def scores_of(outputs: Any) -> dict[str, Tensor]:
     """The scores a head gives, by their names in transformers or sentence-transformers; {} for a bare
     encoder."""
-    found = {name: outputs.get(name) for name in SCORES} if hasattr(outputs, "get") else {}
-    return {name: value for name, value in found.items() if isinstance(value, Tensor)}
+    scores = {name: outputs.get(name) for name in SCORES} if hasattr(outputs, "get") else {}
+    return {name: value for name, value in scores.items() if isinstance(value, Tensor)}
 
 
 def problem_of(model: nn.Module, name: str, scores: Tensor, inputs: Mapping[str, Any]) -> str:
@@ -240,7 +247,7 @@ def problem_of(model: nn.Module, name: str, scores: Tensor, inputs: Mapping[str,
 
 
 def scores_loss(
-    mine: Tensor, theirs: Tensor, temperature: float, problem: str, rows: Tensor | None = None
+    student: Tensor, teacher: Tensor, temperature: float, problem: str, rows: Tensor | None = None
 ) -> Tensor:
     """How far the student's scores are from the teacher's, mean over rows; 0-d float32, 0 without a row.
 
@@ -248,69 +255,69 @@ def scores_loss(
     the same of each label's two outcomes, mean over labels. REGRESSION: the mean squared error. rows: (batch,
     length) bool, which rows to compare where there are scores a token; None: all.
     """
-    if mine.shape[0] != theirs.shape[0]:
-        got, wanted = f"{theirs.shape[0]} rows", f"the {mine.shape[0]} that the outputs are of"
+    if student.shape[0] != teacher.shape[0]:
+        got, wanted = f"{teacher.shape[0]} rows", f"the {student.shape[0]} that the outputs are of"
         raise ArgumentError(
             format_error("Pruner.loss", "inputs", got, wanted, "pass the batch that the model ran on")
         )
-    if mine.shape != theirs.shape:
-        got = f"scores of shape {tuple(theirs.shape)}"
+    if student.shape != teacher.shape:
+        got = f"scores of shape {tuple(teacher.shape)}"
         remedy = "distil from a model with the student's head and labels, or pass Distill(logits=0.0)"
         raise ArgumentError(
-            format_error("Pruner", "teacher", got, f"{tuple(mine.shape)}, as the student's", remedy)
+            format_error("Pruner", "teacher", got, f"{tuple(student.shape)}, as the student's", remedy)
         )
-    classes = mine.shape[-1]
-    if rows is not None and mine.shape[:-1] == rows.shape:
-        mine, theirs = mine[rows], theirs[rows]
-    mine, theirs = mine.reshape(-1, classes).float(), theirs.reshape(-1, classes).float()
-    if not mine.numel():
-        return mine.sum()  # a mean over no row would be NaN
+    classes = student.shape[-1]
+    if rows is not None and student.shape[:-1] == rows.shape:
+        student, teacher = student[rows], teacher[rows]
+    student, teacher = student.reshape(-1, classes).float(), teacher.reshape(-1, classes).float()
+    if not student.numel():
+        return student.sum()  # a mean over no row would be NaN
     if problem == REGRESSION:
-        return F.mse_loss(mine, theirs)
-    mine, theirs = mine / temperature, theirs / temperature
+        return F.mse_loss(student, teacher)
+    student, teacher = student / temperature, teacher / temperature
     if problem == MULTI_LABEL:
-        p = torch.sigmoid(theirs)
-        yes = F.logsigmoid(theirs) - F.logsigmoid(mine)
-        no = F.logsigmoid(-theirs) - F.logsigmoid(-mine)
+        p = torch.sigmoid(teacher)
+        yes = F.logsigmoid(teacher) - F.logsigmoid(student)
+        no = F.logsigmoid(-teacher) - F.logsigmoid(-student)
         return temperature**2 * (p * yes + (1 - p) * no).mean()
-    log_p, log_q = F.log_softmax(mine, -1), F.log_softmax(theirs, -1)
+    log_p, log_q = F.log_softmax(student, -1), F.log_softmax(teacher, -1)
     return temperature**2 * F.kl_div(log_p, log_q, reduction="batchmean", log_target=True)
 
 
 def outputs_loss(
-    model: nn.Module, outputs: Any, lesson: Any, inputs: Mapping[str, Any], temperature: float
+    model: nn.Module, outputs: Any, taught: Any, inputs: Mapping[str, Any], temperature: float
 ) -> Tensor | None:
     """The sum over all scores, and embeddings of sentences, of the student's outputs; None if it has none.
 
-    model: the student. outputs, lesson: what student and teacher gave for `inputs`.
+    model: the student. outputs, taught: what student and teacher gave for `inputs`.
     """
-    mine, theirs = scores_of(outputs), scores_of(lesson)
-    if mine.keys() != theirs.keys():
-        got = f"the scores {sorted(theirs)}"
+    student, teacher = scores_of(outputs), scores_of(taught)
+    if student.keys() != teacher.keys():
+        got = f"the scores {sorted(teacher)}"
         remedy = "distil from a model with the student's head, or pass Distill(logits=0.0)"
         raise ArgumentError(
-            format_error("Pruner", "teacher", got, f"{sorted(mine)}, as the student's", remedy)
+            format_error("Pruner", "teacher", got, f"{sorted(student)}, as the student's", remedy)
         )
     rows = scored_rows(inputs)
     terms = [
-        scores_loss(value, theirs[name], temperature, problem_of(model, name, value, inputs), rows)
-        for name, value in mine.items()
+        scores_loss(value, teacher[name], temperature, problem_of(model, name, value, inputs), rows)
+        for name, value in student.items()
     ]
     if is_sentence_model(model) and isinstance(outputs.get(EMBEDDING), Tensor):
-        terms.append(embedding_loss(outputs[EMBEDDING], lesson[EMBEDDING]))
+        terms.append(embedding_loss(outputs[EMBEDDING], taught[EMBEDDING]))
     return torch.stack(terms).sum() if terms else None
 
 
-def embedding_loss(mine: Tensor, theirs: Tensor) -> Tensor:
+def embedding_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """One minus the cosine of the student's and the teacher's embedding, mean over rows; 0-d float32."""
-    if mine.shape != theirs.shape:
-        got = f"embeddings of shape {tuple(theirs.shape)}"
+    if student.shape != teacher.shape:
+        got = f"embeddings of shape {tuple(teacher.shape)}"
         remedy = "distil from a model of the student's size, or pass Distill(logits=0.0)"
         raise ArgumentError(
-            format_error("Pruner", "teacher", got, f"{tuple(mine.shape)}, as the student's", remedy)
+            format_error("Pruner", "teacher", got, f"{tuple(student.shape)}, as the student's", remedy)
         )
-    mine, theirs = mine.float(), theirs.float()
-    return 1.0 - F.cosine_similarity(mine, theirs, -1).mean() if mine.numel() else mine.sum()
+    student, teacher = student.float(), teacher.float()
+    return 1.0 - F.cosine_similarity(student, teacher, -1).mean() if student.numel() else student.sum()
 
 
 def scored_rows(inputs: Mapping[str, Any]) -> Tensor | None:
@@ -331,15 +338,15 @@ def hidden_loss(student: Hidden, teacher: Hidden, layers: Sequence[int]) -> Tens
     """
     terms = []
     for layer in layers:
-        (index, mine), (known, theirs) = student[layer + 1], teacher[layer + 1]
-        mine = mine.float()
-        if not (mine.numel() and theirs.numel()):
-            terms.append(mine.sum() * 0.0)
+        (index, rows), (known, taught) = student[layer + 1], teacher[layer + 1]
+        rows = rows.float()
+        if not (rows.numel() and taught.numel()):
+            terms.append(rows.sum() * 0.0)
             continue
         if index.shape != known.shape:
             place = torch.searchsorted(known, index).clamp(max=known.numel() - 1)
-            theirs = torch.where(
-                (known[place] == index)[:, None], theirs.index_select(0, place).float(), mine.detach()
+            taught = torch.where(
+                (known[place] == index)[:, None], taught.index_select(0, place).float(), rows.detach()
             )
-        terms.append(F.mse_loss(mine, theirs.float()))
+        terms.append(F.mse_loss(rows, taught.float()))
     return torch.stack(terms).mean()

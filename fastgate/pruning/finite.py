@@ -17,10 +17,10 @@ IGNORED = -100  # a label that transformers' losses leave out
 
 # Steps one after the other that a scaled loss may overflow in. A GradScaler halves its scale each time: from
 # its usual 2^16 it is at 1 by then.
-OVERFLOWS = 20
+MAX_OVERFLOWS = 20
 # Steps between two looks, where a look waits for the device or for the other processes.
-EVERY = 25
-SOME = 4096  # scores looked at
+STEPS_PER_LOOK = 25
+SCORES_CHECKED = 4096  # the first ones of a micro-batch
 
 
 def raise_not_finite(what: str, step: int | None = None) -> NoReturn:
@@ -47,13 +47,14 @@ TASK, SCORES, LOGITS, HIDDEN, LAGRANGIAN = TERMS = (
 class Finite:
     """Notes on the device which terms of a loss were finite, and looks at the notes now and then.
 
-    A look is taken after each step on the CPU in a single process, else every EVERY steps and when asked.
+    A look is taken after each step on the CPU in a single process, else every STEPS_PER_LOOK steps and when
+    asked.
     """
 
     def __init__(self) -> None:
         self._bad: dict[str, Tensor] = {}  # of the step under way: term -> 0-d bool
         self._steps: list[tuple[int, float, Tensor | None]] = []  # (step, scale, (terms,) what was bad)
-        self._run = 0  # steps one after the other in which a scaled loss was not finite
+        self._overflows = 0  # steps one after the other in which a scaled loss was not finite
 
     def note(self, term: str, value: Tensor) -> None:
         """A number of a micro-batch that should be finite."""
@@ -68,7 +69,7 @@ class Finite:
     def note_scores(self, scores: Tensor) -> None:
         """Scores of a micro-batch, which may mask with infinity. The first will do: a weight that is NaN
         spreads to all of them."""
-        self._note(SCORES, torch.isnan(scores.detach().reshape(-1)[:SOME]).any())
+        self._note(SCORES, torch.isnan(scores.detach().reshape(-1)[:SCORES_CHECKED]).any())
 
     def _note(self, term: str, bad: Tensor) -> None:
         before = self._bad.get(term)
@@ -78,16 +79,16 @@ class Finite:
         """The step numbered `step` is done; look: at the notes now, on every rank alike.
 
         Raises ArgumentError for the first step in which something was not finite; where the loss is scaled,
-        after OVERFLOWS such steps in turn.
+        after MAX_OVERFLOWS such steps in turn.
         """
-        row, waits = None, _several()
+        row, waits = None, _has_several_ranks()
         if self._bad:
             no = torch.zeros((), dtype=torch.bool, device=next(iter(self._bad.values())).device)
             row = torch.stack([self._bad.get(term, no) for term in TERMS])
             waits = waits or row.device.type != "cpu"
         self._steps.append((step, grad_scale, row))
         self._bad = {}
-        if look or not waits or len(self._steps) >= EVERY:
+        if look or not waits or len(self._steps) >= STEPS_PER_LOOK:
             self._look()
 
     def _look(self) -> None:
@@ -100,14 +101,14 @@ class Finite:
             )
         for (step, scale, _), row in zip(steps, sum_over_ranks(table).tolist(), strict=True):
             wrong = [name for name, count in zip(TERMS, row, strict=True) if count]
-            self._run = self._run + 1 if wrong else 0
-            if wrong and (scale == 1.0 or self._run > OVERFLOWS):
+            self._overflows = self._overflows + 1 if wrong else 0
+            if wrong and (scale == 1.0 or self._overflows > MAX_OVERFLOWS):
                 raise_not_finite(" and ".join(wrong), step)
 
 
 def _unlabelled(inputs: Mapping[str, Any], device: torch.device) -> Tensor:
     """Whether one of the labels of a batch is to be ignored in every row; 0-d bool."""
-    found = [torch.zeros((), dtype=torch.bool, device=device)]
+    verdicts = [torch.zeros((), dtype=torch.bool, device=device)]
     length = inputs["input_ids"].shape[-1] if isinstance(inputs.get("input_ids"), Tensor) else None
     for name in LABELS:
         labels = inputs.get(name)
@@ -115,10 +116,10 @@ def _unlabelled(inputs: Mapping[str, Any], device: torch.device) -> Tensor:
             ignored = labels == IGNORED
             if name in POSITIONS and length is not None:
                 ignored = labels >= length  # those of answers that were cut off
-            found.append(ignored.all().to(device))
-    return torch.stack(found).any()
+            verdicts.append(ignored.all().to(device))
+    return torch.stack(verdicts).any()
 
 
-def _several() -> bool:
-    there = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return there and torch.distributed.get_world_size() > 1
+def _has_several_ranks() -> bool:
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return distributed and torch.distributed.get_world_size() > 1

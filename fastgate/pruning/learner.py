@@ -22,13 +22,13 @@ from torch import Tensor
 from fastgate.errors import ArgumentError, format_error
 from fastgate.nn import hard_concrete
 from fastgate.pruning.calibration import mean_over_ranks
-from fastgate.pruning.finite import OVERFLOWS, raise_not_finite
+from fastgate.pruning.finite import MAX_OVERFLOWS, raise_not_finite
 from fastgate.pruning.objective import Costs, Objective, lagrangian
 
 # Where every gate starts, which is the most it can reach, P(open) = 0.98; and the least, 0.01. A gate that is
 # all but certain is drawn the same every time and has no gradient from the task: between several such, chance
 # would decide.
-LOG_ALPHA, LEAST = 2.5, -6.0
+MAX_LOG_ALPHA, MIN_LOG_ALPHA = 2.5, -6.0
 
 
 class GateLearner:
@@ -41,7 +41,7 @@ class GateLearner:
     def __init__(self, objective: Objective, lr: float, seed: int, exact: bool = False):
         self.objective, self.exact = objective, exact
         layers = objective.layers
-        self.log_alpha = torch.full((layers,), 0.0 if exact else LOG_ALPHA, requires_grad=True)
+        self.log_alpha = torch.full((layers,), 0.0 if exact else MAX_LOG_ALPHA, requires_grad=True)
         self.multipliers = torch.zeros(2, requires_grad=True)  # of the gap and of its square
         self.generator = torch.Generator().manual_seed(seed)
         self.costs: Costs | None = None
@@ -75,7 +75,7 @@ class GateLearner:
             z = hard_concrete.draw_exact(self.log_alpha, self._keep(target), self.generator)
         else:
             z = hard_concrete.draw(self.log_alpha, self.generator)
-        rows = [torch.autograd.grad(one, self.log_alpha, retain_graph=True)[0] for one in z.unbind()]
+        rows = [torch.autograd.grad(gate, self.log_alpha, retain_graph=True)[0] for gate in z.unbind()]
         self._set(z.detach(), torch.stack(rows), float(self._lagrangian().detach()), device)
 
     @property
@@ -89,11 +89,18 @@ class GateLearner:
         """The Lagrangian at the current draw; 0-d on the device, no transfer back."""
         return self._probe + self._value
 
+    def zero_grad(self) -> None:
+        """Forget what backward has left in the leaves."""
+        for leaf in (self._probe, *self._leaves):
+            if leaf is not None:
+                leaf.grad = None
+
     @torch.enable_grad()
     def learn(self, grad_scale: float) -> None:
         """Move log-alpha down and the multipliers up, by the gradients that backward left in the leaves.
 
-        Raises ArgumentError if they are not finite: at once for an unscaled loss, else after OVERFLOWS steps.
+        Raises ArgumentError if they are not finite: at once for an unscaled loss, else after MAX_OVERFLOWS
+        steps.
         """
         if self._probe.grad is None:
             raise ArgumentError(
@@ -102,18 +109,18 @@ class GateLearner:
                     "pruner.loss",
                     "no gradient",
                     "its value in the loss that was differentiated",
-                    "call (task_loss + pruner.loss(outputs, inputs)).backward() before step()",
+                    "call pruner.loss(outputs, batch).backward() before step()",
                 )
             )
         zero = torch.zeros_like(self._probe)
-        found = [zero if leaf is None or leaf.grad is None else leaf.grad for leaf in self._leaves]
-        grads = torch.stack([self._probe.grad, *found]).cpu()
+        gradients = [zero if leaf is None or leaf.grad is None else leaf.grad for leaf in self._leaves]
+        grads = torch.stack([self._probe.grad, *gradients]).cpu()
         weight, *on_draw = (mean_over_ranks(grads) / grad_scale).unbind()
         on_gates = self._jacobian.t() @ torch.stack(on_draw)
         if not bool(torch.isfinite(on_gates).all() & torch.isfinite(weight)):
             # A scaled loss overflows now and then: the optimizer of the weights skips such a step too.
             self._overflows += 1
-            if grad_scale == 1.0 or self._overflows > OVERFLOWS:
+            if grad_scale == 1.0 or self._overflows > MAX_OVERFLOWS:
                 raise_not_finite("the gradients of the gates")
             return
         self._overflows = 0
@@ -123,7 +130,7 @@ class GateLearner:
         self._optimizer.step()
         self._ascent.step()
         with torch.no_grad():
-            self.log_alpha.clamp_(LEAST, LOG_ALPHA)
+            self.log_alpha.clamp_(MIN_LOG_ALPHA, MAX_LOG_ALPHA)
         if not bool(torch.isfinite(self.log_alpha).all() & torch.isfinite(self.multipliers).all()):
             raise_not_finite("the gates or the Lagrangian's multipliers")
 

@@ -18,7 +18,8 @@ from torch import Tensor
 from fastgate.errors import ArgumentError, format_error
 from fastgate.nn.hard_concrete import harden
 from fastgate.pruning.numbers import integer, number
-from fastgate.runtime.plan import Sizes, flops, make_plan
+from fastgate.runtime.costs import Sizes
+from fastgate.runtime.plan import flops_of, make_plan
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Sparsity:
 
 @dataclass(frozen=True)
 class Speedup:
-    """Cut the encoder's FLOPs by this factor, above 1, under row demand on batches like those trained on."""
+    """Cut the encoder's FLOPs by this factor, above 1, on batches like those trained on."""
 
     factor: float
 
@@ -47,7 +48,7 @@ class Speedup:
 
 @dataclass(frozen=True)
 class Fixed:
-    """Keep these layers' attention, chosen by hand or by a control of `criteria`; no gate is learned."""
+    """Keep these layers' attention, chosen by hand or by `fastgate.pruning.baselines`; no gate is learned."""
 
     keep: tuple[int, ...]
 
@@ -88,32 +89,27 @@ class Costs:
         return self.total(p) / self.total(torch.ones_like(p))
 
 
-def costs_of(
-    sizes: Sizes, heads: int, layers: int, output_rows_only: bool, single: bool, reads_neighbours: bool
-) -> Costs:
-    """Costs of an encoder whose removed attention is replaced by `shift`s (mixes) or by what mixes nothing.
+def costs_of(sizes: Sizes, layers: int, reads_neighbours: bool) -> Costs:
+    """Costs of an encoder whose removed attention is replaced by what reads neighbours, or by what does not.
 
-    narrow: fewer rows are demanded than packed; single: they are one a sequence, of a head that never reads
-    another. Above the topmost attention that head's rows are then computed, and one for each shift that is
-    still above: as though no sequence were shorter, and but where CUDA graphs replay, which compute every row
-    there.
+    Where there is one output row a sequence, the head never reads another. Above the topmost attention these
+    rows are computed, and one to either side for each token shift that is still above: as though no sequence
+    were shorter. CUDA graphs, which compute every row there, are not counted.
     """
+    output_rows_only, single = sizes.output_rows < sizes.rows, sizes.output_rows == sizes.sequences
 
     def cost(attends: tuple[bool, ...], top: int) -> float:
         """FLOPs of the layers from `top` up."""
         shifts = tuple(i for i, runs in enumerate(attends) if reads_neighbours and not runs)
-        reach = sum(i > top for i in shifts) if single else 0
-        within = tuple(min(sizes.packed, sizes.demanded + k * sizes.sequences) for k in range(reach + 1))
-        there, fewer = replace(sizes, within=within), output_rows_only and within[-1] < sizes.packed
-        plan = make_plan(attends, fewer, single and not reach, False, shifts, reach > 0)
-        return float(
-            sum(flops(s, there, heads) for i in range(max(top, 0), layers) for s in plan.of_layer(i))
-        )
+        halo = sum(i > top for i in shifts) if single else 0
+        within = tuple(min(sizes.rows, sizes.output_rows + k * sizes.sequences) for k in range(halo + 1))
+        above, fewer = replace(sizes, rows_within_halo=within), output_rows_only and within[-1] < sizes.rows
+        plan = make_plan(attends, fewer, single and not halo, False, shifts, halo > 0)
+        return float(sum(flops_of(plan.of_layer(i), above) for i in range(max(top, 0), layers)))
 
     tail = [cost(tuple(i == top for i in range(layers)), top) for top in reversed(range(-1, layers))]
-    wide = make_plan((True,), False, False, False).of_layer(0)
-    attention, rest = (sum(flops(step, sizes, heads) for step in steps) for steps in (wide[:4], wide[4:]))
-    return Costs(float(attention), float(rest), tuple(tail))
+    attention, feed_forward = make_plan((True,)).layers[0]
+    return Costs(float(flops_of(attention, sizes)), float(flops_of(feed_forward, sizes)), tuple(tail))
 
 
 class Objective:

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from fastgate.errors import ArgumentError, format_error
 from fastgate.pruning.numbers import integer
 
-WARM, SEARCH, RECOVER = "warm", "search", "recover"
+Phase = Literal["warm", "search", "recover"]
+WARM: Literal["warm"] = "warm"
+SEARCH: Literal["search"] = "search"
+RECOVER: Literal["recover"] = "recover"
 
 
 @dataclass(frozen=True)
 class Schedule:
     """Steps at which things happen, of `total` optimizer steps counted from 0.
 
-    [0, begin) is `warm`: every gate open, the attention outputs are measured for the replacements.
+    [0, begin) is `warm`: every gate is open, the attention outputs are measured for the replacements.
     [begin, harden) is `search`: gates are drawn; the target rises linearly until `ramp` and is held from
-    there. [harden, total) is `recover`: gates are fixed at 0 and 1, what is left is fine-tuned.
+    there. [harden, total) is `recover`: gates are fixed at 0 and 1, the pruned model is fine-tuned.
     """
 
     total: int
@@ -24,7 +28,12 @@ class Schedule:
     ramp: int
     harden: int
 
-    def phase(self, step: int) -> str:
+    @property
+    def marks(self) -> tuple[int, int, int]:
+        """The numbers of steps after which a phase ends."""
+        return self.begin, self.harden, self.total
+
+    def phase(self, step: int) -> Phase:
         """`warm`, `search` or `recover`: the phase of the optimizer step numbered `step`."""
         return WARM if step < self.begin else SEARCH if step < self.harden else RECOVER
 
@@ -33,6 +42,10 @@ class Schedule:
         if step >= self.ramp:
             return 1.0
         return max(0.0, (step + 1 - self.begin) / (self.ramp + 1 - self.begin))
+
+    def without_search(self) -> Schedule:
+        """The schedule of a run with nothing to search for: gates are hardened when the warm phase ends."""
+        return Schedule(self.total, self.begin, self.begin, self.begin)
 
 
 def make_schedule(total: int, warm: float, ramp: float, harden: float) -> Schedule:

@@ -7,9 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
+
+if TYPE_CHECKING:
+    from fastgate.pruning.pruner import Pruner
+    from fastgate.pruning.recording import Forward
 
 
 def is_sentence_model(model: nn.Module) -> bool:
@@ -21,7 +25,7 @@ def is_sentence_model(model: nn.Module) -> bool:
 
 
 @contextmanager
-def watching(model: nn.Module, pruner: Any) -> Iterator[list[Any]]:
+def watching(model: nn.Module, pruner: Pruner) -> Iterator[list[Forward]]:
     """While open, every forward of `model` runs on what `pruner.prepare` makes of its features; yields the
     list that `pruner.take` fills with them. Forwards without gradient are in it too.
 
@@ -29,18 +33,18 @@ def watching(model: nn.Module, pruner: Any) -> Iterator[list[Any]]:
     to give those of an earlier one again: such outputs are left out, and so are forwards that did not run the
     encoder.
     """
-    forwards: list[Any] = []
+    forwards: list[Forward] = []
     features: list[dict[str, Any]] = []
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = args[0] if args else kwargs["input"]
-        prepared = pruner.prepare(given)
-        if prepared is not given:
-            given.update(prepared)
-        features.append(dict(given))  # the modules write their outputs into the dict they are given
+        inputs = args[0] if args else kwargs["input"]
+        prepared = pruner.prepare(inputs)
+        if prepared is not inputs:
+            inputs.update(prepared)
+        features.append(dict(inputs))  # the modules write their outputs into the dict they are given
 
     def after(module: nn.Module, args: tuple[Any, ...], outputs: Any) -> None:
-        replaced = any("forward" in one.__dict__ for one in (module, *module.children()))
+        replaced = any("forward" in part.__dict__ for part in (module, *module.children()))
         taken = pruner.take({} if replaced else outputs, features.pop())
         if taken is not None:
             forwards.append(taken)

@@ -17,12 +17,12 @@ def swap_tokens(inputs: Mapping[str, Any], share: float, generator: torch.Genera
     row's first and last attended place are its special ones: wherever they stand they stay, and none of them
     is put in another's place. Rows keep their lengths. generator: on the host; the device is not waited for.
     """
-    given, mask = inputs.get("input_ids"), inputs.get("attention_mask")
-    if given is None or not given.numel():
+    original, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+    if original is None or not original.numel():
         return dict(inputs)
-    if mask is not None and mask.shape != given.shape:
+    if mask is not None and mask.shape != original.shape:
         return dict(inputs)  # the model says what it takes
-    ids = given.reshape(-1, given.shape[-1])  # multiple choice has (batch, choices, length)
+    ids = original.reshape(-1, original.shape[-1])  # multiple choice has (batch, choices, length)
     attended = torch.ones_like(ids) if mask is None else (mask != 0).long().reshape(ids.shape)
     begin, count = attended.argmax(1, keepdim=True), attended.sum(1, keepdim=True)
     ends = (ids.gather(1, begin), ids.gather(1, begin + (count - 1).clamp(min=0)))
@@ -34,4 +34,4 @@ def swap_tokens(inputs: Mapping[str, Any], share: float, generator: torch.Genera
     row = (draw() * ids.shape[0]).long()
     place = begin[row, 0] + (draw() * count[row, 0]).long()
     swapped = plain & plain[row, place] & (draw() < share)
-    return {**inputs, "input_ids": torch.where(swapped, ids[row, place], ids).view(given.shape)}
+    return {**inputs, "input_ids": torch.where(swapped, ids[row, place], ids).view(original.shape)}

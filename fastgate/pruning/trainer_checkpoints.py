@@ -56,11 +56,11 @@ def check_complete(folder: Path) -> None:
 
 def last_complete(output_dir: Path) -> Path:
     """The newest complete checkpoint under `output_dir`. Raises CheckpointError if there is none."""
-    found = checkpoints(output_dir)
-    for folder in reversed(found):
+    folders = checkpoints(output_dir)
+    for folder in reversed(folders):
         if is_complete(folder):
             return folder
-    got = f"{len(found)} incomplete" if found else "none"
+    got = f"{len(folders)} incomplete" if folders else "none"
     remedy = "start anew without resume_from_checkpoint, and save oftener (save_steps)"
     wanted = "a complete checkpoint-N folder"
     raise CheckpointError(
@@ -85,8 +85,8 @@ def rotate(output_dir: Path, limit: int | None, best: str | None, saved: Path) -
     of an earlier run may have a higher number."""
     if not limit or limit < 1:
         return
-    found = checkpoints(output_dir)
-    safe = {path.resolve() for path in (*found[-1:], saved)} | ({Path(best).resolve()} if best else set())
-    excess = len(found) - max(limit, len(safe))
-    for path in [p for p in found if p.resolve() not in safe][: max(excess, 0)]:
+    folders = checkpoints(output_dir)
+    safe = {path.resolve() for path in (*folders[-1:], saved)} | ({Path(best).resolve()} if best else set())
+    excess = len(folders) - max(limit, len(safe))
+    for path in [p for p in folders if p.resolve() not in safe][: max(excess, 0)]:
         shutil.rmtree(path, ignore_errors=True)

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from fastgate.env import environment
 from fastgate.errors import DataError, format_error
-from fastgate.training.sweep import Line
+from fastgate.training.sweep_results import Line
 
 Speeds = dict[str, dict[str, float]]  # of each processor, by `speed_key`
 FLOAT32, BFLOAT16 = "float32", "bfloat16"

@@ -14,10 +14,10 @@ from typing import Any
 from rich.console import Console
 
 from fastgate.errors import DataError, format_error
-from fastgate.pruning.pruner import SEPARATED
+from fastgate.pruning.gate_search import SEPARATED
 from fastgate.report.speedups import BFLOAT16, FLOAT32, Speeds, mean_speed, measured, pooling_of, read_speeds
-from fastgate.training.sweep import Line, read_lines
-from fastgate.training.sweep_config import read_recipe
+from fastgate.training.sweep_config import read_sweep_config
+from fastgate.training.sweep_results import Line, read_lines
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#444444")
 ALIKE = ("method", "replacement", "removed", "pooling")  # what a table's row says of its settings anyway
@@ -352,7 +352,7 @@ def write(
     `dtype`. recipe: only its lines, and one table of them in place of the others."""
     lines = read_lines(lines_path)
     if recipe is not None:
-        wanted = [settings.identity for settings in read_recipe(recipe)]
+        wanted = [settings.identity for settings in read_sweep_config(recipe)]
         lines = [line for line in lines if line["settings"] in wanted]
     if not lines:
         got, remedy = f"{lines_path} without a line", "run `fastgate sweep` first, or mend the path"

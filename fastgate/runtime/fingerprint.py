@@ -1,10 +1,10 @@
-"""The memory and the numbers that a captured graph or a program has taken from an encoder, and whether they
+"""The memory and the numbers that a CUDA graph or a compiled plan has taken from an encoder, and whether they
 are the encoder's still.
 
-A graph reads the memory that parameters had when it was captured, and runs the steps that modules had then;
-a program holds the parameters. So before each use it is compared what a step is made from, beside what the
-inspection compares: each parameter's address, dtype and strides; the numbers that are handed to kernels.
-Values are not: an update in place is read by the next use.
+A graph reads the memory that parameters had when it was captured, and runs the steps that modules had then. A
+compiled plan holds the parameters. So before each use more is compared than the snapshot compares: each
+parameter's address, dtype and strides, and the numbers that are handed to kernels. Values are not compared:
+an update in place is read by the next use.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgate.models.inspection import KNOWN, Inspection
 from fastgate.nn.hooks import foreign_hooks, replaced_method
-from fastgate.runtime.layer import PLAIN_TENSORS
+from fastgate.nn.plain_modules import PLAIN_TENSORS
+from fastgate.runtime.snapshot import KNOWN_PACKAGES, EncoderSnapshot
 
-NUMBERS = (
+NUMBER_ATTRIBUTES = (
     "eps",
     "scaling",
     "attention_head_size",
@@ -30,44 +30,48 @@ _dtype, _stride = attrgetter("dtype"), Tensor.stride
 
 
 class ModuleFingerprint:
-    """An inspected encoder's memory and numbers as they are now. refusal: why nothing can stand for its
-    modules, or ""."""
+    """An encoder's memory and numbers as they are now.
 
-    def __init__(self, inspection: Inspection) -> None:
-        self.inspection = inspection
-        modules = inspection.modules
-        self.droppers = [m for m in modules if isinstance(m, nn.modules.dropout._DropoutNd)]
+    refusal: why nothing can stand for its modules, or "".
+    """
+
+    def __init__(self, snapshot: EncoderSnapshot) -> None:
+        self.snapshot = snapshot
+        modules = snapshot.modules
+        self._dropouts = [m for m in modules if isinstance(m, nn.modules.dropout._DropoutNd)]
         # Attention reads the number of its Dropout, and asks itself whether it trains.
-        self.droppers += [layer.at for layer in inspection.layers if layer.query is not None]
-        self.tensors = inspection.tensors
-        self.numbers = [(m.__dict__, name) for m in modules for name in NUMBERS if name in m.__dict__]
+        self._dropouts += [layer.attention for layer in snapshot.layers if layer.query is not None]
+        self.tensors = snapshot.tensors
+        self._numbers = [
+            (m.__dict__, name) for m in modules for name in NUMBER_ATTRIBUTES if name in m.__dict__
+        ]
         self.refusal = self._refusal()
-        self.facts = self._facts()
+        self._known_facts = self._facts()
 
-    def holds(self, inspection: Inspection) -> bool:
-        """Whether the encoder was not inspected anew, and has this memory and these numbers still."""
-        return self.inspection is inspection and self._facts() == self.facts
+    def matches(self, snapshot: EncoderSnapshot) -> bool:
+        """Whether the snapshot is the same, and the encoder has this memory and these numbers still."""
+        return self.snapshot is snapshot and self._facts() == self._known_facts
 
     def drops(self) -> bool:
         """Whether a Dropout is at work: one in training, whatever the encoder is in."""
-        return any(map(attrgetter("training"), self.droppers))
+        return any(map(attrgetter("training"), self._dropouts))
 
     def _facts(self) -> tuple[Any, ...]:
         return (
             None if self.refusal else list(map(Tensor.data_ptr, self.tensors)),
             list(map(_dtype, self.tensors)),
             list(map(_stride, self.tensors)),
-            [of[name] for of, name in self.numbers],
+            [attributes[name] for attributes, name in self._numbers],
         )
 
     def _refusal(self) -> str:
-        for module in self.inspection.modules:
+        for module in self.snapshot.modules:
             kind = type(module)
-            if not kind.__module__.startswith(KNOWN):
+            if not kind.__module__.startswith(KNOWN_PACKAGES):
                 return f"a {kind.__name__} of {kind.__module__} inside"
             if foreign_hooks(module) or (replaced_method(module) and kind is not nn.ModuleList):
                 return "hooks, or a replaced forward"
-        if not set(self.inspection.kinds) <= set(PLAIN_TENSORS):
+        if not set(self.snapshot.tensor_types) <= set(PLAIN_TENSORS):
             return "parameters of a class of their own"
         if len({t.device for t in self.tensors}) != 1:
             return "no parameters, or on several devices"

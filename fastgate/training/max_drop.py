@@ -1,4 +1,4 @@
-"""The largest cut whose score stays within a budget: what to remove is learned, how much is searched for."""
+"""Prune to a target. For MaxDrop, search for the largest number of layers whose loss of score is allowed."""
 
 from __future__ import annotations
 
@@ -6,105 +6,103 @@ import math
 import random
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
-from fastgate.errors import ArgumentError, DataError, format_error
-from fastgate.pruning import Fixed, PruningConfig, Sparsity
-from fastgate.pruning.objective import Target
-from fastgate.training.phases import TEACHERS, Fit, Training
+from fastgate.errors import DataError, format_error
+from fastgate.pruning import Fixed, Sparsity
+from fastgate.training.config import FinetuneConfig
+from fastgate.training.phases import TaskTrainer
+from fastgate.training.targets import MaxDrop, RunTarget
 
-HELD_OUT = 0.1  # of the training rows: cuts are judged on rows that no model is tuned on
-MOST = 2000  # rows held out, no more
-
-
-@dataclass(frozen=True)
-class MaxDrop:
-    """Remove as much attention as costs at most `share`, in (0, 1), of the dense model's score."""
-
-    share: float
-
-    def __post_init__(self) -> None:
-        if not 0.0 < self.share < 1.0:
-            remedy = "0.01 lets a hundredth of the score go"
-            raise ArgumentError(
-                format_error("MaxDrop", "share", self.share, "a number between 0 and 1", remedy)
-            )
-
-    def floor(self, dense: float) -> float:
-        """The least score that is within the budget."""
-        return dense - self.share * abs(dense)
+HELD_OUT_SHARE = 0.1  # of the training rows: prunings are compared on rows that no model is trained on
+MAX_HELD_OUT = 2000  # rows
 
 
 def hold_out(rows: Any, seed: int) -> Any:
-    """The splits with some of the training rows, drawn by `seed`, apart as `held_out`.
+    """The splits with some of the training rows, drawn by `seed`, moved to a split `held_out`.
 
     Windows of one document stay together. Raises DataError if there are too few rows.
     """
     train = rows["train"]
-    of = train["document"][:] if "document" in train.column_names else list(range(len(train)))
-    documents = sorted(set(of))
-    count = min(MOST, math.ceil(HELD_OUT * len(documents)))
+    document_of = train["document"][:] if "document" in train.column_names else list(range(len(train)))
+    documents = sorted(set(document_of))
+    count = min(MAX_HELD_OUT, math.ceil(HELD_OUT_SHARE * len(documents)))
     if len(documents) < 20:
         got = f"{len(documents)} training rows"
         raise DataError(format_error("MaxDrop", "train", got, "20 or more", "choose the sparsity yourself"))
     chosen = set(random.Random(seed).sample(documents, count))
-    inside = [i for i, document in enumerate(of) if document in chosen]
-    outside = [i for i, document in enumerate(of) if document not in chosen]
+    inside = [i for i, document in enumerate(document_of) if document in chosen]
+    outside = [i for i, document in enumerate(document_of) if document not in chosen]
     return type(rows)({**rows, "train": train.select(outside), "held_out": train.select(inside)})
 
 
-def largest_cut(layers: int, floor: float, attempt: Callable[[int], float]) -> int:
-    """How many of `layers` attention sublayers can go: the most that `attempt` scores `floor` or above for.
+def most_removable(layers: int, lowest_score: float, attempt: Callable[[int], float]) -> int:
+    """How many of `layers` attention sublayers can go: the most that scores `lowest_score` or above.
 
-    attempt: number removed -> score. By bisection, as though removing more never scored higher; 0 without an
-    attempt.
+    attempt: number removed -> score. The search bisects, as though removing more never scored higher. It
+    never tries to remove 0.
     """
     good, bad = 0, layers
     while bad - good > 1:
         middle = (good + bad) // 2
-        if attempt(middle) >= floor:
+        if attempt(middle) >= lowest_score:
             good = middle
         else:
             bad = middle
     return good
 
 
-def prune_within(
-    training: Training,
-    budget: MaxDrop,
+def prune_to(
+    target: RunTarget,
+    task_trainer: TaskTrainer,
+    config: FinetuneConfig,
     dense: dict[str, Any],
     layers: int,
-    config_of: Callable[[Target], PruningConfig],
-    fit: Fit,
     name: str = "pruned",
-    teacher: str = TEACHERS[0],
 ) -> dict[str, Any]:
-    """Training.prune with the largest cut within the budget, judged on the rows held out.
+    """TaskTrainer.prune to any target; what `config` says of the target does not count.
 
-    dense: what Training.dense gave. config_of: target -> how to prune. The result has `attempts` besides:
-    {number removed: score held out}. If no cut is within the budget every attention stays.
+    dense: the result of TaskTrainer.dense. layers: of the model.
     """
-    tried: dict[int, dict[str, Any]] = {}
+    if isinstance(target, MaxDrop):
+        return _prune_within(target, task_trainer, config, dense, layers, name)
+    pruning = config.pruning_config(task_trainer.task.kind, target)
+    return task_trainer.prune(pruning, config.prune_fit, name, config.pruning.teacher)
+
+
+def _prune_within(
+    budget: MaxDrop,
+    task_trainer: TaskTrainer,
+    config: FinetuneConfig,
+    dense: dict[str, Any],
+    layers: int,
+    name: str,
+) -> dict[str, Any]:
+    """Remove as much attention as the budget allows, judged on the rows held out.
+
+    The result also has `attempts`: {number removed: score held out}. If no pruning is within the budget,
+    every attention stays.
+    """
+    results: dict[int, dict[str, Any]] = {}
 
     def attempt(removed: int) -> float:
         target = Sparsity(removed / layers) if removed else Fixed(tuple(range(layers)))
-        tried[removed] = training.prune(config_of(target), fit, f"{name}-{removed}", teacher)
-        return float(tried[removed]["held_out"])
+        results[removed] = prune_to(target, task_trainer, config, dense, layers, f"{name}-{removed}")
+        return float(results[removed]["held_out"])
 
-    best = largest_cut(layers, budget.floor(dense["held_out"]), attempt)
-    if best not in tried:
+    best = most_removable(layers, budget.lowest_score(dense["held_out"]), attempt)
+    if best not in results:
         attempt(best)
-    aside = training.out / "work" / f"{name}-chosen"
-    for folder in (aside, training.out / name):
+    copied = task_trainer.out / "work" / f"{name}-chosen"
+    for folder in (copied, task_trainer.out / name):
         shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(training.out / f"{name}-{best}", aside)
-    aside.rename(training.out / name)
-    attempts = {str(removed): found["held_out"] for removed, found in sorted(tried.items())}
-    return {**tried[best], "attempts": attempts}
+    shutil.copytree(task_trainer.out / f"{name}-{best}", copied)
+    copied.rename(task_trainer.out / name)
+    attempts = {str(removed): result["held_out"] for removed, result in sorted(results.items())}
+    return {**results[best], "attempts": attempts}
 
 
-def clear_attempts(training: Training, name: str = "pruned") -> None:
-    """Remove the models that were tried, once the result is written."""
-    for folder in training.out.glob(f"{name}-*"):
+def clear_attempts(task_trainer: TaskTrainer, name: str = "pruned") -> None:
+    """Remove the models that a search tried, once the result is written."""
+    for folder in task_trainer.out.glob(f"{name}-*"):
         shutil.rmtree(folder, ignore_errors=True)

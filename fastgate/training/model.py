@@ -1,4 +1,4 @@
-"""The dense model and tokenizer a task starts from, loaded without the loader's chatter."""
+"""The dense model and the tokenizer that a task starts from, loaded without progress bars and warnings."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fastgate.models.checkpoint_files import META
 from fastgate.models.handle import get_encoder
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _COUNT_FROM_PADDING = ("roberta", "xlm_roberta", "camembert")
@@ -26,25 +26,27 @@ _COUNT_FROM_PADDING = ("roberta", "xlm_roberta", "camembert")
 
 @contextmanager
 def quiet_loading() -> Iterator[None]:
-    """No progress bars and no notes about new weights from transformers inside; errors still come through."""
+    """Inside, transformers shows no progress bars and no warnings about new weights. Errors still appear."""
     from transformers.utils import logging
 
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    untyped: Any = logging
+    level, bars = untyped.get_verbosity(), untyped.is_progress_bar_enabled()
+    untyped.set_verbosity_error()
+    untyped.disable_progress_bar()
     try:
         yield
     finally:
-        logging.set_verbosity(level)
+        untyped.set_verbosity(level)
         if bars:
-            logging.enable_progress_bar()
+            untyped.enable_progress_bar()
 
 
-def dense_model(model_name: str | Path, task: Task) -> PreTrainedModel:
-    """The pre-trained model with a new head for the task: labels named, regression with one output.
+def dense_model(model_name: str | Path, task: Task) -> Any:
+    """The pre-trained model (a PreTrainedModel) with a new head for the task.
 
-    In float32, whatever its file holds: an optimizer's small steps would be lost in 16 bits. Only the head,
-    and a pooler that the file lacks, are drawn anew. Raises CheckpointError for a model that fastgate pruned
+    The head has the task's label names, or one output for regression. The model is in float32, whatever its
+    file holds, because 16 bits would lose an optimizer's small steps. Only the head, and a pooler that the
+    file lacks, have new weights. Raises CheckpointError for a model that fastgate pruned
     and for one whose file lacks other weights, ArgumentError for what is no model.
     """
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoModelForTokenClassification
@@ -55,7 +57,7 @@ def dense_model(model_name: str | Path, task: Task) -> PreTrainedModel:
         return _unpruned(source, model_name, task)
     auto = AutoModelForTokenClassification if task.kind == "tokens" else AutoModelForSequenceClassification
     if task.kind == "regression":
-        head: dict = {"num_labels": 1, "problem_type": "regression"}
+        head: dict[str, Any] = {"num_labels": 1, "problem_type": "regression"}
     else:
         names = dict(enumerate(task.labels))
         problem = None if task.kind == "tokens" else "single_label_classification"  # whatever it was tuned on
@@ -72,11 +74,11 @@ def dense_model(model_name: str | Path, task: Task) -> PreTrainedModel:
 
 
 def _unpruned(source: str, model_name: str | Path, task: Task) -> Any:
-    """A checkpoint of fastgate's without anything pruned: the dense model of a run with `--pooling mean`."""
-    model = load(source)
-    state = get_encoder(model)
-    if any(state.is_removed(layer) for layer in range(state.num_layers)):
-        remedy = "fine-tune the dense model it was made from, or go on from fastgate.load in a script"
+    """A checkpoint of fastgate with nothing pruned: the dense model of a run with `--pooling mean`."""
+    model: Any = load(source)
+    handle = get_encoder(model)
+    if any(handle.is_removed(layer) for layer in range(handle.num_layers)):
+        remedy = "fine-tune the dense model it was made from, or train it further in a script (fastgate.load)"
         got = f"{model_name}, a checkpoint that fastgate pruned"
         raise CheckpointError(
             format_error("fastgate", "--model", got, "a model with all its attention", remedy)
@@ -97,12 +99,12 @@ def is_pruned(source: str, config: PreTrainedConfig) -> bool:
 
 
 def new_weights(report: dict[str, Any]) -> list[str]:
-    """Names of the weights that `from_pretrained` did not find, or found in another shape, and drew anew."""
+    """Names of the weights that `from_pretrained` initialised: the file has none of their shape."""
     return sorted({*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])})
 
 
 def check_weights(model_name: str | Path, option: str, new: list[str], report: dict[str, Any]) -> None:
-    """Refuse a model with weights drawn anew, or with layers in its file that its config.json lacks."""
+    """Refuse a model with new weights, or with layers in its file that its config.json lacks."""
     if new:
         got = (
             f"{model_name} without {len(new)} of its weights, such as {new[0]}, in the shape config.json says"
@@ -120,9 +122,10 @@ def check_weights(model_name: str | Path, option: str, new: list[str], report: d
 
 
 def model_source(name: str | Path, option: str, inside: Sequence[str]) -> str:
-    """What to load: a folder with a model, or a name of the hub. ArgumentError for a path that is neither.
+    """What to load: a folder with a model, or a name of the hub. Raises ArgumentError for anything else.
 
-    option: what the user typed before it. inside: folders that a run leaves in its own, the better one first.
+    option: what the user typed before it. inside: folders that a run leaves in its own folder, the better one
+    first; the error names the first that exists.
     """
     path = Path(os.path.expanduser(name))
     wanted = "a folder with config.json and the weights of a BERT or RoBERTa, or one of the hub"
@@ -139,11 +142,11 @@ def model_source(name: str | Path, option: str, inside: Sequence[str]) -> str:
         got, remedy = f"{name}, a folder without config.json", "check the path; a run may be unfinished"
         if not any(path.iterdir()):
             got = f"{name}, an empty folder"
-        found = [path / part for part in inside if (path / part / "config.json").is_file()]
+        models = [path / part for part in inside if (path / part / "config.json").is_file()]
         saved = [part.parent for part in path.glob("checkpoint-*/config.json")]
-        found = found or sorted(saved, key=lambda part: (len(part.name), part.name))[-1:]
-        if found:
-            remedy = f"name the model in it: {found[0]}"
+        models = models or sorted(saved, key=lambda part: (len(part.name), part.name))[-1:]
+        if models:
+            remedy = f"name the model in it: {models[0]}"
     elif not is_folder and not _HUB_NAME.fullmatch(str(name)):
         got, remedy = f"{name} (no such folder)", "check the path"
     else:
@@ -152,17 +155,18 @@ def model_source(name: str | Path, option: str, inside: Sequence[str]) -> str:
 
 
 def longest_row(config: PreTrainedConfig) -> int:
-    """The most tokens a row may have: RoBERTa counts positions from the one after its padding id."""
+    """The most tokens that a row may have. RoBERTa counts positions from the one after its padding id."""
     positions = int(config.max_position_embeddings)
     if str(config.model_type).removeprefix("fastgate_").replace("-", "_") not in _COUNT_FROM_PADDING:
         return positions
     return positions - int(config.pad_token_id) - 1
 
 
-def load_tokenizer(model_name: str | Path, task: Task | None = None) -> PreTrainedTokenizerBase:
-    """The model's tokenizer; for lists of words byte-level ones put a blank before each.
+def load_tokenizer(model_name: str | Path, task: Task | None = None) -> Any:
+    """The model's tokenizer (a PreTrainedTokenizerBase). For lists of words, byte-level ones put a blank
+    before each.
 
-    Raises ArgumentError for a model without one, or with that of a model with a larger vocabulary.
+    Raises ArgumentError for a model without a tokenizer, or with that of a model with a larger vocabulary.
     """
     from transformers import AutoConfig, AutoTokenizer
 
@@ -186,7 +190,7 @@ def load_tokenizer(model_name: str | Path, task: Task | None = None) -> PreTrain
 
 
 def load_quietly(load: Callable[[], Any], model_name: str | Path, option: str = "--model") -> Any:
-    """What `load` gives; CheckpointError for a damaged folder, ArgumentError for what is not there.
+    """The result of `load`. Raises CheckpointError for a damaged folder, ArgumentError for a missing model.
 
     option: what the user typed before it.
     """
@@ -195,7 +199,7 @@ def load_quietly(load: Callable[[], Any], model_name: str | Path, option: str = 
             return load()
         except FastgateError:
             raise
-        except Exception as error:  # a damaged file raises whatever the library that reads it raises
+        except Exception as error:  # each library has its own errors for a damaged file
             text = " ".join(str(error).split())[:160] or type(error).__name__
             got, wanted = f"{model_name} ({text})", "a BERT or RoBERTa model of the hub or in a folder"
             if os.path.isdir(os.path.expanduser(model_name)):

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,14 @@ import torch
 
 from fastgate.data.task import Task
 from fastgate.models.checkpoint import load, save
+from fastgate.models.checkpoint_files import META
 from fastgate.pruning import PruningConfig
-from fastgate.pruning.trainer_checkpoints import checkpoints, is_complete, last_complete, rotate, seal
-from fastgate.training.disk import full_disk_told, read_json, write_json
-from fastgate.training.evaluate import score
+from fastgate.pruning.trainer_checkpoints import checkpoints, is_complete, last_complete
+from fastgate.training.disk import full_disk_as_oserror, read_json, write_json
+from fastgate.training.evaluate import collator_of, score
 from fastgate.training.model import dense_model, quiet_loading
+from fastgate.training.progress import DENSE, PRUNE, Listener
 
-DENSE, PRUNE = "dense", "prune"
 TEACHERS = ("dense", "self")  # the dense model, or the student itself with every gate open
 RESULT = "result.json"
 
@@ -29,8 +29,8 @@ RESULT = "result.json"
 class Fit:
     """How one phase trains.
 
-    epochs: passes over the training rows; batch_size: rows an optimizer step; lr: the peak; warmup: share of
-    the steps in which it is reached; bf16: under autocast in bfloat16.
+    epochs: passes over the training rows. batch_size: rows of an optimizer step. lr: peak learning rate.
+    warmup: share of the steps in which the rate rises. bf16: under autocast in bfloat16.
     """
 
     epochs: float
@@ -41,28 +41,13 @@ class Fit:
     bf16: bool = False
 
 
-@dataclass(frozen=True)
-class Progress:
-    """Where a training is: phase `dense` or `prune`, optimizer steps, the last loss, P(open) of each gate."""
-
-    phase: str
-    step: int
-    total: int
-    loss: float | None = None
-    gates: tuple[float, ...] = ()
-    stage: str = ""
-
-
-Listener = Callable[[Progress], None]
-
-
 @dataclass
-class Training:
-    """A dense model and what is pruned from it, in the folder `out`; what was done before is found again.
+class TaskTrainer:
+    """Trains a dense model and prunes it, in the folder `out`. What an earlier process finished is reused.
 
-    rows: the task's, tokenised; with a split `held_out` models are scored on that as well. save_every: share
-    of a phase between two checkpoints, None for none. The seconds in results are those of every sitting that
-    led to the model; steps that a kill lost are not among them.
+    rows: the task's, tokenised. With a split `held_out` models are scored on that as well. save_every: share
+    of a phase between two checkpoints, None for none. The seconds in results are those of every process that
+    led to the model, without the steps that were lost when one was killed.
     """
 
     task: Task
@@ -80,161 +65,91 @@ class Training:
         if (folder / RESULT).is_file():
             return dict(read_json(folder / RESULT))
         set_seed(fit.seed)
-        trainer = self._trainer(Trainer, DENSE, DENSE, fit, model)
-        seconds = self._train(trainer)
-        result = {**self._scored(trainer.model, fit), "seconds": seconds}
-        aside = self.out / "work" / "dense-model"
-        shutil.rmtree(aside, ignore_errors=True)
-        with full_disk_told(self.out), quiet_loading():
-            trainer.model.save_pretrained(aside)
-            self.tokenizer.save_pretrained(aside)
-            write_json(aside / RESULT, result)
-        shutil.rmtree(folder, ignore_errors=True)  # without a result it is not whole
-        os.replace(aside, folder)
+        trainer, seconds = self._train(Trainer, DENSE, DENSE, fit, model)
+        result = {**self._score(trainer.model, fit), "seconds": seconds}
+        unfinished = self.out / "work" / "dense-model"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        with full_disk_as_oserror(self.out), quiet_loading():
+            trainer.model.save_pretrained(unfinished)
+            self.tokenizer.save_pretrained(unfinished)
+            write_json(unfinished / RESULT, result)
+        shutil.rmtree(folder, ignore_errors=True)  # without a result it is incomplete
+        os.replace(unfinished, folder)
         return result
 
     def prune(
         self, pruning: PruningConfig, fit: Fit, name: str = "pruned", teacher: str = TEACHERS[0]
     ) -> dict[str, Any]:
-        """Self-prune the dense model into `out`/`name`; returns scores, what was kept, the gates' course.
+        """Self-prune the dense model into `out`/`name`.
 
-        teacher: whom a distillation listens to, the `dense` model or the student `self`.
+        teacher: what the pruning distils from, the `dense` model or the student `self`. Returns the scores,
+        the layers whose attention is kept, and the gates at each step.
         """
         from transformers import set_seed
 
         from fastgate.pruning import SelfPruningTrainer
 
-        folder, notes = self.out / name, self.out / "work" / f"{name}.json"
-        if not (folder / "fastgate.json").is_file():
+        folder, record = self.out / name, self.out / "work" / f"{name}.json"
+        if not (folder / META).is_file():
             student = dense_model(self.out / DENSE, self.task)
-            dense = dense_model(self.out / DENSE, self.task) if teacher == "dense" else None
+            dense = copy.deepcopy(student) if teacher == "dense" else None
             set_seed(fit.seed)
-            trainer = self._trainer(
+            trainer, seconds = self._train(
                 SelfPruningTrainer, PRUNE, name, fit, student, pruning=pruning, teacher=dense
             )
-            seconds = self._train(trainer)
             pruner = trainer.pruner
-            noted = {"kept": pruner.kept, "replacement": pruning.replacement, "steps": pruner.history}
-            noted |= {"separated": pruner.separated, "margin": pruner.margin}
-            with full_disk_told(self.out):
-                notes.parent.mkdir(exist_ok=True)
-                write_json(notes, {**noted, "seconds": seconds, "teacher_seconds": pruner.teacher_seconds})
+            search = {
+                "kept": pruner.kept,
+                "replacement": pruning.replacement,
+                "steps": pruner.history,
+                "separated": pruner.separated,
+                "margin": pruner.margin,
+                "seconds": seconds,
+                "teacher_seconds": pruner.teacher_seconds,
+            }
+            with full_disk_as_oserror(self.out):
+                record.parent.mkdir(exist_ok=True)
+                write_json(record, search)
                 save(trainer.model, folder, self.tokenizer)
         model: Any = load(folder)
         if torch.cuda.is_available():
             model = model.cuda()
         layers = int(model.config.num_hidden_layers)
-        return {**self._scored(model, fit), "layers": layers, **read_json(notes)}
+        return {**self._score(model, fit), "layers": layers, **read_json(record)}
 
-    def _arguments(self, phase: str, name: str, fit: Fit) -> Any:
-        from transformers import TrainingArguments
+    def _train(
+        self, trainer_class: Any, phase: str, name: str, fit: Fit, model: Any, **options: Any
+    ) -> tuple[Any, float]:
+        """Train to the end, from the last complete checkpoint if there is one.
 
-        return TrainingArguments(
-            output_dir=str(self.out / "work" / name),
-            num_train_epochs=fit.epochs,
-            per_device_train_batch_size=fit.batch_size,
-            learning_rate=fit.lr,
-            warmup_steps=fit.warmup,
-            weight_decay=0.01,
-            seed=fit.seed,
-            bf16=fit.bf16,
-            use_cpu=not torch.cuda.is_available(),
-            save_strategy="no" if self.save_every is None else "steps",
-            save_steps=self.save_every or 500,
-            # A dense checkpoint is whole once it is sealed, and only then may the one before go.
-            save_total_limit=None if phase == DENSE else 1,
-            logging_steps=10,
-            disable_tqdm=True,
-            report_to="none",
-            dataloader_pin_memory=torch.cuda.is_available(),
-        )
+        Returns the trainer and the seconds, those before the checkpoint included.
+        """
+        from fastgate.training import trainer_compat
 
-    def _trainer(self, kind: Any, phase: str, name: str, fit: Fit, model: Any, **extra: Any) -> Any:
-        from transformers import PrinterCallback
-
-        trainer = kind(
+        trainer_compat.check_trainer()
+        folder = self.out / "work" / name
+        trainer = trainer_class(
             model=model,
-            args=self._arguments(phase, name, fit),
+            args=trainer_compat.training_arguments(folder, phase, fit, self.save_every),
             train_dataset=self.rows["train"],
-            data_collator=self.task.collator(self.tokenizer),
-            **extra,
+            data_collator=collator_of(self.task, self.tokenizer),
+            **options,
         )
-        trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(_listening()(phase, trainer, self.listener))
-        return trainer
+        clock = trainer_compat.prepare_trainer(trainer, phase, self.listener)
+        for checkpoint in checkpoints(folder):
+            if not is_complete(checkpoint):  # a killed run was writing it; its number may be the highest
+                shutil.rmtree(checkpoint, ignore_errors=True)
+        resumes = bool(checkpoints(folder))
+        with full_disk_as_oserror(self.out), quiet_loading():
+            trainer.train(resume_from_checkpoint=str(last_complete(folder)) if resumes else None)
+        return trainer, clock.seconds
 
-    def _train(self, trainer: Any) -> float:
-        """Train to the end, from the last whole checkpoint if there is one; seconds, up to that included."""
-        folder = Path(trainer.args.output_dir)
-        for found in checkpoints(folder):
-            if not is_complete(found):  # what a killed run was writing; its number may be the highest
-                shutil.rmtree(found, ignore_errors=True)
-        whole = bool(checkpoints(folder))
-        clock = _clock()()
-        trainer.add_callback(clock)
-        with full_disk_told(self.out), quiet_loading():
-            trainer.train(resume_from_checkpoint=str(last_complete(folder)) if whole else None)
-        return float(clock.seconds)
-
-    def _scored(self, model: Any, fit: Fit) -> dict[str, Any]:
+    def _score(self, model: Any, fit: Fit) -> dict[str, Any]:
         """All scores, the main one, and the main one on the rows held out, if there are any."""
-        collator, metric = self.task.collator(self.tokenizer), self.task.metric
+        collator, metric = collator_of(self.task, self.tokenizer), self.task.metric
         scores = score(model, self.task, self.rows["evaluation"], collator, 2 * fit.batch_size)
-        found: dict[str, Any] = {"scores": scores, "score": scores[metric]}
+        result: dict[str, Any] = {"scores": scores, "score": scores[metric]}
         if "held_out" in self.rows:
-            apart = score(model, self.task, self.rows["held_out"], collator, 2 * fit.batch_size)
-            found["held_out"] = apart[metric]
-        return found
-
-
-def _listening() -> type:
-    """The Trainer callback that tells a listener how far training is, and that seals and rotates the dense
-    phase's checkpoints."""
-    from transformers import TrainerCallback
-
-    class Listening(TrainerCallback):
-        def __init__(self, phase: str, trainer: Any, listener: Listener | None):
-            self.phase, self.trainer, self.listener = phase, trainer, listener
-            self.loss: float | None = None
-
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-            self.loss = (logs or {}).get("loss", self.loss)
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if self.listener is not None:
-                pruner = getattr(self.trainer, "pruner", None)
-                gates = tuple(pruner.open_probabilities) if pruner is not None else ()
-                stage = pruner.phase if pruner is not None else ""
-                step = state.global_step
-                self.listener(Progress(self.phase, step, state.max_steps, self.loss, gates, stage))
-
-        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if self.phase == DENSE:
-                saved = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-                seal(saved)
-                rotate(saved.parent, 1, None, saved)
-
-    return Listening
-
-
-def _clock() -> type:
-    """The Trainer callback that counts the seconds of a training and keeps them in its checkpoints."""
-    from transformers import TrainerCallback
-    from transformers.trainer_callback import ExportableState
-
-    class Clock(TrainerCallback, ExportableState):
-        def __init__(self) -> None:
-            self.before, self.start = 0.0, time.perf_counter()
-
-        @property
-        def seconds(self) -> float:
-            return self.before + time.perf_counter() - self.start
-
-        def state(self) -> dict[str, Any]:
-            return {"args": {}, "attributes": {"before": self.seconds}}
-
-        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step:
-                self.before = state.stateful_callbacks["Clock"]["attributes"]["before"]
-
-    return Clock
+            held_out = score(model, self.task, self.rows["held_out"], collator, 2 * fit.batch_size)
+            result["held_out"] = held_out[metric]
+        return result

@@ -1,4 +1,4 @@
-"""The numbers that a setting may be: one table for the options of commands and the keys of a recipe."""
+"""The ranges of numeric settings: one table for the options of commands and the keys of a sweep config."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fastgate.errors import ArgumentError, format_error
 
 @dataclass(frozen=True)
 class Range:
-    """Numbers from low to high. above, below: low and high themselves are outside. whole: integers only."""
+    """Numbers from low to high. above: without low itself. below: without high itself. whole: integers."""
 
     low: float
     high: float = math.inf
@@ -54,6 +54,7 @@ RANGES: dict[str, Range] = {
     "warmup": _PART,
     "lr": _RATE,
     "dense_lr": _RATE,
+    "prune_lr": _RATE,
     "gate_lr": Range(0, above=True),
     "replacement_lr": Range(0, above=True),
     "batch_size": Range(1, 1_000_000, whole=True),
@@ -78,19 +79,21 @@ RANGES: dict[str, Range] = {
     "harden": _PART,
 }
 
-_RENAMED = {
+_OPTIONS = {  # that are not spelled as their field
     "sparsity": "--target-sparsity",
     "speedup": "--target-speedup",
+    "dense_epochs": "--epochs",
+    "dense_lr": "--lr",
 }
 
 
 def option_of(field: str) -> str:
     """The option of a command that sets a field: `prune_epochs` is `--prune-epochs`."""
-    return _RENAMED.get(field, "--" + field.replace("_", "-"))
+    return _OPTIONS.get(field, "--" + field.replace("_", "-"))
 
 
 def check_range(where: str, argument: str, field: str, value: object) -> None:
-    """Raises ArgumentError unless `value` is a number that the field may be; None is one of every field.
+    """Raises ArgumentError unless `value` is None or in the range of the field, if that has one.
 
     argument: what the user calls it, an option or a key.
     """

@@ -1,7 +1,7 @@
-"""A sweep's recipe, and the settings of each run that it stands for.
+"""The sweep config, a YAML file, and the runs that it stands for.
 
-A recipe is YAML. Top-level keys are the fields of Settings, for every run; `tasks`, `seeds` and `runs` say
-which runs there are (a list inside a run stands for each of its values); `per_task` overrides fields by task:
+Top-level keys are settings of every run. `tasks`, `seeds` and `runs` say which runs there are: a list inside
+a run stands for a run of each of its values. `per_task` overrides settings by task:
 
     model: minilm
     tasks: [sst2, wnut17]
@@ -12,6 +12,10 @@ which runs there are (a list inside a run stands for each of its values); `per_t
       - {method: [random, top_drop], sparsity: 0.67}
     per_task:
       imdb: {max_length: 256, train_rows: 5000}
+
+The settings are those of FinetuneConfig, PruningOptions and SweepRun, with three differences. `epochs` and
+`lr` are the pruning phase's. The target is a number under `sparsity`, `speedup` or `max_drop`, or a list of
+layers under `keep`. There is no `warmup` and no `data`.
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ import json
 import math
 import reprlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -30,185 +34,232 @@ from fastgate.data.catalog import CATALOG
 from fastgate.errors import ArgumentError, DataError, format_error
 from fastgate.models.handle import POOLINGS
 from fastgate.nn.replacement import KINDS
+from fastgate.pruning import Fixed
 from fastgate.pruning.config import GATES
-from fastgate.training.config import TARGETS, Job
+from fastgate.training.config import FinetuneConfig, PruningOptions
+from fastgate.training.methods import METHODS
 from fastgate.training.phases import TEACHERS
 from fastgate.training.setting_ranges import check_range
+from fastgate.training.targets import RunTarget, key_of, target_settings, targets_in
 
-# Method -> what of its settings may say how much to remove: one of these, and no other.
-METHODS: dict[str, tuple[str, ...]] = {
-    "dense": (),  # the dense model as it is
-    "dense_longer": (),  # the same steps and distillation more
-    "learned": TARGETS,
-    "random": ("sparsity",),
-    "top_drop": ("sparsity",),
-    "every_other": ("sparsity",),
-    "greedy": ("sparsity",),  # by the loss on training rows
-    "fixed": (),  # `keep` says it
-}
-MOST_BYTES, MAX_RUNS = 1 << 20, 20_000  # of a recipe
-_LISTS = ("tasks", "seeds", "runs", "per_task")
-_DENSE = (
+MAX_BYTES, MAX_RUNS = 1 << 20, 20_000  # of a sweep config
+_LIST_KEYS = ("tasks", "seeds", "runs", "per_task")
+_KEY_OF_FIELD = {"prune_epochs": "epochs", "prune_lr": "lr"}  # a field that has another key in files
+_DENSE_KEYS = (
     "task", "seed", "train_rows", "eval_rows", "max_length", "stride", "pooling", "model", "batch_size",
     "dense_epochs", "dense_lr", "bf16", "evaluate_on",
 )  # fmt: skip
+# Settings that did not exist at first, and what they were then.
+_FIRST_VALUES: dict[str, Any] = {
+    "pooling": "first", "bf16": False, "teacher": "dense",
+    "evaluate_on": None, "replacement_lr": None, "dropout": None,
+}  # fmt: skip
+
+
+def key_of_field(field_name: str) -> str:
+    """The key that a sweep config has for a field of FinetuneConfig."""
+    return _KEY_OF_FIELD.get(field_name, field_name)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(Job):
+class SweepRun(FinetuneConfig):
     """All that decides one run's outcome.
 
-    model: `minilm` (the demo extra's) besides. method: one of METHODS. keep: the layers of `fixed`.
-    train_rows, eval_rows: at most so many, None for all. evaluate_on: splits that are scored together, by
-    commas, None for the task's own. dense_epochs, dense_lr: of the dense fine-tune; epochs, lr: of the
-    pruning run. logits, hidden, temperature, labels, dropout, swap: as Distill has them, logits and hidden 0
-    for none; teacher: one of TEACHERS, whom it listens to. The rest: as PruningConfig has them, None for its
-    own.
+    Args:
+        model: as in FinetuneConfig, or `minilm`, the model of the demo extra.
+        method: one of METHODS.
+        train_rows, eval_rows: at most so many rows, None for all.
+        evaluate_on: splits that are scored together, separated by commas; None for the task's own.
     """
 
     model: str = "minilm"
+    target: RunTarget | None = None
     method: str = "learned"
-    keep: tuple[int, ...] | None = None
     train_rows: int | None = None
     eval_rows: int | None = None
     evaluate_on: str | None = None
-    dense_epochs: float = 3.0
-    dense_lr: float = 5e-5
-    epochs: float = 3.0
-    replacement: str | None = None
-    logits: float | None = None
-    hidden: float | None = None
-    temperature: float | None = None
-    labels: float | None = None
-    dropout: float | None = None
-    swap: float | None = None
-    teacher: str = TEACHERS[0]
-    warm: float | None = None
-    ramp: float | None = None
-    harden: float | None = None
-    gate_lr: float | None = None
-    gates: str | None = None
-    replacement_lr: float | None = None
 
     @property
-    def dense(self) -> str:
+    def dense_name(self) -> str:
         """Name of the dense model that the run starts from: runs of one name share it."""
-        decisive = {name: value for name, value in self._told.items() if name in _DENSE}
-        decisive["apart"] = self.max_drop is not None
+        settings = self._named_settings
+        decisive = {key: value for key, value in settings.items() if key in _DENSE_KEYS}
+        decisive["apart"] = settings["max_drop"] is not None
         return f"{self.task}-{self.seed}-{_digest(decisive)[:8]}"
 
     @property
     def name(self) -> str:
         """Of the run: the same settings, the same name."""
-        return f"{self.method}-{_digest(self._told)[:12]}"
+        return f"{self.method}-{_digest(self._named_settings)[:12]}"
 
     @property
     def model_name(self) -> str:
-        """Of a model in a folder the folder's."""
+        """The name of the folder, for a model in a folder."""
         path = Path(self.model)
         return path.name if path.is_dir() else self.model
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What a line of results says of the settings: as JSON has them, the model by its name."""
-        return dict(json.loads(json.dumps({**self._told, "model": self.model_name})))
+        """The settings in a line of results: as JSON, with the model's name."""
+        return dict(json.loads(json.dumps({**self._named_settings, "model": self.model_name})))
+
+    def to_settings(self) -> dict[str, Any]:
+        """The settings under the keys of a sweep config, and in the order of lines of results."""
+        return {
+            "model": self.model,
+            "task": self.task,
+            **target_settings(self.target),
+            **self._fields("max_length", "stride", "pooling", "batch_size"),
+            "lr": self.prune_lr,
+            **self._fields("bf16", "seed", "method"),
+            "keep": self.target.keep if isinstance(self.target, Fixed) else None,
+            **self._fields("train_rows", "eval_rows", "evaluate_on", "dense_epochs", "dense_lr"),
+            "epochs": self.prune_epochs,
+            **vars(self.pruning),
+        }
+
+    def _fields(self, *names: str) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in names}
 
     @property
-    def _told(self) -> dict[str, Any]:
-        """All of it; what was no choice once only if it is not as it was then, so that names and lines of
-        results from then still hold."""
-        before = {"pooling": "first", "bf16": False, "teacher": "dense"}
-        before |= dict.fromkeys(("evaluate_on", "replacement_lr", "dropout"))
-        return {k: v for k, v in asdict(self).items() if k not in before or v != before[k]}
+    def _named_settings(self) -> dict[str, Any]:
+        """Without those that did not exist at first and are as they were then, so that names and lines of
+        results from then still match."""
+        return {
+            key: value
+            for key, value in self.to_settings().items()
+            if key not in _FIRST_VALUES or value != _FIRST_VALUES[key]
+        }
 
 
-_TYPES = {field.name: str(field.type) for field in fields(Settings)}  # annotations, as they are written
+# Key -> the type of its values, as the annotation is written.
+_TYPES: dict[str, str] = {
+    **{key_of_field(f.name): str(f.type) for f in fields(SweepRun)},
+    **{f.name: str(f.type) for f in fields(PruningOptions)},
+    **dict.fromkeys(target_settings(None), "float | None"),
+    "keep": "tuple[int, ...] | None",
+}
+for _name in ("target", "pruning", "data", "warmup"):
+    del _TYPES[_name]
 
 
-def read_recipe(path: str | Path, model: str | None = None) -> list[Settings]:
-    """The runs of a recipe, seed by seed and there task by task: a sweep cut off early has seen every task.
+def make_run(settings: Mapping[str, Any]) -> SweepRun:
+    """The run with these settings, under the keys and with the values that a sweep config has.
 
-    model: in place of the recipe's, None for that. Raises DataError for a file that is not a recipe,
+    Raises ArgumentError for values that no run can have.
+    """
+    values = {key: _typed(key, value) for key, value in settings.items()}
+    _check_choices(values)
+    own = {f.name: values[key] for f in fields(SweepRun) if (key := key_of_field(f.name)) in values}
+    pruning = {f.name: values[f.name] for f in fields(PruningOptions) if f.name in values}
+    method = values.get("method", "learned")
+    if method == "dense":  # nothing of a pruning decides its outcome
+        dense = {name: value for name, value in own.items() if name in (*_DENSE_KEYS, "method")}
+        return SweepRun(**dense)
+    return SweepRun(**own, target=_target(method, values), pruning=PruningOptions(**pruning))
+
+
+def _target(method: str, values: Mapping[str, Any]) -> RunTarget | None:
+    """The target of a run, checked for its method. Raises ArgumentError for none or several."""
+    keep = values.get("keep")
+    if method == "fixed" and keep is None:
+        _refuse("keep", "none", "the layers to keep", "give e.g. keep: [1, 4]")
+    targets: list[RunTarget] = [*targets_in(values), *([] if keep is None else [Fixed(keep)])]
+    allowed = METHODS[method]
+    if len(targets) > 1 or (allowed and (not targets or key_of(targets[0]) not in allowed)):
+        got = ", ".join(f"{key_of(target)} {values[key_of(target)]}" for target in targets) or "none"
+        wanted = "one of " + ", ".join(allowed) if allowed else "one at most"
+        _refuse("target", got, wanted, f"give it for {method}, and null for the others")
+    return targets[0] if targets else None
+
+
+def read_sweep_config(path: str | Path, model: str | None = None) -> list[SweepRun]:
+    """The runs of a sweep config, seed by seed and there task by task: a sweep that is interrupted early has
+    seen every task.
+
+    model: overrides the file's, None for that. Raises DataError for a file that is no sweep config,
     ArgumentError for values that no run can have.
     """
     import yaml
 
     path = Path(path)
     try:
-        if path.stat().st_size > MOST_BYTES:
-            raise ValueError(f"more than {MOST_BYTES} bytes")
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if path.stat().st_size > MAX_BYTES:
+            raise ValueError(f"more than {MAX_BYTES} bytes")
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         got = f"{path}: {' '.join(str(error).split())[:160]}"
-        raise DataError(
-            format_error("sweep", "recipe", got, "a YAML file", "check the path, mend the file")
-        ) from error
-    if not isinstance(found, dict):
-        raise DataError(
-            format_error(
-                "sweep", "recipe", f"{path}: a {type(found).__name__}", "keys and values", "see --help"
-            )
-        )
-    return expand(found if model is None else {**found, "model": model})
+        remedy = "check the path, correct the file"
+        raise DataError(format_error("sweep", "sweep file", got, "a YAML file", remedy)) from error
+    if not isinstance(content, dict):
+        got = f"{path}: a {type(content).__name__}"
+        raise DataError(format_error("sweep", "sweep file", got, "keys and values", "see --help"))
+    return expand(content if model is None else {**content, "model": model})
 
 
-def expand(recipe: Mapping[str, Any]) -> list[Settings]:
-    """The runs of a recipe that was read."""
-    known = {field.name for field in fields(Settings)}
-    _only("recipe", recipe, (known | set(_LISTS)) - {"task", "seed"})
-    base = {key: value for key, value in recipe.items() if key not in _LISTS}
-    tasks, seeds = _listed(recipe.get("tasks") or []), _listed(recipe.get("seeds", [0]))
-    runs, per_task = ({} if recipe.get(key) is None else recipe[key] for key in ("runs", "per_task"))
+def expand(config: Mapping[str, Any]) -> list[SweepRun]:
+    """The runs of a sweep config that was read."""
+    run_keys = set(_TYPES) - {"task", "seed"}
+    _check_keys("sweep file", config, run_keys | set(_LIST_KEYS))
+    common = {key: value for key, value in config.items() if key not in _LIST_KEYS}
+    tasks, seeds = _as_list(config.get("tasks") or []), _as_list(config.get("seeds", [0]))
+    runs, per_task = ({} if config.get(key) is None else config[key] for key in ("runs", "per_task"))
     runs = runs or [{}]
+    _check_axes(tasks, seeds, runs, per_task, run_keys)
+    combinations = [
+        {**common, **(per_task.get(task) or {}), **run, "task": task, "seed": seed}
+        for seed, task, run in itertools.product(seeds, tasks, runs)
+    ]
+    count = sum(math.prod(map(len, _axes(settings).values())) for settings in combinations)
+    if count > MAX_RUNS:
+        _refuse("sweep file", f"{count} runs", f"at most {MAX_RUNS}", "split it into several files")
+    expanded: list[SweepRun] = []
+    for settings in combinations:
+        axes = _axes(settings)
+        for values in itertools.product(*axes.values()):
+            expanded.append(make_run({**settings, **dict(zip(axes, values, strict=True))}))
+    return list(dict.fromkeys(expanded))
+
+
+def _check_axes(tasks: list[Any], seeds: list[Any], runs: Any, per_task: Any, run_keys: set[str]) -> None:
+    """Refuse lists of tasks, seeds and runs that are empty or of another form."""
     if not tasks:
         _refuse("tasks", "none", "one or more of " + ", ".join(CATALOG), "name the tasks")
     if not seeds:
         _refuse("seeds", "none", "one or more whole numbers", "name the seeds, or leave the key out")
     for task in tasks:
-        _checked_task(task)
+        if not isinstance(task, str) or task not in CATALOG:
+            _refuse("tasks", _short(task), "one of " + ", ".join(CATALOG), "correct the name")
     if not isinstance(runs, list):
         _refuse("runs", _short(runs), "a list", "write each run as - {method: learned, sparsity: 0.5}")
-    for place, run in enumerate(runs):
-        _only(f"runs: number {place + 1}", run, known - {"task", "seed"})
-    _only("per_task", per_task, set(CATALOG))
+    if len(tasks) * len(seeds) * len(runs) > MAX_RUNS:
+        got = f"{len(tasks) * len(seeds) * len(runs)} runs"
+        _refuse("sweep file", got, f"at most {MAX_RUNS}", "split it into several files")
+    for position, run in enumerate(runs):
+        _check_keys(f"runs: number {position + 1}", run, run_keys)
+    _check_keys("per_task", per_task, set(CATALOG))
     for task, changes in per_task.items():
         if changes is not None:
-            _only(f"per_task: {task}", changes, known - {"task", "seed"})
-    most = len(seeds) * sum(_count({**base, **(per_task.get(t) or {}), **r}) for t in tasks for r in runs)
-    if most > MAX_RUNS:
-        _refuse("recipe", f"{most} runs", f"at most {MAX_RUNS}", "make several recipes of it")
-    made: list[Settings] = []
-    for seed, task, run in itertools.product(seeds, tasks, runs):
-        given = {**base, **(per_task.get(task) or {}), **run, "task": task, "seed": seed}
-        several = _several(given)
-        for values in itertools.product(*several.values()):
-            one = {**given, **dict(zip(several, values, strict=True))}
-            typed = {key: _typed(key, value) for key, value in one.items()}
-            made.append(_checked(Settings(**typed)))
-    return list(dict.fromkeys(made))
+            _check_keys(f"per_task: {task}", changes, run_keys)
 
 
-def _several(given: Mapping[str, Any]) -> dict[str, list[Any]]:
+def _axes(settings: Mapping[str, Any]) -> dict[str, list[Any]]:
     """The keys that stand for a run of each of their values."""
-    return {key: value for key, value in given.items() if isinstance(value, list) and key != "keep"}
+    return {key: value for key, value in settings.items() if isinstance(value, list) and key != "keep"}
 
 
-def _count(given: Mapping[str, Any]) -> int:
-    return math.prod(len(value) for value in _several(given).values())
-
-
-def _only(where: str, found: Any, known: set[str]) -> None:
+def _check_keys(where: str, mapping: Any, known: set[str]) -> None:
     """Refuse what is not a mapping with known keys alone."""
-    if not isinstance(found, Mapping):
-        _refuse(where, _short(found), "keys and values", "write key: value")
-    unknown = [key for key in found if not isinstance(key, str) or key not in known]
+    if not isinstance(mapping, Mapping):
+        _refuse(where, _short(mapping), "keys and values", "write key: value")
+    unknown = [key for key in mapping if not isinstance(key, str) or key not in known]
     if unknown:
         got = ", ".join(key[:40] if isinstance(key, str) else _short(key) for key in unknown[:10])
-        _refuse(where, got, ", ".join(sorted(known)), "mend the key")
+        _refuse(where, got, ", ".join(sorted(known)), "correct the key")
 
 
 def _typed(key: str, value: Any) -> Any:
-    """The value of a key of Settings, of the type that the field has."""
+    """The value of a key, converted to its type. Raises ArgumentError for a value of another type."""
     kind = _TYPES[key]
     if value is None:
         if "None" not in kind:
@@ -229,45 +280,28 @@ def _typed(key: str, value: Any) -> Any:
         return value
     if kind.startswith("float") and isinstance(value, str):
         try:
-            value = float(value)  # YAML takes 5e-5, without a point, for a text
+            value = float(value)  # YAML reads 5e-5, without a point, as text
         except ValueError:
             _refuse(key, _short(value), "a number", "write it as 5.0e-5 or 0.00005")
     check_range("sweep", key, key, value)
     return value
 
 
-def _checked_task(task: Any) -> None:
-    if not isinstance(task, str) or task not in CATALOG:
-        _refuse("tasks", _short(task), "one of " + ", ".join(CATALOG), "mend the name")
+def _check_choices(values: Mapping[str, Any]) -> None:
+    """Raises ArgumentError for a name that is none of its setting's, or that contradicts another setting."""
+    choices: dict[str, Any] = {
+        "task": CATALOG, "pooling": POOLINGS, "teacher": TEACHERS, "method": METHODS,
+        "replacement": KINDS, "gates": GATES,
+    }  # fmt: skip
+    for key, known in choices.items():
+        value = values.get(key)
+        if value is not None and value not in known:
+            _refuse(key, _short(value), "one of " + ", ".join(known), "correct the name")
+    if values.get("pooling") == "mean" and CATALOG[values["task"]].kind == "tokens":
+        _refuse("pooling", f"mean for {values['task']}", "first for a token task", "set it by per_task")
 
 
-def _checked(settings: Settings) -> Settings:
-    _checked_task(settings.task)
-    if settings.pooling not in POOLINGS:
-        _refuse("pooling", _short(settings.pooling), "one of " + ", ".join(POOLINGS), "mend the name")
-    if settings.pooling == "mean" and CATALOG[settings.task].kind == "tokens":
-        _refuse("pooling", f"mean for {settings.task}", "first for a token task", "set it by per_task")
-    if settings.teacher not in TEACHERS:
-        _refuse("teacher", _short(settings.teacher), "one of " + ", ".join(TEACHERS), "mend the name")
-    if settings.method not in METHODS:
-        _refuse("method", _short(settings.method), "one of " + ", ".join(METHODS), "mend the name")
-    for name, values in (("replacement", KINDS), ("gates", GATES)):
-        given = getattr(settings, name)
-        if given is not None and given not in values:
-            _refuse(name, _short(given), "one of " + ", ".join(values), "mend the name")
-    if settings.method == "fixed" and settings.keep is None:
-        _refuse("keep", "none", "the layers to keep", "give e.g. keep: [1, 4]")
-    if settings.method == "dense":  # nothing of a pruning decides its outcome
-        plain = {f.name: f.default for f in fields(Settings) if f.name not in (*_DENSE, "method")}
-        return replace(settings, **plain)  # type: ignore[arg-type]
-    targets, chosen = METHODS[settings.method], settings.given
-    if targets and (len(chosen) != 1 or chosen[0] not in targets):
-        got = ", ".join(f"{name} {getattr(settings, name)}" for name in chosen) or "none"
-        _refuse("target", got, "one of " + ", ".join(targets), f"give it for {settings.method}")
-    return settings
-
-
-def _listed(value: Any) -> list[Any]:
+def _as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
@@ -276,7 +310,7 @@ def _digest(data: Mapping[str, Any]) -> str:
 
 
 def _short(value: Any) -> str:
-    """A value from a file, however large or deep: a recipe may be hostile."""
+    """A value from a file, however large or deep: the file may be hostile."""
     return reprlib.repr(value)
 
 

@@ -21,13 +21,13 @@ _GRACE = 10.0  # seconds for workers to end after being asked to
 
 
 def end_with_parent() -> None:
-    """Have this process end when the one that started it does. What it was writing can be gone on with.
+    """Have this process end when the one that started it does. What it was writing can be continued.
 
-    Ctrl-C goes to every process of a terminal: the parent alone answers it, and ends this one.
+    Ctrl-C reaches every process of a terminal. Only the parent answers it, and then ends this process.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":
-        # Also where this process is in one long call into a library, which no thread of Python interrupts.
+        # This also ends a process inside one long call into a library, which no Python thread interrupts.
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).prctl(_PDEATHSIG, signal.SIGKILL)
 
@@ -41,27 +41,27 @@ def end_with_parent() -> None:
 
 
 def run_workers(arguments: list[str], workers: int) -> list[int]:
-    """The same command in so many processes, cores and GPUs shared among them; their exit statuses."""
+    """Run the same command in processes that share the cores and GPUs. Returns their exit statuses."""
     cores, gpus = os.cpu_count() or 1, torch.cuda.device_count()
-    started: list[subprocess.Popen[bytes]] = []
+    processes: list[subprocess.Popen[bytes]] = []
     try:
         for worker in range(workers):
             env = {**os.environ, "OMP_NUM_THREADS": str(max(1, cores // workers))}
             if gpus:
                 env["CUDA_VISIBLE_DEVICES"] = str(worker % gpus)
-            command = [sys.executable, "-m", "fastgate.cli.main", *arguments, AS_WORKER]
-            started.append(subprocess.Popen(command, env=env, stdin=subprocess.PIPE))
-        return [process.wait() for process in started]
+            command = [sys.executable, "-m", "fastgate", *arguments, AS_WORKER]
+            processes.append(subprocess.Popen(command, env=env, stdin=subprocess.PIPE))
+        return [process.wait() for process in processes]
     finally:
-        _end(started)
+        _end(processes)
 
 
-def _end(started: list[subprocess.Popen[bytes]]) -> None:
+def _end(processes: list[subprocess.Popen[bytes]]) -> None:
     """End those that still run, after an interruption."""
-    for process in started:
+    for process in processes:
         if process.poll() is None:
             process.terminate()
-    for process in started:
+    for process in processes:
         try:
             process.wait(_GRACE)
         except subprocess.TimeoutExpired:

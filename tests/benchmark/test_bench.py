@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 from helpers import subprocesses
 
-from fastgate.training.sweep_config import read_recipe
+from fastgate.training.sweep_config import read_sweep_config
 
 BENCH = Path(__file__).parents[2] / "bench"
 
@@ -272,7 +272,7 @@ def test_the_recipes_of_the_sweeps_are_read():
         ("tasks_speed.yaml", 5 * 3 * 2),
         ("tasks_gpu.yaml", 7 * 3),
     ):
-        assert len(read_recipe(BENCH / "sweeps" / name)) == count
+        assert len(read_sweep_config(BENCH / "sweeps" / name)) == count
 
 
 def test_models_are_timed_and_traced(tmp_path):

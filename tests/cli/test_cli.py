@@ -61,9 +61,9 @@ def test_evaluate_gives_the_scores_of_the_run(world):
     result = json.loads((world / "out" / "result.json").read_text())
     data = ["--task", "sst2", "--data-dir", world / "data", "--max-length", 24]
     for phase in ("dense", "pruned"):
-        found = json.loads(run("evaluate", world / "out" / phase, *data, "--json").stdout)
-        assert found["scores"]["accuracy"] == pytest.approx(result[phase]["score"])
-        assert found["rows"] == 64 and found["metric"] == "accuracy"
+        printed = json.loads(run("evaluate", world / "out" / phase, *data, "--json").stdout)
+        assert printed["scores"]["accuracy"] == pytest.approx(result[phase]["score"])
+        assert printed["rows"] == 64 and printed["metric"] == "accuracy"
     assert "accuracy" in run("evaluate", world / "out" / "pruned", *data).stdout
 
 
@@ -72,8 +72,8 @@ def test_evaluate_reads_own_files_by_the_labels_of_the_model(world, tmp_path):
     rows = [{"words": row["sentence"], "kind": names[row["label"]]} for row in tiny_models.sentiment(30)]
     path = tiny_models.write_rows(tmp_path / "mine.jsonl", rows)
     own = ["--task-type", "text", "--validation", path, "--columns", "words", "--label-column", "kind"]
-    found = json.loads(run("evaluate", world / "out" / "dense", *own, "--max-length", 24, "--json").stdout)
-    assert found["rows"] == 30 and found["scores"]["accuracy"] > 0.9
+    printed = json.loads(run("evaluate", world / "out" / "dense", *own, "--max-length", 24, "--json").stdout)
+    assert printed["rows"] == 30 and printed["scores"]["accuracy"] > 0.9
     wrong = tiny_models.write_rows(
         tmp_path / "wrong.jsonl", [{**rows[0], "kind": "x"}, {**rows[1], "kind": "y"}]
     )
@@ -91,8 +91,8 @@ def test_finetune_takes_own_files_of_every_kind(world, tmp_path):
         "tokens": [{"tokens": ["she", "went"], "tags": ["B-x", "O"]} for _ in range(12)],
     }
     wanted = {"pair": "accuracy", "regression": "spearman", "tokens": "entity_f1"}
-    for kind, found in rows.items():
-        path = tiny_models.write_rows(tmp_path / f"{kind}.jsonl", found)
+    for kind, kind_rows in rows.items():
+        path = tiny_models.write_rows(tmp_path / f"{kind}.jsonl", kind_rows)
         out = tmp_path / kind
         run(
             "finetune", "--model", world / "model", "--task-type", kind, "--train", path,
@@ -105,7 +105,7 @@ def test_finetune_takes_own_files_of_every_kind(world, tmp_path):
 
 
 def test_finetune_with_a_mean_for_a_pooler(world, tmp_path):
-    """Both models read it wherever they are read again, and a run goes on as it began."""
+    """Both models read it wherever they are read again, and a run resumes as it began."""
     out = tmp_path / "out"
     run("finetune", *options(world), "--pooling", "mean", "--out", out)
     result = json.loads((out / "result.json").read_text())
@@ -114,8 +114,8 @@ def test_finetune_with_a_mean_for_a_pooler(world, tmp_path):
     for phase in ("dense", "pruned"):
         assert json.loads((out / phase / "config.json").read_text())["fastgate_pooling"] == "mean"
         assert json.loads(run("explain", out / phase, "--json").stdout)["demand"] == "attended"
-        found = json.loads(run("evaluate", out / phase, *data, "--json").stdout)
-        assert found["scores"] == pytest.approx(result[phase]["scores"])
+        printed = json.loads(run("evaluate", out / phase, *data, "--json").stdout)
+        assert printed["scores"] == pytest.approx(result[phase]["scores"])
         timed = run("bench", "--model", out / phase, *data, "--batches", 1, "--against", "sdpa", "--json")
         assert json.loads(timed.stdout)["max_difference"] < 1e-5
     message = run("finetune", *options(world), "--out", out, "--resume", code=1).stderr
@@ -131,7 +131,7 @@ def test_finetune_in_bfloat16(world, tmp_path):
     for phase in ("dense", "pruned"):
         rounded, plain = (load_file(f / phase / "model.safetensors") for f in (out, world / "out"))
         assert all(weight.dtype == torch.float32 for weight in rounded.values())
-        # A stand-in is a least-squares fit: on rows this alike its parameters are settled together, not each.
+        # A replacement is a least-squares fit. On rows this alike only its whole function is determined.
         apart = ("query.weight", ".replacement.")
         shared = [name for name in rounded if name in plain and not any(part in name for part in apart)]
         gaps = [float((rounded[name] - plain[name]).abs().max()) for name in shared]
@@ -141,14 +141,14 @@ def test_finetune_in_bfloat16(world, tmp_path):
 
 
 def logits_of(folder):
-    """What a pruned model says about the rows that the world is scored on: stand-ins by what they do."""
+    """What a pruned model says about the rows that the world is scored on: replacements by what they do."""
     texts = [row["sentence"] for row in tiny_models.sentiment(64)]
     batch = AutoTokenizer.from_pretrained(folder)(texts, padding=True, return_tensors="pt")
     with torch.no_grad():
         return fastgate.load(folder)(**batch).logits
 
 
-def test_a_run_from_before_there_was_a_choice_is_gone_on_with(world):
+def test_a_run_from_before_there_was_a_choice_is_resumed(world):
     settings = json.loads((world / "out" / "run.json").read_text())
     assert settings.pop("pooling") == "first" and settings.pop("bf16") is False
     (world / "out" / "run.json").write_text(json.dumps(settings))
@@ -199,15 +199,15 @@ def test_a_finished_run_is_read_again_and_another_one_is_refused(world):
 def test_explain_shows_the_layers(world):
     text = run("explain", world / "out" / "pruned").stdout
     assert text.count("removed") == 2 and "FLOPs" in text
-    found = json.loads(run("explain", world / "model", "--json").stdout)
-    assert found["kept"] == [0, 1, 2]
+    printed = json.loads(run("explain", world / "model", "--json").stdout)
+    assert printed["kept"] == [0, 1, 2]
     message = run("explain", world / "nothing", code=1).stderr
     assert "(no such folder), wanted a folder with a fastgate checkpoint" in message
 
 
 def test_info_is_json_on_demand():
-    found = json.loads(run("info", "--json").stdout)
-    assert found["versions"]["torch"] == torch.__version__
+    printed = json.loads(run("info", "--json").stdout)
+    assert printed["versions"]["torch"] == torch.__version__
     assert "ops" in run("info").stdout
 
 
@@ -226,25 +226,27 @@ def test_bench_compares_equal_outputs_on_real_rows(world, keep):
         3,
     ]
     chosen = [] if keep is None else ["--keep", keep]
-    found = json.loads(run("bench", "--model", world / "model", *data, *chosen, "--json").stdout)
-    assert found["kept"] == [int(i) for i in (keep or "0,1,2").split(",")]
-    assert found["max_difference"] < 1e-5 and found["rows"] == 24
-    numbers = found["contenders"]
+    printed = json.loads(run("bench", "--model", world / "model", *data, *chosen, "--json").stdout)
+    assert printed["kept"] == [int(i) for i in (keep or "0,1,2").split(",")]
+    assert printed["max_difference"] < 1e-5 and printed["rows"] == 24
+    numbers = printed["contenders"]
     assert set(numbers) == {"fastgate", "sdpa", "eager", "floor"}
-    assert found["ratio"]["sdpa"] == pytest.approx(
+    assert printed["ratio"]["sdpa"] == pytest.approx(
         numbers["sdpa"]["total_ms"] / numbers["fastgate"]["total_ms"]
     )
     assert numbers["sdpa"]["tokens_per_s"] == pytest.approx(
-        1e3 * found["tokens"] / numbers["sdpa"]["total_ms"]
+        1e3 * printed["tokens"] / numbers["sdpa"]["total_ms"]
     )
-    assert 0 < found["floor_share"] < 1
+    assert 0 < printed["floor_share"] < 1
 
 
 def test_bench_of_a_pruned_checkpoint_sorted_by_length(world, monkeypatch):
     data = ["--task", "sst2", "--data-dir", world / "data", "--max-length", 24, "--batch-size", 8]
     arguments = ["--batches", 2, "--order", "length", "--against", "sdpa"]
-    found = json.loads(run("bench", "--model", world / "out" / "pruned", *data, *arguments, "--json").stdout)
-    assert len(found["kept"]) == 1 and found["filled"] > 0.85 and set(found["ratio"]) == {"sdpa"}
+    printed = json.loads(
+        run("bench", "--model", world / "out" / "pruned", *data, *arguments, "--json").stdout
+    )
+    assert len(printed["kept"]) == 1 and printed["filled"] > 0.85 and set(printed["ratio"]) == {"sdpa"}
     monkeypatch.setenv("HOME", str(world))
     shown = run("bench", "--model", "~/out/pruned", *data, *arguments).stdout
     assert "as fast" in shown and "floor" in shown
@@ -254,9 +256,9 @@ def test_bench_in_bfloat16_names_who_sat_out(world, monkeypatch):
     monkeypatch.setattr("fastgate.benchmark.baselines.importlib.util.find_spec", lambda package: None)
     data = ["--task", "sst2", "--data-dir", world / "data", "--max-length", 24, "--batches", 1]
     arguments = [*data, "--dtype", "bfloat16", "--against", "sdpa,openvino"]
-    found = json.loads(run("bench", "--model", world / "model", *arguments, "--json").stdout)
-    assert found["settings"]["dtype"] == "bfloat16" and found["max_difference"] > 1e-6
-    assert set(found["ratio"]) == {"sdpa"} and "fastgate[peers]" in found["absent"]["openvino"]
+    printed = json.loads(run("bench", "--model", world / "model", *arguments, "--json").stdout)
+    assert printed["settings"]["dtype"] == "bfloat16" and printed["max_difference"] > 1e-6
+    assert set(printed["ratio"]) == {"sdpa"} and "fastgate[peers]" in printed["absent"]["openvino"]
     assert "openvino was not timed" in run("bench", "--model", world / "model", *arguments).stdout
 
 
@@ -270,7 +272,7 @@ def test_bench_gives_no_figure_for_outputs_that_differ(world, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "arguments, said",
+    "arguments, expected",
     [
         (["finetune", "--task", "sst3"], "one of sst2, cola"),
         (["finetune"], "wanted one task; pass --task NAME, or --task-type with --train and --validation"),
@@ -311,11 +313,13 @@ def test_bench_gives_no_figure_for_outputs_that_differ(world, monkeypatch):
         (["bench", "--task", "sst2", "--data-dir", "DATA", "--order", "up"], "wanted data or length"),
     ],
 )
-def test_what_cannot_be_done_is_said_in_one_line_before_anything_is_written(world, tmp_path, arguments, said):
+def test_what_cannot_be_done_is_said_in_one_line_before_anything_is_written(
+    world, tmp_path, arguments, expected
+):
     filled = [str(world / "data") if a == "DATA" else a for a in arguments]
     out = ["--out", tmp_path / "new"] if arguments[0] == "finetune" else ["--max-length", 24]
     result = run(*filled, "--model", world / "model", *out, code=1)
-    assert said in result.stderr and result.stderr.startswith("error: ")
+    assert expected in result.stderr and result.stderr.startswith("error: ")
     assert result.stderr.count("\n") == 1 and "Traceback" not in result.output
     assert not (tmp_path / "new").exists()
 
@@ -332,10 +336,10 @@ def test_a_model_that_is_no_bert_is_refused_before_training(world, tmp_path):
 
 
 def test_the_demo_runs_on_a_tiny_model_and_twice_in_one_folder(world, tmp_path, monkeypatch):
-    from fastgate.cli.main import demo
+    from fastgate.cli import demo_run
 
-    monkeypatch.setattr(demo, "demo_model_path", lambda: world / "model")
-    monkeypatch.setattr(demo, "MAX_LENGTH", 24)
+    monkeypatch.setattr(demo_run, "demo_model_path", lambda: world / "model")
+    monkeypatch.setattr(demo_run, "MAX_LENGTH", 24)
     out = tmp_path / "demo"
     for _ in range(2):
         shown = run("demo", "--task", "sst2", "--data-dir", world / "data", "--out", out).stdout

@@ -23,7 +23,7 @@ import fastgate
 from fastgate.cli.main import app
 from fastgate.cli.progress import Display
 from fastgate.training import feasibility
-from fastgate.training.disk import full_disk_told, write_json
+from fastgate.training.disk import full_disk_as_oserror, write_json
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def test_every_command_has_ranges(world, tmp_path, command, option, value):
 
 
 @pytest.mark.parametrize(
-    "arguments, said",
+    "arguments, expected",
     [
         (["--max-length", 65], "--max-length: got 65, wanted 3 to 64 tokens"),
         (["--max-length", 100_000], "--max-length: got 100000"),
@@ -107,8 +107,8 @@ def test_every_command_has_ranges(world, tmp_path, command, option, value):
         (["--task-type", "text"], "--task, --task-type"),
     ],
 )
-def test_what_cannot_work_is_found_before_the_folder_is_claimed(world, tmp_path, arguments, said):
-    assert said in refused(*options(world, *arguments), "--out", tmp_path / "new")
+def test_what_cannot_work_is_found_before_the_folder_is_claimed(world, tmp_path, arguments, expected):
+    assert expected in refused(*options(world, *arguments), "--out", tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 
@@ -116,7 +116,7 @@ def test_what_cannot_work_is_found_before_the_folder_is_claimed(world, tmp_path,
     "out", ["FILE", "FILE/in", "FILE/in/it", "/dev/null/in", "/proc/none/in", "x" * 300, "DATA", "."]
 )
 def test_a_folder_that_cannot_be_made_is_found_before_training(world, monkeypatch, out):
-    monkeypatch.setattr("fastgate.training.phases.Training.dense", lambda *_: pytest.fail("it trains"))
+    monkeypatch.setattr("fastgate.training.phases.TaskTrainer.dense", lambda *_: pytest.fail("it trains"))
     out = out.replace("FILE", str(world / "file")).replace("DATA", str(world / "data"))
     message = refused(*options(world), "--out", out)
     assert "--out" in message or "x" * 300 in message
@@ -177,23 +177,23 @@ def test_a_model_is_evaluated_only_on_a_task_its_head_is_for(world, tmp_path):
 
 
 def test_what_is_cut_off_the_rows_is_said_and_kept(world, tmp_path):
-    said = call(*options(world, "--max-length", 6), "--out", tmp_path / "out").stderr
+    message = call(*options(world, "--max-length", 6), "--out", tmp_path / "out").stderr
     counts = json.loads((tmp_path / "out" / "result.json").read_text())["input"]
     assert counts["max_length"] == 6 and counts["truncated"]["train"] > 0
-    assert f"{counts['truncated']['train']} of 64 rows of train were longer than 6 tokens" in said
+    assert f"{counts['truncated']['train']} of 64 rows of train were longer than 6 tokens" in message
 
 
 def test_a_choice_that_was_not_learned_is_said(world, capsys):
-    from fastgate.cli.main import _print_result
+    from fastgate.cli.finetune import print_result
 
     result = json.loads((world / "out" / "result.json").read_text())
-    for separated, said in ((True, False), (False, True)):
+    for separated, noted in ((True, False), (False, True)):
         result["pruned"] |= {"separated": separated, "margin": 0.012}
-        _print_result(result, world / "out")
-        assert ("did not tell the layers apart (margin 0.012)" in capsys.readouterr().err) == said
+        print_result(result, world / "out")
+        assert ("did not tell the layers apart (margin 0.012)" in capsys.readouterr().err) == noted
 
 
-# -- going on with a run
+# -- resuming a run
 
 
 class Interrupting:
@@ -231,7 +231,7 @@ def stopped(stopped_once, tmp_path):
     "changed",
     [["--target-sparsity", 0.4], ["--target-speedup", 1.5], ["--prune-epochs", 1, "--target-sparsity", 0.9]],
 )
-def test_a_run_whose_pruning_has_not_begun_goes_on_with_another_target(world, stopped, changed):
+def test_a_run_whose_pruning_has_not_begun_resumes_with_another_target(world, stopped, changed):
     dense = (stopped / "dense" / "model.safetensors").stat().st_mtime_ns
     call(*options(world, *changed), "--out", stopped, "--resume")
     assert (stopped / "dense" / "model.safetensors").stat().st_mtime_ns == dense
@@ -261,7 +261,7 @@ def test_what_shaped_the_dense_model_stays_as_it_was(world, stopped, changed, na
     assert (stopped / "run.json").read_bytes() == before
 
 
-def test_rows_that_changed_are_not_gone_on_with(world, stopped, tmp_path):
+def test_rows_that_changed_are_refused(world, stopped, tmp_path):
     data = shutil.copytree(world / "data", tmp_path / "data")
     train = world / "data" / "sst2" / "train.jsonl"
     before = train.read_text()
@@ -338,7 +338,9 @@ def test_a_signal_ends_a_process_with_130(world, tmp_path):
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130 and "Traceback" not in errors
-    assert errors.strip().splitlines()[-1].startswith("error: interrupted; the same command with --resume")
+    assert (
+        errors.strip().splitlines()[-1].startswith("error: interrupted; run the same command with --resume")
+    )
 
 
 # -- a full disk
@@ -351,23 +353,23 @@ def disk(tmp_path):
         pytest.skip("mounting needs root")
     place = tmp_path / "disk"
     place.mkdir()
-    made = []
+    sizes = []
 
     def resize(count):
-        size = f"remount,size={count}" if made else f"size={count}"
+        size = f"remount,size={count}" if sizes else f"size={count}"
         command = ["mount", "-t", "tmpfs", "-o", size, "none", place]
         if subprocess.run(command, capture_output=True).returncode:
             pytest.skip("no mounting here")
-        made.append(count)
+        sizes.append(count)
         return place
 
     yield resize
-    if made:
+    if sizes:
         subprocess.run(["umount", "-l", place], check=True)  # weights may be mapped still
 
 
 @pytest.mark.parametrize("kilobytes", [4, 200, 1000])
-def test_a_full_disk_is_told_in_one_line_and_the_run_goes_on_later(world, disk, kilobytes):
+def test_a_full_disk_is_told_in_one_line_and_the_run_resumes_later(world, disk, kilobytes):
     out = disk(kilobytes * 1024) / "out"
     message = call(*options(world), "--out", out, code=1).stderr
     assert "No space left on device" in message.splitlines()[-1]
@@ -386,10 +388,10 @@ def test_each_writers_error_for_a_full_disk_becomes_one(disk, writer):
         "safetensors": lambda: save_file({"a": tensor}, place / "a"),
         "torch": lambda: torch.save(tensor, place / "a"),
     }[writer]
-    with pytest.raises(OSError) as error, full_disk_told(place):
+    with pytest.raises(OSError) as error, full_disk_as_oserror(place):
         write()
     assert error.value.errno == errno.ENOSPC and error.value.filename == str(place)
-    with pytest.raises(ValueError, match="another"), full_disk_told(place):
+    with pytest.raises(ValueError, match="another"), full_disk_as_oserror(place):
         raise ValueError("another")
 
 
@@ -437,7 +439,7 @@ def test_a_demo_replaces_a_demo_and_nothing_else(world):
 @pytest.mark.parametrize("kind, pooling", [("text", "mean"), ("pair", "first"), ("tokens", "first")])
 def test_the_highest_speedup_is_the_one_that_pruning_counts(world, tmp_path, monkeypatch, kind, pooling):
     """Before training it is told from the lengths of the rows; the Pruner measures forwards."""
-    from fastgate.pruning import pruner
+    from fastgate.pruning.objective import Objective
 
     many, label = range(24), [0, 1] * 12
     rows = {
@@ -447,10 +449,10 @@ def test_the_highest_speedup_is_the_one_that_pruning_counts(world, tmp_path, mon
     }[kind]
     path = tiny_models.write_rows(tmp_path / "rows.jsonl", rows)
     told, counted = [], []
-    highest, choose = feasibility.highest_speedup, pruner.Objective.choose
+    highest, choose = feasibility.highest_speedup, Objective.choose
     monkeypatch.setattr(feasibility, "highest_speedup", lambda *a: told.append(highest(*a)) or told[-1])
     monkeypatch.setattr(
-        pruner.Objective, "choose", lambda self, p, costs: counted.append(costs) or choose(self, p, costs)
+        Objective, "choose", lambda self, p, costs: counted.append(costs) or choose(self, p, costs)
     )
     call(
         "finetune", "--model", world / "model", "--task-type", kind, "--train", path, "--validation", path,
@@ -485,7 +487,7 @@ def odd(world, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def odd_out(world, tmp_path_factory):
-    """A finished run in a folder with an odd name: going on with it prints its result again."""
+    """A finished run in a folder with an odd name: resuming it prints its result again."""
     out = tmp_path_factory.mktemp("a[b]") / "[/x] é ☃ :smile:"
     return shutil.copytree(world / "out", out)
 
@@ -513,7 +515,7 @@ def test_a_process_whose_console_is_not_utf_8_prints_the_name(world, odd_out):
     command = [
         sys.executable,
         "-m",
-        "fastgate.cli.main",
+        "fastgate",
         *map(str, options(world)),
         "--resume",
         "--out",
@@ -530,7 +532,7 @@ def test_a_name_that_the_locale_cannot_spell_is_told(world, tmp_path):
         **os.environ, "PYTHONPATH": subprocesses.PACKAGE_PARENT, "LC_ALL": "C", "PYTHONUTF8": "0",
         "PYTHONCOERCECLOCALE": "0", "OMP_NUM_THREADS": "1",
     }  # fmt: skip
-    command = [sys.executable, "-m", "fastgate.cli.main", *map(str, options(world)), "--out", out]
+    command = [sys.executable, "-m", "fastgate", *map(str, options(world)), "--out", out]
     done = subprocess.run(command, capture_output=True, env=environment, timeout=300)
     assert done.returncode == 2 and b"--out" in done.stderr and b"PYTHONUTF8=1" in done.stderr
 
@@ -562,7 +564,7 @@ def test_names_with_brackets_reach_the_screen(world, odd, tmp_path):
 
 @pytest.mark.parametrize("redirected", ["| head -c 1", "2>&- >&-", "> /dev/full"])
 def test_an_output_that_nobody_reads_is_no_fault(world, redirected):
-    command = f"'{sys.executable}' -m fastgate.cli.main explain '{world / 'out' / 'pruned'}' {redirected}"
+    command = f"'{sys.executable}' -m fastgate explain '{world / 'out' / 'pruned'}' {redirected}"
     environment = {**os.environ, "PYTHONPATH": subprocesses.PACKAGE_PARENT}
     done = subprocess.run(
         ["bash", "-c", command], capture_output=True, text=True, env=environment, timeout=120

@@ -17,7 +17,7 @@ from fastgate.benchmark.equivalence import check_outputs
 from fastgate.benchmark.model_variants import unpruned
 from fastgate.data import load_files, load_task
 from fastgate.training import load_tokenizer, phases
-from fastgate.training.max_drop import MaxDrop
+from fastgate.training.targets import MaxDrop
 
 QUICK = ["--epochs", 1, "--prune-epochs", 2, "--lr", 1e-3, "--batch-size", 16, "--max-length", 24]
 QUEUES = ("billing", "delivery", "other")
@@ -26,14 +26,14 @@ QUEUES = ("billing", "delivery", "other")
 @pytest.fixture
 def trained(monkeypatch):
     """The models that were saved, as they were when they were."""
-    found, save = [], phases.save
+    models, save = [], phases.save
 
     def noting(model, *rest):
-        found.append(copy.deepcopy(model).eval())
+        models.append(copy.deepcopy(model).eval())
         return save(model, *rest)
 
     monkeypatch.setattr(phases, "save", noting)
-    return found
+    return models
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +57,9 @@ def tagged(column, count=48):
 
 def tickets(count):
     """Rows of a task that the catalogue does not have."""
-    said = ("she was in paris, not london", "the story was very good", "a plot, two of three")
+    sentences = ("she was in paris, not london", "the story was very good", "a plot, two of three")
     return [
-        {"subject": f"{said[i % 3]} {tiny_models.WORDS[i % 20]}", "queue": QUEUES[i % 3], "id": i}
+        {"subject": f"{sentences[i % 3]} {tiny_models.WORDS[i % 20]}", "queue": QUEUES[i % 3], "id": i}
         for i in range(count)
     ]
 
@@ -83,9 +83,9 @@ def check_pruned(out, task, data, trained, layers, kept):
     for batch in batches:
         assert torch.equal(model(**batch).logits, before(**batch).logits)
     assert check_outputs(model, unpruned(model), batches) < 1e-5
-    found = json.loads(run("evaluate", out / "pruned", *data, "--max-length", 24, "--json").stdout)
-    assert found["scores"] == pytest.approx(result["pruned"]["scores"])
-    assert found["rows"] == result["rows"]["evaluation"] == len(rows)
+    printed = json.loads(run("evaluate", out / "pruned", *data, "--max-length", 24, "--json").stdout)
+    assert printed["scores"] == pytest.approx(result["pruned"]["scores"])
+    assert printed["rows"] == result["rows"]["evaluation"] == len(rows)
 
 
 @pytest.mark.parametrize("name", ["sst2", "conll2003"])
@@ -104,7 +104,7 @@ def test_a_bert_of_twelve_layers_within_a_budget(world, tmp_path, trained):
     out = tmp_path / "out"
     run("finetune", "--model", world / "bert", *data, "--max-drop", 0.99, *QUICK, "--out", out)
     result = json.loads((out / "result.json").read_text())
-    attempts, floor = result["pruned"]["attempts"], MaxDrop(0.99).floor(result["dense"]["held_out"])
+    attempts, floor = result["pruned"]["attempts"], MaxDrop(0.99).lowest_score(result["dense"]["held_out"])
     assert "6" in attempts
     cut = max([int(removed) for removed, score in attempts.items() if score >= floor], default=0)
     check_pruned(out, load_task("sst2", world / "data"), data, trained, layers=12, kept=12 - cut)

@@ -30,8 +30,8 @@ ODD = [
 
 
 def columns(path):
-    found = read_file(path)
-    return {name: found.column(name) for name in found.column_names}
+    table = read_file(path)
+    return {name: table.column(name) for name in table.column_names}
 
 
 def refused(path, content, **options):
@@ -108,7 +108,7 @@ def test_a_csv_follows_rfc_4180(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content, said",
+    "content, expected",
     [
         ('text,label\n"a film,neg\nfine,pos\n', "line 2: got damaged quotation marks"),
         ('text,label\nfine,neg\n"a" b,pos\n', "line 3: got damaged quotation marks"),
@@ -134,10 +134,10 @@ def test_a_csv_follows_rfc_4180(tmp_path):
         ("text,label\na,1\nb,-1\n", "got -1 (no label)"),
     ],
 )
-def test_a_damaged_csv_is_refused_by_line(tmp_path, content, said):
+def test_a_damaged_csv_is_refused_by_line(tmp_path, content, expected):
     message = refused(tmp_path / "rows.csv", content)
-    assert said in message
-    assert "UTF-8" not in said or "iconv" in message
+    assert expected in message
+    assert "UTF-8" not in expected or "iconv" in message
 
 
 def test_quoted_line_ends_are_no_swallowed_rows(tmp_path):
@@ -147,7 +147,7 @@ def test_quoted_line_ends_are_no_swallowed_rows(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content, said",
+    "content, expected",
     [
         ("text\tlabel\na\tb\tc\n", "line 2: got 3 fields under a header of 2"),
         ('text\tlabel\n"one\ntwo"\tpos\n', "line 2: got 1 fields under a header of 2"),
@@ -156,8 +156,8 @@ def test_quoted_line_ends_are_no_swallowed_rows(tmp_path):
         ("text,label\na,b\n", "got text,label, wanted text, label among them"),
     ],
 )
-def test_a_damaged_tsv_is_refused_by_line(tmp_path, content, said):
-    assert said in refused(tmp_path / "rows.tsv", content)
+def test_a_damaged_tsv_is_refused_by_line(tmp_path, content, expected):
+    assert expected in refused(tmp_path / "rows.tsv", content)
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
@@ -176,7 +176,7 @@ def test_every_line_end_gives_the_same_rows(tmp_path, ending, end):
 
 
 @pytest.mark.parametrize(
-    "content, said",
+    "content, expected",
     [
         ('{"text": "a", "label": 1}\n{"text": "b", "label": 0', "line 2: got no JSON"),
         ('{"text": "a", "label": 1, "label": 0}\n', "the key 'label' twice"),
@@ -198,9 +198,9 @@ def test_every_line_end_gives_the_same_rows(tmp_path, ending, end):
         ("{}\n{}\n", "wanted text, label among them"),
     ],
 )
-def test_damaged_json_is_refused_by_line(tmp_path, content, said):
+def test_damaged_json_is_refused_by_line(tmp_path, content, expected):
     for name in ("rows.jsonl", "rows.json"):
-        assert said in refused(tmp_path / name, content)
+        assert expected in refused(tmp_path / name, content)
 
 
 def test_what_is_no_file_is_refused_by_name(tmp_path):
@@ -211,14 +211,14 @@ def test_what_is_no_file_is_refused_by_name(tmp_path):
         message = refused(tmp_path / f"{name}.jsonl.gz", content)
         assert "damaged gzip" in message
     good = tiny_models.write_rows(tmp_path / "good.jsonl", [{"text": "a", "label": i} for i in (0, 1)])
-    for path, said in (
+    for path, expected in (
         (tmp_path / "folder.csv", "a folder"),
         (tmp_path / "none.csv", "no such file"),
         (tmp_path / ("n" * 300 + ".csv"), "no access"),
         ("a\0b.csv", "no "),
         (3, "wanted a path"),
     ):
-        with pytest.raises(DataError, match=said) as caught:
+        with pytest.raises(DataError, match=expected) as caught:
             load_files("text", good, path)
         assert str(caught.value).startswith("--validation") and str(caught.value).count("got ") == 1
     upper = tmp_path / "ROWS.CSV"
@@ -245,7 +245,7 @@ def test_a_whole_number_is_one_class_however_it_is_written(tmp_path, train, vali
 
 
 @pytest.mark.parametrize(
-    "names, given, ids",
+    "names, labels, ids",
     [
         (("neg", "pos"), [1, 0], [1, 0]),
         (("neg", "pos"), ["1", 0.0], [1, 0]),
@@ -259,10 +259,10 @@ def test_a_whole_number_is_one_class_however_it_is_written(tmp_path, train, vali
     ],
 )
 @pytest.mark.parametrize("kind", ["text", "tokens"])
-def test_labels_are_names_or_ids_of_the_names_that_are_given(tmp_path, kind, names, given, ids):
-    rows = [{"text": "a", "label": v} for v in given]
+def test_labels_are_names_or_ids_of_the_names_that_are_given(tmp_path, kind, names, labels, ids):
+    rows = [{"text": "a", "label": v} for v in labels]
     if kind == "tokens":
-        rows = [{"tokens": ["a"] * len(given), "tags": given}]
+        rows = [{"tokens": ["a"] * len(labels), "tags": labels}]
     path = tiny_models.write_rows(tmp_path / "v.jsonl", rows)
     if isinstance(ids, str):
         with pytest.raises(DataError) as caught:
@@ -271,8 +271,8 @@ def test_labels_are_names_or_ids_of_the_names_that_are_given(tmp_path, kind, nam
         return
     for train in (None, path):
         task = load_files(kind, train, path, labels=names)
-        found = task.evaluation["label"][:] if kind == "text" else task.evaluation["tags"][0]
-        assert task.labels == names and found == ids
+        read = task.evaluation["label"][:] if kind == "text" else task.evaluation["tags"][0]
+        assert task.labels == names and read == ids
 
 
 LISTS = [
@@ -311,23 +311,23 @@ def test_tags_between_blanks_may_have_marks(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "tokens, tags, said",
+    "tokens, tags, expected",
     [
         ("EU,rejects", "B-ORG,O", "wanted tags separated by blanks"),
         ("EU, rejects", "B-ORG, O", "wanted tags separated by blanks"),
         ("EU; rejects", "B-ORG; O", "wanted tags separated by blanks"),
         ("'EU', 'rejects'", "'B-ORG', 'O'", "wanted tags separated by blanks"),
         ("EU", "'B-ORG'", "wanted tags separated by blanks"),
-        ("list(['EU', 'x'])", "list(['B', 'O'])", "which is no whole list"),
-        ("EU x", "tensor([1, 0])", "which is no whole list"),
-        ("['EU' 'rejects']", "['B' 'O']", "which is no whole list"),  # NumPy's; Python would join the two
-        ("EU rejects", "[3 0]", "which is no whole list"),
-        ("EU rejects", "[3\n 0]", "which is no whole list"),
-        ("['EU', 'rej", "['B', 'O']", "which is no whole list"),
-        ("[__import__('os').getcwd()]", "['B']", "which is no whole list"),
-        ("('EU', 'x')", "O O", "which is no whole list"),
-        ("[" * 100_000 + "]" * 100_000, "['B']", "which is no whole list"),
-        ("['a', ['b']]", "['B', 'O']", "which is no whole list"),
+        ("list(['EU', 'x'])", "list(['B', 'O'])", "which is no complete list"),
+        ("EU x", "tensor([1, 0])", "which is no complete list"),
+        ("['EU' 'rejects']", "['B' 'O']", "which is no complete list"),  # NumPy's; Python would join the two
+        ("EU rejects", "[3 0]", "which is no complete list"),
+        ("EU rejects", "[3\n 0]", "which is no complete list"),
+        ("['EU', 'rej", "['B', 'O']", "which is no complete list"),
+        ("[__import__('os').getcwd()]", "['B']", "which is no complete list"),
+        ("('EU', 'x')", "O O", "which is no complete list"),
+        ("[" * 100_000 + "]" * 100_000, "['B']", "which is no complete list"),
+        ("['a', ['b']]", "['B', 'O']", "which is no complete list"),
         ('[["a"], "b"]', "['B', 'O']", "a list among the words"),
         ("[null]", "['B']", "null or nothing"),
         ("['a', 'b']", "['B']", "got 2 words and 1 tags"),
@@ -337,11 +337,11 @@ def test_tags_between_blanks_may_have_marks(tmp_path):
         ({"a": 1}, ["O"], "got a dict, wanted a list"),
     ],
 )
-def test_what_is_no_list_of_words_is_refused_by_row(tmp_path, tokens, tags, said):
+def test_what_is_no_list_of_words_is_refused_by_row(tmp_path, tokens, tags, expected):
     good = {"tokens": ["x", "y"], "tags": ["O", "B"]}
     lines = "".join(json.dumps(row) + "\n" for row in (good, {"tokens": tokens, "tags": tags}))
     message = refused(tmp_path / "rows.jsonl", lines, kind="tokens")
-    assert said in message and "line 2, row 1" in message
+    assert expected in message and "line 2, row 1" in message
 
 
 @pytest.mark.parametrize("value", ["-1", "-1.0"])
@@ -369,7 +369,7 @@ def test_a_score_is_a_plain_finite_number(tmp_path, value):
 
 
 @pytest.mark.parametrize(
-    "options, said",
+    "options, expected",
     [
         ({"columns": ["text", "text_pair"]}, "--columns: got text, text_pair, wanted 1 input"),
         ({"target": "text"}, "--columns: got text with --label-column text"),
@@ -378,11 +378,11 @@ def test_a_score_is_a_plain_finite_number(tmp_path, value):
         ({"max_eval_rows": 2.5}, "--max-eval-rows: got 2.5"),
     ],
 )
-def test_options_are_called_what_the_user_types(tmp_path, options, said):
+def test_options_are_called_what_the_user_types(tmp_path, options, expected):
     path = tiny_models.write_rows(tmp_path / "rows.jsonl", [{"text": "a", "label": i} for i in (0, 1)])
     with pytest.raises(DataError) as caught:
         load_files("text", path, path, **options)
-    assert said in str(caught.value)
+    assert expected in str(caught.value)
     with pytest.raises(DataError, match="--train: got none"):
         load_files("text", None, path)
 

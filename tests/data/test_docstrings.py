@@ -50,11 +50,11 @@ def packages(tmp_path, monkeypatch):
 
 
 def test_files_are_read_without_importing_and_never_shared_between_splits(packages):
-    found = collect(packages, {"train": 1000, "validation": 1000})
+    docstrings = collect(packages, {"train": 1000, "validation": 1000})
     assert not set(packages) & set(sys.modules)
-    modules = {split: {item.module for item in items} for split, items in found.items()}
+    modules = {split: {item.module for item in items} for split, items in docstrings.items()}
     assert modules["train"] and modules["validation"] and not modules["train"] & modules["validation"]
-    texts = [item.text for items in found.values() for item in items]
+    texts = [item.text for items in docstrings.values() for item in items]
     assert len(texts) == len(set(texts)) == 2 * 29 * 4
     assert not any("both packages" in text for text in texts)
     assert not any("/tests/" in module for split in modules.values() for module in split)

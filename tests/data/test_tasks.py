@@ -17,7 +17,7 @@ from fastgate.data import load_files, load_task, metrics
 from fastgate.data.catalog import CATALOG, hub_config
 from fastgate.errors import ArgumentError, DataError
 from fastgate.training import dense_model, load_tokenizer
-from fastgate.training.evaluate import score
+from fastgate.training.evaluate import collator_of, score
 
 
 def text_rows(*labels):
@@ -44,9 +44,9 @@ def test_a_named_task_reads_its_folder_and_scores_two_splits_together(tmp_path):
         "validation": tiny_models.sentiment(6),
         "test": tiny_models.sentiment(10)[6:],
     }
-    for split, found in rows.items():
+    for split, split_rows in rows.items():
         with gzip.open(folder / f"{split}.jsonl.gz", "wt") as file:
-            file.write("".join(json.dumps(row) + "\n" for row in found))
+            file.write("".join(json.dumps(row) + "\n" for row in split_rows))
     task = load_task("sst2", tmp_path)
     assert (task.kind, task.metric, task.labels) == ("text", "accuracy", ("negative", "positive"))
     assert task.evaluate_on == ("validation", "test")
@@ -109,7 +109,7 @@ def test_labels_of_any_type_become_ids_in_sorted_order(files, labels, names, ids
 
 
 @pytest.mark.parametrize(
-    "kind, train, validation, said",
+    "kind, train, validation, expected",
     [
         (
             "text",
@@ -154,17 +154,17 @@ def test_labels_of_any_type_become_ids_in_sorted_order(files, labels, names, ids
         ("words", text_rows(0, 1), text_rows(0), "one of text, pair, regression, tokens"),
     ],
 )
-def test_bad_rows_are_refused_with_the_place_and_the_remedy(files, kind, train, validation, said):
+def test_bad_rows_are_refused_with_the_place_and_the_remedy(files, kind, train, validation, expected):
     with pytest.raises(DataError) as caught:
         load_files(kind, *files(train, validation))
     message = str(caught.value)
-    assert said in message
+    assert expected in message
     assert message.startswith(("--train ", "--validation ", "fastgate: --task-type: "))
     assert ", wanted " in message and message.count(";") >= 1
 
 
 @pytest.mark.parametrize(
-    "name, content, said",
+    "name, content, expected",
     [
         ("rows.jsonl", b"", "(empty)"),
         ("rows.jsonl", b"\n\n", "one row"),
@@ -186,11 +186,11 @@ def test_bad_rows_are_refused_with_the_place_and_the_remedy(files, kind, train, 
         ("rows.txt", b"a\n", "JSON lines (.jsonl, .jsonl.gz), .json (lines, or one list), .csv or .tsv"),
     ],
 )
-def test_damaged_files_are_refused_by_line(tmp_path, name, content, said):
+def test_damaged_files_are_refused_by_line(tmp_path, name, content, expected):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError) as caught:
         load_files("text", tmp_path / name, tmp_path / name)
-    assert said in str(caught.value)
+    assert expected in str(caught.value)
 
 
 def test_labels_that_are_given_need_no_training_rows(files):
@@ -267,20 +267,20 @@ def test_the_label_sits_on_the_first_sub_word_only(tmp_path, files):
     rows = [{"tokens": ["films", "in", "paris", "zz"], "tags": ["N", "P", "N", "X"]}]
     task = load_files("tokens", *files(rows, rows))
     tokenizer = tiny_models.tokenizer(tmp_path / "words")
-    found = task.tokenize(tokenizer, 16)["train"][0]
-    pieces = tokenizer.convert_ids_to_tokens(found["input_ids"])
+    encoded = task.tokenize(tokenizer, 16)["train"][0]
+    pieces = tokenizer.convert_ids_to_tokens(encoded["input_ids"])
     assert pieces == ["[CLS]", "film", "##s", "in", "paris", "z", "##z", "[SEP]"]
     n, p, x = (task.labels.index(tag) for tag in "NPX")
-    assert found["labels"] == [-100, n, -100, p, n, x, -100, -100]
+    assert encoded["labels"] == [-100, n, -100, p, n, x, -100, -100]
     short = task.tokenize(tokenizer, 4)["evaluation"][0]
     assert short["labels"] == [-100, n, -100, -100] and len(short["input_ids"]) == 4
-    batch = task.collator(tokenizer)([found, short])
+    batch = collator_of(task, tokenizer)([encoded, short])
     assert batch["labels"][1].tolist() == [-100, n, -100] + [-100] * 5
 
 
 def rows_of(spec, count=12):
     """Rows of the form that the task's files have."""
-    made = []
+    rows = []
     for i in range(count):
         row = {column: f"good film {i} {column}" for column in spec.columns}
         if spec.kind == "tokens":
@@ -291,8 +291,8 @@ def rows_of(spec, count=12):
             row[spec.target] = i / 2
         else:
             row[spec.target] = i % len(spec.labels)
-        made.append(row)
-    return made
+        rows.append(row)
+    return rows
 
 
 @pytest.mark.parametrize("name", CATALOG)
@@ -303,16 +303,16 @@ def test_every_task_of_the_catalogue_is_read_from_files_of_its_form(name, tmp_pa
     task = load_task(name, tmp_path)
     assert (task.kind, task.metric, task.evaluate_on) == (spec.kind, spec.metric, spec.evaluate_on)
     tokenizer = tiny_models.tokenizer(tmp_path / "words")
-    found = task.tokenize(tokenizer, 16)["evaluation"]
-    assert len(found) == 12 * len(spec.evaluate_on)
-    labels = np.array([label for row in found["labels"] for label in np.atleast_1d(row) if label != -100])
+    encoded = task.tokenize(tokenizer, 16)["evaluation"]
+    assert len(encoded) == 12 * len(spec.evaluate_on)
+    labels = np.array([label for row in encoded["labels"] for label in np.atleast_1d(row) if label != -100])
     if spec.kind == "regression":
         assert labels.max() == 5.5 and task.labels == ()
     else:
         assert set(labels) == set(range(len(task.labels)))
     if spec.labels:
         assert task.labels == spec.labels
-    batch = task.collator(tokenizer)([found[i] for i in range(4)])
+    batch = collator_of(task, tokenizer)([encoded[i] for i in range(4)])
     assert batch["labels"].shape[0] == 4
 
 
@@ -327,9 +327,9 @@ def test_long_texts_become_windows_that_are_scored_as_one(tmp_path, files):
     rows = [{"text": " ".join(words), "label": 1}, {"text": "good bad", "label": 0}]
     task = load_files("text", *files(rows, rows))
     tokenizer = tiny_models.tokenizer(tmp_path / "words")
-    found = task.tokenize(tokenizer, 6, stride=1)["evaluation"]
-    assert found["document"][:] == [2, 2, 2, 3] and found["labels"][:] == [1, 1, 1, 0]
-    parts = [tokenizer.convert_ids_to_tokens(ids)[1:-1] for ids in found["input_ids"][:]]
+    encoded = task.tokenize(tokenizer, 6, stride=1)["evaluation"]
+    assert encoded["document"][:] == [2, 2, 2, 3] and encoded["labels"][:] == [1, 1, 1, 0]
+    parts = [tokenizer.convert_ids_to_tokens(ids)[1:-1] for ids in encoded["input_ids"][:]]
     assert parts == [words[0:4], words[3:7], words[6:10], ["good", "bad"]]
 
     class Model(torch.nn.Module):
@@ -341,11 +341,11 @@ def test_long_texts_become_windows_that_are_scored_as_one(tmp_path, files):
 
         def forward(self, input_ids, attention_mask, **rest):
             film = tokenizer.convert_tokens_to_ids("film")
-            there = (input_ids == film).any(1) * 9.0 - 2.0
-            return SimpleNamespace(logits=torch.stack([torch.zeros_like(there), there], 1))
+            has_film = (input_ids == film).any(1) * 9.0 - 2.0
+            return SimpleNamespace(logits=torch.stack([torch.zeros_like(has_film), has_film], 1))
 
     # The windows of the first text: -2, -2 and 7, in two batches; the mean is right, two of three are not.
-    assert score(Model(), task, found, task.collator(tokenizer), batch_size=2)["accuracy"] == 1.0
+    assert score(Model(), task, encoded, collator_of(task, tokenizer), batch_size=2)["accuracy"] == 1.0
     whole = task.tokenize(tokenizer, 64, stride=1)["evaluation"]
     assert whole["document"][:] == [2, 3]
 
@@ -373,29 +373,29 @@ def test_a_stride_is_shorter_than_a_window(stride, tmp_path, files):
 def test_pairs_are_two_segments_and_cut_to_length(tmp_path, files):
     rows = [{"text": "good film", "text_pair": "bad story", "label": i} for i in (0, 1)]
     task = load_files("pair", *files(rows, rows))
-    found = task.tokenize(tiny_models.tokenizer(tmp_path / "words"), 5)
-    assert found["train"][0]["token_type_ids"] == [0, 0, 0, 1, 1]
-    assert found["evaluation"]["labels"][:] == [0, 1]
+    encoded = task.tokenize(tiny_models.tokenizer(tmp_path / "words"), 5)
+    assert encoded["train"][0]["token_type_ids"] == [0, 0, 0, 1, 1]
+    assert encoded["evaluation"]["labels"][:] == [0, 1]
 
 
 def test_scores_are_the_textbook_ones():
     logits = np.array([[2.0, 1.0], [0.0, 1.0], [0.0, 3.0], [1.0, 0.0]])
-    found = metrics.classification(logits, np.array([0, 1, 0, 1]), ("no", "yes"))
-    assert found == {"accuracy": 0.5, "f1": 0.5, "matthews": 0.0}
-    found = metrics.regression(np.array([[1.0], [2.0], [4.0]]), np.array([1.0, 2.0, 3.0]))
-    assert found["spearman"] == pytest.approx(1.0) and found["mse"] == pytest.approx(1 / 3)
-    assert found["pearson"] == pytest.approx(0.98198, abs=1e-5)
+    scores = metrics.classification(logits, np.array([0, 1, 0, 1]), ("no", "yes"))
+    assert scores == {"accuracy": 0.5, "f1": 0.5, "matthews": 0.0}
+    scores = metrics.regression(np.array([[1.0], [2.0], [4.0]]), np.array([1.0, 2.0, 3.0]))
+    assert scores["spearman"] == pytest.approx(1.0) and scores["mse"] == pytest.approx(1 / 3)
+    assert scores["pearson"] == pytest.approx(0.98198, abs=1e-5)
     assert metrics.regression(np.ones(3), np.array([1.0, 2.0, 3.0]))["spearman"] == 0.0
 
 
 def test_entities_count_as_a_whole_and_unscored_positions_do_not_count():
     labels = ("O", "B-x", "I-x")
     gold = np.array([[-100, 1, 2, 0, -100], [-100, 1, 0, 0, -100]])
-    said = np.array([[1, 1, 0, 0, 1], [2, 1, 0, 0, 2]])  # the first entity is cut short, the second is right
-    found = metrics.tokens(np.eye(3)[said], gold, labels)
-    assert found["entity_f1"] == pytest.approx(0.5)  # one of two found, one of two right
-    assert found["token_accuracy"] == pytest.approx(5 / 6)
-    assert list(metrics.tokens(np.eye(3)[said], gold, ("A", "B", "C"))) == ["token_accuracy"]
+    predicted = np.array([[1, 1, 0, 0, 1], [2, 1, 0, 0, 2]])  # the first entity is too short
+    scores = metrics.tokens(np.eye(3)[predicted], gold, labels)
+    assert scores["entity_f1"] == pytest.approx(0.5)  # one of two found, one of two right
+    assert scores["token_accuracy"] == pytest.approx(5 / 6)
+    assert list(metrics.tokens(np.eye(3)[predicted], gold, ("A", "B", "C"))) == ["token_accuracy"]
 
 
 def test_a_task_scores_predictions_as_the_trainer_hands_them_over(files):

@@ -22,9 +22,9 @@ HEADS = (
 )
 ALL = [(f, h) for f in FAMILIES for h in HEADS if hasattr(transformers, f + h)]
 VOCABULARY, LENGTH = 90, 14
-# Fills: unpadded, middling, a single token.
+# Of a batch: a sequence without padding, two between, and one of a single token.
 LENGTHS = (14, 9, 3, 1)
-# Kind of a replacement -> its parameters.
+# Kind of a replacement -> the names of its parameters; `shift` is that of the offset.
 VECTORS = {
     "zero": (),
     "mean": ("shift",),
@@ -74,12 +74,12 @@ def batch(
         mask = mask.flip(1)
     ids = torch.where(mask.bool(), ids, model.config.pad_token_id)
     types = torch.randint(0, 2, (rows, length), generator=generator)
-    made = {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
+    inputs = {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
     if head == "ForMultipleChoice":
-        made = {name: t.view(2, -1, length) for name, t in made.items()}
+        inputs = {name: t.view(2, -1, length) for name, t in inputs.items()}
     if labels:
-        made |= labels_for(model, head, mask, generator)
-    return made
+        inputs |= labels_for(model, head, mask, generator)
+    return inputs
 
 
 def labels_for(model: nn.Module, head: str, mask: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
@@ -92,21 +92,24 @@ def labels_for(model: nn.Module, head: str, mask: Tensor, generator: torch.Gener
 
     if head in ("ForTokenClassification", "ForMaskedLM", "ForPreTraining"):
         n = 3 if "Token" in head else VOCABULARY
-        made = {"labels": torch.where(some, classes(rows, length, n=n), -100)}
-        return made | ({"next_sentence_label": classes(rows, n=2)} if head == "ForPreTraining" else {})
+        labels = {"labels": torch.where(some, classes(rows, length, n=n), -100)}
+        return labels | ({"next_sentence_label": classes(rows, n=2)} if head == "ForPreTraining" else {})
     if head == "ForQuestionAnswering":
         return {"start_positions": classes(rows, n=length), "end_positions": classes(rows, n=length)}
     return {"labels": classes(2 if head == "ForMultipleChoice" else rows, n=2)}
 
 
-def demanded(name: str, value: Tensor, mask: Tensor) -> Tensor:
-    """The part of an output claimed equal: attended rows of a (batch, length, ...) one, else all."""
+def output_rows(name: str, value: Tensor, mask: Tensor) -> Tensor:
+    """The part of an output that is claimed equal: attended rows of a (batch, length, ...) one, else all."""
     padded = (
         value.dim() == 3
         and value.shape[:2] == mask.shape
         and name in ("last_hidden_state", "logits", "prediction_logits")
     )
     return value[mask.bool()] if padded else value
+
+
+demanded = output_rows
 
 
 def draw_replacements(model: nn.Module) -> nn.Module:
@@ -125,7 +128,7 @@ def padded(
     replacements: Sequence[Mapping[str, Tensor]],
 ) -> Tensor:
     """(batch, length, hidden): the gated encoder as it is defined, every row, from Hugging Face's modules:
-    r(h)[i] = shift + scale * h[i] + before * h[i - 1] + after * h[i + 1], i and its neighbour both attended.
+    r(h)[i] = offset + scale * h[i] + before * h[i - 1] + after * h[i + 1], i and its neighbour both attended.
 
     encoder: with eager attention. replacements: of each layer, its vectors by name.
     """
@@ -139,8 +142,8 @@ def padded(
         # Where nothing is attended SDPA gives zeros, and softmax would not.
         mixed = out.dense(layer.attention.self(h, attention_mask=bias)[0] * attended.any(1)[:, None, None])
         rows = {"shift": torch.ones_like(h), "scale": h, "before": behind @ h, "after": behind.mT @ h}
-        stand_in = sum((vector * rows[name] for name, vector in r.items()), torch.zeros_like(h))
-        h = out.LayerNorm(h + z * mixed + (1 - z) * stand_in)
+        replaced = sum((vector * rows[name] for name, vector in r.items()), torch.zeros_like(h))
+        h = out.LayerNorm(h + z * mixed + (1 - z) * replaced)
         h = layer.output(layer.intermediate(h), h)
     return h
 

@@ -5,25 +5,25 @@ from __future__ import annotations
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastgate.models.handle import get_encoder
+from fastgate.runtime.steps import absorbed_attention, attention, feed_forward
+
+KEPT_STEPS = tuple(step.name for step in (*attention.STEPS, *feed_forward.STEPS))
+SKIPPED_STEPS = tuple(step.name for step in feed_forward.STEPS)
+ABSORBED_STEPS = tuple(step.name for step in (*absorbed_attention.STEPS, *feed_forward.STEPS))
+
 
 def steps_as_they_run(model, inputs):
-    """(layer, op, rows) of every step, counted at the encoder's own functions, with no recording plan."""
-    from fastgate.runtime import executor
-
-    seen = []
-    original = executor._note
-
-    def note(run, step, out):
-        seen.append((step.layer, step.op, out.shape[0]))
-        original(run, step, out)
-
-    executor._note = note
+    """(layer, step name, rows) of every step, as the executor shows them."""
+    executed = []
+    executor = get_encoder(model).runtime.executor
+    executor.step_hook = lambda step, rows: executed.append((step.layer, step.name, rows.shape[0]))
     try:
         with torch.no_grad():
             model(**inputs)
     finally:
-        executor._note = original
-    return seen
+        executor.step_hook = None
+    return executed
 
 
 class Ops(TorchDispatchMode):

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from fastgate import ops
 from fastgate.ops import registry
-from fastgate.runtime import cuda_graphs
+from fastgate.runtime.graph_device import DEVICES
 
 
 def tensors_of(tree) -> list[Tensor]:
@@ -115,19 +115,19 @@ def _absorbed(probe: Tensor, x: Tensor, cu: Tensor, scale: float) -> tuple[Tenso
 def pretended() -> Iterator[type[Pretended]]:
     """While open, graphs run on the CPU, with attention that finds its rows as a GPU's does."""
     ops.implementation("attention", "cpu", torch.float32)  # the first call fills the slots
-    before, devices = dict(registry.IMPLEMENTATIONS), dict(cuda_graphs.DEVICES)
+    before, devices = dict(registry.IMPLEMENTATIONS), dict(DEVICES)
     drawn = {
         "attention": lambda *o: torch.ops.fastgate_tests.attention(*o[:10]),
         "absorbed_attention": lambda *o: torch.ops.fastgate_tests.absorbed_attention(*o[:4]),
     }
     for op, forward in drawn.items():
         registry.IMPLEMENTATIONS[op, "cpu"] = replace(ops.REFERENCE[op], backend="by ends", forward=forward)
-    cuda_graphs.DEVICES["cpu"] = Pretended
+    DEVICES["cpu"] = Pretended
     Pretended.busy_now, Pretended.fail, Pretended.drained = False, None, 0
     try:
         yield Pretended
     finally:
         registry.IMPLEMENTATIONS.clear()
         registry.IMPLEMENTATIONS.update(before)
-        cuda_graphs.DEVICES.clear()
-        cuda_graphs.DEVICES.update(devices)
+        DEVICES.clear()
+        DEVICES.update(devices)

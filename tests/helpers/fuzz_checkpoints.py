@@ -70,8 +70,8 @@ class Originals:
 
     def run(self, model: Any) -> dict[str, Tensor]:
         with torch.no_grad():
-            found = model(self.ids)
-        return {name: value for name, value in found.items() if isinstance(value, Tensor)}
+            outputs = model(self.ids)
+        return {name: value for name, value in outputs.items() if isinstance(value, Tensor)}
 
 
 def _sign(files: dict[str, bytes]) -> None:
@@ -162,7 +162,7 @@ def mutate(
     """(which original, what was done, the files, whether they were signed); None: a folder in its place."""
     which = rng.randrange(len(MODELS))
     files: dict[str, Any] = dict(originals.files[which])
-    said = []
+    descriptions = []
     for _ in range(rng.choice((1, 1, 1, 2))):
         kind = rng.choice(("bytes", "bytes", "json", "json", "json", "header", "tensors", "files", "pickle"))
         name = rng.choice(sorted(files))
@@ -170,12 +170,12 @@ def mutate(
         if kind == "json":
             name = rng.choice((META, CONFIG, CONFIG))
             try:
-                found = json.loads(files.get(name) or b"")
+                contents = json.loads(files.get(name) or b"")
             except (ValueError, RecursionError):
                 continue
-            if not isinstance(found, dict) or not found:
+            if not isinstance(contents, dict) or not contents:
                 continue
-            what, files[name] = hostile_json(rng, found)
+            what, files[name] = hostile_json(rng, contents)
         elif kind in ("header", "tensors"):
             name = WEIGHTS
             try:
@@ -212,20 +212,20 @@ def mutate(
             what = "pickle"
         else:
             what, files[name] = damage(rng, data)
-        said.append(f"{name}: {what}")
+        descriptions.append(f"{name}: {what}")
         if not files:
             break
     signed = rng.random() < 0.5
     if signed and all(value is not None for value in files.values()):
         _sign(files)
-    return which, "; ".join(said), files, signed
+    return which, "; ".join(descriptions), files, signed
 
 
 def run_case(seed: int, originals: Originals, fixed: tuple[str, bool] | None = None) -> tuple[str, str]:
     """(what happened, what was done). Raises Wrong."""
     rng = random.Random(seed)
     folder, bomb = originals.folder / "case", originals.folder / "bomb"
-    which, said, files, signed = mutate(rng, originals, bomb)
+    which, change, files, signed = mutate(rng, originals, bomb)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     for name, data in files.items():
@@ -233,32 +233,33 @@ def run_case(seed: int, originals: Originals, fixed: tuple[str, bool] | None = N
             (folder / name).mkdir()
         else:
             (folder / name).write_bytes(data)
-    said = f"{'signed ' if signed else ''}{MODELS[which][0]}{MODELS[which][1]}: {said}"
+    change = f"{'signed ' if signed else ''}{MODELS[which][0]}{MODELS[which][1]}: {change}"
     same = {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()} == originals.files[which]
     before = os.getcwd()
     try:
         model = fastgate.load(folder)
     except fastgate.FastgateError as error:
         if same:
-            raise Wrong(f"{said}: an undamaged checkpoint was refused: {error}") from error
+            raise Wrong(f"{change}: an undamaged checkpoint was refused: {error}") from error
         outcome = (
             "refused" if isinstance(error, fastgate.CheckpointError) else f"refused by {type(error).__name__}"
         )
     except Exception as error:
-        raise Wrong(f"{said}: {type(error).__name__}: {str(error)[:300]}") from error
+        raise Wrong(f"{change}: {type(error).__name__}: {str(error)[:300]}") from error
     else:
         outcome = "loaded, signed" if signed else "loaded the same"
         if not signed and not _equal(originals.run(model), originals.logits[which]):
-            raise Wrong(f"{said}: another model was loaded in silence")
+            raise Wrong(f"{change}: another model was loaded in silence")
     if bomb.exists():
         bomb.unlink()
-        raise Wrong(f"{said}: code from the checkpoint was run")
+        raise Wrong(f"{change}: code from the checkpoint was run")
     if os.getcwd() != before:
-        raise Wrong(f"{said}: the working folder was changed")
-    return outcome, said
+        raise Wrong(f"{change}: the working folder was changed")
+    return outcome, change
 
 
-def _equal(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> bool:
-    return found.keys() == wanted.keys() and all(
-        found[name].dtype == value.dtype and torch.equal(found[name], value) for name, value in wanted.items()
+def _equal(outputs: dict[str, Tensor], wanted: dict[str, Tensor]) -> bool:
+    return outputs.keys() == wanted.keys() and all(
+        outputs[name].dtype == value.dtype and torch.equal(outputs[name], value)
+        for name, value in wanted.items()
     )

@@ -1,6 +1,6 @@
 """Odd and damaged data files: the reader raises a DataError or gives the rows that plain parsers give.
 
-The reference is Python's json and csv: every row is there, none is more, and every value is what the file
+The reference is Python's json and csv: all rows and no others come back, and every value is what the file
 says, a cell of a table as text. Columns without a name are left out.
 """
 
@@ -49,19 +49,19 @@ def rows_of(rng: random.Random) -> list[dict[str, Any]]:
     odd = rng.choice((0.0, 0.0, 0.1, 0.5, 1.0))
     late = rng.random() < 0.1  # the first odd cell comes late
     count = rng.choice((1, 2, 3, 8, 30))
-    made = []
+    rows = []
     for i in range(count):
         text = rng.choice(TEXTS) if rng.random() < odd and not (late and i < count - 1) else TEXTS[i % 2]
-        made.append({"text": text, "label": labels[i % len(labels)]})
+        rows.append({"text": text, "label": labels[i % len(labels)]})
     if late:
-        made[-1]["label"] = rng.choice(("text", 0.25, None, [1], {"a": 1}, 3))
+        rows[-1]["label"] = rng.choice(("text", 0.25, None, [1], {"a": 1}, 3))
     if rng.random() < 0.1:
-        made[-1][rng.choice(("more", "", "Text", "label "))] = rng.choice(TEXTS)
+        rows[-1][rng.choice(("more", "", "Text", "label "))] = rng.choice(TEXTS)
     if rng.random() < 0.05:
-        del made[rng.randrange(count)]["label"]
+        del rows[rng.randrange(count)]["label"]
     if rng.random() < 0.1:
-        made[rng.randrange(count)]["text"] = rng.choice(HOSTILE)
-    return made
+        rows[rng.randrange(count)]["text"] = rng.choice(HOSTILE)
+    return rows
 
 
 ODD_JSON: tuple[Callable[[random.Random], str], ...] = (
@@ -126,15 +126,15 @@ def mutate(rng: random.Random) -> tuple[str, str, bytes, bool]:
             for row in rows
         )
     )
-    data, said = written(rng, rows, suffix, odd), []
+    data, damages = written(rng, rows, suffix, odd), []
     for _ in range(rng.choice((0, 0, 1, 1, 2))):
         what, data = damage(rng, data)
-        said.append(what)
+        damages.append(what)
     if rng.random() < 0.05:
         plain, other = False, rng.choice(SUFFIXES)
-        said.append(f"{suffix} named {other}")
+        damages.append(f"{suffix} named {other}")
         suffix = other
-    return suffix, ", ".join(said) or "as written", data, plain
+    return suffix, ", ".join(damages) or "as written", data, plain
 
 
 # What plain parsers read.
@@ -156,13 +156,13 @@ def references(suffix: str, data: bytes) -> list[list[dict[str, Any]]]:
             return []
     if suffix in (".csv", ".tsv"):
         return _tables(suffix, text)
-    found: list[Any] = []
+    rows_read: list[Any] = []
     for parse in (_lines, _list) if suffix == ".json" else (_lines,):
         try:
-            found.append(parse(text))
+            rows_read.append(parse(text))
         except (ValueError, RecursionError):
             continue
-    return [rows for rows in found if rows and all(isinstance(row, dict) for row in rows)]
+    return [rows for rows in rows_read if rows and all(isinstance(row, dict) for row in rows)]
 
 
 def _other_encoding(data: bytes) -> str | None:
@@ -192,17 +192,17 @@ def _tables(suffix: str, text: str) -> list[Any]:
     csv.field_size_limit(10**9)
     if "\n" not in text:
         text = text.replace("\r", "\n")
-    found: list[Any] = []
+    rows_read: list[Any] = []
     for read in (_plain_tabs, _quoted_tabs) if suffix == ".tsv" else (_strict_commas, _commas):
         try:
             lines = [line for line in read(text) if line]
         except (csv.Error, ValueError):
             continue
         if len(lines) > 1 and all(len(line) == len(lines[0]) for line in lines):
-            found.append(
+            rows_read.append(
                 [{n: cell for n, cell in zip(lines[0], line, strict=True) if n} for line in lines[1:]]
             )
-    return found
+    return rows_read
 
 
 def _plain_tabs(text: str) -> list[list[str]]:
@@ -212,17 +212,17 @@ def _plain_tabs(text: str) -> list[list[str]]:
 
 def _quoted_tabs(text: str) -> list[list[str]]:
     """Cells in quotation marks, each in one line."""
-    found = []
+    rows_read = []
     for line in text.split("\n"):
         line = line.removesuffix("\r")
         if line:
             cells = line.split("\t")
-            found.append(
+            rows_read.append(
                 [next(csv.reader([cell], strict=True)) if cell.startswith('"') else [cell] for cell in cells]
             )
-    if any(len(cell) != 1 for row in found for cell in row):
+    if any(len(cell) != 1 for row in rows_read for cell in row):
         raise ValueError
-    return [[cell[0] for cell in row] for row in found]
+    return [[cell[0] for cell in row] for row in rows_read]
 
 
 def _strict_commas(text: str) -> list[list[str]]:
@@ -236,71 +236,71 @@ def _commas(text: str) -> list[list[str]]:
 # Whether what was read is one of them.
 
 
-def same_rows(found: list[dict[str, Any]], wanted: list[Any]) -> bool:
+def same_rows(rows_read: list[dict[str, Any]], wanted: list[Any]) -> bool:
     limit = sys.getrecursionlimit()
     sys.setrecursionlimit(10 * limit)  # values may be nested as deeply as a parser takes them
     try:
-        return len(found) == len(wanted) and all(map(_same_row, found, wanted))
+        return len(rows_read) == len(wanted) and all(map(_same_row, rows_read, wanted))
     finally:
         sys.setrecursionlimit(limit)
 
 
-def _same_row(found: dict[str, Any], wanted: dict[str, Any]) -> bool:
+def _same_row(row: dict[str, Any], wanted: dict[str, Any]) -> bool:
     """A key that a row lacks is None there."""
-    return all(_same_value(found.get(key), wanted.get(key)) for key in found.keys() | wanted.keys())
+    return all(_same_value(row.get(key), wanted.get(key)) for key in row.keys() | wanted.keys())
 
 
-def _same_value(found: Any, wanted: Any) -> bool:
-    if type(found) is not type(wanted):
+def _same_value(value: Any, wanted: Any) -> bool:
+    if type(value) is not type(wanted):
         return False
     if isinstance(wanted, dict):
-        return found.keys() == wanted.keys() and all(_same_value(found[key], wanted[key]) for key in wanted)
+        return value.keys() == wanted.keys() and all(_same_value(value[key], wanted[key]) for key in wanted)
     if isinstance(wanted, list):
-        return len(found) == len(wanted) and all(map(_same_value, found, wanted))
-    return bool(found == wanted) or (isinstance(wanted, float) and math.isnan(wanted) and math.isnan(found))
+        return len(value) == len(wanted) and all(map(_same_value, value, wanted))
+    return bool(value == wanted) or (isinstance(wanted, float) and math.isnan(wanted) and math.isnan(value))
 
 
 def run_case(seed: int, folder: Path) -> tuple[str, str]:
     """(what happened, what was done). Raises Wrong."""
     rng = random.Random(seed)
-    suffix, said, data, plain = mutate(rng)
+    suffix, description, data, plain = mutate(rng)
     path = folder / f"rows{suffix}"
     path.write_bytes(data)
-    said = f"{suffix}, {said}"
+    description = f"{suffix}, {description}"
     try:
         table = read_file(path)
         columns = {name: table.column(name) for name in table.column_names}
-        found = [{name: columns[name][i] for name in columns} for i in range(len(table))]
+        rows_read = [{name: columns[name][i] for name in columns} for i in range(len(table))]
     except DataError as error:
-        if plain and "as written" in said:
-            raise Wrong(f"{said}: a plain file was refused: {error}") from error
-        return ("refused" if not references(suffix, data) else "refused, though it can be read"), said
+        if plain and "as written" in description:
+            raise Wrong(f"{description}: a plain file was refused: {error}") from error
+        return ("refused" if not references(suffix, data) else "refused, though it can be read"), description
     except Exception as error:
-        raise Wrong(f"{said}: read_file raised {type(error).__name__}: {str(error)[:300]}") from error
+        raise Wrong(f"{description}: read_file raised {type(error).__name__}: {str(error)[:300]}") from error
     ways = references(suffix, data)
-    if not any(same_rows(found, wanted) for wanted in ways):
+    if not any(same_rows(rows_read, wanted) for wanted in ways):
         shown = (
-            f"{len(found)} rows {str(found)[:200]}; the file says {str(ways[:1])[:200]}"
+            f"{len(rows_read)} rows {str(rows_read)[:200]}; the file says {str(ways[:1])[:200]}"
             if ways
-            else str(found)[:300]
+            else str(rows_read)[:300]
         )
-        raise Wrong(f"{said}: rows were changed in silence: {shown}")
+        raise Wrong(f"{description}: rows were changed in silence: {shown}")
     if rng.random() < 0.3:
-        _check_task(path, found, said)
-    return "read", said
+        _check_task(path, rows_read, description)
+    return "read", description
 
 
-def _check_task(path: Path, found: list[dict[str, Any]], said: str) -> None:
-    """A task made of the file has its rows, or is refused."""
+def _check_task(path: Path, rows_read: list[dict[str, Any]], description: str) -> None:
+    """A task of the file has its rows, or is refused."""
     kind = "text" if path.suffix != ".tsv" else "regression"
     try:
         task = load_files(kind, path, path)
     except FastgateError:
         return
     except Exception as error:
-        raise Wrong(f"{said}: load_files raised {type(error).__name__}: {str(error)[:300]}") from error
+        raise Wrong(f"{description}: load_files raised {type(error).__name__}: {str(error)[:300]}") from error
     texts = task.train["text"][:]
-    if len(texts) != len(found) or any(
-        text != str(row["text"]) for text, row in zip(texts, found, strict=True)
+    if len(texts) != len(rows_read) or any(
+        text != str(row["text"]) for text, row in zip(texts, rows_read, strict=True)
     ):
-        raise Wrong(f"{said}: the task has other texts than the file")
+        raise Wrong(f"{description}: the task has other texts than the file")

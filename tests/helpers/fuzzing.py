@@ -32,12 +32,12 @@ def damage(rng: random.Random, data: bytes) -> tuple[str, bytes]:
     at = rng.randrange(size)
     more = min(size, at + rng.choice((1, 2, 8, 64, 4096)))
     if kind in ("flip a bit", "flip bits"):
-        found = bytearray(data)
+        flipped = bytearray(data)
         for _ in range(1 if kind == "flip a bit" else rng.randrange(2, 30)):
             # Half of the flips near the start, where headers are.
             place = rng.randrange(min(size, 256)) if rng.random() < 0.5 else rng.randrange(size)
-            found[place] ^= 1 << rng.randrange(8)
-        return kind, bytes(found)
+            flipped[place] ^= 1 << rng.randrange(8)
+        return kind, bytes(flipped)
     if kind == "cut the end":
         return kind, data[: rng.choice((at, size - 1, size // 2))]
     if kind == "cut the start":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
-from helpers.encoders import demanded, draw_replacements, make
+from helpers.encoders import draw_replacements, make, output_rows
 from torch import nn
 
 import fastgate
@@ -27,9 +27,9 @@ def patched(head="ForSequenceClassification", keep=None, family="Bert", replacem
 
 
 def graphs_of(model) -> CudaGraphs:
-    found = get_encoder(model).runtime.graphs
-    assert found is not None
-    return found
+    graphs = get_encoder(model).runtime.executor.graphs
+    assert graphs is not None
+    return graphs
 
 
 def same(model, plain, inputs, tolerance=2e-5):
@@ -39,8 +39,8 @@ def same(model, plain, inputs, tolerance=2e-5):
     mask = inputs["attention_mask"]
     mask = torch.ones_like(mask) if "start_logits" in want else mask
     for name, value in want.items():
-        found, true = demanded(name, got[name], mask), demanded(name, value, mask)
-        torch.testing.assert_close(found, true, rtol=tolerance, atol=tolerance)
+        got_rows, want_rows = output_rows(name, got[name], mask), output_rows(name, value, mask)
+        torch.testing.assert_close(got_rows, want_rows, rtol=tolerance, atol=tolerance)
     return got
 
 
@@ -52,52 +52,52 @@ def captured(model, plain, inputs):
     return graphs_of(model)
 
 
-def _new_data(one):
-    weight = one.bert.encoder.layer[0].attention.self.query.weight
+def _new_data(model):
+    weight = model.bert.encoder.layer[0].attention.self.query.weight
     weight.data = weight.data * 0.5
 
 
-def _turned(one):
+def _transposed(model):
     """The same memory, read the other way."""
-    weight = one.bert.encoder.layer[0].attention.self.query.weight
+    weight = model.bert.encoder.layer[0].attention.self.query.weight
     weight.data = weight.data.t()
 
 
-def _assigned(one):
-    state = {name: t * 0.9 for name, t in one.state_dict().items()}
-    one.load_state_dict(state, assign=True)
+def _assigned(model):
+    state = {name: t * 0.9 for name, t in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
 
 
-def _replaced(one):
+def _replaced(model):
     torch.manual_seed(1)
-    intermediate = one.bert.encoder.layer[1].intermediate
+    intermediate = model.bert.encoder.layer[1].intermediate
     intermediate.dense = nn.Linear(intermediate.dense.in_features, intermediate.dense.out_features)
 
 
-def _new_parameter(one):
-    norm = one.bert.encoder.layer[1].output.LayerNorm
+def _new_parameter(model):
+    norm = model.bert.encoder.layer[1].output.LayerNorm
     norm.weight = nn.Parameter(norm.weight.detach() * 2)
 
 
-def _other_activation(one):
-    one.bert.encoder.layer[0].intermediate.intermediate_act_fn = nn.ReLU()
+def _other_activation(model):
+    model.bert.encoder.layer[0].intermediate.intermediate_act_fn = nn.ReLU()
 
 
-def _changes_eps(one):
-    one.bert.encoder.layer[1].output.LayerNorm.eps = 0.5
+def _changes_eps(model):
+    model.bert.encoder.layer[1].output.LayerNorm.eps = 0.5
 
 
 CHANGES = {
     "data": _new_data,
-    "transposed": _turned,
+    "transposed": _transposed,
     "assign": _assigned,
     "module": _replaced,
     "parameter": _new_parameter,
     "eps": _changes_eps,
-    "dtype": lambda one: one.double(),
-    "gates": lambda one: get_encoder(one).set_gates([1.0, 0.0, 1.0]),
-    "pruned": lambda one: fastgate.prune(one, keep=[0]),
-    "replacement": lambda one: get_encoder(one).add_replacements("mean"),
+    "dtype": lambda model: model.double(),
+    "gates": lambda model: get_encoder(model).set_gates([1.0, 0.0, 1.0]),
+    "pruned": lambda model: fastgate.prune(model, keep=[0]),
+    "replacement": lambda model: get_encoder(model).add_replacements("mean"),
     "activation": _other_activation,
-    "no bias": lambda one: setattr(one.bert.encoder.layer[0].output.dense, "bias", None),
+    "no bias": lambda model: setattr(model.bert.encoder.layer[0].output.dense, "bias", None),
 }

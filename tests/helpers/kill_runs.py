@@ -54,7 +54,7 @@ class Child:
 
     def __init__(self, work: Callable[..., None], *arguments: Any, point: Point | None = None) -> None:
         self.out, out = os.pipe()
-        self.said = b""
+        self.output = b""
         self.deadline = time.monotonic() + LIMIT
         sys.stdout.flush()
         self.pid = os.fork()
@@ -79,14 +79,14 @@ class Child:
             os._exit(status)
 
     def read(self) -> bool:
-        """More of what it says; whether there was any before its end. Raises Lost if it hangs."""
+        """Read more of its output; whether there was any before its end. Raises Lost if it hangs."""
         ready, _, _ = select.select([self.out], [], [], max(0.0, self.deadline - time.monotonic()))
         if not ready:
             self.end()
             os.waitpid(self.pid, 0)
             raise Lost(f"no end after {LIMIT:.0f} s")
         more = os.read(self.out, 65536)
-        self.said += more
+        self.output += more
         return bool(more)
 
     def end(self) -> None:
@@ -95,40 +95,40 @@ class Child:
                 ending(self.pid, signal.SIGKILL)
 
     def finish(self) -> tuple[int, str]:
-        """(exit status, the last of what it said)."""
+        """(exit status, the end of its output)."""
         while self.read():
             pass
         os.close(self.out)
         _, status = os.waitpid(self.pid, 0)
-        return os.waitstatus_to_exitcode(status), self.said.decode(errors="replace")[-1500:]
+        return os.waitstatus_to_exitcode(status), self.output.decode(errors="replace")[-1500:]
 
 
 def done(work: Callable[..., None], *arguments: Any) -> str:
-    """What a child said that came to its end."""
-    status, said = Child(work, *arguments).finish()
+    """The output of a child that came to its end."""
+    status, output = Child(work, *arguments).finish()
     if status:
-        raise Lost(f"it does not come to its end: {said}")
-    return said
+        raise Lost(f"it does not come to its end: {output}")
+    return output
 
 
 def kill_at(point: Point, work: Callable[..., None], *arguments: Any) -> bool:
     """Do `work` until the point; whether it was ended there, and had not come to its end before."""
     child = Child(work, *arguments, point=point)
     if point.seconds is not None:
-        while b"begins\n" not in child.said and child.read():
+        while b"begins\n" not in child.output and child.read():
             pass
         time.sleep(point.seconds)
         child.end()
-    status, said = child.finish()
+    status, output = child.finish()
     if status not in (0, -signal.SIGKILL):
-        raise Lost(f"the child failed by itself: {said}")
+        raise Lost(f"the child failed by itself: {output}")
     return status != 0
 
 
 def cost(work: Callable[..., None], *arguments: Any) -> tuple[float, int]:
     """Seconds and calls of `work` when nothing ends it."""
-    found = json.loads(done(work, *arguments).strip().splitlines()[-1])
-    return found["seconds"], found["calls"]
+    result = json.loads(done(work, *arguments).strip().splitlines()[-1])
+    return result["seconds"], result["calls"]
 
 
 # In the child: count calls that change files, and end at one of them.
@@ -154,13 +154,13 @@ def _count(at: int | None, after: bool) -> None:
         def call(*args: Any, **kwargs: Any) -> Any:
             global _calls
             _calls += 1
-            mine = _calls == at
-            if mine and not after:
+            is_point = _calls == at
+            if is_point and not after:
                 os.kill(os.getpid(), signal.SIGKILL)
-            made = function(*args, **kwargs)
-            if mine:
+            result = function(*args, **kwargs)
+            if is_point:
                 os.kill(os.getpid(), signal.SIGKILL)
-            return made
+            return result
 
         return call
 
@@ -198,14 +198,14 @@ def _count(at: int | None, after: bool) -> None:
             module.save_file = counted(module.save_file)  # type: ignore[attr-defined]
 
 
-def points(count: int, seconds: float, made: int, seed: int) -> list[Point]:
+def points(count: int, seconds: float, calls: int, seed: int) -> list[Point]:
     """Half at random times, half at random calls, each before or after; calls first one by one if few."""
     rng = random.Random(seed)
-    found = [Point(seconds=rng.uniform(0, seconds)) for _ in range(count // 2)]
-    numbers = list(range(1, made + 1)) * (1 + count // max(made, 1))
+    chosen = [Point(seconds=rng.uniform(0, seconds)) for _ in range(count // 2)]
+    numbers = list(range(1, calls + 1)) * (1 + count // max(calls, 1))
     rng.shuffle(numbers)
-    found += [Point(call=number, after=rng.random() < 0.5) for number in numbers[: count - len(found)]]
-    return found
+    chosen += [Point(call=number, after=rng.random() < 0.5) for number in numbers[: count - len(chosen)]]
+    return chosen
 
 
 # Save.
@@ -266,7 +266,7 @@ class Saves:
         return place / "model"
 
     def try_point(self, number: int, point: Point) -> str:
-        """What was found: old, new or nothing. Raises Lost."""
+        """Which model was left: old, new or nothing. Raises Lost."""
         import fastgate
 
         over = number % 4 != 0
@@ -277,12 +277,12 @@ class Saves:
         except fastgate.CheckpointError as error:
             if over or not ended:
                 raise Lost(f"nothing can be loaded: {error}") from error
-            found = "nothing"
+            left = "nothing"
         else:
-            found = self._which(loaded)
-        if not ended and found != "new":
-            raise Lost(f"save came to its end, and left the {found} model")
-        if found == "old" and not over:
+            left = self._which(loaded)
+        if not ended and left != "new":
+            raise Lost(f"save came to its end, and left the {left} model")
+        if left == "old" and not over:
             raise Lost("the old model in a new folder")
         for name, data in FOREIGN.items() if over else ():
             if not (target / name).is_file() or (target / name).read_bytes() != data:
@@ -294,12 +294,12 @@ class Saves:
         beside = sorted(p.name for p in target.parent.iterdir() if p != target)
         if beside:
             raise Lost(f"left beside the folder after the next save: {', '.join(beside)}")
-        return found
+        return left
 
     def _which(self, loaded: Any) -> str:
-        found = loaded.state_dict()
+        weights = loaded.state_dict()
         for name, state in zip(("old", "new"), self.states, strict=True):
-            if found.keys() == state.keys() and all(torch.equal(found[key], state[key]) for key in state):
+            if weights.keys() == state.keys() and all(torch.equal(weights[key], state[key]) for key in state):
                 return name
         raise Lost("a model that is neither the old one nor the new one")
 
@@ -379,13 +379,13 @@ class Trainings:
         kill_at(point, do_train, work, out)
         if number % 3 == 0 and not out.exists():  # once more, while it resumes
             kill_at(Point(seconds=(point.seconds or self.seconds) / 2), do_train, work, out)
-        found = "over"
+        outcome = "over"
         if not out.exists():
-            found = "resumed" if has_checkpoint(str(work)) else "begun anew"
+            outcome = "resumed" if has_checkpoint(str(work)) else "begun anew"
             done(do_train, work, out)
         if not same(torch.load(out, weights_only=True), self.end):
-            raise Lost(f"{found}, it ends with other weights or gates")
-        return found
+            raise Lost(f"{outcome}, it ends with other weights or gates")
+        return outcome
 
 
 # Sweep.
@@ -442,9 +442,9 @@ class Sweeps:
         other = Child(do_sweep, self.world, work) if number % 4 == 0 else None
         kill_at(point, do_sweep, self.world, work)
         if other is not None:
-            status, said = other.finish()
+            status, output = other.finish()
             if status:
-                raise Lost(f"the other process failed: {said}")
+                raise Lost(f"the other process failed: {output}")
         before = self._lines(work, cut=True)
         done(do_sweep, self.world, work)
         after = self._lines(work)
@@ -462,9 +462,9 @@ class Sweeps:
     def _lines(self, work: Path, cut: bool = False) -> dict[str, Any]:
         """Settings -> line. cut: the last one may be half a line."""
         path = work / "lines.jsonl"
-        found: dict[str, Any] = {}
+        lines: dict[str, Any] = {}
         if not path.is_file():
-            return found
+            return lines
         texts = path.read_text().split("\n")
         for i, text in enumerate(texts):
             try:
@@ -474,10 +474,10 @@ class Sweeps:
                     raise Lost(f"half a line is left: {text[:200]}") from None
                 continue
             key = json.dumps(line["settings"], sort_keys=True)
-            if key in found:
+            if key in lines:
                 raise Lost(f"a line twice: {key[:200]}")
-            found[key] = line
-        return found
+            lines[key] = line
+        return lines
 
 
 KINDS: dict[str, Any] = {"save": Saves, "train": Trainings, "sweep": Sweeps}

@@ -224,9 +224,9 @@ def _eps(model: nn.Module, name: str) -> None:
 
 def _rms(model: nn.Module, name: str) -> None:
     norm = model.get_submodule(name)
-    made = nn.RMSNorm(norm.normalized_shape, eps=1e-5)
-    made.weight = norm.weight
-    put(model, name, made)
+    rms = nn.RMSNorm(norm.normalized_shape, eps=1e-5)
+    rms.weight = norm.weight
+    put(model, name, rms)
 
 
 def _dropout_all(model: nn.Module, name: str) -> None:
@@ -279,8 +279,8 @@ def _wide(model: nn.Module, name: str) -> None:
 
 
 def _layers(model: nn.Module) -> nn.ModuleList:
-    found: nn.ModuleList = model.base_model.encoder.layer  # type: ignore[union-attr, assignment]
-    return found
+    layers: nn.ModuleList = model.base_model.encoder.layer  # type: ignore[union-attr, assignment]
+    return layers
 
 
 def _place(name: str) -> int:
@@ -294,8 +294,8 @@ def _share_layer(model: nn.Module, name: str) -> None:
 
 def _tie_linears(model: nn.Module, name: str) -> None:
     layers = _layers(model)
-    here, there = layers[_place(name)], layers[(_place(name) + 1) % len(layers)]
-    there.intermediate.dense.weight = here.intermediate.dense.weight
+    layer, next_layer = layers[_place(name)], layers[(_place(name) + 1) % len(layers)]
+    next_layer.intermediate.dense.weight = layer.intermediate.dense.weight
 
 
 def _tie_projections(model: nn.Module, name: str) -> None:
@@ -316,11 +316,11 @@ def _last_layer_gone_and_said(model: nn.Module, name: str) -> None:
 
 
 def _linear(like: nn.Module, rows: int, columns: int) -> nn.Linear:
-    made = nn.Linear(columns, rows, dtype=like.weight.dtype)  # type: ignore[arg-type]
+    linear = nn.Linear(columns, rows, dtype=like.weight.dtype)  # type: ignore[arg-type]
     with torch.no_grad():
-        made.weight.copy_(numbers(made.weight, rows, columns))
-        made.bias.copy_(numbers(made.weight, rows))
-    return made
+        linear.weight.copy_(numbers(linear.weight, rows, columns))
+        linear.bias.copy_(numbers(linear.weight, rows))
+    return linear
 
 
 def _uneven_ffn(model: nn.Module, name: str) -> None:

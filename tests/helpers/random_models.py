@@ -118,9 +118,9 @@ class Case:
 
     def __str__(self) -> str:
         """As JSON, what differs from the defaults."""
-        given = dataclasses.asdict(self)
+        values = dataclasses.asdict(self)
         plain = dataclasses.asdict(Case())
-        return json.dumps({k: v for k, v in given.items() if k in ("family", "head") or v != plain[k]})
+        return json.dumps({k: v for k, v in values.items() if k in ("family", "head") or v != plain[k]})
 
     @property
     def hidden(self) -> int:
@@ -148,9 +148,9 @@ def cases(draw: Any, changed: bool) -> Case:
     dtype = "float32" if mode == "autocast" else draw(st.sampled_from((*DTYPES, "float32", "float32")))
     keep = draw(st.none() | st.sets(st.integers(0, layers - 1)).map(lambda s: tuple(sorted(s))))
     freeze = mode in ("eval", "inference") and dtype != "float64" and draw(st.booleans())
-    made = draw(st.lists(_change(freeze), min_size=1, max_size=2).map(tuple)) if changed else ()
+    drawn = draw(st.lists(_change(freeze), min_size=1, max_size=2).map(tuple)) if changed else ()
     # What drops at random cannot be compared.
-    rates = (0.0,) if any(change.kind == "inner_train" for change in made) else (0.0, 0.1)
+    rates = (0.0,) if any(change.kind == "inner_train" for change in drawn) else (0.0, 0.1)
     return Case(
         family=family,
         head=head,
@@ -188,12 +188,12 @@ def cases(draw: Any, changed: bool) -> Case:
         dtype=dtype,
         mode=mode,
         gradients=mode in ("eval", "train", "autocast") and not freeze and draw(st.booleans()),
-        changes=made,
+        changes=drawn,
         demand=draw(st.sampled_from((None,) * 4 + ("all", "first"))),
         keep=keep,
         replacement=draw(st.sampled_from(tuple(VECTORS))),
         freeze=freeze,
-        copy=not any(change.kind in changes.NOT_COPIED for change in made) and draw(few),
+        copy=not any(change.kind in changes.NOT_COPIED for change in drawn) and draw(few),
         save=draw(few),
     )
 
@@ -205,10 +205,10 @@ def _change(freeze: bool) -> st.SearchStrategy[Change]:
         return not (change.when == "frozen" and change.kind in changes.NEED_WEIGHTS)
 
     when = ("before", "after", "frozen") if freeze else ("before", "after")
-    made = st.builds(
+    strategy = st.builds(
         Change, st.sampled_from(tuple(changes.CHANGES)), st.integers(0, 99), st.sampled_from(when)
     )
-    return made.filter(possible)
+    return strategy.filter(possible)
 
 
 # The model and its inputs.
@@ -252,7 +252,7 @@ def build(case: Case, dtype: torch.dtype) -> nn.Module:
 class Call:
     inputs: dict[str, Tensor]
     mask: Tensor  # (batch, length) bool: attended
-    asked: Tensor | None  # the rows asked for
+    requested: Tensor | None  # the rows asked for
     labelled: Tensor | None
 
 
@@ -309,8 +309,8 @@ def call_of(case: Case, dtype: torch.dtype) -> Call:
         elif case.head != "Model":
             top = several if case.head == "ForSequenceClassification" else 2
             inputs["labels"] = torch.randint(0, top, (case.batch,), generator=g)
-    asked = torch.rand(shape, generator=g) < 0.5 if case.rows else None
-    return Call(inputs, mask, asked, labelled)
+    requested = torch.rand(shape, generator=g) < 0.5 if case.rows else None
+    return Call(inputs, mask, requested, labelled)
 
 
 def read_rows(case: Case, call: Call) -> Tensor | None:
@@ -318,14 +318,14 @@ def read_rows(case: Case, call: Call) -> Tensor | None:
     if case.hidden_states or case.attentions:
         return None
     if case.head == "Model":
-        if call.asked is not None:
-            return call.asked
+        if call.requested is not None:
+            return call.requested
         if case.demand == "first":
             return torch.arange(case.length).eq(0).expand(call.mask.shape)
         return call.mask
     if case.head in TOKEN_HEADS:
-        if call.asked is not None:
-            return call.asked if call.labelled is None else call.asked | call.labelled
+        if call.requested is not None:
+            return call.requested if call.labelled is None else call.requested | call.labelled
         if call.labelled is not None and case.mode == "train" and case.demand != "all":
             return call.labelled
         return call.mask if call.labelled is None else call.mask | call.labelled
@@ -350,11 +350,11 @@ def _is_there(model: nn.Module, name: str) -> bool:
 
 
 def names_of(case: Case, model: nn.Module) -> list[str | None]:
-    found: list[str | None] = []
+    names: list[str | None] = []
     for change in case.changes:
         possible = changes.places(model, change.kind)
-        found.append(possible[change.place % len(possible)] if possible else None)
-    return found
+        names.append(possible[change.place % len(possible)] if possible else None)
+    return names
 
 
 def vectors_of(case: Case, layer: int, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -416,8 +416,8 @@ def run(
     """Name -> the rows that are read of each output, and gradients. extra: pass the rows asked for."""
     call = call_of(case, dtype)
     inputs: dict[str, Any] = dict(call.inputs)
-    if extra and call.asked is not None:
-        inputs["rows"] = call.asked
+    if extra and call.requested is not None:
+        inputs["rows"] = call.requested
     if case.hidden_states is not None:
         inputs["output_hidden_states"] = case.hidden_states
     if case.attentions:
@@ -429,20 +429,20 @@ def run(
     model.zero_grad(set_to_none=True)
     with running(case, cast):
         outputs = model(**inputs)
-        found = dict(_flat(case, call, outputs))
+        results = dict(_flat(case, call, outputs))
         if case.gradients:
             g = torch.Generator().manual_seed(case.seed + 3)
-            weights = {name: torch.randn(value.shape, generator=g) for name, value in found.items()}
-            total: Any = sum((value * weights[name].to(value)).sum() for name, value in found.items())
+            weights = {name: torch.randn(value.shape, generator=g) for name, value in results.items()}
+            total: Any = sum((value * weights[name].to(value)).sum() for name, value in results.items())
             if isinstance(total, Tensor) and total.requires_grad:
                 total.backward()
     if case.gradients:
         for name, parameter in model.named_parameters():
             if parameter.grad is not None:
-                found["grad " + name] = parameter.grad.detach()
+                results["grad " + name] = parameter.grad.detach()
         if case.embeds and inputs["inputs_embeds"].grad is not None:
-            found["grad inputs_embeds"] = inputs["inputs_embeds"].grad
-    return {name: value.detach().clone() for name, value in found.items()}
+            results["grad inputs_embeds"] = inputs["inputs_embeds"].grad
+    return {name: value.detach().clone() for name, value in results.items()}
 
 
 def _flat(case: Case, call: Call, outputs: Any) -> Iterator[tuple[str, Tensor]]:
@@ -485,7 +485,7 @@ def off(value: Tensor, truth: Tensor) -> float:
 
 
 def compare(case: Case, ours: dict[str, Tensor], theirs: dict[str, Tensor], truth_model: nn.Module) -> None:
-    truth = _left(case, run(case, truth_model, torch.float64, cast=False))
+    truth = _kept_results(case, run(case, truth_model, torch.float64, cast=False))
     size = ROUNDING["bfloat16" if case.mode == "autocast" else case.dtype]
     scale = max(
         (float(t.abs().max()) for n, t in truth.items() if n.startswith("grad ") and t.numel()), default=0.0
@@ -506,9 +506,9 @@ def compare(case: Case, ours: dict[str, Tensor], theirs: dict[str, Tensor], trut
         if got.dtype != wanted.dtype and not (case.mode == "autocast" and not gradient):
             raise Difference("dtype", f"{name}: {got.dtype}, transformers {wanted.dtype}")
         largest = float(truth[name].abs().max()) if wanted.numel() else 0.0
-        floor = 2 * size * (max(largest, 0.1 * scale) if gradient else largest)
-        if off(got, truth[name]) > 2 * off(wanted, truth[name]) + floor:
-            suspects[name] = max(off(wanted, truth[name]), floor)
+        tolerance = 2 * size * (max(largest, 0.1 * scale) if gradient else largest)
+        if off(got, truth[name]) > 2 * off(wanted, truth[name]) + tolerance:
+            suspects[name] = max(off(wanted, truth[name]), tolerance)
     more = [name for name in ours if name not in theirs and not name.startswith("grad ")]
     if more:
         raise Difference("an output more", ", ".join(more))
@@ -519,7 +519,7 @@ def compare(case: Case, ours: dict[str, Tensor], theirs: dict[str, Tensor], trut
         return
     for seed in range(6):
         with rounded(case, truth_model, seed):
-            moved = _left(case, run(case, truth_model, torch.float64, cast=False))
+            moved = _kept_results(case, run(case, truth_model, torch.float64, cast=False))
         for name in suspects:
             suspects[name] = max(suspects[name], off(moved[name], truth[name]))
     for name, allowed in suspects.items():
@@ -534,24 +534,24 @@ def compare(case: Case, ours: dict[str, Tensor], theirs: dict[str, Tensor], trut
 
 def snapshot(model: nn.Module, values: bool = True) -> dict[str, Any]:
     """Classes, flags, hooks, what stands in the instances, parameters and buffers, the configuration."""
-    found: dict[str, Any] = {}
+    facts: dict[str, Any] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         hooks = tuple(
             (kind, tuple(map(id, getattr(module, kind).values())))
             for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
         )
         own = sorted(k for k in module.__dict__ if not k.startswith("_"))
-        found[f"module {name}"] = (type(module), module.training, hooks, own)
+        facts[f"module {name}"] = (type(module), module.training, hooks, own)
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        found[f"flag {name}"] = parameter.requires_grad
-        found[f"class {name}"] = type(parameter)
+        facts[f"flag {name}"] = parameter.requires_grad
+        facts[f"class {name}"] = type(parameter)
     for name, tensor in model.state_dict().items():
-        found[f"state {name}"] = tensor.detach().clone()
+        facts[f"state {name}"] = tensor.detach().clone()
     config = model.config.to_dict()  # type: ignore[union-attr, operator]
     # transformers' heads note the problem_type, and its save_pretrained the others.
     noted = ("problem_type", "architectures", "dtype")
-    found["config"] = {k: v for k, v in config.items() if k not in noted}
-    return found
+    facts["config"] = {k: v for k, v in config.items() if k not in noted}
+    return facts
 
 
 def assert_same(kind: str, before: dict[str, Any], after: dict[str, Any]) -> None:
@@ -667,7 +667,7 @@ def _ours(
     late = any(change.when == "frozen" for change in case.changes)
     with step("forward"):
         got = run(case, ours, dtype, extra=True)
-    compare(case, got, _left(case, wanted), truth)
+    compare(case, got, _kept_results(case, wanted), truth)
     _compare_watches(case, ours, theirs)
     renormed = any(change.kind == "max_norm" for change in case.changes)  # a forward writes to the table
     if not case.freeze and not renormed:
@@ -702,9 +702,9 @@ def _ours(
     return "equal"
 
 
-def _left(case: Case, found: dict[str, Tensor]) -> dict[str, Tensor]:
+def _kept_results(case: Case, results: dict[str, Tensor]) -> dict[str, Tensor]:
     """Without the gradients of what `prune` removes, and those of replacements by fastgate's names."""
-    gone = tuple(
+    removed = tuple(
         f"encoder.layer.{i}.attention.{part}."
         for i in range(case.layers)
         if i not in case.kept
@@ -712,16 +712,16 @@ def _left(case: Case, found: dict[str, Tensor]) -> dict[str, Tensor]:
     )
     return {
         name.replace(".attention.vectors.", ".attention.replacement."): value
-        for name, value in found.items()
-        if not (name.startswith("grad ") and any(part in name for part in gone))
+        for name, value in results.items()
+        if not (name.startswith("grad ") and any(part in name for part in removed))
     }
 
 
 def _compare_watches(case: Case, ours: nn.Module, theirs: nn.Module) -> None:
     """A hook that only looks has run wherever transformers runs it."""
-    there = watched(ours)
+    ours_called = watched(ours)
     for name, calls in watched(theirs).items():
-        if calls and name in there and not there[name]:
+        if calls and name in ours_called and not ours_called[name]:
             raise Difference("a hook did not run", name)
 
 
@@ -736,11 +736,11 @@ def _round_trip(case: Case, ours: nn.Module) -> None:
                 return
         with step("load of what was saved"):
             loaded = fastgate.load(path)
-    state, found = ours.state_dict(), loaded.state_dict()
+    saved, read = ours.state_dict(), loaded.state_dict()
     assert_same(
         "save and load changed",
-        {f"state {k}": v for k, v in state.items()},
-        {f"state {k}": v for k, v in found.items()},
+        {f"state {k}": v for k, v in saved.items()},
+        {f"state {k}": v for k, v in read.items()},
     )
     if case.freeze or any(c.kind in (*changes.HOOKS, "inner_train") for c in case.changes):
         return  # a frozen model rounds otherwise, and hooks are not saved

@@ -1,4 +1,4 @@
-"""A tiny tokenizer, tiny random models and tiny data files, so that whole recipes run in seconds."""
+"""A tiny tokenizer, tiny random models and tiny data files, so that whole runs take seconds."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def tokenizer(folder: Path):
     vocabulary += [f"##{piece}" for piece in ("s", "ing", *letters)]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.txt").write_text("\n".join(dict.fromkeys(vocabulary)))
-    found = BertTokenizerFast(vocab_file=str(folder / "vocab.txt"), vocab=str(folder / "vocab.txt"))
-    found.model_max_length = 64
-    return found
+    words = BertTokenizerFast(vocab_file=str(folder / "vocab.txt"), vocab=str(folder / "vocab.txt"))
+    words.model_max_length = 64
+    return words
 
 
 def model_folder(folder: Path, layers: int = 3) -> Path:
@@ -83,10 +83,10 @@ def sentiment_folder(folder: Path, **counts: int) -> Path:
 
 def sentiment(count: int) -> list[dict]:
     """Rows a tiny model can learn: the class is whether `good` or `bad` stands in the sentence."""
-    made = []
+    rows = []
     for i in range(count):
         noise = " ".join(
             WORDS[(7 * i + j) % len(WORDS)] for j in range(2 + i % 9) if (7 * i + j) % len(WORDS) > 1
         )
-        made.append({"sentence": f"{noise} {'good' if i % 2 else 'bad'} film", "label": i % 2})
-    return made
+        rows.append({"sentence": f"{noise} {'good' if i % 2 else 'bad'} film", "label": i % 2})
+    return rows

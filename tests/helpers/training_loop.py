@@ -36,14 +36,25 @@ def batch(seed=0, rows=6, length=9):
     }
 
 
+def loss_of(pruner, model, inputs):
+    """The complete loss of one batch."""
+    inputs = pruner.prepare(inputs)
+    return pruner.loss(model(**inputs), inputs)
+
+
+def pruning_loss_of(pruner, model, inputs, **options):
+    """What the Pruner adds to the task's loss of one batch."""
+    inputs = pruner.prepare(inputs)
+    outputs = model(**inputs, **options)
+    return pruner.pruning_loss([pruner.take_forward(outputs, inputs)])
+
+
 def run(pruner, model, steps, first=0, lr=1e-3):
     """Train `steps` optimizer steps, one batch each, in a plain loop."""
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=lr)
     model.train()
     for i in range(first, first + steps):
-        inputs = pruner.prepare(batch(i))
-        outputs = model(**inputs)
-        (pruner.task_weight * outputs.loss + pruner.loss(outputs, inputs)).backward()
+        loss_of(pruner, model, batch(i)).backward()
         optimizer.step()
         pruner.step()
         optimizer.zero_grad()

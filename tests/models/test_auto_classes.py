@@ -252,9 +252,9 @@ def test_a_pipeline_and_its_tokenizer(tmp_path):
     fastgate.save(fastgate.prune(model.eval(), keep=[1]), tmp_path / "x", tokenizer)
     (tmp_path / "x" / "tokenizer_config.json").unlink()  # then the model_type decides
     text = "good film two three"
-    mine = transformers.pipeline("text-classification", model=str(tmp_path / "x"))
+    ours = transformers.pipeline("text-classification", model=str(tmp_path / "x"))
     theirs = transformers.pipeline("text-classification", model=model, tokenizer=tokenizer)
-    assert mine(text) == theirs(text)
+    assert ours(text) == theirs(text)
     hidden = transformers.pipeline("feature-extraction", model=str(tmp_path / "x"))(text)
     assert len(hidden[0]) == len(tokenizer(text)["input_ids"])
 

@@ -54,7 +54,7 @@ def test_only_what_is_left_is_written(saved):
     assert sorted(os.listdir(path.parent)) == ["checkpoint"]
 
 
-def test_closed_but_unpruned_gates_and_dtype(tmp_path):
+def test_skipped_but_unpruned_attention_and_dtype(tmp_path):
     from fastgate.models.handle import get_encoder
 
     model = fastgate.patch(make("Bert", "ForMaskedLM")).to(torch.bfloat16)
@@ -171,13 +171,13 @@ def tree(folder):
 
 def test_files_of_others_stay(saved, tmp_path, minilm_path):
     model, path = saved
-    mine = {".git/HEAD": "ref", "README.md": "card", "onnx/model.onnx": "o", "tokenizer.json": "{}"}
-    for name, text in mine.items():
+    others = {".git/HEAD": "ref", "README.md": "card", "onnx/model.onnx": "o", "tokenizer.json": "{}"}
+    for name, text in others.items():
         (path / name).parent.mkdir(exist_ok=True)
         (path / name).write_text(text)
     for again in (fastgate.save, lambda m, p: m.save_pretrained(p)):
         again(model, path)
-        assert {name: (path / name).read_text() for name in mine} == mine
+        assert {name: (path / name).read_text() for name in others} == others
         assert set(os.listdir(path)) == {CONFIG, META, WEIGHTS, ".git", "README.md", "onnx", "tokenizer.json"}
     clone = tmp_path / "clone"  # of a new repository
     (clone / ".git").mkdir(parents=True)

@@ -33,7 +33,7 @@ def test_lengths_that_are_no_batch(lengths):
 def test_whole_numbers_of_every_kind_are_lengths():
     model = fastgate.patch(make("Bert", HEAD))
     want = fastgate.explain(model, [5, 3])
-    assert want.packed_rows == 8 and want.output_row_mask == 2
+    assert want.unpadded_rows == 8 and want.output_rows == 2
     for lengths in ((5, 3), numpy.array([5, 3]), torch.tensor([5, 3]), iter([5, 3]), range(5, 1, -2)):
         assert fastgate.explain(model, lengths) == want
 

@@ -361,11 +361,11 @@ def test_panels_are_packed_anew_for_a_processor_without_them():
     _, ours = frozen("ForTokenClassification")
     state = pickle.dumps(ours)
     with mock.patch("fastgate.ops.linear._together", return_value=0):
-        there = pickle.loads(state)
-        assert not any(module.packed.in_panels for module in packed(there))
-        again = pickle.dumps(there)
+        unpickled = pickle.loads(state)
+        assert not any(module.packed.in_panels for module in packed(unpickled))
+        again = pickle.dumps(unpickled)
     back = pickle.loads(again)
-    for model in (there, back):
+    for model in (unpickled, back):
         assert all(torch.equal(t, ours.state_dict()[name]) for name, t in model.state_dict().items())
 
 
@@ -472,9 +472,9 @@ def test_a_weight_set_on_a_frozen_linear_is_refused():
     with pytest.raises(fastgate.Unsupported, match=r"frozen Linear.*fastgate.thaw"):
         dense.register_parameter("weight", nn.Parameter(weight))
     batch = encoders.batch(plain, "ForSequenceClassification")
-    given = {name: p.detach() * 1.1 for name, p in plain.named_parameters()}
+    parameters = {name: p.detach() * 1.1 for name, p in plain.named_parameters()}
     with pytest.raises(fastgate.Unsupported, match=r"frozen Linear.*fastgate.thaw"):
-        torch.func.functional_call(model, given, (), batch)
+        torch.func.functional_call(model, parameters, (), batch)
     torch.testing.assert_close(outputs(model, batch), outputs(plain, batch), rtol=0, atol=1e-5)
 
 

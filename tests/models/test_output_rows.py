@@ -22,9 +22,9 @@ def logits_of(output):
 
 
 def rows_of_the_last_layer(model, **inputs):
-    with get_encoder(model).record() as record, torch.no_grad():
+    with get_encoder(model).record() as trace, torch.no_grad():
         model(**inputs)
-    return record.steps[-1][2]
+    return trace.steps[-1].rows
 
 
 def some_rows(inputs, share=0.3, seed=5):

@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 import transformers
-from helpers.encoders import ALL, FAMILIES, LENGTH, batch, demanded, make
+from helpers.encoders import ALL, FAMILIES, LENGTH, batch, make, output_rows
 from torch import nn
 from transformers.utils.generic import find_labels
 
@@ -25,7 +25,7 @@ def assert_same(theirs, ours, mask, atol=1e-5):
         if isinstance(want, torch.Tensor):
             got = ours[name]
             assert got.shape == want.shape and got.dtype == want.dtype, name
-            want, got = demanded(name, want, mask), demanded(name, got, mask)
+            want, got = output_rows(name, want, mask), output_rows(name, got, mask)
             torch.testing.assert_close(got, want, rtol=0, atol=atol, msg=lambda m, name=name: f"{name}: {m}")
 
 
@@ -53,14 +53,14 @@ def test_loss_and_gradients(family, head, training):
         gradients.append((loss.detach(), {n: p.grad for n, p in each.named_parameters()}))
     (loss, wanted), (got_loss, got) = gradients
     torch.testing.assert_close(got_loss, loss, rtol=1e-5, atol=1e-5)
-    floor = 1e-6 * sum(g.square().sum() for g in wanted.values() if g is not None).sqrt().item()
+    noise = 1e-6 * sum(g.square().sum() for g in wanted.values() if g is not None).sqrt().item()
     for name, want in wanted.items():
         if want is None:
             assert got[name] is None
             continue
         # What cancels in a softmax (keys' biases, question answering's last ones) has noise for a gradient.
         error = (got[name] - want).norm().item()
-        assert error <= 1e-4 * want.norm().item() + floor, name
+        assert error <= 1e-4 * want.norm().item() + noise, name
 
 
 @pytest.mark.parametrize("head", ["ForSequenceClassification", "ForTokenClassification"])
@@ -225,7 +225,7 @@ def test_minilm_outputs_and_gradients(minilm_path):
         assert_same(theirs, ours, inputs["attention_mask"])
         mask = inputs["attention_mask"]
         for out in (theirs, ours):
-            sum(demanded(n, t, mask).square().mean() for n, t in out.items()).backward()
+            sum(output_rows(n, t, mask).square().mean() for n, t in out.items()).backward()
         grads = {n: p.grad for n, p in patched.named_parameters()}
         for name, parameter in model.named_parameters():
             if parameter.grad is not None and "key.bias" not in name:

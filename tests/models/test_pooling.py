@@ -41,9 +41,9 @@ def pair(keep=None, **options):
 
 
 def rows_of_the_last_layer(model, **inputs):
-    with get_encoder(model).record() as record, torch.no_grad():
+    with get_encoder(model).record() as trace, torch.no_grad():
         model(**inputs)
-    return record.steps[-1][2]
+    return trace.steps[-1].rows
 
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["plain", "frozen"])
@@ -72,7 +72,7 @@ def test_every_attended_row_is_computed_and_no_other(side):
     inputs = batch(patched, HEAD, side)
     assert rows_of_the_last_layer(patched, **inputs) == sum(LENGTHS)
     explained = fastgate.explain(patched)
-    assert explained.demand == "attended" and explained.output_row_mask == explained.packed_rows
+    assert explained.demand == "attended" and explained.output_rows == explained.unpadded_rows
     assert not any("absorbed_attention" in layer.steps for layer in explained.layers)
     fastgate.patch(patched, pooling="first")
     assert rows_of_the_last_layer(patched, **inputs) == len(LENGTHS)
@@ -86,9 +86,9 @@ def test_gradients_are_those_of_a_mean_by_hand(keep):
     torch.nn.functional.cross_entropy(logits_by_hand(model.train(), inputs), labels).backward()
     patched.train()(**inputs, labels=labels).loss.backward()
     wanted = dict(model.named_parameters())
-    found = dict(patched.named_parameters())
-    scale = 1e-6 * sum(p.grad.square().sum() for p in found.values()).sqrt()
-    for name, parameter in found.items():
+    parameters = dict(patched.named_parameters())
+    scale = 1e-6 * sum(p.grad.square().sum() for p in parameters.values()).sqrt()
+    for name, parameter in parameters.items():
         error = (parameter.grad - wanted[name].grad).norm()
         assert error <= 1e-4 * wanted[name].grad.norm() + scale, name
 
@@ -230,8 +230,10 @@ def test_the_way_back_is_the_first_row():
 )
 def test_heads_that_read_rows_themselves_are_refused_before_anything_is_touched(family, head):
     both = torch.nn.ModuleList([make("Bert", HEAD), make(family, head)])
-    said = rf'patch: pooling: got "mean" for a {family}{head}, wanted an encoder whose pooler.*; leave it out'
-    with pytest.raises(fastgate.Unsupported, match=said):
+    message = (
+        rf'patch: pooling: got "mean" for a {family}{head}, wanted an encoder whose pooler.*; leave it out'
+    )
+    with pytest.raises(fastgate.Unsupported, match=message):
         fastgate.patch(both, pooling="mean")
     assert type(both[0]) is transformers.BertForSequenceClassification
     assert not hasattr(both[0].config, "fastgate_pooling") and not hasattr(both[0].bert, "fastgate_runtime")

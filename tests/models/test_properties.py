@@ -1,7 +1,7 @@
 """Random models, calls and changes by users: fastgate gives what transformers gives, or a FastgateError.
 
-`bench/robustness/properties.py` runs the same check on as many cases as one likes, and prints each failing one minimised
-as JSON. Such a line goes into SEEN once it is mended.
+`bench/robustness/properties.py` runs the same check on as many cases as one likes, and prints each failing
+one minimised as JSON. Such a line goes into SEEN once it is mended.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""prune and explain: weights gone, outputs those of closed gates, tables that add up."""
+"""prune and explain: weights removed, the outputs of skipped attention, tables that add up."""
 
 import copy
 import gc
@@ -15,15 +15,15 @@ from fastgate.models.handle import get_encoder
 
 @pytest.mark.parametrize("replacement", VECTORS)
 @torch.no_grad()
-def test_pruned_equals_closed_gates_and_loses_weights(replacement):
+def test_pruned_equals_skipped_attention_and_loses_weights(replacement):
     model = fastgate.patch(make("Roberta", "ForSequenceClassification", layers=4))
     inputs = batch(model, "ForSequenceClassification")
-    state = get_encoder(model)
-    state.add_replacements(replacement)
+    handle = get_encoder(model)
+    handle.add_replacements(replacement)
     for name, parameter in model.named_parameters():
         if "replacement" in name:
             parameter.normal_()
-    state.set_gates([0.0, 1.0, 0.0, 0.0])
+    handle.set_gates([0.0, 1.0, 0.0, 0.0])
     want = model(**inputs).logits
     before = sum(p.numel() for p in model.parameters())
     pruned = fastgate.prune(model, keep=[1], replacement=replacement)

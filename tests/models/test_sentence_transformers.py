@@ -24,16 +24,16 @@ TEXTS = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    made = tiny_models.model_folder(tmp_path_factory.mktemp("sentence") / "bert")
+    folder = tiny_models.model_folder(tmp_path_factory.mktemp("sentence") / "bert")
     from transformers import BertModel
 
-    model = BertModel.from_pretrained(made)
+    model = BertModel.from_pretrained(folder)
     torch.manual_seed(1)
     for parameter in model.parameters():
         if parameter.dim() == 2:
             torch.nn.init.normal_(parameter, std=0.15)
-    model.save_pretrained(made)
-    return str(made)
+    model.save_pretrained(folder)
+    return str(folder)
 
 
 def build(folder, pooling="cls", after=(), side="right", **options):
@@ -44,9 +44,9 @@ def build(folder, pooling="cls", after=(), side="right", **options):
 
 
 def rows(model):
-    with get_encoder(model).record() as record:
+    with get_encoder(model).record() as trace:
         model.encode(TEXTS)
-    return record.steps[-1][2]
+    return trace.steps[-1].rows
 
 
 def count(model):
@@ -254,7 +254,8 @@ def test_cross_encoders_and_sparse_encoders(folder, tmp_path):
 
 
 def test_it_is_never_imported_by_fastgate():
-    code = "import sys, fastgate; from fastgate import sentence; import torch; "
-    code += "sentence.rows_read(torch.nn.Linear(2, 2)); print('sentence_transformers' in sys.modules)"
+    code = "import sys, torch; from fastgate.models import sentence_transformers; "
+    code += "sentence_transformers.output_rows_by_module(torch.nn.Linear(2, 2)); "
+    code += "print('sentence_transformers' in sys.modules)"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "False"

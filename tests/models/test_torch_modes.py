@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from helpers.encoders import LENGTHS, batch, demanded, make, without_attention
+from helpers.encoders import LENGTHS, batch, make, output_rows, without_attention
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
@@ -29,8 +29,8 @@ def pair(head, keep, **options):
 
 def read(outputs, mask):
     """Everything that is claimed equal, as one vector in float64."""
-    found = [demanded(n, t, mask) for n, t in outputs.items() if isinstance(t, torch.Tensor)]
-    return torch.cat([t.double().flatten() for t in found])
+    claimed = [output_rows(n, t, mask) for n, t in outputs.items() if isinstance(t, torch.Tensor)]
+    return torch.cat([t.double().flatten() for t in claimed])
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -135,14 +135,14 @@ def test_compiled_training(head, autocast, dynamo):
     _, patched = pair(head, None, **options)
     compiled = torch.compile(copy.deepcopy(patched), backend="aot_eager")
     for lengths in (LENGTHS, (9, 3), (20, 4, 1)):
-        inputs, found = batch(patched, head, lengths=lengths, labels=True), []
+        inputs, results = batch(patched, head, lengths=lengths, labels=True), []
         for model in (patched, compiled):
             model.zero_grad()
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
                 loss = model.train()(**inputs).loss
             loss.backward()
-            found.append((loss.detach(), [p.grad for p in model.parameters()]))
-        (want, theirs), (got, ours) = found
+            results.append((loss.detach(), [p.grad for p in model.parameters()]))
+        (want, theirs), (got, ours) = results
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
         for gradient, other in zip(ours, theirs, strict=True):
             if other is not None:
@@ -164,5 +164,5 @@ def test_compiled_by_the_default_backend(dynamo):
 def test_one_graph_of_all_is_refused_by_the_compiler(dynamo):
     _, patched = pair("ForSequenceClassification", None)
     inputs = batch(patched, "ForSequenceClassification")
-    with pytest.raises(torch._dynamo.exc.Unsupported, match="encoder runs packed rows"):
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="encoder runs an unpadded batch"):
         torch.compile(patched, fullgraph=True, backend="eager")(**inputs)

@@ -252,13 +252,13 @@ def swap(make_module):
 def weighty(make_module):
     """A module with weights of its own."""
 
-    def made(old):
+    def with_new_weights(old):
         new = make_module(old)
         for parameter in new.parameters():
             nn.init.normal_(parameter, mean=1.0, std=0.2)
         return new
 
-    return swap(made)
+    return swap(with_new_weights)
 
 
 def on(change):
@@ -304,10 +304,10 @@ WEIGHTS = {
 
 def cases(table, when, count):
     """count: how many times of `when` each change of the table is made at, which take turns."""
-    found = [(path, change, how) for how, (paths, change) in table.items() for path in paths]
+    rows = [(path, change, how) for how, (paths, change) in table.items() for path in paths]
     return [
         pytest.param(time, path, change, id=f"{path}-{how}-{time}")
-        for (path, change, how), time in spread(count, found, when)
+        for (path, change, how), time in spread(count, rows, when)
     ]
 
 
@@ -480,10 +480,10 @@ def test_capture_hooks_of_transformers_are_no_hooks(monkeypatch):
         hook.__qualname__ = "another.name"
     fastgate.freeze(fastgate.patch(model))
     assert_alike(plain(), model, "frozen")
-    programs = model.bert.fastgate_runtime.programs
-    (program,) = programs.made.values()
+    cache = model.bert.fastgate_runtime.executor.plans
+    (compiled,) = cache.plans
     run(model)
-    assert program.kept and list(programs.made.values()) == [program]
+    assert compiled.is_cached and cache.plans == [compiled]
 
 
 class Int8(torch.Tensor):
@@ -665,18 +665,18 @@ def test_the_last_attention_of_another_width_is_absorbed():
 def test_an_attention_function_of_ones_own_is_refused():
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    def mine(module, query, *args, **kwargs):
+    def own_attention(module, query, *args, **kwargs):
         return query.transpose(1, 2), None
 
     model = fastgate.patch(plain())
     run(model)
     try:
-        ALL_ATTENTION_FUNCTIONS["mine"] = mine
-        model.config._attn_implementation = "mine"
-        with pytest.raises(fastgate.Unsupported, match=r"_attn_implementation.*mine"):
+        ALL_ATTENTION_FUNCTIONS["own"] = own_attention
+        model.config._attn_implementation = "own"
+        with pytest.raises(fastgate.Unsupported, match=r"_attn_implementation.*own"):
             run(model)
     finally:
-        del ALL_ATTENTION_FUNCTIONS["mine"]
+        del ALL_ATTENTION_FUNCTIONS["own"]
     for name in ("eager", "sdpa"):
         model.set_attn_implementation(name)
         torch.testing.assert_close(run(model), run(plain()), rtol=1e-4, atol=1e-5)
@@ -684,7 +684,7 @@ def test_an_attention_function_of_ones_own_is_refused():
 
 @pytest.mark.parametrize("family", ["Bert", "Roberta"])
 def test_an_eager_attention_that_was_replaced_is_refused(family, monkeypatch):
-    def mine(module, query, *args, **kwargs):
+    def own_attention(module, query, *args, **kwargs):
         return query.transpose(1, 2), None
 
     model = fastgate.patch(make(family, "ForSequenceClassification"))
@@ -692,8 +692,8 @@ def test_an_eager_attention_that_was_replaced_is_refused(family, monkeypatch):
     model.set_attn_implementation("eager")
     model(**inputs)
     module = sys.modules[f"transformers.models.{family.lower()}.modeling_{family.lower()}"]
-    monkeypatch.setattr(module, "eager_attention_forward", mine)
-    with pytest.raises(fastgate.Unsupported, match=r"_attn_implementation.*eager.*mine"):
+    monkeypatch.setattr(module, "eager_attention_forward", own_attention)
+    with pytest.raises(fastgate.Unsupported, match=r"_attn_implementation.*eager.*own_attention"):
         model(**inputs)
     model.set_attn_implementation("sdpa")
     model(**inputs)
@@ -720,10 +720,10 @@ def test_soft_gates_with_modules_that_are_called():
     for kind in ("affine", "shift"):
         called, fused = fastgate.patch(plain()), fastgate.patch(plain())
         for model in (called, fused):
-            state = get_encoder(model)
-            state.add_replacements(kind)
+            handle = get_encoder(model)
+            handle.add_replacements(kind)
             draw_replacements(model)
-            state.set_gates([torch.tensor(0.3), 0.0, torch.tensor(0.8), 0.0])
+            handle.set_gates([torch.tensor(0.3), 0.0, torch.tensor(0.8), 0.0])
         for path in (*NORMS[1:], *DROPOUTS[1:]):
             parent, name = place(called, path)
             setattr(parent, name, nn.Sequential(getattr(parent, name)))

@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from helpers.encoders import batch, demanded, make
+from helpers.encoders import batch, make, output_rows
 from torch import nn
 from torch.nn.utils import parametrizations
 
@@ -57,9 +57,9 @@ class LoraWrapper(nn.Module):
 
 
 def without_bias(linear):
-    made = nn.Linear(linear.in_features, linear.out_features, bias=False)
-    made.weight = linear.weight
-    return made
+    bare = nn.Linear(linear.in_features, linear.out_features, bias=False)
+    bare.weight = linear.weight
+    return bare
 
 
 def hooked(linear):
@@ -140,13 +140,13 @@ def test_a_replaced_linear_is_honoured(what, place, head):
         results.append((out.logits.detach(), {n: p.grad for n, p in each.named_parameters()}))
     (want, wanted), (got, gradients) = results
     mask = inputs["attention_mask"]
-    want, got = demanded("logits", want, mask), demanded("logits", got, mask)
+    want, got = output_rows("logits", want, mask), output_rows("logits", got, mask)
     torch.testing.assert_close(got, want, rtol=0, atol=2e-5)
-    floor = 1e-5 * sum(g.square().sum() for g in wanted.values() if g is not None).sqrt().item()
+    noise = 1e-5 * sum(g.square().sum() for g in wanted.values() if g is not None).sqrt().item()
     for name, gradient in wanted.items():
         if gradient is not None:  # the keys' bias has noise for a gradient, which cancels in the softmax
             error = (gradients[name] - gradient).norm().item()
-            assert error <= 1e-3 * gradient.norm().item() + floor, name
+            assert error <= 1e-3 * gradient.norm().item() + noise, name
     noted = "called as" in str(fastgate.explain(patched))
     assert noted == (what != "no bias")
 

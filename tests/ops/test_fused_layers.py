@@ -160,24 +160,24 @@ def test_a_forced_reference_is_what_runs(op):
     assert set(ran) == {"packed_linear"}
 
 
-def a_program(model):
-    """The one that the encoder of a model has made."""
-    (program,) = model.bert.fastgate_runtime.programs.made.values()
-    return program
+def compiled_plan(model):
+    """The one that the encoder of a model has compiled."""
+    (compiled,) = model.bert.fastgate_runtime.executor.plans.plans
+    return compiled
 
 
-def test_a_program_is_made_once_and_copies_make_their_own():
+def test_a_plan_is_compiled_once_and_copies_compile_their_own():
     head = "ForSequenceClassification"
     model = frozen(head, keep=[0, 2])
     before = logits(model, head)
-    program = a_program(model)
+    compiled = compiled_plan(model)
     assert torch.equal(logits(model, head), before)
-    assert a_program(model) is program
+    assert compiled_plan(model) is compiled
     other = copy.deepcopy(model)
-    assert not other.bert.fastgate_runtime.programs.made
+    assert not other.bert.fastgate_runtime.executor.plans.plans
     torch.testing.assert_close(logits(other, head), before, rtol=1e-5, atol=1e-5)
-    assert a_program(other) is not program
-    assert not pickle.loads(pickle.dumps(model)).bert.fastgate_runtime.programs.made
+    assert compiled_plan(other) is not compiled
+    assert not pickle.loads(pickle.dumps(model)).bert.fastgate_runtime.executor.plans.plans
 
 
 @pytest.mark.parametrize("name", ["output.LayerNorm.weight", "intermediate.dense.bias", "replacement.shift"])
@@ -185,31 +185,31 @@ def test_a_value_changed_in_place_is_read_by_the_next_call(name):
     head = "ForSequenceClassification"
     model = frozen(head, keep=[0, 2], replacement="mean")
     before = logits(model, head)
-    program = a_program(model)
+    compiled = compiled_plan(model)
     for path, parameter in model.named_parameters():
         if path.endswith(name):
             parameter.data.add_(torch.linspace(0, 1, parameter.numel()))
     after = logits(model, head)
-    assert a_program(model) is program
+    assert compiled_plan(model) is compiled
     torch.testing.assert_close(after, logits(model, head, steps=True), rtol=1e-5, atol=1e-5)
     assert not torch.allclose(after, before, atol=1e-4)
 
 
-def test_programs_are_kept_by_plan_and_bounded():
+def test_compiled_plans_are_cached_by_plan_and_bounded():
     head = "ForTokenClassification"
     model = frozen(head)
     batch = encoders.batch(model, head)
     rows = batch["attention_mask"].bool() & (torch.arange(batch["attention_mask"].shape[1]) < 4)
-    programs = model.bert.fastgate_runtime.programs
+    cache = model.bert.fastgate_runtime.executor.plans
     with torch.inference_mode():
         whole = model(**batch).logits
         some = model(**batch, rows=rows).logits
-        assert len(programs.made) == 2
+        assert len(cache.plans) == 2
         torch.testing.assert_close(some[rows], whole[rows], rtol=1e-5, atol=1e-5)
-        with mock.patch("fastgate.runtime.compiled_plan.MOST", 2):
+        with mock.patch("fastgate.runtime.compiled_plan.MAX_CACHED_PLANS", 2):
             get_encoder(model).set_gates([1.0, 0.0, 1.0, 1.0, 1.0])
             model(**batch)
-    assert len(programs.made) == 1
+    assert len(cache.plans) == 1
 
 
 ATTENTION, ABSORBED, FEED_FORWARD, SHIFT_NORM = range(4)

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.training_loop import batch, bert, run
+from helpers.training_loop import batch, bert, loss_of, pruning_loss_of, run
 from transformers import BertForTokenClassification
 
 import fastgate
@@ -71,13 +71,12 @@ def test_token_scores_are_compared_on_labelled_rows_only():
 def test_a_token_model_learns_too():
     model, teacher = bert(head=BertForTokenClassification), bert(seed=1, head=BertForTokenClassification)
     config = fastgate.PruningConfig(fastgate.Sparsity(0.5), warm=0.1, ramp=0.3, harden=0.5)
-    pruner = fastgate.Pruner(model, config, 10, teacher).attach()
+    pruner = fastgate.Pruner(model, config, 10, teacher)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     for i in range(10):
         inputs = batch(i)
         inputs["labels"] = torch.where(inputs["attention_mask"].bool(), inputs["input_ids"] % 2, -100)
-        outputs = model(**inputs)
-        loss = outputs.loss + pruner.loss(outputs, inputs)
+        loss = loss_of(pruner, model, inputs)
         assert torch.isfinite(loss)
         loss.backward()
         optimizer.step()
@@ -102,11 +101,9 @@ def test_the_model_as_its_own_teacher_is_left_as_it_was():
 def test_self_distillation_prunes_and_ends_at_hardening():
     model = bert()
     config = fastgate.PruningConfig(fastgate.Sparsity(0.5), warm=0.1, ramp=0.3, harden=0.5)
-    pruner = fastgate.Pruner(model, config, 10).attach()
+    pruner = fastgate.Pruner(model, config, 10)
     run(pruner, model, 10)
-    inputs = batch(3)
-    outputs = model(**inputs)
-    assert float(pruner.loss(outputs, inputs)) == 0.0 and len(pruner.kept) == 2
+    assert float(pruning_loss_of(pruner, model, batch(3))) == 0.0 and len(pruner.kept) == 2
 
 
 @pytest.mark.parametrize(
@@ -123,7 +120,7 @@ def test_self_distillation_prunes_and_ends_at_hardening():
 def test_labels_and_dropout_where_a_dense_teacher_teaches(distill, taught, weight, dropout):
     model, teacher = bert(dropout=0.4), bert(dropout=0.4, seed=1)
     config = fastgate.PruningConfig(fastgate.Sparsity(0.5), warm=0.1, ramp=0.3, harden=0.5, distill=distill)
-    pruner = fastgate.Pruner(model, config, 10, teacher if taught else None).attach()
+    pruner = fastgate.Pruner(model, config, 10, teacher if taught else None)
     drops = [m for m in model.modules() if isinstance(m, torch.nn.Dropout)]
     assert pruner.task_weight == weight and {m.p for m in drops} == {dropout}
     run(pruner, model, 10)
@@ -138,11 +135,11 @@ def test_a_student_equal_to_its_teacher_has_nothing_to_learn():
     config = fastgate.PruningConfig(
         fastgate.Sparsity(0.5), distill=Distill(labels=0.0), warm=0.3, ramp=0.4, harden=0.5
     )
-    pruner = fastgate.Pruner(model, config, 10, copy.deepcopy(model)).attach()
-    inputs = batch()
+    pruner = fastgate.Pruner(model, config, 10, copy.deepcopy(model))
+    inputs = pruner.prepare(batch())
     outputs = model.train()(**inputs)
     assert float(outputs.loss.detach()) > 0.1
-    (pruner.task_weight * outputs.loss + pruner.loss(outputs, inputs)).backward()
+    pruner.loss(outputs, inputs).backward()
     found = [p.grad.abs().max() for p in model.parameters() if p.grad is not None]
     assert found and float(torch.stack(found).max()) < 1e-5
 

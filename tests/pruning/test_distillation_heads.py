@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from helpers.training_loop import batch, bert
+from helpers.training_loop import batch, bert, pruning_loss_of
 from transformers import (
     BertForMaskedLM,
     BertForMultipleChoice,
@@ -37,7 +37,7 @@ def head(cls=BertForSequenceClassification, seed=0, **settings):
 def pruner_of(model, teacher, distill=None, total=50):
     distill = distill or Distill(logits=1.0, hidden=0.0, swap=0.0)
     config = fastgate.PruningConfig(fastgate.Sparsity(0.5), distill=distill, warm=0.1)
-    return fastgate.Pruner(model, config, total, teacher).attach()
+    return fastgate.Pruner(model, config, total, teacher)
 
 
 def token_labels(inputs, share=2):
@@ -101,7 +101,7 @@ def test_the_scores_of_each_head_are_compared_as_it_is_trained(cls):
     inputs = inputs_of(cls)
     pruner = pruner_of(model, teacher)
     model.train()
-    found = pruner.loss(model(**inputs), inputs)
+    found = pruning_loss_of(pruner, model, inputs)
     pairs = zip(*(list(rows_scored(cls, one(**inputs), inputs)) for one in plain), strict=True)
     torch.testing.assert_close(found, sum(softened(m, t) for m, t in pairs), rtol=1e-3, atol=1e-5)
 
@@ -114,10 +114,11 @@ def test_a_copy_has_nothing_to_teach_and_another_model_has(cls, distill):
     for seed in (0, 7):
         model = head(cls)
         pruner = pruner_of(model, head(cls, seed=seed), distill)
-        for module in pruner._dropouts:
-            module.p = 0.0
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
         model.train()
-        loss = pruner.loss(model(**inputs), inputs)
+        loss = pruning_loss_of(pruner, model, inputs)
         loss.backward()
         assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
         terms.append(float(loss))
@@ -138,7 +139,7 @@ def test_labels_of_a_multi_label_head_are_compared_one_by_one(told):
     mine, theirs = (torch.sigmoid(x / 2) for x in plain)
     each = F.binary_cross_entropy(mine, theirs) - F.binary_cross_entropy(theirs, theirs)
     pruner = pruner_of(model, teacher)
-    found = pruner.loss(model.train()(**inputs), inputs)
+    found = pruning_loss_of(pruner, model.train(), inputs)
     torch.testing.assert_close(found, 4 * each, rtol=1e-4, atol=1e-6)
 
 
@@ -153,7 +154,7 @@ def test_one_label_alone_is_a_sigmoid_where_the_config_says_so():
     p, q = torch.sigmoid(theirs), torch.sigmoid(mine)
     expected = 4 * (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()).mean()
     pruner = pruner_of(model, teacher)
-    torch.testing.assert_close(pruner.loss(model.train()(**inputs), inputs), expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(pruning_loss_of(pruner, model.train(), inputs), expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("settings", [{"num_labels": 1}, {"num_labels": 3, "problem_type": "regression"}])
@@ -165,7 +166,7 @@ def test_regressions_are_compared_by_the_squared_difference(settings):
     inputs = batch()
     inputs["labels"] = torch.zeros(6, settings["num_labels"])
     pruner = pruner_of(model, teacher)
-    found = pruner.loss(model.train()(**inputs), inputs)
+    found = pruning_loss_of(pruner, model.train(), inputs)
     torch.testing.assert_close(found, torch.tensor(0.25), rtol=1e-4, atol=1e-6)
 
 
@@ -182,8 +183,7 @@ def test_a_batch_without_a_label_is_finite(cls, distill, teaches):
     pruner = pruner_of(model, head(cls, seed=7) if teaches else None, distill)
     inputs = inputs_of(cls)
     inputs["labels"] = torch.full_like(inputs["input_ids"], -100)
-    inputs = dict(pruner.prepare(inputs))
-    loss = pruner.loss(model.train()(**inputs), inputs)
+    loss = pruning_loss_of(pruner, model.train(), inputs)
     assert torch.isfinite(loss)
     loss.backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
@@ -196,8 +196,7 @@ def test_a_batch_of_padding_alone_is_finite(cls):
     inputs = inputs_of(cls)
     inputs["attention_mask"] = torch.zeros_like(inputs["attention_mask"])
     inputs = {name: value for name, value in inputs.items() if name in ("input_ids", "attention_mask")}
-    inputs = dict(pruner.prepare(inputs))
-    loss = pruner.loss(model.train()(**inputs), inputs)
+    loss = pruning_loss_of(pruner, model.train(), inputs)
     assert torch.isfinite(loss)
     loss.backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
@@ -207,14 +206,14 @@ def test_a_whole_training_with_batches_without_labels_ends_finite():
     model = head(BertForTokenClassification)
     pruner = pruner_of(model, head(BertForTokenClassification, seed=7), Distill.for_tokens(), total=20)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
-    pruner.set_rates(optimizer)
+    pruner.prepare_optimizer(optimizer)
     model.train()
     for i in range(20):
         inputs = batch(i)
         inputs["labels"] = token_labels(inputs) if i % 3 else torch.full_like(inputs["input_ids"], -100)
+        inputs = pruner.prepare(inputs)
         outputs = model(**inputs)
-        loss = pruner.loss(outputs, inputs)
-        (loss + outputs.loss if i % 3 else loss).backward()
+        pruner.loss(outputs, inputs, outputs.loss if i % 3 else torch.zeros(())).backward()
         optimizer.step()
         pruner.step()
         optimizer.zero_grad()
@@ -231,7 +230,7 @@ def test_labelled_padding_is_not_distilled():
     assert torch.equal(scored_rows(padding), inputs["attention_mask"].bool())
     pruner = pruner_of(model, teacher, Distill(hidden=0.0, swap=0.0))
     model.train()
-    found = [pruner.loss(model(**one), one) for one in (inputs, padding)]
+    found = [pruning_loss_of(pruner, model, one) for one in (inputs, padding)]
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-6)
 
 
@@ -278,7 +277,7 @@ def test_a_teacher_of_another_shape_teaches_scores(other):
     model = head()
     pruner = pruner_of(model, head(seed=7, **other), Distill(hidden=0.0, swap=0.0))
     inputs = batch()
-    assert float(pruner.loss(model.train()(**inputs), inputs).detach()) > 0.0
+    assert float(pruning_loss_of(pruner, model.train(), inputs).detach()) > 0.0
 
 
 def test_a_teacher_with_the_students_weights_is_refused():
@@ -295,7 +294,7 @@ def test_a_tuple_of_outputs_is_refused():
     pruner = pruner_of(model, head(seed=7))
     inputs = batch()
     with pytest.raises(ArgumentError, match=r"outputs: got tuple, wanted .*return_dict=True"):
-        pruner.loss(model.train()(**inputs, return_dict=False), inputs)
+        pruning_loss_of(pruner, model.train(), inputs, return_dict=False)
 
 
 def test_nothing_to_distil_is_refused():
@@ -303,7 +302,7 @@ def test_nothing_to_distil_is_refused():
     pruner = pruner_of(model, head(BertModel, seed=7), Distill(hidden=0.0, swap=0.0))
     inputs = inputs_of(BertModel)
     with pytest.raises(ArgumentError, match="distill: got outputs without scores"):
-        pruner.loss(model.train()(**inputs), inputs)
+        pruning_loss_of(pruner, model.train(), inputs)
 
 
 def test_roberta_heads_are_known_too():

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers.batch_sizes import sizes_of
 from helpers.training_loop import CPU
 
 import fastgate
@@ -12,8 +13,7 @@ from fastgate.errors import ArgumentError
 from fastgate.pruning.learner import GateLearner
 from fastgate.pruning.objective import Objective, costs_of, lagrangian
 from fastgate.pruning.schedule import make_schedule
-from fastgate.runtime.context import plan_for
-from fastgate.runtime.plan import flops, sizes_of
+from fastgate.runtime.plan import flops_of, make_plan
 from fastgate.runtime.unpadding import unpad
 
 
@@ -46,7 +46,7 @@ def test_sparsity_means_whole_sublayers(layers, share, kept):
     assert objective.goal == pytest.approx(1 - kept / layers)
 
 
-@pytest.mark.parametrize("mixes", [False, True])
+@pytest.mark.parametrize("reads_neighbours", [False, True])
 @pytest.mark.parametrize("demand", ["first", "asked", "every"])
 def test_expected_cost_is_that_of_the_plan_it_runs_by_where_gates_are_hard(demand, reads_neighbours):
     """With the encoder's own packing and plan: what a shift reaches above the last attention is counted."""
@@ -55,23 +55,23 @@ def test_expected_cost_is_that_of_the_plan_it_runs_by_where_gates_are_hard(deman
     read = {"first": torch.arange(9)[None].expand(3, 9) == 0, "asked": mask & (torch.arange(9) % 3 == 1)}
     demanded = read.get(demand)
     counts = None if demanded is None else demanded.sum(1).tolist()
-    sizes, output_rows_only = sizes_of(16, 32, lengths, counts), demand != "every"
-    costs = costs_of(sizes, 2, layers, output_rows_only, demand == "first", reads_neighbours)
+    sizes = sizes_of(16, 32, 2, lengths, counts)
+    costs = costs_of(sizes, layers, reads_neighbours)
     for flags in itertools.product((False, True), repeat=layers):
         shifts = tuple(i for i, runs in enumerate(flags) if reads_neighbours and not runs)
         reach = sum(i > max((i for i, runs in enumerate(flags) if runs), default=-1) for i in shifts)
         unpadded = unpad(3, 9, mask, demanded, CPU, reach if demand == "first" else 0)
-        plan = plan_for([float(runs) for runs in flags], shifts, True, unpadded, False)
-        there = replace(sizes, within=unpadded.within)
-        exact = sum(flops(step, there, 2) for step in plan.steps)
+        absorbs = unpadded.one_query_per_sequence and not unpadded.has_halo
+        plan = make_plan(flags, unpadded.has_other_rows, absorbs, False, shifts, unpadded.has_halo)
+        exact = flops_of(plan.steps, replace(sizes, rows_within_halo=unpadded.rows_within_halo))
         assert float(costs.total(torch.tensor(flags, dtype=torch.float64))) == pytest.approx(exact), flags
 
 
 def usual_costs(layers, reads_neighbours=False):
-    return costs_of(sizes_of(16, 32, [12] * 4, [1] * 4), 2, layers, True, True, reads_neighbours)
+    return costs_of(sizes_of(16, 32, 2, [12] * 4, [1] * 4), layers, reads_neighbours)
 
 
-@pytest.mark.parametrize("mixes", [False, True])
+@pytest.mark.parametrize("reads_neighbours", [False, True])
 def test_expected_cost_is_the_mean_over_draws_and_smooth(reads_neighbours):
     costs = usual_costs(3, reads_neighbours)
     p = torch.tensor([0.9, 0.2, 0.6], dtype=torch.float64, requires_grad=True)
@@ -84,7 +84,7 @@ def test_expected_cost_is_the_mean_over_draws_and_smooth(reads_neighbours):
 
 
 @pytest.mark.parametrize(
-    ("factor", "mixes"),
+    ("factor", "reads_neighbours"),
     [(1.3, False), (2.0, False), (5.0, False), (1.3, True), (1.6, True), (1.9, True), (3.0, True)],
 )
 def test_speedup_picks_the_best_set_within_its_cost(factor, reads_neighbours):
@@ -100,9 +100,9 @@ def test_speedup_picks_the_best_set_within_its_cost(factor, reads_neighbours):
         assert float(p[kept].sum()) == pytest.approx(max(within))
 
 
-@pytest.mark.parametrize("mixes", [False, True])
+@pytest.mark.parametrize("reads_neighbours", [False, True])
 def test_speedup_out_of_reach_is_an_error(reads_neighbours):
-    costs = costs_of(sizes_of(16, 32, [3, 3]), 2, 3, False, False, reads_neighbours)
+    costs = costs_of(sizes_of(16, 32, 2, [3, 3]), 3, reads_neighbours)
     with pytest.raises(ArgumentError, match=r"Speedup: factor: got 50.0, wanted at most \d.*feed-forward"):
         Objective(fastgate.Speedup(50.0), 3).choose(torch.ones(3), costs)
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from helpers import subprocesses
 from helpers.encoders import VECTORS
-from helpers.training_loop import CPU, batch, bert, run
+from helpers.training_loop import CPU, batch, bert, loss_of, run
 
 import fastgate
 from fastgate.errors import ArgumentError, CheckpointError
@@ -25,7 +25,7 @@ def pruner_in_search(model, seed=3, **options):
     config = fastgate.PruningConfig(
         fastgate.Sparsity(0.5), seed=seed, warm=0.1, ramp=0.9, harden=0.9, **options
     )
-    pruner = fastgate.Pruner(model, config, 20, teacher=bert(seed=9)).attach()
+    pruner = fastgate.Pruner(model, config, 20, teacher=bert(seed=9))
     run(pruner, model, 3)
     pruner.learner.log_alpha.data.fill_(0.3)
     return pruner
@@ -33,7 +33,7 @@ def pruner_in_search(model, seed=3, **options):
 
 def test_gradient_of_the_gates_equals_finite_differences():
     model = bert()
-    pruner = pruner_in_search(model)
+    pruner = pruner_in_search(model, distill=Distill(swap=0.0))
     learner, inputs = pruner.learner, batch(50)
     noise = learner.generator.get_state()
     learner.multipliers.data.copy_(torch.tensor([1.5, 0.7]))
@@ -42,9 +42,10 @@ def test_gradient_of_the_gates_equals_finite_differences():
         learner.log_alpha.data.copy_(log_alpha)
         learner.generator.set_state(noise)
         learner.draw(0.4, CPU)
-        pruner.state.set_gates(learner.drawn)
-        outputs = model(**inputs)
-        return outputs.loss + pruner.loss(outputs, inputs)
+        pruner.handle.set_gates(learner.drawn)
+        prepared = pruner.prepare(inputs)
+        outputs = model(**prepared)
+        return outputs.loss + pruner.pruning_loss([pruner.take_forward(outputs, prepared)])
 
     start = torch.tensor([-2.0, 0.3, 0.2, 4.0])
     whole_loss(start).backward()
@@ -83,14 +84,13 @@ def test_accumulated_micro_batches_see_one_draw_and_weigh_as_one_batch():
         model = bert()
         pruner = pruner_in_search(model, distill=None)
         pruner.learner.draw(0.4, CPU)
-        pruner.state.set_gates(pruner.learner.drawn)
+        pruner.handle.set_gates(pruner.learner.drawn)
         whole = batch(7, rows=8)
-        drawn = [float(torch.as_tensor(g).detach()) for g in pruner.state.gates]
+        drawn = [float(torch.as_tensor(g).detach()) for g in pruner.handle.gates]
         for rows in torch.arange(8).chunk(parts):
             inputs = {name: value[rows] for name, value in whole.items()}
-            outputs = model(**inputs)
-            ((outputs.loss + pruner.loss(outputs, inputs)) / parts).backward()
-            assert [float(torch.as_tensor(g).detach()) for g in pruner.state.gates] == drawn
+            (loss_of(pruner, model, inputs) / parts).backward()
+            assert [float(torch.as_tensor(g).detach()) for g in pruner.handle.gates] == drawn
         pruner.learner.learn(1.0)
         grads.append(pruner.learner.log_alpha.grad.clone())
     torch.testing.assert_close(grads[0], grads[1], rtol=1e-4, atol=1e-6)
@@ -103,12 +103,10 @@ def test_recomputed_activations_see_the_same_draw(reentrant):
         model = bert()
         pruner = pruner_in_search(model)
         pruner.learner.draw(0.4, CPU)
-        pruner.state.set_gates(pruner.learner.drawn)
+        pruner.handle.set_gates(pruner.learner.drawn)
         if checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": reentrant})
-        inputs = batch(7)
-        outputs = model(**inputs)
-        (outputs.loss + pruner.loss(outputs, inputs)).backward()
+        loss_of(pruner, model, batch(7)).backward()
         pruner.learner.learn(1.0)
         grads.append(pruner.learner.log_alpha.grad.clone())
     assert grads[0].abs().max() > 1e-3
@@ -120,16 +118,13 @@ def test_a_scaled_loss_gives_the_same_gradient_and_an_overflow_none():
     for scale in (1.0, 1024.0):
         model = bert()
         pruner = pruner_in_search(model)
-        inputs = batch(8)
-        outputs = model(**inputs)
-        (scale * (outputs.loss + pruner.loss(outputs, inputs))).backward()
+        (scale * loss_of(pruner, model, batch(8))).backward()
         pruner.step(grad_scale=scale)
         results.append(pruner.learner.log_alpha.grad.clone())
     torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-6)
     model = bert()
     pruner = pruner_in_search(model)
-    outputs = model(**batch(8))
-    (float("inf") * (outputs.loss + pruner.loss(outputs, batch(8)))).backward()
+    (float("inf") * loss_of(pruner, model, batch(8))).backward()
     before = pruner.learner.log_alpha.detach().clone()
     pruner.step(grad_scale=1024.0)
     assert torch.equal(before, pruner.learner.log_alpha.detach())
@@ -139,6 +134,9 @@ def test_step_without_the_loss_term_is_an_error():
     model = bert()
     pruner = pruner_in_search(model)
     model(**batch()).loss.backward()
+    with pytest.raises(ArgumentError, match=r"Pruner\.step: pruner\.loss: got no call since the last step"):
+        pruner.step()
+    loss_of(pruner, model, batch())
     with pytest.raises(ArgumentError, match=r"Pruner\.step: pruner\.loss: got no gradient"):
         pruner.step()
 
@@ -159,7 +157,7 @@ def test_replacements_start_at_the_least_squares_fit(kind):
         )
     plain(**inputs)
     config = fastgate.PruningConfig(fastgate.Sparsity(0.5), replacement=kind, warm=0.01, ramp=0.5, harden=0.5)
-    pruner = fastgate.Pruner(model, config, 20, teacher=bert(seed=1)).attach()
+    pruner = fastgate.Pruner(model, config, 20, teacher=bert(seed=1))
     run(pruner, model, 1, lr=0.0)
     assert pruner.phase == "search"
     mask = inputs["attention_mask"].bool()
@@ -170,7 +168,7 @@ def test_replacements_start_at_the_least_squares_fit(kind):
         basis = torch.stack([torch.ones_like(h), h, before, after])[: len(VECTORS[kind])]
         rows = mask if i < 3 else mask & (torch.arange(9) == 0)  # the last runs for rows that are read
         basis, out = basis[:, rows], out[rows]
-        found = torch.stack([getattr(pruner.state.replacement(i), name) for name in VECTORS[kind]]).detach()
+        found = torch.stack([getattr(pruner.handle.replacement(i), name) for name in VECTORS[kind]]).detach()
         residual = out - torch.einsum("irc,ic->rc", basis, found.double())
         slope = torch.einsum("irc,rc->ic", basis, residual) / len(out)
         # At the least sum of squares no basis is left in the residual, but for the ridge.
@@ -186,10 +184,10 @@ def test_finalised_equals_hardened(replacement):
     config = fastgate.PruningConfig(
         fastgate.Sparsity(0.75), replacement=replacement, warm=0.05, ramp=0.3, harden=0.5, gate_lr=0.2
     )
-    pruner = fastgate.Pruner(model, config, 30, teacher=bert(seed=1)).attach()
+    pruner = fastgate.Pruner(model, config, 30, teacher=bert(seed=1))
     run(pruner, model, 30)
     assert len(pruner.kept) == 1 and pruner.phase == "recover"
-    assert pruner.state.gates == [float(i in pruner.kept) for i in range(4)]
+    assert pruner.handle.gates == [float(i in pruner.kept) for i in range(4)]
     model.eval()
     inputs = batch(99)
     hardened = model(**inputs).logits
@@ -206,7 +204,7 @@ def test_a_speedup_prices_the_rows_that_shifts_need_above_the_last_attention():
     lengths = batch(0)["attention_mask"].sum(1).tolist()  # of all that the warm phase sees
     dense = fastgate.explain(fastgate.patch(copy.deepcopy(model)), lengths).flops
     config = fastgate.PruningConfig(fastgate.Speedup(1.4), warm=0.05, ramp=0.3, harden=0.5, gate_lr=0.2)
-    pruner = fastgate.Pruner(model, config, 20, teacher=bert(seed=1)).attach()
+    pruner = fastgate.Pruner(model, config, 20, teacher=bert(seed=1))
     run(pruner, model, 20)
     pruned = fastgate.explain(pruner.finalize(), lengths)
     top = max(pruner.kept)
@@ -219,7 +217,7 @@ def test_a_speedup_prices_the_rows_that_shifts_need_above_the_last_attention():
 def test_history_tells_what_the_gates_did():
     model = bert()
     config = fastgate.PruningConfig(fastgate.Sparsity(0.5), warm=0.1, ramp=0.4, harden=0.6, gate_lr=0.3)
-    pruner = fastgate.Pruner(model, config, 20, teacher=bert(seed=1)).attach()
+    pruner = fastgate.Pruner(model, config, 20, teacher=bert(seed=1))
     run(pruner, model, 20)
     assert [entry["step"] for entry in pruner.history] == list(range(1, 21))
     phases = [entry["phase"] for entry in pruner.history]
@@ -243,7 +241,7 @@ def test_state_round_trip_continues_bit_for_bit(at, replacement):
         config = fastgate.PruningConfig(
             fastgate.Speedup(1.5), replacement, warm=0.1, ramp=0.4, harden=0.6, gate_lr=0.3
         )
-        return model, fastgate.Pruner(model, config, 20, teacher=bert(seed=1)).attach()
+        return model, fastgate.Pruner(model, config, 20, teacher=bert(seed=1))
 
     model, pruner = fresh()
     run(pruner, model, at)
@@ -264,22 +262,22 @@ def test_state_round_trip_continues_bit_for_bit(at, replacement):
 
 def test_state_of_another_run_is_refused():
     config = fastgate.PruningConfig(fastgate.Sparsity(0.5))
-    state = fastgate.Pruner(bert(), config, 50).attach().state_dict()
+    state = fastgate.Pruner(bert(), config, 50).state_dict()
     with pytest.raises(CheckpointError, match="total_steps: got 50, wanted 60"):
-        fastgate.Pruner(bert(), config, 60).attach().load_state_dict(state)
+        fastgate.Pruner(bert(), config, 60).load_state_dict(state)
     with pytest.raises(CheckpointError, match="got 4 gates, wanted the state of 3 gates"):
-        fastgate.Pruner(bert(layers=3), config, 50).attach().load_state_dict(state)
+        fastgate.Pruner(bert(layers=3), config, 50).load_state_dict(state)
     with pytest.raises(CheckpointError, match=r"got no \['learner'\]"):
-        fastgate.Pruner(bert(), config, 50).attach().load_state_dict(
+        fastgate.Pruner(bert(), config, 50).load_state_dict(
             {k: v for k, v in state.items() if k != "learner"}
         )
 
 
 def test_a_fixed_choice_is_kept_from_the_first_closing():
     model = bert()
-    pruner = fastgate.Pruner(model, fastgate.PruningConfig(Fixed((2, 0))), 20, teacher=bert(seed=1)).attach()
+    pruner = fastgate.Pruner(model, fastgate.PruningConfig(Fixed((2, 0))), 20, teacher=bert(seed=1))
     run(pruner, model, 1)
-    assert pruner.kept == [0, 2] and pruner.phase == "recover" and pruner.state.gates == [1.0, 0.0, 1.0, 0.0]
+    assert pruner.kept == [0, 2] and pruner.phase == "recover" and pruner.handle.gates == [1.0, 0.0, 1.0, 0.0]
 
 
 @pytest.mark.parametrize(
@@ -299,25 +297,23 @@ def test_a_fixed_choice_is_kept_from_the_first_closing():
         (lambda: fastgate.PruningConfig(fastgate.Sparsity(0.5), distill=1.0), "distill: got 1.0"),
         (lambda: Distill(logits=-1.0), "Distill: logits: got -1.0"),
         (lambda: Distill(temperature=0.0), "Distill: temperature"),
-        (lambda: fastgate.Pruner(bert(), fastgate.PruningConfig(Fixed((7,))), 9).attach(), "Fixed: keep"),
+        (lambda: fastgate.Pruner(bert(), fastgate.PruningConfig(Fixed((7,))), 9), "Fixed: keep"),
         (lambda: fastgate.Pruner(bert(), fastgate.PruningConfig(Fixed((1,))), 2), "total_steps: got 2"),
-        (lambda: fastgate.Pruner(bert(), fastgate.PruningConfig(Fixed((1,))), 9).step(), "not attached"),
+        (lambda: fastgate.Pruner(bert(), fastgate.PruningConfig(Fixed((1,))), 9).step(), "got no call"),
         (
-            lambda: fastgate.Pruner(bert(), fastgate.PruningConfig(fastgate.Speedup(2)), 9).attach().harden(),
+            lambda: fastgate.Pruner(bert(), fastgate.PruningConfig(fastgate.Speedup(2)), 9).harden(),
             "costs",
         ),
         (
-            lambda: fastgate.Pruner(bert(), fastgate.PruningConfig(Fixed((1,))), 9).attach().finalize(),
+            lambda: fastgate.Pruner(bert(), fastgate.PruningConfig(Fixed((1,))), 9).finalize(),
             "not hardened",
         ),
         (
-            lambda: fastgate.Pruner(bert(), fastgate.PruningConfig(Fixed((1,))), 9, bert(layers=3)).attach(),
+            lambda: fastgate.Pruner(bert(), fastgate.PruningConfig(Fixed((1,))), 9, bert(layers=3)),
             "teacher: got 3 layers, wanted 4",
         ),
         (
-            lambda: fastgate.Pruner(
-                fastgate.prune(bert(), keep=[0]), fastgate.PruningConfig(Fixed((1,))), 9
-            ).attach(),
+            lambda: fastgate.Pruner(fastgate.prune(bert(), keep=[0]), fastgate.PruningConfig(Fixed((1,))), 9),
             r"layers \[1, 2, 3\] pruned",
         ),
     ],

@@ -120,7 +120,7 @@ def ends(tmp_path_factory):
     together, alone = (tmp_path_factory.mktemp(name) for name in ("together", "alone"))
     port = subprocesses.free_port()
     calls = [[str(together), rank, 2, port] for rank in (0, 1)]
-    subprocesses.fork("test_ranks", "run_all", *calls, [str(alone), 0, 1, port])
+    subprocesses.fork("pruning.test_ranks", "run_all", *calls, [str(alone), 0, 1, port])
     paths = [together / "end-0.pt", together / "end-1.pt", alone / "end-0.pt"]
     loaded = [torch.load(path, weights_only=False) for path in paths]
     return {name: [end[name] for end in loaded] for name in RUNS}

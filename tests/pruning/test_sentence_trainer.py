@@ -89,7 +89,7 @@ def test_an_embedding_model_is_pruned(folder, tmp_path, taught, loss):
     found = trainer(folder, tmp_path, loss, embedder(folder, seed=1) if taught else None)
     found.train()
     pruner = found.pruner
-    assert len(pruner.kept) == 1 and sum(pruner.state.is_removed(i) for i in range(3)) == 2
+    assert len(pruner.kept) == 1 and sum(pruner.handle.is_removed(i) for i in range(3)) == 2
     assert pruner.learner.log_alpha.detach().std() > 0
     embeddings = found.model.encode(["a good film", "paris"])
     assert embeddings.shape == (2, 32) and (pruner.teacher_seconds > 0)
@@ -187,7 +187,7 @@ def test_a_forward_without_gradient_is_measured_and_not_distilled(folder, tmp_pa
     with watching(found.model, found.pruner) as forwards, torch.no_grad():
         found.model.train()(dict(features))
     assert [forward.has_gradient for forward in forwards] == [False]
-    assert float(found.pruner._measured.sizes[0]) == float(features["attention_mask"].sum())
+    assert float(found.pruner.calibration.sizes[0]) == float(features["attention_mask"].sum())
 
 
 @pytest.mark.parametrize("labels", [1, 3])
@@ -296,7 +296,7 @@ def test_two_processes_end_with_the_same_embedding_model(folder, tmp_path):
     port = subprocesses.free_port()
     calls = [[str(folder), str(tmp_path), rank, port] for rank in (0, 1)]
     lazy = "datasets sentence_transformers.cross_encoder sentence_transformers.sentence_transformer.losses"
-    subprocesses.fork("test_sentence_trainer", "train_as_rank", *calls, imports=lazy)
+    subprocesses.fork("pruning.test_sentence_trainer", "train_as_rank", *calls, imports=lazy)
     (kept, first), (other, second) = (torch.load(tmp_path / f"end-{rank}.pt") for rank in (0, 1))
     assert kept == other and len(kept) == 1
     assert all(torch.equal(value, second[name]) for name, value in first.items())

@@ -62,7 +62,7 @@ def test_nothing_asked_for_or_no_ids_is_nothing_swapped():
 def pruner_of(distill, taught=True):
     model = bert()
     config = fastgate.PruningConfig(fastgate.Sparsity(0.5), warm=0.2, ramp=0.4, harden=0.6, distill=distill)
-    return model, fastgate.Pruner(model, config, 10, bert(seed=1) if taught else None).attach()
+    return model, fastgate.Pruner(model, config, 10, bert(seed=1) if taught else None)
 
 
 def course(model, pruner, steps, first=0):
@@ -75,7 +75,7 @@ def course(model, pruner, steps, first=0):
         inputs = pruner.prepare(plain)
         found.append((inputs["input_ids"].tolist() != plain["input_ids"].tolist(), pruner.task_weight))
         outputs = model(**inputs)
-        (pruner.task_weight * outputs.loss + pruner.loss(outputs, inputs)).backward()
+        pruner.loss(outputs, inputs).backward()
         optimizer.step()
         optimizer.zero_grad()
         pruner.step()

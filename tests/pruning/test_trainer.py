@@ -48,7 +48,7 @@ def test_one_train_warms_searches_hardens_and_prunes(uninterrupted):
         and phases[HARDEN] == phases[STEPS] == "recover"
     )
     assert len(pruner.kept) == 1
-    removed = [i for i in range(3) if pruner.state.is_removed(i)]
+    removed = [i for i in range(3) if pruner.handle.is_removed(i)]
     assert sorted(removed + pruner.kept) == [0, 1, 2]
     assert "eval_loss" in uninterrupted.evaluate()
 
@@ -92,7 +92,7 @@ def test_checkpoints_of_a_search_are_refused_and_hardened_ones_are_pruned_models
 def test_exact_gates_are_unfinished_too(tmp_path):
     found = trainer(tmp_path, teacher=False, pruning=config(gates="exact"), max_steps=4, num_train_epochs=4)
     for gates in ([1.0, 1.0, 1.0], [1.0, 0.0, 1.0]):
-        found.pruner.state.set_gates(gates)
+        found.pruner.handle.set_gates(gates)
         found.save_model(tmp_path / "x")
         with pytest.raises(CheckpointError, match="still being learned"):
             fastgate.load(tmp_path / "x")

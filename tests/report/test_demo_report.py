@@ -26,7 +26,7 @@ from fastgate.report.demo_report import (
     table,
     write_report,
 )
-from fastgate.training.phases import Progress
+from fastgate.training.progress import Progress
 
 CONTENDERS = [
     Contender("Hugging Face", 0.9, 6, 6, 22_000_000, 90_000_000, 10.0, 100.0, 2000.0),

@@ -12,7 +12,7 @@ from scipy.stats import ttest_rel
 from fastgate.errors import DataError
 from fastgate.report import sweep_report
 from fastgate.report.speedups import speed_key, this_processor
-from fastgate.training.sweep_config import read_recipe
+from fastgate.training.sweep_config import read_sweep_config
 
 
 def line(method="learned", seed=0, kept=(0,), score=0.8, dense=0.9, task="sst2", **more):
@@ -107,7 +107,7 @@ def test_one_table_of_a_recipe(tmp_path):
     recipe["sparsity"] = 0.67
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
     lines = []
-    for settings in read_recipe(tmp_path / "recipe.yaml")[:-1]:  # cola's seed 1 was not pruned yet
+    for settings in read_sweep_config(tmp_path / "recipe.yaml")[:-1]:  # cola's seed 1 was not pruned yet
         kept = (0, 1, 2) if settings.method == "dense" else (settings.seed,)
         score = 0.8 if settings.method == "dense" else 0.72 + 0.04 * settings.seed
         made = line(settings.method, settings.seed, kept, score, 0.8, settings.task)

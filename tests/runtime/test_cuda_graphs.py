@@ -28,7 +28,7 @@ def test_equal_to_the_run_without(stand_in, head, keep, replacement):
             same(model, plain, batch(model, head, side, fill))
     found = graphs_of(model)
     assert found.captures and found.replays >= found.captures
-    assert not {"recording, or attentions asked for", "a capture that failed"} & set(found.eager)
+    assert not {"recording, or attentions asked for", "a capture that failed"} & set(found.eager_reasons)
 
 
 @pytest.mark.parametrize("family", ["Roberta", "XLMRoberta", "Camembert"])
@@ -78,7 +78,7 @@ def test_a_kind_is_captured_when_it_comes_again_and_results_stay(stand_in):
     for _ in range(3):
         same(model, plain, second)  # 27 rows and 28: one bucket
     assert (found.captures, found.replays) == (1, 4) and torch.equal(kept, held)
-    assert hidden is not None and found.eager["gradients, or training"] == 1
+    assert hidden is not None and found.eager_reasons["gradients, or training"] == 1
 
 
 def test_explain_says_what_graphs_did(stand_in):
@@ -88,7 +88,7 @@ def test_explain_says_what_graphs_did(stand_in):
     text = str(fastgate.explain(model)).splitlines()[-1]
     found = graphs_of(model)
     assert text.startswith(f"CUDA graphs: {len(found.graphs)} captured, {found.replays} replays; ")
-    assert "1 calls without: a kind of batch seen too seldom yet" in text
+    assert "1 calls run eagerly: a batch shape seen too seldom yet" in text
     off = fastgate.patch(make("Bert", "ForSequenceClassification"), graphs=False)
     assert str(fastgate.explain(off)).endswith("CUDA graphs: turned off")
 
@@ -115,7 +115,7 @@ def test_what_does_not_fit_runs_as_ever(stand_in):
     replays = found.replays
 
     def counted(reason):
-        assert found.replays == replays and found.eager[reason] >= 1, found.eager
+        assert found.replays == replays and found.eager_reasons[reason] >= 1, found.eager_reasons
 
     model(**inputs)
     counted("gradients, or training")
@@ -128,9 +128,9 @@ def test_what_does_not_fit_runs_as_ever(stand_in):
         model.eval()
         assert model(**inputs, output_hidden_states=True).hidden_states is not None
         assert model(**inputs, output_attentions=True).attentions is not None
-        with get_encoder(model).record() as record:
+        with get_encoder(model).record() as trace:
             model(**inputs)
-        assert record.steps
+        assert trace.steps
         counted("recording, or attentions asked for")
         model(inputs_embeds=model.bert.embeddings.word_embeddings(inputs["input_ids"]))
         counted("embeddings that were given or replaced")
@@ -166,7 +166,7 @@ def test_modules_and_parameters_of_other_kinds(stand_in):
         one.bert.encoder.layer[0].output.dense.load_state_dict(old.state_dict())
     for _ in range(3):
         same(model, plain, inputs)
-    (reason,) = graphs_of(model).eager
+    (reason,) = graphs_of(model).eager_reasons
     assert reason.startswith("a Doubled of")
 
 
@@ -178,7 +178,7 @@ def test_a_backend_that_reads_lengths_on_the_host(stand_in):
     for _ in range(4):
         same(model, plain, inputs)
     found = graphs_of(model)
-    assert found.captures == 0 and found.eager["a backend that reads lengths on the host"] == 3
+    assert found.captures == 0 and found.eager_reasons["a backend that reads lengths on the host"] == 3
 
 
 def test_a_capture_that_fails(stand_in):
@@ -189,13 +189,13 @@ def test_a_capture_that_fails(stand_in):
     with pytest.warns(RuntimeWarning, match="no memory left"):
         same(model, plain, inputs)
     same(model, plain, inputs)
-    assert graphs_of(model).eager["a capture that failed"] == 2
+    assert graphs_of(model).eager_reasons["a capture that failed"] == 2
 
 
 def test_the_flag(stand_in):
     model, plain = patched()
-    assert get_encoder(plain).runtime.graphs is None
-    assert fastgate.patch(plain) is plain and get_encoder(plain).runtime.graphs is None
+    assert get_encoder(plain).runtime.executor.graphs is None
+    assert fastgate.patch(plain) is plain and get_encoder(plain).runtime.executor.graphs is None
     fastgate.patch(model, graphs=False)
-    assert get_encoder(model).runtime.graphs is None
-    assert get_encoder(fastgate.patch(make("Bert", "Model"))).runtime.graphs is not None
+    assert get_encoder(model).runtime.executor.graphs is None
+    assert get_encoder(fastgate.patch(make("Bert", "Model"))).runtime.executor.graphs is not None

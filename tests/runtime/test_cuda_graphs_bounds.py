@@ -11,8 +11,8 @@ from helpers.threads import run_in_threads
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastgate.runtime import cuda_graphs
-from fastgate.runtime.cuda_graphs import rounded
+from fastgate.runtime import cuda_graphs, graph_device
+from fastgate.runtime.graph_key import rounded
 
 
 def test_large_batches_run_as_ever(stand_in, monkeypatch):
@@ -20,7 +20,7 @@ def test_large_batches_run_as_ever(stand_in, monkeypatch):
     model, plain = patched()
     for _ in range(3):
         same(model, plain, batch(model, ""))
-    assert not graphs_of(model).captures and graphs_of(model).eager["no rows, or more than 20"] == 3
+    assert not graphs_of(model).captures and graphs_of(model).eager_reasons["no rows, or more than 20"] == 3
 
 
 def test_sentences_one_by_one_share_few_graphs(stand_in):
@@ -139,7 +139,7 @@ class FakeCuda:
 def test_the_order_of_streams(monkeypatch):
     """On a device that is not there: who waits for whom, in captures and between calls on two streams."""
     fake = FakeCuda(monkeypatch)
-    cuda = cuda_graphs.Cuda(torch.device("cuda:0"))
+    cuda = graph_device.Cuda(torch.device("cuda:0"))
     with cuda.use():
         replay, out = cuda.capture(lambda: fake.log.append(f"body on {fake.now}") or "result")
         replay()

@@ -46,7 +46,7 @@ class TestOnADevice:
                     one, two = model(**inputs)[0], model(**on_host)[0]
                 assert torch.equal(one, two)
         found = graphs_of(model)
-        assert found.captures and found.replays > found.captures and not found.refused, found.eager
+        assert found.captures and found.replays > found.captures and not found.refused, found.eager_reasons
 
     def test_weights(self):
         model, plain = on_gpu()

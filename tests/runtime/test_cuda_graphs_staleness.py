@@ -61,7 +61,7 @@ def test_hooks_run(stand_in):
     handle = model.bert.encoder.layer[0].output.dense.register_forward_hook(lambda *_: called.append(1))
     same(model, plain, inputs)
     same(model, plain, inputs)
-    assert len(called) == 2 and found.eager["hooks, or a replaced forward"] == 2
+    assert len(called) == 2 and found.eager_reasons["hooks, or a replaced forward"] == 2
     handle.remove()
     captured(model, plain, inputs)
     assert found.captures == 2
@@ -93,5 +93,5 @@ def test_the_bench_of_a_fingerprint(stand_in):
     found = captured(model, plain, batch(model, ""))
     with Tape() as tape:
         inspection = model.bert.fastgate_runtime.inspections.of(model.bert)
-        assert found.fingerprint.holds(inspection) and not found.fingerprint.drops()
+        assert found.fingerprint.matches(inspection) and not found.fingerprint.drops()
     assert not tape.steps

@@ -7,12 +7,11 @@ from unittest import mock
 import pytest
 import torch
 from helpers.encoders import LENGTHS, VECTORS, batch, draw_replacements, make, padded
-from helpers.executed_steps import steps_as_they_run
+from helpers.executed_steps import KEPT_STEPS, SKIPPED_STEPS, steps_as_they_run
 from torch import nn
 
 import fastgate
 from fastgate.models.handle import get_encoder
-from fastgate.runtime.plan import KEPT_STEPS, SKIPPED_STEPS
 
 
 @pytest.mark.parametrize("keep", [[0], [0, 2], [1, 3], [], [0, 1, 2, 3, 4]])
@@ -95,18 +94,18 @@ def test_record_holds_what_was_computed():
         whole = model(**inputs, output_hidden_states=True)
         state.set_gates([1.0, 1.0, 0.0, 0.0])
         narrow_whole = model(**inputs, output_hidden_states=True).hidden_states
-        with state.record() as record:
+        with state.record() as trace:
             model(**inputs)
-    assert len(record.hidden) == 5 and [i for i, _ in record.attention_output] == [0, 1]
-    for i, (index, rows) in enumerate(record.hidden):
+    assert len(trace.hidden) == 5 and [i for i, _ in trace.attention_output] == [0, 1]
+    for i, (index, rows) in enumerate(trace.hidden):
         assert len(index) == (sum(LENGTHS) if i < 2 else len(LENGTHS))
         torch.testing.assert_close(rows, narrow_whole[i].flatten(0, 1)[index], rtol=0, atol=1e-5)
     assert not torch.allclose(whole.hidden_states[4][:, 0], narrow_whole[4][:, 0])
     layer = model.bert.encoder.layer[0]
-    index, h = record.hidden[0]
-    normed = layer.attention.output.LayerNorm(h + record.attention_output[0][1])
+    index, h = trace.hidden[0]
+    normed = layer.attention.output.LayerNorm(h + trace.attention_output[0][1])
     torch.testing.assert_close(
-        layer.output(layer.intermediate(normed), normed), record.hidden[1][1], rtol=0, atol=1e-5
+        layer.output(layer.intermediate(normed), normed), trace.hidden[1][1], rtol=0, atol=1e-5
     )
 
 
@@ -170,7 +169,7 @@ INTERMEDIATES = {
 
 @pytest.mark.parametrize("what", INTERMEDIATES)
 def test_only_an_exact_gelu_after_a_plain_linear_is_fused(what, monkeypatch):
-    from fastgate.runtime import executor
+    from fastgate.runtime.steps import feed_forward
 
     activation, change, fused = INTERMEDIATES[what]
     model = make("Bert", "ForTokenClassification", hidden_act=activation)
@@ -179,8 +178,10 @@ def test_only_an_exact_gelu_after_a_plain_linear_is_fused(what, monkeypatch):
             change(layer.intermediate)
     patched = fastgate.patch(copy.deepcopy(model))
     calls = []
-    original = executor.linear_gelu
-    monkeypatch.setattr(executor, "linear_gelu", lambda *of: (calls.append(of[0].shape[0]), original(*of))[1])
+    original = feed_forward.linear_gelu
+    monkeypatch.setattr(
+        feed_forward, "linear_gelu", lambda *of: (calls.append(of[0].shape[0]), original(*of))[1]
+    )
     inputs = batch(model, "ForTokenClassification", labels=True)
     losses = [each(**inputs).loss for each in (model, patched)]
     torch.testing.assert_close(*losses, rtol=1e-6, atol=1e-6)
@@ -233,15 +234,15 @@ def test_a_skipped_first_norm_follows_the_embeddings_dropout(kind):
 @contextlib.contextmanager
 def embeddings_called():
     """The keywords of every call of embed_norm that the encoder makes."""
-    from fastgate.runtime import executor
+    from fastgate.runtime.steps import embedding
 
-    called, original = [], executor.embed_norm
+    called, original = [], embedding.embed_norm
 
     def embed_norm(*operands, **keywords):
         called.append({"weight2": None, **keywords})
         return original(*operands, **keywords)
 
-    with mock.patch.object(executor, "embed_norm", embed_norm):
+    with mock.patch.object(embedding, "embed_norm", embed_norm):
         yield called
 
 

@@ -7,33 +7,32 @@ from contextlib import contextmanager
 import pytest
 import torch
 from helpers.encoders import LENGTHS, batch, make
-from helpers.executed_steps import Ops
+from helpers.executed_steps import ABSORBED_STEPS, KEPT_STEPS, SKIPPED_STEPS, Ops
 from torch import nn
 
 import fastgate
 from fastgate.models.handle import get_encoder
 from fastgate.nn import hard_concrete
-from fastgate.runtime import executor
-from fastgate.runtime.plan import KEPT_STEPS, SKIPPED_STEPS
 
 LAYERS = 9
 KEEP = {"all": range(LAYERS), "spread": (0, 4, 8), "low": (0, 1), "one": (3,), "none": ()}
-ABSORBED = ("project_query", "absorbed_attention", *KEPT_STEPS[2:])
 
 
 @contextmanager
-def counted(monkeypatch):
+def counted(model):
     """(layer, step, ops since the step before) of every step that runs, in order."""
-    steps, mode, note = [], Ops(), executor._note
+    steps, mode, executor = [], Ops(), get_encoder(model).runtime.executor
 
-    def noting(run, step, out):
-        steps.append((step.layer, step.op, mode.seen))
+    def count(step, rows):
+        steps.append((step.layer, step.name, mode.seen))
         mode.seen = []
-        note(run, step, out)
 
-    with monkeypatch.context() as patch, mode:
-        patch.setattr(executor, "_note", noting)
-        yield steps
+    executor.step_hook = count
+    try:
+        with mode:
+            yield steps
+    finally:
+        executor.step_hook = None
 
 
 def of_layer(steps, layer):
@@ -54,17 +53,17 @@ def second_half(steps, layer):
 @pytest.mark.parametrize("which", KEEP)
 @pytest.mark.parametrize("head", ["ForSequenceClassification", "ForTokenClassification"])
 @pytest.mark.parametrize("training", [False, True])
-def test_a_pruned_attention_calls_no_op(which, head, training, monkeypatch):
+def test_a_pruned_attention_calls_no_op(which, head, training):
     keep = list(KEEP[which])
     model = fastgate.prune(make("Bert", head, layers=LAYERS), keep=keep).train(training)
     inputs = batch(model, head, labels=training)
-    with torch.set_grad_enabled(training), counted(monkeypatch) as steps:
+    with torch.set_grad_enabled(training), counted(model) as steps:
         model(**inputs)
     absorbed = max(keep, default=-1) if head == "ForSequenceClassification" else None
     assert [s for at, s, _ in steps if at == -1] == ["embed"]
     for i in range(LAYERS):
         ran, ops = of_layer(steps, i)
-        assert ran == (ABSORBED if i == absorbed else KEPT_STEPS if i in keep else SKIPPED_STEPS)
+        assert ran == (ABSORBED_STEPS if i == absorbed else KEPT_STEPS if i in keep else SKIPPED_STEPS)
         reference = keep[0] if keep else 0
         if i not in keep:
             assert names(ops) == names(second_half(steps, reference)), "an op of its own"
@@ -73,10 +72,10 @@ def test_a_pruned_attention_calls_no_op(which, head, training, monkeypatch):
 
 @pytest.mark.parametrize("kind, most", [("mean", 1), ("affine", 4)])
 @torch.no_grad()
-def test_a_replacement_costs_ops_on_single_vectors(kind, most, monkeypatch):
+def test_a_replacement_costs_ops_on_single_vectors(kind, most):
     """It is folded into the weight and the bias of the LayerNorm before."""
     model = fastgate.prune(make("Bert", "ForSequenceClassification", layers=4), keep=[0], replacement=kind)
-    with counted(monkeypatch) as steps:
+    with counted(model) as steps:
         model(**batch(model, "ForSequenceClassification"))
     plain = names(of_layer(steps, 3)[1])  # no attention follows the last layer
     for i in (1, 2):
@@ -85,7 +84,7 @@ def test_a_replacement_costs_ops_on_single_vectors(kind, most, monkeypatch):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_drawn_gates_decide_the_steps_of_a_training_step(seed, monkeypatch):
+def test_drawn_gates_decide_the_steps_of_a_training_step(seed):
     model = fastgate.patch(make("Bert", "ForSequenceClassification", layers=LAYERS)).train()
     generator = torch.Generator().manual_seed(seed)
     log_alpha = torch.full((LAYERS,), -0.3, requires_grad=True)
@@ -93,7 +92,7 @@ def test_drawn_gates_decide_the_steps_of_a_training_step(seed, monkeypatch):
     values = [z.item() if z.item() in (0.0, 1.0) else z for z in drawn.unbind()]
     get_encoder(model).set_gates(values)
     inputs = batch(model, "ForSequenceClassification", labels=True)
-    with counted(monkeypatch) as steps:
+    with counted(model) as steps:
         loss = model(**inputs).loss
     closed = [i for i, z in enumerate(values) if not isinstance(z, torch.Tensor) and z == 0.0]
     top = max(i for i in range(LAYERS) if i not in closed)
@@ -101,7 +100,7 @@ def test_drawn_gates_decide_the_steps_of_a_training_step(seed, monkeypatch):
     shape = second_half(steps, top)
     for i in range(LAYERS):
         ran, ops = of_layer(steps, i)
-        assert ran == (SKIPPED_STEPS if i in closed else ABSORBED if i == top else KEPT_STEPS)
+        assert ran == (SKIPPED_STEPS if i in closed else ABSORBED_STEPS if i == top else KEPT_STEPS)
         if i in closed:
             assert names(ops) == names(shape)
     loss.backward()

@@ -59,16 +59,16 @@ def test_packing_waits_once_at_most(far, side, demand):
     with Waits() as device:
         unpadded = unpad(4, length, *moved, REMOTE)
         before = dict(device.waits)
-        found = [unpadded.index, unpadded.key_rows, unpadded.wanted_rows, unpadded.wanted_index()]
-        found += [r.cu_seqlens for r in (unpadded.queries, unpadded.keys, unpadded.wanted)] + [
+        found = [unpadded.index, unpadded.key_rows, unpadded.output_rows, unpadded.output_index()]
+        found += [r.cu_seqlens for r in (unpadded.queries, unpadded.keys, unpadded.outputs)] + [
             unpadded.has_left_neighbour
         ]
-        rows = unpadded.pack(Remote(torch.randn(4, length, 2)))
+        rows = unpadded.unpad(Remote(torch.randn(4, length, 2)))
         unpadded.pad(rows, output_rows_only=False)
         assert dict(device.waits) == before
     assert sum(before.values()) == int(any(isinstance(m, Remote) for m in moved)), before
-    true = [host.index, host.key_rows, host.wanted_rows, host.wanted_index()]
-    true += [r.cu_seqlens for r in (host.queries, host.keys, host.wanted)] + [host.has_left_neighbour]
+    true = [host.index, host.key_rows, host.output_rows, host.output_index()]
+    true += [r.cu_seqlens for r in (host.queries, host.keys, host.outputs)] + [host.has_left_neighbour]
     for one, two in zip(found, true, strict=True):
         assert (one is None) == (two is None)
         assert one is None or (isinstance(one, Remote) and torch.equal(one.held, two))

@@ -6,7 +6,7 @@ import copy
 import pytest
 import torch
 from helpers.encoders import LENGTH, LENGTHS, VECTORS, batch, draw_replacements, make, padded
-from helpers.executed_steps import steps_as_they_run
+from helpers.executed_steps import KEPT_STEPS, SKIPPED_STEPS, steps_as_they_run
 
 import fastgate
 from fastgate.benchmark.equivalence import check_outputs
@@ -14,7 +14,6 @@ from fastgate.benchmark.model_variants import unpruned
 from fastgate.errors import FastgateError
 from fastgate.models.handle import get_encoder
 from fastgate.nn.replacement import Replacement
-from fastgate.runtime.plan import KEPT_STEPS, SKIPPED_STEPS
 from fastgate.runtime.unpadding import UnpaddedBatch
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
@@ -64,7 +63,7 @@ def test_steps_and_rows_as_they_run(keep, head):
     told = fastgate.explain(model, LENGTHS)
     assert [row.live_rows for row in told.layers] == live[1:]
     assert [row.steps for row in told.layers] == steps
-    assert told.output_row_mask == (len(LENGTHS) if one else packed)
+    assert told.output_rows == (len(LENGTHS) if one else packed)
     assert str(told).count("replaced by shift") == 5 - len(keep)
 
 
@@ -200,7 +199,9 @@ def test_bench_sees_wrong_neighbours(monkeypatch):
     model = pruned("ForTokenClassification", [0])
     inputs, reference = batch(model, "ForTokenClassification"), unpruned(model)
     monkeypatch.setattr(
-        UnpaddedBatch, "has_left_neighbour", property(lambda unpadded: unpadded.host_has_left_neighbour.roll(1))
+        UnpaddedBatch,
+        "has_left_neighbour",
+        property(lambda unpadded: unpadded.host_has_left_neighbour.roll(1)),
     )
     with pytest.raises(FastgateError, match="logits"):
         check_outputs(model, reference, [inputs])

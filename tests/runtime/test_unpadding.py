@@ -31,20 +31,20 @@ def test_index_sets(both, masked, demands):
     rows = [(b, t) for b in range(batch) for t in range(length) if attended[b, t] or wanted[b, t]]
     keys = [r for r in rows if attended[r]]
     read = [r for r in rows if wanted[r]]
-    index = unpadded.packed_index()
+    index = unpadded.row_index()
     assert index.tolist() == [b * length + t for b, t in rows]
     key_index = index if unpadded.key_rows is None else index[unpadded.key_rows]
     assert key_index.tolist() == [b * length + t for b, t in keys]
-    assert unpadded.wanted_index().tolist() == [b * length + t for b, t in read]
-    for ragged, members in ((unpadded.queries, rows), (unpadded.keys, keys), (unpadded.wanted, read)):
+    assert unpadded.output_index().tolist() == [b * length + t for b, t in read]
+    for ragged, members in ((unpadded.queries, rows), (unpadded.keys, keys), (unpadded.outputs, read)):
         lengths = [sum(b == row for row, _ in members) for b in range(batch)]
         assert list(ragged.lengths) == lengths and ragged.rows == len(members)
         assert ragged.cu_seqlens.tolist() == [sum(lengths[:i]) for i in range(batch + 1)]
     neighbours = [(b, t - 1) in keys and (b, t) in keys for b, t in rows]
     assert unpadded.has_left_neighbour.tolist() == unpadded.host_has_left_neighbour.tolist() == neighbours
-    assert unpadded.output_rows_only == (len(read) < len(rows))
+    assert unpadded.has_other_rows == (len(read) < len(rows))
     assert unpadded.one_query_per_sequence == (
-        unpadded.output_rows_only and all(n == 1 for n in unpadded.wanted.lengths)
+        unpadded.has_other_rows and all(n == 1 for n in unpadded.outputs.lengths)
     )
 
 
@@ -65,22 +65,22 @@ def test_rows_that_demanded_ones_are_computed_from(both, masked, halo):
     read = [(b, t) for b in range(batch) for t in range(length) if demanded[b, t]]
     rows = [(b, t) for b in range(batch) for t in range(length) if attended[b, t] or demanded[b, t]]
     shrink_steps = [row for row in rows if any(beside(row, one) for one in read)]
-    assert unpadded.wanted_index().tolist() == [b * length + t for b, t in shrink_steps]
-    assert unpadded.has_halo == unpadded.output_rows_only == (len(shrink_steps) < len(rows))
+    assert unpadded.output_index().tolist() == [b * length + t for b, t in shrink_steps]
+    assert unpadded.has_halo == unpadded.has_other_rows == (len(shrink_steps) < len(rows))
     padded = torch.randn(batch, length, 3)
-    left = unpadded.pack(padded, output_rows_only=True)
+    left = unpadded.unpad(padded, output_rows_only=True)
     for k in range(halo - 1, -1, -1) if unpadded.has_halo else ():
         has_left_neighbour, nearer = unpadded.shrink_steps[k]
         hops = [
             (b, t - 1) in shrink_steps and bool(attended[b, t] & attended[b, t - 1]) for b, t in shrink_steps
         ]
-        assert has_left_neighbour.tolist() == hops and unpadded.within[k + 1] == len(shrink_steps)
+        assert has_left_neighbour.tolist() == hops and unpadded.rows_within_halo[k + 1] == len(shrink_steps)
         kept = [row for row in shrink_steps if any(beside(row, one, k) for one in read)]
-        assert [shrink_steps[i] for i in nearer] == kept and unpadded.within[k] == len(kept)
+        assert [shrink_steps[i] for i in nearer] == kept and unpadded.rows_within_halo[k] == len(kept)
         shrink_steps, left = kept, left[nearer]
     back = unpadded.pad(left, output_rows_only=True)
     assert torch.equal(back[demanded], padded[demanded])
-    if unpadded.output_rows_only:
+    if unpadded.has_other_rows:
         assert not back[~demanded].any()
 
 
@@ -91,18 +91,18 @@ def test_there_and_back(both):
     unpadded = unpad(batch, length, attended, demanded, CPU)
     padded = torch.randn(batch, length, 3)
     kept = (attended | demanded)[..., None]
-    assert torch.equal(unpadded.pad(unpadded.pack(padded), output_rows_only=False), padded * kept)
+    assert torch.equal(unpadded.pad(unpadded.unpad(padded), output_rows_only=False), padded * kept)
     assert torch.equal(
-        unpadded.pad(unpadded.pack(padded, output_rows_only=True), output_rows_only=True),
+        unpadded.pad(unpadded.unpad(padded, output_rows_only=True), output_rows_only=True),
         padded * demanded[..., None],
     )
 
 
 def test_a_batch_without_padding_is_not_indexed():
     unpadded = unpad(2, 5, torch.ones(2, 5, dtype=torch.bool), None, CPU)
-    assert unpadded.index is None and unpadded.key_rows is None and unpadded.wanted_rows is None
+    assert unpadded.index is None and unpadded.key_rows is None and unpadded.output_rows is None
     padded = torch.randn(2, 5, 3)
-    assert unpadded.pack(padded).data_ptr() == padded.data_ptr()
+    assert unpadded.unpad(padded).data_ptr() == padded.data_ptr()
 
 
 @pytest.mark.parametrize("first", [True, False])
@@ -111,10 +111,10 @@ def test_a_batch_without_padding_is_packed_once(first):
     made, expected = unpad_full(2, 5, first, False), unpad(2, 5, None, demanded, CPU)
     assert unpad_full(2, 5, first, False) is made
     assert unpad_full(2, 5, first, True) is not made
-    assert (made.queries, made.keys, made.wanted) == (expected.queries, expected.keys, expected.wanted)
-    assert made.output_rows_only is first and made.index is None and made.key_rows is None
+    assert (made.queries, made.keys, made.outputs) == (expected.queries, expected.keys, expected.outputs)
+    assert made.has_other_rows is first and made.index is None and made.key_rows is None
     if first:
-        assert torch.equal(made.wanted_rows, expected.wanted_rows)
+        assert torch.equal(made.output_rows, expected.output_rows)
 
 
 def test_training_may_follow_inference_on_a_batch_of_the_same_shape():

@@ -1,4 +1,4 @@
-"""A few points of what bench/robustness/kill.py does: SIGKILL inside save, a training and a sweep loses nothing."""
+"""A few points of bench/robustness/kill.py: SIGKILL inside save, a training and a sweep loses nothing."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ COMMAND = Path(__file__).parents[2] / "bench" / "robustness" / "kill.py"
 def test_a_kill_loses_nothing(what: str, points: int) -> None:
     """In a process of its own: its children are forks, without autograd after a backward pass."""
     environment = subprocesses.os.environ | {"PYTHONPATH": subprocesses.PACKAGE_PARENT}
-    found = subprocess.run(
+    process = subprocess.run(
         [sys.executable, str(COMMAND), what, "--points", str(points)],
         cwd=subprocesses.TESTS, env=environment, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
-    assert found.returncode == 0, found.stdout + found.stderr[-2000:]
-    assert f"kill {what}: {points} points" in found.stdout
+    assert process.returncode == 0, process.stdout + process.stderr[-2000:]
+    assert f"kill {what}: {points} points" in process.stdout

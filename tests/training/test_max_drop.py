@@ -1,4 +1,4 @@
-"""The largest cut within a budget: the search, the rows held out, a run of it."""
+"""MaxDrop, the budget of score: the search, the rows held out, a run."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from helpers.commands import run
 
 import fastgate
 from fastgate.errors import ArgumentError, DataError
-from fastgate.training.max_drop import MaxDrop, hold_out, largest_cut
+from fastgate.training.max_drop import hold_out, most_removable
+from fastgate.training.targets import MaxDrop
 
 
 @pytest.mark.parametrize("layers", [1, 2, 3, 6, 12, 24])
-def test_the_search_finds_the_last_cut_above_the_floor(layers):
+def test_the_search_finds_the_most_that_can_be_removed(layers):
     for true in range(layers):
         tried = []
 
@@ -23,13 +24,13 @@ def test_the_search_finds_the_last_cut_above_the_floor(layers):
             tried.append(removed)
             return 1.0 if removed <= true else 0.0
 
-        assert largest_cut(layers, 0.5, attempt) == true
+        assert most_removable(layers, 0.5, attempt) == true
         assert len(tried) == len(set(tried)) <= layers.bit_length() and layers not in tried
 
 
 def test_a_budget_is_a_share_of_the_score():
-    assert MaxDrop(0.02).floor(0.5) == pytest.approx(0.49)
-    assert MaxDrop(0.02).floor(-0.5) == pytest.approx(-0.51)  # a correlation may be below 0
+    assert MaxDrop(0.02).lowest_score(0.5) == pytest.approx(0.49)
+    assert MaxDrop(0.02).lowest_score(-0.5) == pytest.approx(-0.51)  # a correlation may be below 0
     for share in (0.0, 1.0, -0.1, float("nan")):
         with pytest.raises(ArgumentError, match="MaxDrop: share: got"):
             MaxDrop(share)
@@ -37,19 +38,19 @@ def test_a_budget_is_a_share_of_the_score():
 
 def test_rows_are_held_out_by_the_seed_and_documents_whole():
     rows = datasets.DatasetDict({"train": datasets.Dataset.from_dict({"x": list(range(50))})})
-    found = hold_out(rows, 0)
-    assert len(found["held_out"]) == 5 and sorted(found["train"]["x"][:] + found["held_out"]["x"][:]) == list(
-        range(50)
-    )
+    splits = hold_out(rows, 0)
+    assert len(splits["held_out"]) == 5 and sorted(
+        splits["train"]["x"][:] + splits["held_out"]["x"][:]
+    ) == list(range(50))
     assert (
         hold_out(rows, 0)["held_out"]["x"][:]
-        == found["held_out"]["x"][:]
+        == splits["held_out"]["x"][:]
         != hold_out(rows, 1)["held_out"]["x"][:]
     )
     windows = {"x": list(range(60)), "document": [i // 3 for i in range(60)]}
-    found = hold_out(datasets.DatasetDict({"train": datasets.Dataset.from_dict(windows)}), 0)
-    assert not set(found["train"]["document"][:]) & set(found["held_out"]["document"][:])
-    assert len(found["held_out"]) == 6
+    splits = hold_out(datasets.DatasetDict({"train": datasets.Dataset.from_dict(windows)}), 0)
+    assert not set(splits["train"]["document"][:]) & set(splits["held_out"]["document"][:])
+    assert len(splits["held_out"]) == 6
     with pytest.raises(DataError, match="MaxDrop: train: got 19 training rows"):
         hold_out(datasets.DatasetDict({"train": datasets.Dataset.from_dict({"x": [0] * 19})}), 0)
 
@@ -66,13 +67,13 @@ def test_finetune_within_a_budget(tmp_path, drop, kept):
     ]  # fmt: skip
     run(*command)
     result = json.loads((tmp_path / "out" / "result.json").read_text())
-    found = result["pruned"]
+    pruned = result["pruned"]
     if kept is not None:
-        assert len(found["kept"]) == kept and set(found["attempts"]) == {"1", "2"}
-    floor = MaxDrop(drop).floor(result["dense"]["held_out"])
-    best = max([int(removed) for removed, score in found["attempts"].items() if score >= floor], default=0)
-    assert len(found["kept"]) == 3 - best
-    assert fastgate.explain(fastgate.load(tmp_path / "out" / "pruned")).kept == tuple(found["kept"])
+        assert len(pruned["kept"]) == kept and set(pruned["attempts"]) == {"1", "2"}
+    floor = MaxDrop(drop).lowest_score(result["dense"]["held_out"])
+    best = max([int(removed) for removed, score in pruned["attempts"].items() if score >= floor], default=0)
+    assert len(pruned["kept"]) == 3 - best
+    assert fastgate.explain(fastgate.load(tmp_path / "out" / "pruned")).kept == tuple(pruned["kept"])
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "dense", "pruned", "result.json", "run.json", "history.json",
     }  # fmt: skip

@@ -11,8 +11,8 @@ from helpers import tiny_models
 import fastgate
 from fastgate.data import load_task
 from fastgate.models.patching import patch
-from fastgate.pruning import pruner, trainer_checkpoints
-from fastgate.training import dense_model, load_tokenizer, phases
+from fastgate.pruning import distiller, trainer_checkpoints
+from fastgate.training import dense_model, load_tokenizer, phases, trainer_compat
 
 STEPS = 12
 FIT = phases.Fit(epochs=1, batch_size=4, lr=1e-3)
@@ -45,8 +45,8 @@ def train(world, out, monkeypatch, kills=()):
         now[0] += seconds
         return now[0]
 
-    monkeypatch.setattr(phases, "time", SimpleNamespace(perf_counter=lambda: now[0]))
-    monkeypatch.setattr(pruner, "time", SimpleNamespace(perf_counter=lambda: ticking(1.0)))
+    monkeypatch.setattr(trainer_compat, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(distiller, "time", SimpleNamespace(perf_counter=lambda: ticking(1.0)))
     left = dict(kills)
 
     def listen(progress):
@@ -56,30 +56,30 @@ def train(world, out, monkeypatch, kills=()):
             raise Killed
 
     def sitting(phase):
-        own = phases.Training(task, out, tokenizer, rows, listen, save_every=0.25)
+        own = phases.TaskTrainer(task, out, tokenizer, rows, listen, save_every=0.25)
         if phase == phases.DENSE:
             torch.manual_seed(0)  # of the new head
             return own.dense(patch(dense_model(source, task)), FIT)
         return own.prune(fastgate.PruningConfig(fastgate.Sparsity(0.67)), FIT)
 
-    found = {}
+    results = {}
     for phase in (phases.DENSE, phases.PRUNE):
         if phase in left:
             with pytest.raises(Killed):
                 sitting(phase)
             now[0] += 5000.0  # nobody trains
-        found[phase] = sitting(phase)
-        assert sitting(phase) == found[phase]  # read again
-    return found
+        results[phase] = sitting(phase)
+        assert sitting(phase) == results[phase]  # read again
+    return results
 
 
 def test_seconds_are_those_of_every_sitting(world, tmp_path, monkeypatch):
     whole = train(world, tmp_path / "whole", monkeypatch)
     cut = train(world, tmp_path / "cut", monkeypatch, {"dense": 8, "prune": 11})
-    for found in (whole, cut):
-        assert found["dense"]["seconds"] == 10.0 * STEPS
-        assert found["prune"]["teacher_seconds"] == 1.0 * STEPS
-        assert found["prune"]["seconds"] == 12.0 * STEPS
+    for results in (whole, cut):
+        assert results["dense"]["seconds"] == 10.0 * STEPS
+        assert results["prune"]["teacher_seconds"] == 1.0 * STEPS
+        assert results["prune"]["seconds"] == 12.0 * STEPS
     assert whole["prune"]["kept"] == cut["prune"]["kept"]
     assert whole["dense"]["scores"] == cut["dense"]["scores"]
 
@@ -90,7 +90,7 @@ def test_what_a_killed_run_was_writing_is_in_nobodys_way(world, tmp_path):
     left = tmp_path / "work" / "dense" / f"checkpoint-{STEPS}"
     left.mkdir(parents=True)
     (left / "model.safetensors").write_text("half")
-    own = phases.Training(task, tmp_path, tokenizer, rows, save_every=0.25)
+    own = phases.TaskTrainer(task, tmp_path, tokenizer, rows, save_every=0.25)
     own.dense(patch(dense_model(source, task)), FIT)
     assert [path.name for path in trainer_checkpoints.checkpoints(left.parent)] == [left.name]
     assert trainer_checkpoints.is_complete(left)
@@ -98,14 +98,14 @@ def test_what_a_killed_run_was_writing_is_in_nobodys_way(world, tmp_path):
 
 def test_there_is_a_whole_dense_checkpoint_at_any_moment(world, tmp_path, monkeypatch):
     source, tokenizer, task, rows = world
-    folder, seal, seen = tmp_path / "work" / "dense", phases.seal, []
+    folder, seal, seen = tmp_path / "work" / "dense", trainer_compat.seal, []
 
     def watching(saved):
         seen.append(any(map(trainer_checkpoints.is_complete, trainer_checkpoints.checkpoints(folder))))
         seal(saved)
 
-    monkeypatch.setattr(phases, "seal", watching)
-    phases.Training(task, tmp_path, tokenizer, rows, save_every=0.25).dense(
+    monkeypatch.setattr(trainer_compat, "seal", watching)
+    phases.TaskTrainer(task, tmp_path, tokenizer, rows, save_every=0.25).dense(
         patch(dense_model(source, task)), FIT
     )
     assert seen == [False, True, True, True]

@@ -1,4 +1,4 @@
-"""A sweep that is interrupted, killed, shared or fed with a hostile recipe: nothing is lost or unsaid."""
+"""A sweep that is interrupted, killed, shared or given a hostile sweep file: nothing is lost or unsaid."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from helpers.commands import call, refused
 
 from fastgate.errors import ArgumentError, DataError, FastgateError
 from fastgate.training import sweep as sweeps
-from fastgate.training.sweep import _append, check_results, read_lines
-from fastgate.training.sweep_config import MAX_RUNS, expand, read_recipe
+from fastgate.training.sweep_config import MAX_RUNS, expand, read_sweep_config
+from fastgate.training.sweep_results import append_line, check_results, read_lines
 
 QUICK = {"dense_epochs": 1, "dense_lr": 1e-3, "epochs": 1, "lr": 1e-3, "max_length": 24, "batch_size": 16}
 CODE = "import sys; from fastgate.cli.main import app; app(sys.argv[1:])"
@@ -30,17 +30,17 @@ def world(tmp_path_factory):
     return folder
 
 
-def recipe_of(world, path, **changes):
+def sweep_file(world, path, **changes):
     import yaml
 
     runs = [{"method": "dense"}, {"method": "fixed", "keep": [0]}]
-    recipe = {"model": str(world / "model"), "tasks": ["sst2"], "seeds": [0], **QUICK, "runs": runs} | changes
-    path.write_text(yaml.safe_dump(recipe))
+    config = {"model": str(world / "model"), "tasks": ["sst2"], "seeds": [0], **QUICK, "runs": runs} | changes
+    path.write_text(yaml.safe_dump(config))
     return path
 
 
 def command_of(world, folder, *more, **changes):
-    recipe = recipe_of(world, folder / "recipe.yaml", **changes)
+    recipe = sweep_file(world, folder / "recipe.yaml", **changes)
     return [
         "sweep",
         recipe,
@@ -56,14 +56,14 @@ def command_of(world, folder, *more, **changes):
 
 def processes_of(folder):
     """Ids of the processes whose command names this folder."""
-    found = []
+    ids = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             if str(folder).encode() in path.read_bytes():
-                found.append(int(path.parent.name))
+                ids.append(int(path.parent.name))
         except OSError:  # it ended meanwhile
             continue
-    return found
+    return ids
 
 
 def wait_until(true, seconds=120):
@@ -78,7 +78,7 @@ def wait_until(true, seconds=120):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="it reads /proc")
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGINT])
-def test_workers_end_with_their_parent_and_the_sweep_goes_on(world, tmp_path, end):
+def test_workers_end_with_their_parent_and_the_sweep_resumes(world, tmp_path, end):
     """SIGTERM ends the parent at once, as SIGKILL does: it does nothing any more that could end a worker."""
     command = command_of(world, tmp_path, "--workers", 2, seeds=[0, 1], dense_epochs=400)
     parent = subprocesses.start(CODE, *command)
@@ -100,8 +100,8 @@ def test_workers_end_with_their_parent_and_the_sweep_goes_on(world, tmp_path, en
     # No lock is left and what was trained is used.
     checkpoints = sorted((tmp_path / "work").glob("*/*/dense/checkpoint-*"))
     assert checkpoints
-    for run in read_recipe(tmp_path / "recipe.yaml"):
-        with sweeps._lock(tmp_path / "work", run.dense).acquire(timeout=0):
+    for run in read_sweep_config(tmp_path / "recipe.yaml"):
+        with sweeps._lock(tmp_path / "work", run.dense_name).acquire(timeout=0):
             pass
 
 
@@ -117,9 +117,9 @@ with FileLock(sys.argv[1]):
 @pytest.mark.parametrize("workers", [1, 2])
 def test_what_another_process_holds_is_said_and_is_no_success(world, tmp_path, workers):
     command = command_of(world, tmp_path, "--workers", workers, seeds=[0, 1])
-    runs = read_recipe(tmp_path / "recipe.yaml")
+    runs = read_sweep_config(tmp_path / "recipe.yaml")
     (tmp_path / "work").mkdir()
-    lock = tmp_path / "work" / f"{runs[0].dense}.lock"
+    lock = tmp_path / "work" / f"{runs[0].dense_name}.lock"
     holder = subprocesses.start(HOLD, lock)
     assert holder.stdout.readline() == "held\n"
     result = call(*command, code=1)
@@ -128,9 +128,9 @@ def test_what_another_process_holds_is_said_and_is_no_success(world, tmp_path, w
     assert {line["seed"] for line in read_lines(tmp_path / "tasks.jsonl")} == {1}
     holder.kill()
     holder.communicate()
-    said = call(*command, "--workers", 1).output
+    printed = call(*command, "--workers", 1).output
     assert len(read_lines(tmp_path / "tasks.jsonl")) == 4
-    assert "4 runs, 2 of them in" in said
+    assert "4 runs, 2 of them in" in printed
     assert "4 of them in" in call(*command).output  # nothing left is a success, and is said
 
 
@@ -139,7 +139,7 @@ def test_a_worker_that_is_killed_is_no_success(world, tmp_path, monkeypatch):
     monkeypatch.setattr("fastgate.training.workers.run_workers", lambda *_: [-9, 0])
     message = call(*command, code=1).stderr
     assert "4 of 4 runs are left, 1 of 2 workers ended early" in message
-    assert "its process ended before it was done" in message
+    assert "its process ended too early" in message
 
 
 def test_progress_is_printed_without_a_terminal(world, tmp_path):
@@ -153,17 +153,17 @@ def test_progress_is_printed_without_a_terminal(world, tmp_path):
         assert any(part in line for line in lines), lines
 
 
-def test_ctrl_c_in_a_sweep_says_how_to_go_on(world, tmp_path, monkeypatch):
+def test_ctrl_c_in_a_sweep_says_how_to_continue(world, tmp_path, monkeypatch):
     command = command_of(world, tmp_path)
 
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    for place in ("load_task", "_run_group", "_run", "_append"):
+    for place in ("load_task", "do_group", "do_run", "append_line"):
         with monkeypatch.context() as patch:
             patch.setattr(sweeps, place, stop)
             message = call(*command, code=130).stderr
-        assert "the same command goes on from there" in message
+        assert "run the same command again to continue" in message
     call(*command)
     assert len(read_lines(tmp_path / "tasks.jsonl")) == 2
 
@@ -180,8 +180,8 @@ def test_a_line_cut_off_anywhere_is_mended_and_no_other_is_touched(tmp_path):
     first, second = (json.dumps(line_of(i)) + "\n" for i in range(2))
     for cut in range(len(second) + 1):
         out.write_text(first + second[:cut])
-        _append(out, line_of(1))
-        _append(out, line_of(2))
+        append_line(out, line_of(1))
+        append_line(out, line_of(2))
         text = out.read_text()
         assert text.startswith(first) and text.endswith("\n") and text.count("\n") == 3
         assert [line["settings"]["seed"] for line in read_lines(out)] == [0, 1, 2], cut
@@ -189,7 +189,7 @@ def test_a_line_cut_off_anywhere_is_mended_and_no_other_is_touched(tmp_path):
 
 def test_a_run_is_written_once(tmp_path):
     for _ in range(3):
-        _append(tmp_path / "new" / "tasks.jsonl", line_of(1))
+        append_line(tmp_path / "new" / "tasks.jsonl", line_of(1))
     assert len(read_lines(tmp_path / "new" / "tasks.jsonl")) == 1
 
 
@@ -234,7 +234,7 @@ def test_report_checks_its_options_first(world, tmp_path):
     assert "--dtype" in refused("report", lines, "--dtype", "half")
     assert "--out" in refused("report", lines, "--out", lines)
     assert "--out" in refused("report", lines, "--out", lines / "in")
-    assert "recipe" in refused("report", lines, "--recipe", world / "nothing.yaml")
+    assert "nothing.yaml" in refused("report", lines, "--recipe", world / "nothing.yaml")
     (tmp_path / "speeds.json").write_text("[")
     assert "speeds.json" in refused("report", lines, "--out", tmp_path / "report")
     (tmp_path / "speeds.json").unlink()
@@ -269,11 +269,11 @@ def test_results_that_cannot_be_read_or_written_are_found_first(tmp_path, monkey
     assert not (tmp_path / "work").exists()
 
 
-# -- recipes
+# -- sweep configs
 
 
 @pytest.mark.parametrize(
-    "changes, said",
+    "changes, expected",
     [
         ({"max_length": 65}, "max_length: got 65, wanted 3 to 64"),
         ({"epochs": 0.2}, "epochs: got 0.2, which is 1 optimizer step of 16 rows"),
@@ -287,9 +287,9 @@ def test_results_that_cannot_be_read_or_written_are_found_first(tmp_path, monkey
         ({"evaluate_on": "nope"}, "nope"),
     ],
 )
-def test_a_sweep_is_checked_whole_before_anything_trains(world, tmp_path, monkeypatch, changes, said):
-    monkeypatch.setattr("fastgate.training.phases.Training.dense", lambda *_: pytest.fail("it trains"))
-    assert said in call(*command_of(world, tmp_path, **changes), code=1).stderr.splitlines()[-1]
+def test_a_sweep_is_checked_whole_before_anything_trains(world, tmp_path, monkeypatch, changes, expected):
+    monkeypatch.setattr("fastgate.training.phases.TaskTrainer.dense", lambda *_: pytest.fail("it trains"))
+    assert expected in call(*command_of(world, tmp_path, **changes), code=1).stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
@@ -376,7 +376,7 @@ def test_a_value_that_a_key_cannot_have_is_refused_by_its_name(key, value):
         {"tasks": ["sst2"], "runs": [{"seeds": [1]}]},
     ],
 )
-def test_recipes_of_the_wrong_shape_are_refused(recipe):
+def test_sweep_configs_of_the_wrong_shape_are_refused(recipe):
     with pytest.raises(FastgateError, match="sweep: "):
         expand({"runs": [{"method": "dense"}], **recipe})
 
@@ -384,7 +384,7 @@ def test_recipes_of_the_wrong_shape_are_refused(recipe):
 def test_numbers_that_yaml_takes_for_texts_are_numbers(tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text("tasks: [sst2]\nlr: 5e-5\nruns: [{method: learned, sparsity: 0.5}]\n")
-    assert read_recipe(path)[0].lr == 5e-5
+    assert read_sweep_config(path)[0].lr == 5e-5
 
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
@@ -418,7 +418,7 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
         ),
     ],
 )
-def test_hostile_recipes_are_refused_at_once(tmp_path, monkeypatch, content):
+def test_hostile_sweep_files_are_refused_at_once(tmp_path, monkeypatch, content):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "recipe[x].yaml"
     path.write_text(content)
@@ -428,10 +428,11 @@ def test_hostile_recipes_are_refused_at_once(tmp_path, monkeypatch, content):
     assert not (tmp_path / "owned").exists() and not (tmp_path / "sweep-work").exists()
     path.write_bytes(b"\xff\xfe")
     assert "recipe[x].yaml" in refused("sweep", path)
-    assert "recipe" in refused("sweep", tmp_path) and "recipe" in refused("sweep", tmp_path / "none.yaml")
+    for path in (tmp_path, tmp_path / "none.yaml"):
+        assert f"sweep file: got {path}" in refused("sweep", path)
 
 
-def test_as_many_runs_as_a_recipe_may_have():
+def test_as_many_runs_as_a_sweep_config_may_have():
     runs = [{"method": "dense"}]
     assert len(expand({"tasks": ["sst2"], "seeds": list(range(50)), "runs": runs})) == 50
     with pytest.raises(ArgumentError, match=f"{MAX_RUNS + 1} runs"):

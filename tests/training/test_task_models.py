@@ -24,7 +24,7 @@ import fastgate
 from fastgate.data import load_files, metrics
 from fastgate.errors import ArgumentError, CheckpointError, DataError, FastgateError
 from fastgate.training import dense_model, load_tokenizer
-from fastgate.training.evaluate import check_fits, class_names, read_model, score
+from fastgate.training.evaluate import check_fits, class_names, collator_of, read_model, score
 from fastgate.training.model import longest_row
 
 
@@ -52,9 +52,9 @@ def classifier(folder, out, auto=AutoModelForSequenceClassification, names=("neg
 
 def refused(*arguments, code=1):
     """The one line that says why a command is refused."""
-    said = run(*arguments, code=code).stderr
-    assert said.startswith("error: ") and said.count("\n") == 1, said
-    return said
+    message = run(*arguments, code=code).stderr
+    assert message.startswith("error: ") and message.count("\n") == 1, message
+    return message
 
 
 def test_a_pruned_model_is_not_fine_tuned(folder, tmp_path):
@@ -73,14 +73,14 @@ def test_a_pruned_model_without_its_marks_is_not_whole(folder, tmp_path):
     weights = load_file(tmp_path / "c" / "model.safetensors")
     left = {k: v for k, v in weights.items() if "layer.1.attention.self" not in k}
     save_file(left, tmp_path / "c" / "model.safetensors", metadata={"format": "pt"})
-    said = r"without 6 of its weights, such as bert\.encoder\.layer\.1\.attention\.self\.key\.bias"
+    message = r"without 6 of its weights, such as bert\.encoder\.layer\.1\.attention\.self\.key\.bias"
     for load in (lambda path: dense_model(path, task), read_model):
-        with pytest.raises(CheckpointError, match=said):
+        with pytest.raises(CheckpointError, match=message):
             load(tmp_path / "c")
 
 
 @pytest.mark.parametrize(
-    "key, value, said",
+    "key, value, message",
     [
         ("intermediate_size", 32, "without 9 of its weights"),
         ("num_hidden_layers", 2, "16 weights beyond its config.json, such as bert.encoder.layer.2."),
@@ -91,14 +91,14 @@ def test_a_pruned_model_without_its_marks_is_not_whole(folder, tmp_path):
         ("model_type", "no_such", "damaged"),
     ],
 )
-def test_a_config_that_does_not_fit_the_weights_is_refused(folder, tmp_path, key, value, said):
+def test_a_config_that_does_not_fit_the_weights_is_refused(folder, tmp_path, key, value, message):
     classifier(folder, tmp_path / "c")
     config = json.loads((tmp_path / "c" / "config.json").read_text())
     (tmp_path / "c" / "config.json").write_text(json.dumps({**config, key: value}))
     for load in (lambda path: dense_model(path, text_task(tmp_path)), read_model):
         with pytest.raises(FastgateError) as caught:
             load(tmp_path / "c")
-        assert said in str(caught.value) and "\n" not in str(caught.value)
+        assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("content", [b"", b"\x00" * 50, "half", None])
@@ -181,10 +181,10 @@ def test_the_folder_of_a_run_is_answered_with_the_models_in_it(folder, tmp_path)
     rows = tiny_models.write_rows(tmp_path / "rows.jsonl", [{"text": "good", "label": i} for i in (0, 1)])
     data = ["--task-type", "text", "--validation", rows]
     for command in (["explain", run_folder], ["evaluate", run_folder, *data]):
-        said = refused(*command)
-        assert "PATH: got" in said and f"name the model in it: {run_folder / 'pruned'}" in said
-    said = refused("finetune", "--model", run_folder, *data, "--train", rows, "--out", tmp_path / "new")
-    assert f"name the model in it: {run_folder / 'dense'}" in said and "--model: got" in said
+        message = refused(*command)
+        assert "PATH: got" in message and f"name the model in it: {run_folder / 'pruned'}" in message
+    message = refused("finetune", "--model", run_folder, *data, "--train", rows, "--out", tmp_path / "new")
+    assert f"name the model in it: {run_folder / 'dense'}" in message and "--model: got" in message
     shutil.rmtree(run_folder)
     for step in (9, 10):
         classifier(folder, run_folder / f"checkpoint-{step}")
@@ -237,7 +237,7 @@ def test_cut_rows_are_counted(tmp_path):
     task.tokenize(tokenizer, 8)
     assert task.counts["max_length"] == 8 and task.counts["rows"] == {"train": 4, "evaluation": 4}
     assert task.counts["truncated"] == {"train": 2, "evaluation": 2}
-    assert task.notes[0] == "2 of 4 rows of train were longer than 8 tokens and cut"
+    assert task.notes[0] == "2 of 4 rows of train were longer than 8 tokens and truncated"
     task.tokenize(tokenizer, 22)
     assert task.notes == [] and task.counts["truncated"] == {"train": 0, "evaluation": 0}
     windows = task.tokenize(tokenizer, 8, stride=2)
@@ -252,8 +252,8 @@ def test_cut_rows_are_counted(tmp_path):
     rows = [{"tokens": ["good"] * n + ["\u200b"], "tags": ["A"] * n + ["B"]} for n in (2, 5, 9)]
     path = tiny_models.write_rows(tmp_path / "tokens.jsonl", rows)
     task = load_files("tokens", path, path)
-    found = task.tokenize(tokenizer, 7)["train"]["labels"][:]
-    scored = sum(label != -100 for row in found for label in row)
+    labels = task.tokenize(tokenizer, 7)["train"]["labels"][:]
+    scored = sum(label != -100 for row in labels for label in row)
     assert task.counts["truncated"]["train"] >= 1
     assert task.counts["unscored_words"]["train"] == sum(len(row["tags"]) for row in rows) - scored > 0
 
@@ -268,8 +268,8 @@ def test_a_slow_tokenizer_counts_cut_rows_too(tmp_path):
             return getattr(fast, name)
 
         def __call__(self, *texts, **options):
-            found = fast(*texts, **options)
-            return type(found)(dict(found))  # without encodings
+            encoding = fast(*texts, **options)
+            return type(encoding)(dict(encoding))  # without encodings
 
     task = text_task(tmp_path, ["good " * n for n in (1, 6, 7, 20)])
     task.tokenize(Slow(), 8)
@@ -309,7 +309,7 @@ def test_a_roberta_takes_rows_of_its_longest_length(tmp_path, pad):
 def scored(model, task, rows=None, tokenizer=None, tmp_path=None, length=16):
     tokenizer = tokenizer or tiny_models.tokenizer(tmp_path / "words")
     rows = rows or task.tokenize(tokenizer, length)["evaluation"]
-    return score(model, task, rows, task.collator(tokenizer))
+    return score(model, task, rows, collator_of(task, tokenizer))
 
 
 def test_a_row_longer_than_the_model_takes_is_not_scored(folder, tmp_path):
@@ -333,8 +333,8 @@ def test_a_model_is_scored_on_its_own_kind_of_task_only(folder, tmp_path):
         "regression": [{"text": "good", "label": i} for i in (1.5, 2, 3)],
         "tokens": [{"tokens": ["good", "bad"], "tags": ["neg", "pos"]}],
     }
-    for kind, found in rows.items():
-        path = tiny_models.write_rows(tmp_path / f"{kind}.jsonl", found)
+    for kind, kind_rows in rows.items():
+        path = tiny_models.write_rows(tmp_path / f"{kind}.jsonl", kind_rows)
         task = load_files(kind, path, path)
         for made_for, model_path in models.items():
             model = AutoModelForMaskedLM if made_for == "mlm" else None
@@ -352,8 +352,8 @@ def test_a_model_is_scored_on_its_own_kind_of_task_only(folder, tmp_path):
                 with pytest.raises(DataError, match=f"model: got {name} with .* wanted a model for {kind}"):
                     call()
             if made_for != "mlm":
-                said = refused("evaluate", model_path, "--task-type", kind, "--validation", path)
-                assert f"got {name}" in said
+                message = refused("evaluate", model_path, "--task-type", kind, "--validation", path)
+                assert f"got {name}" in message
 
 
 @pytest.mark.parametrize("train", [False, True])
@@ -380,9 +380,9 @@ def test_evaluate_takes_ids_and_names_in_the_models_order(folder, tmp_path, name
     got = json.loads(run(*command).stdout)["scores"]["accuracy"]
     model, tokenizer = AutoModelForSequenceClassification.from_pretrained(path).eval(), load_tokenizer(path)
     with torch.no_grad():
-        said = [int(model(**tokenizer(r["text"], return_tensors="pt")).logits.argmax()) for r in rows]
+        predicted = [int(model(**tokenizer(r["text"], return_tensors="pt")).logits.argmax()) for r in rows]
     gold = [r["label"] if isinstance(r["label"], int) else names.index(r["label"]) for r in rows]
-    assert got == pytest.approx(np.mean(np.array(said) == gold))
+    assert got == pytest.approx(np.mean(np.array(predicted) == gold))
 
 
 def test_class_names_come_in_the_order_of_the_ids(folder, tmp_path):
@@ -413,15 +413,15 @@ def test_undefined_scores_are_said_and_nan_is_refused(tmp_path):
     with pytest.warns(
         RuntimeWarning, match="Matthews correlation is undefined .* the predictions are of one class"
     ):
-        found = scored(Constant(1.0, 0.0), text_task(tmp_path), tmp_path=tmp_path)
-    assert found == {"accuracy": 0.5, "f1": 0.0, "matthews": 0.0}
+        scores = scored(Constant(1.0, 0.0), text_task(tmp_path), tmp_path=tmp_path)
+    assert scores == {"accuracy": 0.5, "f1": 0.0, "matthews": 0.0}
     with pytest.raises(ArgumentError, match="NaN in 2 of 2 outputs of Constant"):
         scored(Constant(float("nan"), 0.0), text_task(tmp_path), tmp_path=tmp_path)
     with pytest.warns(RuntimeWarning, match="the gold labels are of one class"):
         metrics.classification(np.eye(2), np.array([1, 1]), ("a", "b"))
     with pytest.warns(RuntimeWarning, match="correlation is undefined .* the gold numbers are all equal"):
-        found = metrics.regression(np.array([1.0, 2.0]), np.array([3.0, 3.0]))
-    assert found == {"spearman": 0.0, "pearson": 0.0, "mse": 2.5}
+        scores = metrics.regression(np.array([1.0, 2.0]), np.array([3.0, 3.0]))
+    assert scores == {"spearman": 0.0, "pearson": 0.0, "mse": 2.5}
     with pytest.warns(RuntimeWarning, match="no entity in the gold tags"):
         metrics.tokens(np.zeros((1, 2, 2)), np.array([[0, 0]]), ("O", "B-x"))
     task = text_task(tmp_path)

@@ -1,0 +1,66 @@
+"""`fastgate bench`: fastgate and baselines on the same batches."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from fastgate.cli.options import AsJson, BatchSize, DataDir, MaxLength, check_number, split_names
+from fastgate.cli.progress import console
+from fastgate.errors import ArgumentError, format_error
+
+
+def bench(
+    model: Annotated[
+        str, typer.Option(help="minilm, bert-base or bert-large (random weights), a checkpoint, or a model.")
+    ],
+    task: Annotated[str, typer.Option(help="Task whose evaluation set is timed.")],
+    data_dir: DataDir = None,
+    against: Annotated[
+        str,
+        typer.Option(help="Baselines, separated by commas: sdpa, eager, compile, onnxruntime, openvino."),
+    ] = "sdpa,eager",
+    keep: Annotated[
+        str | None,
+        typer.Option(help="Layers whose attention is kept, separated by commas; by default all."),
+    ] = None,
+    batch_size: BatchSize = 32,
+    batches: Annotated[int, typer.Option(help="Number of batches.", callback=check_number)] = 8,
+    order: Annotated[
+        str, typer.Option(help="Order of the rows: data (as they come) or length (sorted by length).")
+    ] = "data",
+    threads: Annotated[int | None, typer.Option(help="CPU threads.", callback=check_number)] = None,
+    max_length: MaxLength = 128,
+    dtype: Annotated[str, typer.Option(help="Precision of every model: float32 or bfloat16.")] = "float32",
+    as_json: AsJson = False,
+) -> None:
+    """Time fastgate and baselines in turn on the same real batches, after checking that outputs are equal."""
+    from fastgate.benchmark.compare import bench as run_bench
+    from fastgate.benchmark.compare import bench_table
+
+    result = run_bench(
+        model, task, data_dir, against=split_names("--against", against), keep=_layers(keep),
+        batch_size=batch_size, batches=batches, order=order, threads=threads, max_length=max_length,
+        console=console(stderr=True), dtype=dtype,
+    )  # fmt: skip
+    if as_json:
+        typer.echo(json.dumps(result.to_dict()))
+    else:
+        console().print(bench_table(result))
+
+
+def _layers(keep: str | None) -> list[int] | None:
+    """The layers of --keep. Raises ArgumentError for what is no index, and for a layer named twice."""
+    if keep is None:
+        return None
+    layers = []
+    for part in (part.strip() for part in keep.split(",") if part.strip()):
+        if not (part.isascii() and part.isdecimal()):
+            remedy = "pass e.g. --keep 0,4,8"
+            raise ArgumentError(format_error("bench", "--keep", repr(part), "layer indices", remedy))
+        layers.append(int(part))
+    if len(set(layers)) != len(layers):
+        raise ArgumentError(format_error("bench", "--keep", keep, "different layers", "name each layer once"))
+    return layers
