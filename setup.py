@@ -78,19 +78,19 @@ def compiler(environ: Environ) -> str:
         raise CannotBuild(f"compiled kernels are built on Linux x86_64 only, this is {system}")
     names = [environ["CXX"]] if environ.get("CXX") else ["c++", "g++", "clang++"]
     for name in names:
-        found = shutil.which(name, path=environ.get("PATH"))
-        if found:
-            return found
+        path = shutil.which(name, path=environ.get("PATH"))
+        if path:
+            return path
     raise CannotBuild(f"no C++ compiler found (looked for {', '.join(names)})")
 
 
 def nvcc(environ: Environ) -> str:
     """CUDA's compiler: $CUDA_HOME/bin/nvcc, or nvcc on PATH."""
     home = environ.get("CUDA_HOME")
-    found = shutil.which("nvcc", path=str(Path(home) / "bin") if home else environ.get("PATH"))
-    if found is None:
+    path = shutil.which("nvcc", path=str(Path(home) / "bin") if home else environ.get("PATH"))
+    if path is None:
         raise CannotBuild(f"no nvcc found in {home + '/bin' if home else 'PATH'}")
-    return found
+    return path
 
 
 def cuda_is_meant(environ: Environ) -> bool:
@@ -116,10 +116,10 @@ def ninja() -> str:
         bundled = Path(package.BIN_DIR) / "ninja"
         if bundled.exists():
             return str(bundled)
-    found = shutil.which("ninja")
-    if found is None:
+    path = shutil.which("ninja")
+    if path is None:
         raise CannotBuild("ninja is not installed in the build environment")
-    return found
+    return path
 
 
 def plan(environ: Environ) -> dict[str, str]:
@@ -220,12 +220,12 @@ class BuildExt(build_ext):
             f"libraries = -L {torch / 'lib'} -ltorch_cpu {os.environ.get('LDFLAGS', '')}",
         ]
         if library == "cuda":
-            lines += [f"nvcc = {nvcc(os.environ)}", f"cuda_flags = {' '.join(CUDA_FLAGS)}"]
+            lines += [f"nvcc = {nvcc(os.environ)}", f"cuda_flags = {' '.join(CUDA_FLAGS)} -I {ROOT / 'csrc'}"]
         lines.append(NINJA_RULES)
         objects = []
         for source in ext.sources:
             rule = "compile_cuda" if source.endswith(".cu") else "compile"
-            objects.append(f"{Path(source).name}.o")
+            objects.append(f"{source}.o")  # with its folders: two files of one name are two objects
             lines.append(f"build {objects[-1]}: {rule} {ROOT / source}")
         link = "link_cuda" if library == "cuda" else "link"
         lines.append(f"build {target}: {link} {' '.join(objects)}\ndefault {target}\n")
@@ -242,8 +242,10 @@ class Wheel(bdist_wheel):
 
 
 def extension(library: str) -> Extension:
+    """The library of every source in csrc/<library>/ and the folders in it."""
     folder = ROOT / "csrc" / library
-    sources = sorted(str(path.relative_to(ROOT)) for path in (*folder.glob("*.cpp"), *folder.glob("*.cu")))
+    paths = [path for suffix in ("*.cpp", "*.cu") for path in folder.rglob(suffix)]
+    sources = sorted(path.relative_to(ROOT).as_posix() for path in paths)
     return Extension(f"fastgate.libfastgate_{library}", sources=sources)
 
 

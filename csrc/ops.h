@@ -1,4 +1,4 @@
-// The ops' C++ functions, one a schema in fastgate/ops.py, and the tensor helpers that they share.
+// What each op takes, written once for its schema and its C++ functions, and helpers on tensors.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -15,87 +15,94 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// Operands of gated_add_norm: the schema, as in fastgate/ops.py.
-#define FASTGATE_GATED_ADD_NORM_SCHEMA                                                                       \
-  "Tensor x, Tensor residual, Tensor weight, Tensor norm_bias, float eps, Tensor? bias, Tensor? gate, "      \
-  "Tensor? scale, Tensor? shift, float dropout_p, Tensor? seed, Tensor? weight2, Tensor? norm_bias2, float eps2"
+// An op's operands, in the order of its schema. fastgate/ops/ has the same; tests/ops/test_operands.py
+// compares them.
+//
+//   FASTGATE_SCHEMA(OP)      of its schema: "Tensor x, Tensor? bias, float eps"
+//   FASTGATE_PARAMETERS(OP)  of its C++ functions: Tensor x, OptionalTensor bias, double eps
+//   FASTGATE_ARGUMENTS(OP)   of a call: x, bias, eps
+#define FASTGATE_SCHEMA(OP) FASTGATE_##OP##_OPERANDS(FASTGATE_FIRST_IN_SCHEMA, FASTGATE_NEXT_IN_SCHEMA)
+#define FASTGATE_PARAMETERS(OP) FASTGATE_##OP##_OPERANDS(FASTGATE_FIRST_PARAMETER, FASTGATE_NEXT_PARAMETER)
+#define FASTGATE_ARGUMENTS(OP) FASTGATE_##OP##_OPERANDS(FASTGATE_FIRST_ARGUMENT, FASTGATE_NEXT_ARGUMENT)
 
-// Operands of gated_add_norm after x and residual, in the schema's order.
-#define FASTGATE_GATED_ADD_NORM_OPERANDS                                                                     \
-  Tensor weight, Tensor norm_bias, double eps, OptionalTensor bias, OptionalTensor gate, OptionalTensor scale, \
-      OptionalTensor shift, double dropout_p, OptionalTensor seed, OptionalTensor weight2,                     \
-      OptionalTensor norm_bias2, double eps2
+// clang-format off
+#define FASTGATE_GATED_ADD_NORM_OPERANDS(FIRST, NEXT) \
+  FIRST(TENSOR, x) NEXT(TENSOR, residual) NEXT(TENSOR, weight) NEXT(TENSOR, norm_bias) \
+  NEXT(FLOAT, eps) NEXT(OPTIONAL, bias) NEXT(OPTIONAL, gate) NEXT(OPTIONAL, scale) \
+  NEXT(OPTIONAL, offset) NEXT(FLOAT, dropout_p) NEXT(OPTIONAL, seed) NEXT(OPTIONAL, weight2) \
+  NEXT(OPTIONAL, norm_bias2) NEXT(FLOAT, eps2)
 
-// Bits of `wanted`: what gated_add_norm_backward is asked for. Parameters follow in the order they are stacked in.
-enum Wanted : int64_t {
-  kX = 1,
-  kResidual = 2,
-  kBias = 4,
-  kGate = 8,
-  kScale = 16,
-  kShift = 32,
-  kWeight = 64,
-  kNormBias = 128,
-  kWeight2 = 256,
-  kNormBias2 = 512,
-};
-constexpr int kParameters = 8;
-constexpr int64_t parameter_bit(int place) { return int64_t{4} << place; }
+// Rows of sequences one after another; those of sequence s end at cu_q[s + 1] and cu_k[s + 1].
+#define FASTGATE_ATTENTION_OPERANDS(FIRST, NEXT) \
+  FIRST(TENSOR, q) NEXT(TENSOR, k) NEXT(TENSOR, v) NEXT(OPTIONAL, q_bias) NEXT(OPTIONAL, k_bias) \
+  NEXT(OPTIONAL, v_bias) NEXT(TENSOR, cu_q) NEXT(TENSOR, cu_k) NEXT(INT, heads) NEXT(FLOAT, scale) \
+  NEXT(FLOAT, dropout_p) NEXT(OPTIONAL, seed)
 
-// Kinds of the halves of a layer that packed_layers runs. With each comes a number: heads, heads, columns of the first
-// product, or how many links away from those that are read a shift's rows may be (-1: all of them).
-enum Half : int64_t { kAttention = 0, kAbsorbed = 1, kFeedForward = 2, kShiftNorm = 3 };
+#define FASTGATE_ABSORBED_ATTENTION_OPERANDS(FIRST, NEXT) \
+  FIRST(TENSOR, probe) NEXT(TENSOR, x) NEXT(TENSOR, cu_seqlens) NEXT(FLOAT, scale) \
+  NEXT(FLOAT, dropout_p) NEXT(OPTIONAL, seed)
 
-// Operands of attention, in the schema's order: rows packed sequence after sequence, which end at cu_q and cu_k.
-#define FASTGATE_ATTENTION_OPERANDS                                                                        \
-  Tensor q, Tensor k, Tensor v, OptionalTensor q_bias, OptionalTensor k_bias, OptionalTensor v_bias,       \
-      Tensor cu_q, Tensor cu_k, int64_t heads, double scale, double dropout_p, OptionalTensor seed
+#define FASTGATE_SHIFT_NORM_OPERANDS(FIRST, NEXT) \
+  FIRST(TENSOR, x) NEXT(TENSOR, has_left_neighbour) NEXT(TENSOR, offset) NEXT(TENSOR, scale) \
+  NEXT(TENSOR, before) NEXT(TENSOR, after) NEXT(TENSOR, weight) NEXT(TENSOR, norm_bias) \
+  NEXT(FLOAT, eps)
 
-// Operands of absorbed_attention, in the schema's order.
-#define FASTGATE_ABSORBED_ATTENTION_OPERANDS \
-  Tensor probe, Tensor x, Tensor cu_seqlens, double scale, double dropout_p, OptionalTensor seed
+#define FASTGATE_EMBED_NORM_OPERANDS(FIRST, NEXT) \
+  FIRST(TENSOR, words) NEXT(TENSOR, positions) NEXT(OPTIONAL, types) NEXT(TENSOR, word_table) \
+  NEXT(TENSOR, position_table) NEXT(TENSOR, type_table) NEXT(TENSOR, weight) NEXT(TENSOR, norm_bias) \
+  NEXT(FLOAT, eps) NEXT(FLOAT, dropout_p) NEXT(OPTIONAL, seed) NEXT(OPTIONAL, weight2) \
+  NEXT(OPTIONAL, norm_bias2) NEXT(FLOAT, eps2) NEXT(INT, padding_idx) \
+  NEXT(INT, position_padding_idx)
 
-// Operands of shift_norm, in the schema's order.
-#define FASTGATE_SHIFT_NORM_OPERANDS                                                                          \
-  Tensor x, Tensor linked, Tensor shift, Tensor scale, Tensor before, Tensor after, Tensor weight, Tensor norm_bias, \
-      double eps
+// clang-format on
 
-// Operands of embed_norm, in the schema's order.
-#define FASTGATE_EMBED_NORM_OPERANDS                                                                        \
-  Tensor words, Tensor positions, OptionalTensor types, Tensor word_table, Tensor position_table,           \
-      Tensor type_table, Tensor weight, Tensor norm_bias, double eps, double dropout_p, OptionalTensor seed, \
-      OptionalTensor weight2, OptionalTensor norm_bias2, double eps2, int64_t padding_idx,                   \
-      int64_t position_padding_idx
+#define FASTGATE_FIRST_IN_SCHEMA(TYPE, NAME) FASTGATE_SCHEMA_##TYPE " " #NAME
+#define FASTGATE_NEXT_IN_SCHEMA(TYPE, NAME) ", " FASTGATE_SCHEMA_##TYPE " " #NAME
+#define FASTGATE_FIRST_PARAMETER(TYPE, NAME) FASTGATE_CPP_##TYPE NAME
+#define FASTGATE_NEXT_PARAMETER(TYPE, NAME) , FASTGATE_CPP_##TYPE NAME
+#define FASTGATE_FIRST_ARGUMENT(TYPE, NAME) NAME
+#define FASTGATE_NEXT_ARGUMENT(TYPE, NAME) , NAME
 
+#define FASTGATE_SCHEMA_TENSOR "Tensor"
+#define FASTGATE_SCHEMA_OPTIONAL "Tensor?"
+#define FASTGATE_SCHEMA_FLOAT "float"
+#define FASTGATE_SCHEMA_INT "int"
+#define FASTGATE_CPP_TENSOR ::fastgate::Tensor
+#define FASTGATE_CPP_OPTIONAL ::fastgate::OptionalTensor
+#define FASTGATE_CPP_FLOAT double
+#define FASTGATE_CPP_INT int64_t
+
+// requested: bits of gradient_bits.h.
 namespace cpu {
-std::tuple<Tensor, Tensor> absorbed_attention(FASTGATE_ABSORBED_ATTENTION_OPERANDS);
+std::tuple<Tensor, Tensor> absorbed_attention(FASTGATE_PARAMETERS(ABSORBED_ATTENTION));
 std::tuple<Tensor, Tensor> absorbed_attention_backward(
-    Tensor grad, OptionalTensor grad_total, FASTGATE_ABSORBED_ATTENTION_OPERANDS);
-Tensor embed_norm(FASTGATE_EMBED_NORM_OPERANDS);
+    Tensor grad_mixed, OptionalTensor grad_total, FASTGATE_PARAMETERS(ABSORBED_ATTENTION));
+Tensor embed_norm(FASTGATE_PARAMETERS(EMBED_NORM));
 std::tuple<Tensor, Tensor, Tensor, Tensor> embed_norm_backward(
-    Tensor grad, FASTGATE_EMBED_NORM_OPERANDS, int64_t wanted);
-Tensor attention(FASTGATE_ATTENTION_OPERANDS);
-std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor grad, FASTGATE_ATTENTION_OPERANDS);
+    Tensor grad, FASTGATE_PARAMETERS(EMBED_NORM), int64_t requested);
+Tensor attention(FASTGATE_PARAMETERS(ATTENTION));
+std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor grad, FASTGATE_PARAMETERS(ATTENTION));
 bool packs_bfloat16();
 Tensor packed_linear(Tensor x, Tensor panels, OptionalTensor bias, int64_t columns, bool gelu);
-Tensor packed_layers(
+Tensor fused_layers(
     Tensor h, std::vector<OptionalTensor> operands, std::vector<int64_t> kinds, std::vector<double> numbers,
-    Tensor cu_seqlens, OptionalTensor wanted, std::vector<Tensor> links);
-Tensor shift_norm(FASTGATE_SHIFT_NORM_OPERANDS);
-std::tuple<Tensor, Tensor> shift_norm_backward(Tensor grad, FASTGATE_SHIFT_NORM_OPERANDS, int64_t wanted);
-Tensor gated_add_norm(Tensor x, Tensor residual, FASTGATE_GATED_ADD_NORM_OPERANDS);
+    Tensor cu_seqlens, OptionalTensor output_rows, std::vector<Tensor> neighbours);
+Tensor shift_norm(FASTGATE_PARAMETERS(SHIFT_NORM));
+std::tuple<Tensor, Tensor> shift_norm_backward(
+    Tensor grad, FASTGATE_PARAMETERS(SHIFT_NORM), int64_t requested);
+Tensor gated_add_norm(FASTGATE_PARAMETERS(GATED_ADD_NORM));
 std::tuple<Tensor, Tensor, Tensor> gated_add_norm_backward(
-    Tensor grad, Tensor x, Tensor residual, FASTGATE_GATED_ADD_NORM_OPERANDS, int64_t wanted);
+    Tensor grad, FASTGATE_PARAMETERS(GATED_ADD_NORM), int64_t requested);
 }  // namespace cpu
 
 namespace cuda {
-Tensor gated_add_norm(Tensor x, Tensor residual, FASTGATE_GATED_ADD_NORM_OPERANDS);
+Tensor gated_add_norm(FASTGATE_PARAMETERS(GATED_ADD_NORM));
 std::tuple<Tensor, Tensor, Tensor> gated_add_norm_backward(
-    Tensor grad, Tensor x, Tensor residual, FASTGATE_GATED_ADD_NORM_OPERANDS, int64_t wanted);
+    Tensor grad, FASTGATE_PARAMETERS(GATED_ADD_NORM), int64_t requested);
 }  // namespace cuda
 
-// An uninitialised contiguous tensor on `like`'s device. The shim is called straight: through the dispatcher an
-// allocation costs as much as a small kernel.
+// An uninitialised contiguous tensor on `like`'s device. The shim is called straight: through the dispatcher
+// an allocation costs as much as a small kernel.
 inline Tensor empty(const int64_t* sizes, int64_t dims, ScalarType dtype, const Tensor& like) {
   std::vector<int64_t> strides(dims);
   int64_t step = 1;

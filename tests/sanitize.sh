@@ -2,11 +2,11 @@
 # The C++ kernels under sanitizers: tests/sanitize.sh [address] [thread]; both without an argument.
 #
 #   address  AddressSanitizer and UndefinedBehaviorSanitizer, on tests of every op, forward and backward.
-#   thread   ThreadSanitizer, on products, attention and frozen models in several threads.
+#   thread   ThreadSanitizer, on gemms, attention and frozen models in several threads.
 #
 # A copy of the package is built with each and tested, and nothing here is changed. Kernels are compiled for
-# several levels of x86-64 and run at the one that this machine takes; tiles.cpp, whose sizes differ between
-# levels, is run at each that it has, by tiles_driver.cpp. torch itself is not instrumented. Its thread pool
+# several levels of x86-64 and run at the one that this machine takes; fp32_gemm.cpp, whose tiles differ between
+# levels, is run at each that it has, by gemm_driver.cpp. torch itself is not instrumented. Its thread pool
 # would hide from ThreadSanitizer what one thread waits for, so sanitize_threads.cpp stands for it there.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -47,8 +47,8 @@ address() {
   local flags="-fsanitize=address,undefined -fno-sanitize-recover=undefined"
   copy address
   # shellcheck disable=SC2086
-  "$CXX" -std=c++17 -O1 -g1 -fopenmp-simd $flags -I csrc tests/ops/tiles_driver.cpp -o "$work/tiles"
-  "$work/tiles"
+  "$CXX" -std=c++17 -O1 -g1 -fopenmp-simd $flags -I csrc tests/ops/gemm_driver.cpp -o "$work/gemm_driver"
+  "$work/gemm_driver"
   build address "$flags" ""
   run_tests address "$(library libasan.so) $(library libubsan.so) $(library libstdc++.so)" \
     tests/ops/test_compiled_checks.py tests/ops/test_fused_layers.py tests/ops/test_gated_add_norm.py \

@@ -46,8 +46,8 @@ def python(code, folder, **environ):
 
 
 def test_without_a_compiler_auto_goes_on_and_says_why(monkeypatch, capsys):
-    found = setup_py(monkeypatch, EMPTY_PATH)
-    assert set(found["REASONS"].values()) == {"no C++ compiler found (looked for c++, g++, clang++)"}
+    setup = setup_py(monkeypatch, EMPTY_PATH)
+    assert set(setup["REASONS"].values()) == {"no C++ compiler found (looked for c++, g++, clang++)"}
     assert "the ops will run in torch: no C++ compiler found" in capsys.readouterr().err
 
 
@@ -59,8 +59,8 @@ def test_without_a_compiler_cpu_fails_with_the_remedy(monkeypatch):
 
 
 def test_none_never_compiles(monkeypatch):
-    found = setup_py(monkeypatch, {**os.environ, "FASTGATE_BUILD": "none"})
-    assert set(found["REASONS"].values()) == {"built with FASTGATE_BUILD=none"}
+    setup = setup_py(monkeypatch, {**os.environ, "FASTGATE_BUILD": "none"})
+    assert set(setup["REASONS"].values()) == {"built with FASTGATE_BUILD=none"}
 
 
 def test_other_modes_are_refused_with_the_choice(monkeypatch):
@@ -72,8 +72,8 @@ def test_without_nvcc_cuda_fails_with_the_remedy_and_auto_goes_on(monkeypatch, t
     environ = {**os.environ, "CUDA_HOME": str(tmp_path), "FASTGATE_BUILD": "cuda"}
     with pytest.raises(SystemExit, match=r"got 'cuda', .* no nvcc found in .*install the CUDA toolkit"):
         setup_py(monkeypatch, environ)
-    found = setup_py(monkeypatch, {**environ, "FASTGATE_BUILD": "auto"})
-    assert found["REASONS"]["cpu"] == "" and "no nvcc found" in found["REASONS"]["cuda"]
+    setup = setup_py(monkeypatch, {**environ, "FASTGATE_BUILD": "auto"})
+    assert setup["REASONS"]["cpu"] == "" and "no nvcc found" in setup["REASONS"]["cuda"]
 
 
 @pytest.mark.parametrize("torch_cuda", ["None", "'13.0'"])
@@ -87,13 +87,36 @@ def test_auto_compiles_cuda_where_it_is_meant(monkeypatch, tmp_path, torch_cuda)
     names = ("FASTGATE_BUILD", "CUDA_HOME")
     environ = {name: value for name, value in os.environ.items() if name not in names}
     environ["PATH"] = f"{nvcc.parent}:{environ['PATH']}"
-    found = setup_py(monkeypatch, environ)
-    found["plan"].__globals__["torch_folder"] = lambda: tmp_path
+    setup = setup_py(monkeypatch, environ)
+    setup["plan"].__globals__["torch_folder"] = lambda: tmp_path
     meant = torch_cuda != "None"
-    assert (found["plan"](environ)["cuda"] == "") == meant
-    assert found["plan"]({**environ, "CUDA_HOME": str(tmp_path)})["cuda"] == ""
-    assert found["plan"]({**environ, "FASTGATE_BUILD": "cuda"})["cuda"] == ""
-    assert "FASTGATE_BUILD=cpu" in found["plan"]({**environ, "FASTGATE_BUILD": "cpu"})["cuda"]
+    assert (setup["plan"](environ)["cuda"] == "") == meant
+    assert setup["plan"]({**environ, "CUDA_HOME": str(tmp_path)})["cuda"] == ""
+    assert setup["plan"]({**environ, "FASTGATE_BUILD": "cuda"})["cuda"] == ""
+    assert "FASTGATE_BUILD=cpu" in setup["plan"]({**environ, "FASTGATE_BUILD": "cpu"})["cuda"]
+
+
+@pytest.mark.parametrize("library", ["cpu", "cuda"])
+def test_every_source_is_compiled(monkeypatch, library):
+    """Also those in folders of csrc/cpu/ and csrc/cuda/."""
+    sources = setup_py(monkeypatch, dict(os.environ))["extension"](library).sources
+    paths = [path for path in (ROOT / "csrc" / library).rglob("*") if path.suffix in (".cpp", ".cu")]
+    assert sorted(sources) == sorted(path.relative_to(ROOT).as_posix() for path in paths)
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+def test_two_sources_of_one_name_are_two_objects(monkeypatch, tmp_path):
+    from setuptools import Distribution
+
+    setup = setup_py(monkeypatch, {**os.environ, "FASTGATE_BUILD": "cpu"})
+    sources = ["csrc/cpu/linear.cpp", "csrc/cpu/gemm/linear.cpp"]
+    command = setup["BuildExt"](Distribution({"name": "fastgate"}))
+    command.build_temp = str(tmp_path)
+    monkeypatch.setattr(subprocess, "run", lambda *arguments, **keywords: None)
+    command.compile(setup["Extension"]("fastgate.libfastgate_cpu", sources), "cpu", tmp_path / "library.so")
+    rules = (tmp_path / "cpu" / "build.ninja").read_text().splitlines()
+    objects = [rule.split()[1] for rule in rules if rule.startswith("build") and ": compile" in rule]
+    assert len(set(objects)) == len(sources)
 
 
 @pytest.mark.parametrize("system", [("Darwin", "arm64"), ("Windows", "AMD64"), ("Linux", "aarch64")])
@@ -103,8 +126,8 @@ def test_other_platforms_get_the_torch_kernels(monkeypatch, system):
     monkeypatch.setattr(platform, "system", lambda: system[0])
     monkeypatch.setattr(platform, "machine", lambda: system[1])
     environ = {name: value for name, value in os.environ.items() if name != "FASTGATE_BUILD"}
-    found = setup_py(monkeypatch, environ)
-    assert all(" ".join(system) in reason for reason in found["REASONS"].values())
+    setup = setup_py(monkeypatch, environ)
+    assert all(" ".join(system) in reason for reason in setup["REASONS"].values())
 
 
 def test_wheel_without_library_serves_everything(tmp_path):
@@ -140,14 +163,15 @@ def test_wheel_without_library_serves_everything(tmp_path):
         name for name in names if name.endswith(".so") or name.startswith(("tests/", "bench/", "kernels/"))
     ]
     code = (
-        "import torch, json; from fastgate import backends, info, ops\n"
+        "import torch, json; from fastgate import env, ops\n"
         "from fastgate.ops.gated_add_norm import gated_add_norm\n"
         "y = gated_add_norm(torch.randn(2, 8), torch.randn(2, 8), torch.ones(8), torch.zeros(8), 1e-5)\n"
-        "assert abs(float(y.mean())) < 1e-6 and not [s for s in ops.IMPLEMENTATIONS.values() if s.backend == 'cpp']\n"
+        "assert abs(float(y.mean())) < 1e-6\n"
+        "assert not [i for i in ops.IMPLEMENTATIONS.values() if i.backend == 'cpp']\n"
         "print(json.dumps(env.collect()['ops']))"
     )
-    found = json.loads(python(code, tmp_path / "installed"))
-    compiled = [candidate for candidate in found if candidate["backend"] == "cpp"]
+    candidates = json.loads(python(code, tmp_path / "installed"))
+    compiled = [candidate for candidate in candidates if candidate["backend"] == "cpp"]
     assert len(compiled) == len(backends.CPU_OPS)
     for candidate in compiled:
         assert not candidate["chosen"]
@@ -161,9 +185,9 @@ def test_library_has_no_python_symbol_and_is_tagged_for_every_python(monkeypatch
     library = backends.CPU_LIBRARY.read_bytes()
     assert b"PyInit" not in library and b"_Py_" not in library and b"libtorch_python" not in library
     assert b"libtorch_cpu.so" in library  # torch's own are loaded locally: what is needed must be named
-    found = setup_py(monkeypatch, dict(os.environ))
-    extension = [found["Extension"]("fastgate.libfastgate_cpu", ["csrc/cpu/library.cpp"])]
-    command = found["Wheel"](Distribution({"name": "fastgate", "ext_modules": extension}))
+    setup = setup_py(monkeypatch, dict(os.environ))
+    extension = [setup["Extension"]("fastgate.libfastgate_cpu", ["csrc/cpu/library.cpp"])]
+    command = setup["Wheel"](Distribution({"name": "fastgate", "ext_modules": extension}))
     command.finalize_options()
     assert command.get_tag()[:2] == ("py3", "none")
 
@@ -197,13 +221,13 @@ def test_a_library_without_an_op_is_built_again():
 
 
 def test_info_says_what_runs_and_why():
-    found = env.collect()
-    json.dumps(found)
-    assert {op["op"] for op in found["ops"]} == {"linear", *ops.OPS}
+    report = env.collect()
+    json.dumps(report)
+    assert {op["op"] for op in report["ops"]} == {"linear", *ops.OPS}
     for op in ("linear", *ops.OPS):
-        assert any(candidate["chosen"] for candidate in found["ops"] if candidate["op"] == op)
-    text = env.render(found)
+        assert any(candidate["chosen"] for candidate in report["ops"] if candidate["op"] == op)
+    text = env.render(report)
     assert torch.__version__.split("+")[0] in text
-    for candidate in found["ops"]:
+    for candidate in report["ops"]:
         assert f"{candidate['op']} on {candidate['device']}: {candidate['backend']}" in text
         assert candidate["reason"] in text

@@ -1,11 +1,11 @@
-// Dropout as every backend draws it: Philox words against an integer threshold (fastgate/ops/reference/dropout.py).
+// Dropout as every backend draws it (fastgate/ops/reference/dropout.py): Philox against a threshold.
 #pragma once
 
 #include <algorithm>
 #include <cmath>
 
+#include "cpu/simd.h"
 #include "ops.h"
-#include "rows.h"
 
 namespace fastgate::cpu {
 
@@ -16,10 +16,11 @@ struct Dropout {
   float kept = 1.0f;  // 1 / (1 - dropout_p)
 };
 
-// op: whom a missing seed is blamed on.
+// op: its name for error messages.
 inline Dropout dropout_of(const char* op, double dropout_p, const OptionalTensor& seed) {
   STD_TORCH_CHECK(
-      dropout_p >= 0.0 && dropout_p < 1.0, op, ": dropout_p: got ", dropout_p, ", wanted 0 <= dropout_p < 1; "
+      dropout_p >= 0.0 && dropout_p < 1.0, op, ": dropout_p: got ", dropout_p,
+      ", wanted 0 <= dropout_p < 1; "
       "pass a gate of 0 to drop everything");
   if (dropout_p == 0.0) return {};
   STD_TORCH_CHECK(
@@ -32,8 +33,8 @@ inline Dropout dropout_of(const char* op, double dropout_p, const OptionalTensor
 }
 
 // One row: out[column] = kept or 0. Word column % 4 of Philox 4x32-10 (Salmon et al. 2011) under key `seed`
-// and counter (row low, row high, column / 4, 0) keeps its element if it reaches the threshold. Writes whole groups
-// of four.
+// and counter (row low, row high, column / 4, 0) keeps its element if it reaches the threshold. Writes whole
+// groups of four.
 FASTGATE_INLINE void keep_factors(const Dropout& dropout, int64_t row, int64_t hidden, float* out) {
   const uint64_t seed = dropout.seed;
   const uint32_t threshold = dropout.threshold;
@@ -46,10 +47,10 @@ FASTGATE_INLINE void keep_factors(const Dropout& dropout, int64_t row, int64_t h
     uint32_t c0 = row_low, c1 = row_high, c2 = static_cast<uint32_t>(group), c3 = 0;
     uint64_t p0, p1;
 // Written out: gcc vectorises the loop over groups only if there is no loop over rounds left inside it.
-#define FASTGATE_ROUND(ROUND)                                                 \
-  p0 = uint64_t{0xD2511F53} * c0, p1 = uint64_t{0xCD9E8D57} * c2;             \
-  c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ (k0 + ROUND##u * 0x9E3779B9u);  \
-  c2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ (k1 + ROUND##u * 0xBB67AE85u);  \
+#define FASTGATE_ROUND(ROUND)                                                \
+  p0 = uint64_t{0xD2511F53} * c0, p1 = uint64_t{0xCD9E8D57} * c2;            \
+  c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ (k0 + ROUND##u * 0x9E3779B9u); \
+  c2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ (k1 + ROUND##u * 0xBB67AE85u); \
   c1 = static_cast<uint32_t>(p1), c3 = static_cast<uint32_t>(p0);
     FASTGATE_ROUND(0)
     FASTGATE_ROUND(1)

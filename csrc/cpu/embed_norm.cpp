@@ -1,29 +1,33 @@
-// embed_norm on the CPU, forward and backward: the equations of fastgate/ops/reference/embed_norm.py, one row at a time.
+// embed_norm on the CPU, forward and backward: the equations of fastgate/ops/reference/embed_norm.py, one row
+// at a time.
 //
-// A row is gathered from the three tables into float32, normed inside the first-level cache, and written once. Backward
-// gathers again. It leaves du of every row, and sums the vectors' gradients over fixed blocks of rows; then the rows of
-// du that have an id are summed in order by whoever owns that id's row of the table: no atomics, the same bits at every
-// call and for every number of threads.
+// A row is gathered from the three tables into float32, normed inside the first-level cache, and written
+// once. Backward gathers again. It leaves du of every row, and sums the vectors' gradients over fixed blocks
+// of rows; then the rows of du that have an id are summed in order by whoever owns that id's row of the
+// table: no atomics, the same bits at every call and for every number of threads.
 #include <memory>
 
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
 
-#include "dropout.h"
-#include "norm.h"
-#include "sequences.h"
+#include "cpu/cu_seqlens.h"
+#include "cpu/dropout.h"
+#include "cpu/norm.h"
+#include "gradient_bits.h"
 
 namespace fastgate::cpu {
 namespace {
+
+namespace grads = embed_norm_gradients;
 
 constexpr int64_t kForwardElements = 32768;  // per thread at least: less is not worth waking one
 constexpr int64_t kFlush = 32;               // rows summed before their sum joins the others'
 constexpr int64_t kBlocks = 64;              // row blocks at most, each with its own sums
 constexpr int64_t kParts = 64;               // of a table's gradient
-constexpr int kTables = 3, kVectors = 4;
+constexpr int kTables = 3;
 
-struct Problem {
+struct EmbedProblem {
   int64_t rows, hidden;
   const int64_t* ids[kTables];  // of words, positions and types; types' null: type 0
   const void* tables[kTables];
@@ -34,22 +38,23 @@ struct Problem {
 };
 
 template <class T>
-FASTGATE_INLINE const T* row_of(const Problem& o, int table, int64_t row) {
+FASTGATE_INLINE const T* row_of(const EmbedProblem& o, int table, int64_t row) {
   const int64_t id = o.ids[table] ? o.ids[table][row] : 0;
   return static_cast<const T*>(o.tables[table]) + id * o.hidden;
 }
 
 // u of one row, and its statistics.
 template <class T>
-FASTGATE_INLINE Norm gather(const Problem& o, int64_t row, float* u) {
+FASTGATE_INLINE Norm embed_row(const EmbedProblem& o, int64_t row, float* u) {
   const T *word = row_of<T>(o, 0, row), *position = row_of<T>(o, 1, row), *type = row_of<T>(o, 2, row);
   const float total =
       sum(o.hidden, [&](int64_t j) { return u[j] = load(word, j) + load(position, j) + load(type, j); });
   return statistics(u, o.hidden, total, o.eps);
 }
 
-// dropout(norm(u)) into v, and the statistics of the second norm, if there is one. `keep` holds the row's factors.
-FASTGATE_INLINE Norm between(const Problem& o, const float* u, Norm one, const float* keep, float* v) {
+// dropout(norm(u)) into v, and the statistics of the second norm, if there is one. `keep` holds the row's
+// factors.
+FASTGATE_INLINE Norm between(const EmbedProblem& o, const float* u, Norm one, const float* keep, float* v) {
   const float *weight = o.weight, *norm_bias = o.norm_bias;
   const auto normed = [&](int64_t j) { return (u[j] - one.mean) * one.rstd * weight[j] + norm_bias[j]; };
   const float total = o.dropout.on ? sum(o.hidden, [&](int64_t j) { return v[j] = keep[j] * normed(j); })
@@ -58,53 +63,57 @@ FASTGATE_INLINE Norm between(const Problem& o, const float* u, Norm one, const f
 }
 
 template <class T>
-FASTGATE_INLINE void forward_rows(const Problem& o, void* out, float* scratch, int64_t begin, int64_t end) {
+FASTGATE_INLINE void forward_rows(
+    const EmbedProblem& o, void* out, float* scratch, int64_t begin, int64_t end) {
   const int64_t n = o.hidden;
   float *u = scratch, *keep = u + padded(n);
   const float *weight2 = o.weight2, *norm_bias2 = o.norm_bias2;
   for (int64_t row = begin; row < end; ++row) {
     T* y = static_cast<T*>(out) + row * n;
     if (o.dropout.on) keep_factors(o.dropout, row, n, keep);
-    const Norm two = between(o, u, gather<T>(o, row, u), keep, u);
+    const Norm two = between(o, u, embed_row<T>(o, row, u), keep, u);
     if (weight2)
-      each(n, [&](int64_t j) { store(y, j, (u[j] - two.mean) * two.rstd * weight2[j] + norm_bias2[j]); });
+      for_each(n, [&](int64_t j) { store(y, j, (u[j] - two.mean) * two.rstd * weight2[j] + norm_bias2[j]); });
     else
-      each(n, [&](int64_t j) { store(y, j, u[j]); });
+      for_each(n, [&](int64_t j) { store(y, j, u[j]); });
   }
 }
 
-// du of the rows, and the sums of the vectors' gradients (weight, norm_bias, weight2, norm_bias2) into `block`.
+// du of the rows, and the sums of the vectors' gradients (weight, norm_bias, weight2, norm_bias2) into
+// `block`.
 template <class T>
 FASTGATE_INLINE void backward_rows(
-    const Problem& o, const void* grad, float* du, float* scratch, int64_t begin, int64_t end, float* block) {
+    const EmbedProblem& o, const void* grad, float* du, float* scratch, int64_t begin, int64_t end,
+    float* block) {
   const int64_t n = o.hidden;
   float *u = scratch, *t = u + padded(n), *v = t + padded(n), *keep = v + padded(n), *sums = keep + padded(n);
   float *dweight = sums, *dnorm_bias = dweight + n, *dweight2 = dnorm_bias + n, *dnorm_bias2 = dweight2 + n;
   for (int64_t start = begin; start < end; start += kFlush) {
     const int64_t stop = std::min(end, start + kFlush);
-    std::fill(sums, sums + kVectors * n, 0.0f);
+    std::fill(sums, sums + grads::kParameters * n, 0.0f);
     for (int64_t row = start; row < stop; ++row) {
       const T* dy = static_cast<const T*>(grad) + row * n;
       if (o.dropout.on) keep_factors(o.dropout, row, n, keep);
-      const Norm one = gather<T>(o, row, u);
+      const Norm one = embed_row<T>(o, row, u);
       if (o.weight2) {
         const Norm two = between(o, u, one, keep, v);
         const Means means = norm_backward(n, dy, o.weight2, two, v, t, dweight2, dnorm_bias2);
-        each(n, [&](int64_t j) { t[j] = through_norm(two, means, v[j], t[j]); });
+        for_each(n, [&](int64_t j) { t[j] = through_norm(two, means, v[j], t[j]); });
       } else {
-        each(n, [&](int64_t j) { t[j] = load(dy, j); });
+        for_each(n, [&](int64_t j) { t[j] = load(dy, j); });
       }
-      if (o.dropout.on) each(n, [&](int64_t j) { t[j] *= keep[j]; });
+      if (o.dropout.on) for_each(n, [&](int64_t j) { t[j] *= keep[j]; });
       const Means means = norm_backward(n, t, o.weight, one, u, t, dweight, dnorm_bias);
       float* out = du + row * n;
-      each(n, [&](int64_t j) { out[j] = through_norm(one, means, u[j], t[j]); });
+      for_each(n, [&](int64_t j) { out[j] = through_norm(one, means, u[j], t[j]); });
     }
-    each(kVectors * n, [&](int64_t j) { block[j] += sums[j]; });
+    for_each(grads::kParameters * n, [&](int64_t j) { block[j] += sums[j]; });
   }
 }
 
-// A table's gradient, and the rows that each of its ids has: order[starts[id]] to order[starts[id + 1] - 1], rising.
-struct Scatter {
+// A table's gradient, and the rows that each of its ids has: order[starts[id]] to order[starts[id + 1] - 1],
+// rising.
+struct TableScatter {
   void* gradient;
   int64_t number, padding;
   std::vector<int32_t> starts, order;
@@ -113,8 +122,8 @@ struct Scatter {
 // Ids `first` to `last` of a table's gradient, which was zeros, columns `begin` to `end`.
 template <class T>
 FASTGATE_INLINE void scatter_ids(
-    const Problem& o, const Scatter& s, const float* du, float* scratch, int64_t first, int64_t last, int64_t begin,
-    int64_t end) {
+    const EmbedProblem& o, const TableScatter& s, const float* du, float* scratch, int64_t first,
+    int64_t last, int64_t begin, int64_t end) {
   const int64_t n = end - begin;
   float *sums = scratch, *part = sums + padded(n);
   for (int64_t id = first; id < last; ++id) {
@@ -128,47 +137,49 @@ FASTGATE_INLINE void scatter_ids(
       std::memcpy(part, row(at++), n * sizeof(float));
       for (; at < flush; ++at) {
         const float* more = row(at);
-        each(n, [&](int64_t j) { part[j] += more[j]; });
+        for_each(n, [&](int64_t j) { part[j] += more[j]; });
       }
       if (joined)
-        each(n, [&](int64_t j) { sums[j] += part[j]; });
+        for_each(n, [&](int64_t j) { sums[j] += part[j]; });
       else
         std::swap(sums, part);
     }
-    each(n, [&](int64_t j) { store(out, j, sums[j]); });
+    for_each(n, [&](int64_t j) { store(out, j, sums[j]); });
   }
 }
 
-#define FASTGATE_EMBED(NAME, T)                                                                                    \
-  FASTGATE_CLONES void forward_##NAME(const Problem& o, void* y, float* scratch, int64_t begin, int64_t end) {     \
-    forward_rows<T>(o, y, scratch, begin, end);                                                                    \
-  }                                                                                                                \
-  FASTGATE_CLONES void backward_##NAME(                                                                            \
-      const Problem& o, const void* grad, float* du, float* scratch, int64_t begin, int64_t end, float* block) {   \
-    backward_rows<T>(o, grad, du, scratch, begin, end, block);                                                     \
-  }                                                                                                                \
-  FASTGATE_CLONES void scatter_##NAME(                                                                             \
-      const Problem& o, const Scatter& s, const float* du, float* scratch, int64_t first, int64_t last,            \
-      int64_t begin, int64_t end) {                                                                                \
-    scatter_ids<T>(o, s, du, scratch, first, last, begin, end);                                                    \
+#define FASTGATE_EMBED(NAME, T)                                                                       \
+  FASTGATE_CLONES void forward_##NAME(                                                                \
+      const EmbedProblem& o, void* y, float* scratch, int64_t begin, int64_t end) {                   \
+    forward_rows<T>(o, y, scratch, begin, end);                                                       \
+  }                                                                                                   \
+  FASTGATE_CLONES void backward_##NAME(                                                               \
+      const EmbedProblem& o, const void* grad, float* du, float* scratch, int64_t begin, int64_t end, \
+      float* block) {                                                                                 \
+    backward_rows<T>(o, grad, du, scratch, begin, end, block);                                        \
+  }                                                                                                   \
+  FASTGATE_CLONES void scatter_##NAME(                                                                \
+      const EmbedProblem& o, const TableScatter& s, const float* du, float* scratch, int64_t first,   \
+      int64_t last, int64_t begin, int64_t end) {                                                     \
+    scatter_ids<T>(o, s, du, scratch, first, last, begin, end);                                       \
   }
 
 FASTGATE_EMBED(f, float)
 FASTGATE_EMBED(b, bf16)
 
-// Holds what Problem points into.
+// Holds what EmbedProblem points into.
 struct PreparedEmbedding {
-  Problem problem{};
+  EmbedProblem problem{};
   std::vector<Tensor> kept_alive;
   std::vector<int64_t> ids[kTables];
   int64_t numbers[kTables] = {};
-  bool half = false;
+  bool is_bf16 = false;
 };
 
 const float* floats(PreparedEmbedding& p, const Tensor& t) {
   STD_TORCH_CHECK(
-      t.numel() == p.problem.hidden, "embed_norm: vectors: got ", t.numel(), " elements, wanted ", p.problem.hidden,
-      "; match the tables' width");
+      t.numel() == p.problem.hidden, "embed_norm: vectors: got ", t.numel(), " elements, wanted ",
+      p.problem.hidden, "; match the tables' width");
   p.kept_alive.push_back(as_float(t));
   return static_cast<const float*>(p.kept_alive.back().data_ptr());
 }
@@ -184,17 +195,20 @@ void take_ids(PreparedEmbedding& p, int table, const Tensor& given) {
   ids.resize(p.problem.rows);
   bool inside = true;
   for (size_t i = 0; i < ids.size(); ++i) {
-    ids[i] = wide ? static_cast<const int64_t*>(held.data_ptr())[i] : static_cast<const int32_t*>(held.data_ptr())[i];
+    ids[i] = wide ? static_cast<const int64_t*>(held.data_ptr())[i]
+                  : static_cast<const int32_t*>(held.data_ptr())[i];
     inside = inside && ids[i] >= 0 && ids[i] < p.numbers[table];
   }
-  STD_TORCH_CHECK(inside, "embed_norm: ids: got one outside its table, wanted 0 to ", p.numbers[table] - 1, "; look them up");
+  STD_TORCH_CHECK(
+      inside, "embed_norm: ids: got one outside its table, wanted 0 to ", p.numbers[table] - 1,
+      "; look them up");
   p.problem.ids[table] = ids.data();
 }
 
-PreparedEmbedding prepare(FASTGATE_EMBED_NORM_OPERANDS) {
+PreparedEmbedding prepare(FASTGATE_PARAMETERS(EMBED_NORM)) {
   (void)padding_idx, (void)position_padding_idx;
   PreparedEmbedding p;
-  Problem& o = p.problem;
+  EmbedProblem& o = p.problem;
   p.kept_alive.reserve(8);
   const auto dtype = word_table.scalar_type();
   o.rows = words.numel();
@@ -203,9 +217,10 @@ PreparedEmbedding prepare(FASTGATE_EMBED_NORM_OPERANDS) {
   for (int table = 0; table < kTables; ++table) {
     const Tensor& t = *tables[table];
     STD_TORCH_CHECK(
-        (dtype == ScalarType::Float || dtype == ScalarType::BFloat16) && t.scalar_type() == dtype && t.dim() == 2 &&
-            t.size(1) == o.hidden && t.size(0) > 0,
-        "embed_norm: tables: got other dtypes or shapes, wanted (number, H) thrice, float32 or bfloat16; convert them first");
+        (dtype == ScalarType::Float || dtype == ScalarType::BFloat16) && t.scalar_type() == dtype &&
+            t.dim() == 2 && t.size(1) == o.hidden && t.size(0) > 0,
+        "embed_norm: tables: got other dtypes or shapes, wanted (number, H) thrice, float32 or bfloat16; "
+        "convert them first");
     p.kept_alive.push_back(dense(t));
     o.tables[table] = p.kept_alive.back().data_ptr();
     p.numbers[table] = t.size(0);
@@ -220,23 +235,27 @@ PreparedEmbedding prepare(FASTGATE_EMBED_NORM_OPERANDS) {
   if (weight2) o.weight2 = floats(p, *weight2), o.norm_bias2 = floats(p, *norm_bias2);
   o.eps = static_cast<float>(eps), o.eps2 = static_cast<float>(eps2);
   o.dropout = dropout_of("embed_norm", dropout_p, seed);
-  p.half = dtype == ScalarType::BFloat16;
+  p.is_bf16 = dtype == ScalarType::BFloat16;
   return p;
 }
 
-Scatter scatter_of(const PreparedEmbedding& p, int table, Tensor& gradient, int64_t padding) {
+TableScatter scatter_of(const PreparedEmbedding& p, int table, Tensor& gradient, int64_t padding) {
   const int64_t rows = p.problem.rows, *ids = p.problem.ids[table];
-  Scatter s{gradient.data_ptr(), p.numbers[table], padding, {}, std::vector<int32_t>(rows)};
-  s.starts.assign(s.number + 2, 0);  // first one place late: filling in the order moves each start to the next one's
+  TableScatter s{gradient.data_ptr(), p.numbers[table], padding, {}, std::vector<int32_t>(rows)};
+  s.starts.assign(
+      s.number + 2, 0);  // first one place late: filling in the order moves each start to the next one's
   for (int64_t row = 0; row < rows; ++row) ++s.starts[(ids ? ids[row] : 0) + 2];
   for (int64_t id = 2; id < s.number + 2; ++id) s.starts[id] += s.starts[id - 1];
-  for (int64_t row = 0; row < rows; ++row) s.order[s.starts[(ids ? ids[row] : 0) + 1]++] = static_cast<int32_t>(row);
+  for (int64_t row = 0; row < rows; ++row)
+    s.order[s.starts[(ids ? ids[row] : 0) + 1]++] = static_cast<int32_t>(row);
   return s;
 }
 
 // A table of few ids goes to threads by columns, another by ids.
-void scatter_part(const PreparedEmbedding& p, const Scatter& s, const float* du, float* scratch, int64_t begin, int64_t end) {
-  const auto scatter = p.half ? scatter_b : scatter_f;
+void scatter_part(
+    const PreparedEmbedding& p, const TableScatter& s, const float* du, float* scratch, int64_t begin,
+    int64_t end) {
+  const auto scatter = p.is_bf16 ? scatter_b : scatter_f;
   const int64_t hidden = p.problem.hidden;
   if (s.number < kParts)
     scatter(p.problem, s, du, scratch, 0, s.number, begin * hidden / kParts, end * hidden / kParts);
@@ -244,8 +263,8 @@ void scatter_part(const PreparedEmbedding& p, const Scatter& s, const float* du,
     scatter(p.problem, s, du, scratch, begin * s.number / kParts, end * s.number / kParts, 0, hidden);
 }
 
-// A table's gradient is fresh memory at every step, and what zeros in it cost is a fault for each of its pages: 2 MB ones
-// where the system gives them for the asking.
+// A table's gradient is fresh memory at every step, and what zeros in it cost is a fault for each of its
+// pages: 2 MB ones where the system gives them for the asking.
 void in_large_pages(const Tensor& t) {
 #ifdef MADV_HUGEPAGE
   constexpr uintptr_t kPage = uintptr_t{2} << 20;
@@ -258,29 +277,25 @@ void in_large_pages(const Tensor& t) {
 
 }  // namespace
 
-Tensor embed_norm(FASTGATE_EMBED_NORM_OPERANDS) {
-  const PreparedEmbedding p = prepare(
-      words, positions, types, word_table, position_table, type_table, weight, norm_bias, eps, dropout_p, seed, weight2,
-      norm_bias2, eps2, padding_idx, position_padding_idx);
-  const Problem& o = p.problem;
+Tensor embed_norm(FASTGATE_PARAMETERS(EMBED_NORM)) {
+  const PreparedEmbedding p = prepare(FASTGATE_ARGUMENTS(EMBED_NORM));
+  const EmbedProblem& o = p.problem;
   const int64_t shape[2] = {o.rows, o.hidden};
   Tensor y = empty(shape, 2, word_table.scalar_type(), word_table);
   void* out = y.data_ptr();
   if (o.rows == 0 || o.hidden == 0) return y;
-  torch::stable::parallel_for(0, o.rows, std::max<int64_t>(1, kForwardElements / o.hidden), [&](int64_t begin, int64_t end) {
-    std::vector<float> scratch(2 * padded(o.hidden));
-    (p.half ? forward_b : forward_f)(o, out, scratch.data(), begin, end);
-  });
+  torch::stable::parallel_for(
+      0, o.rows, std::max<int64_t>(1, kForwardElements / o.hidden), [&](int64_t begin, int64_t end) {
+        std::vector<float> scratch(2 * padded(o.hidden));
+        (p.is_bf16 ? forward_b : forward_f)(o, out, scratch.data(), begin, end);
+      });
   return y;
 }
 
-// wanted: a bit for each table's gradient, then for each vector's; the tables' come first, the vectors' stacked.
 std::tuple<Tensor, Tensor, Tensor, Tensor> embed_norm_backward(
-    Tensor grad, FASTGATE_EMBED_NORM_OPERANDS, int64_t wanted) {
-  const PreparedEmbedding p = prepare(
-      words, positions, types, word_table, position_table, type_table, weight, norm_bias, eps, dropout_p, seed, weight2,
-      norm_bias2, eps2, padding_idx, position_padding_idx);
-  const Problem& o = p.problem;
+    Tensor grad, FASTGATE_PARAMETERS(EMBED_NORM), int64_t requested) {
+  const PreparedEmbedding p = prepare(FASTGATE_ARGUMENTS(EMBED_NORM));
+  const EmbedProblem& o = p.problem;
   STD_TORCH_CHECK(
       grad.scalar_type() == word_table.scalar_type() && grad.numel() == o.rows * o.hidden,
       "embed_norm_backward: grad: got another shape or dtype, wanted y's; pass the gradient of y");
@@ -290,22 +305,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> embed_norm_backward(
   // Blocks depend on the number of rows only, never on the number of threads.
   const int64_t least = std::max<int64_t>(1, (o.rows + kBlocks - 1) / kBlocks);
   const int64_t block_rows = (least + kFlush - 1) / kFlush * kFlush;
-  const int64_t blocks = (o.rows + block_rows - 1) / block_rows, size = kVectors * o.hidden;
+  const int64_t blocks = (o.rows + block_rows - 1) / block_rows, size = grads::kParameters * o.hidden;
   std::vector<float> sums(blocks * size);
   const std::unique_ptr<float[]> du(new float[o.rows * o.hidden]);
   torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
     std::vector<float> scratch(4 * padded(o.hidden) + size);
     for (int64_t b = begin; b < end; ++b)
-      (p.half ? backward_b : backward_f)(
-          o, from, du.get(), scratch.data(), b * block_rows, std::min(o.rows, (b + 1) * block_rows), sums.data() + b * size);
+      (p.is_bf16 ? backward_b : backward_f)(
+          o, from, du.get(), scratch.data(), b * block_rows, std::min(o.rows, (b + 1) * block_rows),
+          sums.data() + b * size);
   });
 
   const Tensor* tables[kTables] = {&word_table, &position_table, &type_table};
   const int64_t paddings[kTables] = {padding_idx, position_padding_idx, -1}, none = 0;
+  const int64_t bits[kTables] = {grads::kWordTable, grads::kPositionTable, grads::kTypeTable};
   std::vector<Tensor> gradients;
-  std::vector<Scatter> scatters;
+  std::vector<TableScatter> scatters;
   for (int table = 0; table < kTables; ++table) {
-    const bool asked = wanted & (int64_t{1} << table);
+    const bool asked = requested & bits[table];
     const auto dtype = word_table.scalar_type();
     gradients.push_back(asked ? empty_like(*tables[table], dtype) : empty(&none, 1, dtype, word_table));
     if (!asked) continue;
@@ -314,7 +331,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> embed_norm_backward(
     scatters.push_back(scatter_of(p, table, gradients.back(), paddings[table]));
   }
   const auto cost = [&](int64_t) { return 4.0 * o.rows * o.hidden / kParts; };
-  share_out(static_cast<int64_t>(scatters.size()), kParts, cost, [&](int64_t begin, int64_t end) {
+  parallel_by_cost(static_cast<int64_t>(scatters.size()), kParts, cost, [&](int64_t begin, int64_t end) {
     std::vector<float> scratch(2 * padded(o.hidden));
     for (int64_t part = begin; part < end;) {
       const int64_t s = part / kParts, until = std::min(end, (s + 1) * kParts);
@@ -324,17 +341,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> embed_norm_backward(
   });
 
   std::vector<int> asked;
-  for (int vector = 0; vector < kVectors; ++vector)
-    if (wanted & (int64_t{1} << (kTables + vector))) asked.push_back(vector);
+  for (int parameter = 0; parameter < grads::kParameters; ++parameter)
+    if (requested & (int64_t{grads::kFirstParameterBit} << parameter)) asked.push_back(parameter);
   const int64_t shape[2] = {static_cast<int64_t>(asked.size()), o.hidden};
-  Tensor vectors = empty(shape, 2, ScalarType::Float, word_table);
-  float* out = static_cast<float*>(vectors.data_ptr());
+  Tensor parameters = empty(shape, 2, ScalarType::Float, word_table);
+  float* out = static_cast<float*>(parameters.data_ptr());
   for (size_t place = 0; place < asked.size(); ++place, out += o.hidden) {
     std::fill(out, out + o.hidden, 0.0f);
     for (int64_t b = 0; b < blocks; ++b)
       for (int64_t j = 0; j < o.hidden; ++j) out[j] += sums[b * size + asked[place] * o.hidden + j];
   }
-  return {gradients[0], gradients[1], gradients[2], vectors};
+  return {gradients[0], gradients[1], gradients[2], parameters};
 }
 
 }  // namespace fastgate::cpu

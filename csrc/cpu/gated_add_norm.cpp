@@ -1,150 +1,164 @@
-// gated_add_norm on the CPU, forward and backward: the equations of fastgate/reference/, one row at a time.
+// gated_add_norm on the CPU, forward and backward: the equations of fastgate/ops/reference/, one row at a
+// time.
 //
-// A row is read once, worked on in float32 inside the first-level cache, and written once. Backward recomputes the
-// row's statistics from x and residual, so forward keeps nothing. Parameters' gradients are summed over fixed blocks
-// of rows and the blocks in order: the same bits at every call and for every number of threads.
+// A row is read once, worked on in float32 inside the first-level cache, and written once. Backward
+// recomputes the row's statistics from x and residual, so forward keeps nothing. Parameters' gradients are
+// summed over fixed blocks of rows and the blocks in order: the same bits at every call and for every number
+// of threads.
 #include <algorithm>
 
-#include "dropout.h"
-#include "norm.h"
+#include "cpu/dropout.h"
+#include "cpu/norm.h"
+#include "gradient_bits.h"
 
 namespace fastgate::cpu {
 namespace {
+
+namespace grads = gated_add_norm_gradients;
+constexpr int64_t parameter_bit(int parameter) { return int64_t{grads::kFirstParameterBit} << parameter; }
 
 constexpr int64_t kForwardElements = 32768;  // per thread at least: less is not worth waking one
 constexpr int64_t kFlush = 32;               // rows summed before their sum joins the block's
 constexpr int64_t kBlocks = 64;              // row blocks at most, each with its own sums
 
-struct Operands {
+struct GatedNormProblem {
   int64_t rows, hidden;
   const void *x, *residual;
   const float *weight, *norm_bias;
-  const float *weight2, *norm_bias2;             // null: one norm
-  const float *bias, *scale, *shift, *undropped;  // zeros and ones where none was given; undropped is all ones
+  const float *weight2, *norm_bias2;   // null: one norm
+  const float *bias, *scale, *offset;  // zeros and ones where none was given
+  const float* undropped;              // ones
   float gate, eps, eps2;
   Dropout dropout;
 };
 
-FASTGATE_CLONES void draw_keep_factors(const Operands& o, int64_t row, float* keep) {
+FASTGATE_CLONES void draw_keep_factors(const GatedNormProblem& o, int64_t row, float* keep) {
   keep_factors(o.dropout, row, o.hidden, keep);
 }
 
 // u of one row into `u`, and its statistics. `keep` holds the row's dropout factors.
 template <class TX, class TR>
-FASTGATE_INLINE Norm mix(const Operands& o, const TX* x, const TR* residual, const float* keep, float* u) {
+FASTGATE_INLINE Norm
+mix(const GatedNormProblem& o, const TX* x, const TR* residual, const float* keep, float* u) {
   const float gate = o.gate;
-  const float *scale = o.scale, *bias = o.bias, *shift = o.shift;
+  const float *scale = o.scale, *bias = o.bias, *offset = o.offset;
   const float total = sum(o.hidden, [&](int64_t j) {
     const float dropped = keep[j] * (load(x, j) + bias[j]);
-    return u[j] = scale[j] * load(residual, j) + (gate * dropped + shift[j]);
+    return u[j] = scale[j] * load(residual, j) + (gate * dropped + offset[j]);
   });
   return statistics(u, o.hidden, total, o.eps);
 }
 
 template <class TX, class TR, class TY>
-FASTGATE_INLINE void forward_rows(const Operands& o, void* out, float* scratch, int64_t begin, int64_t end) {
+FASTGATE_INLINE void forward_rows(
+    const GatedNormProblem& o, void* out, float* scratch, int64_t begin, int64_t end) {
   const int64_t n = o.hidden;
   float *u = scratch, *drawn = u + padded(n);
   const float *weight = o.weight, *norm_bias = o.norm_bias, *weight2 = o.weight2, *norm_bias2 = o.norm_bias2;
   for (int64_t row = begin; row < end; ++row) {
-    const int64_t offset = row * n;
-    TY* y = static_cast<TY*>(out) + offset;
+    const int64_t first = row * n;
+    TY* y = static_cast<TY*>(out) + first;
     if (o.dropout.on) draw_keep_factors(o, row, drawn);
-    const Norm one = mix(
-        o, static_cast<const TX*>(o.x) + offset, static_cast<const TR*>(o.residual) + offset,
-        o.dropout.on ? drawn : o.undropped, u);
+    const Norm one =
+        mix(o, static_cast<const TX*>(o.x) + first, static_cast<const TR*>(o.residual) + first,
+            o.dropout.on ? drawn : o.undropped, u);
     if (weight2 == nullptr) {
-      each(n, [&](int64_t j) { store(y, j, (u[j] - one.mean) * one.rstd * weight[j] + norm_bias[j]); });
+      for_each(n, [&](int64_t j) { store(y, j, (u[j] - one.mean) * one.rstd * weight[j] + norm_bias[j]); });
       continue;
     }
-    const float total = sum(n, [&](int64_t j) {
-      return u[j] = (u[j] - one.mean) * one.rstd * weight[j] + norm_bias[j];
-    });
+    const float total =
+        sum(n, [&](int64_t j) { return u[j] = (u[j] - one.mean) * one.rstd * weight[j] + norm_bias[j]; });
     const Norm two = statistics(u, n, total, o.eps2);
-    each(n, [&](int64_t j) { store(y, j, (u[j] - two.mean) * two.rstd * weight2[j] + norm_bias2[j]); });
+    for_each(n, [&](int64_t j) { store(y, j, (u[j] - two.mean) * two.rstd * weight2[j] + norm_bias2[j]); });
   }
 }
 
-struct Gradients {
+struct GatedNormGradients {
   const void* grad;
-  void *dx, *dresidual;  // null: not wanted
-  int64_t wanted;
+  void *dx, *dresidual;  // null: not requested
+  int64_t requested;
 };
 
 template <class TX, class TR, class TY>
 FASTGATE_INLINE void backward_rows(
-    const Operands& o, const Gradients& g, float* scratch, int64_t begin, int64_t end, float* block) {
-  const int64_t n = o.hidden, wanted = g.wanted;
-  float *u = scratch, *t = u + padded(n), *v = t + padded(n), *drawn = v + padded(n), *sums = drawn + padded(n);
-  float *dbias = sums, *dgate = dbias + n, *dscale = dgate + n, *dshift = dscale + n;
-  float *dweight = dshift + n, *dnorm_bias = dweight + n, *dweight2 = dnorm_bias + n, *dnorm_bias2 = dweight2 + n;
+    const GatedNormProblem& o, const GatedNormGradients& g, float* scratch, int64_t begin, int64_t end,
+    float* block) {
+  const int64_t n = o.hidden, requested = g.requested;
+  float *u = scratch, *t = u + padded(n), *v = t + padded(n), *drawn = v + padded(n),
+        *sums = drawn + padded(n);
+  float *dbias = sums, *dgate = dbias + n, *dscale = dgate + n, *doffset = dscale + n;
+  float *dweight = doffset + n, *dnorm_bias = dweight + n, *dweight2 = dnorm_bias + n,
+        *dnorm_bias2 = dweight2 + n;
   const float *weight = o.weight, *norm_bias = o.norm_bias, *scale = o.scale, *bias = o.bias;
-  const float *keep = o.dropout.on ? drawn : o.undropped;
+  const float* keep = o.dropout.on ? drawn : o.undropped;
   const float gate = o.gate;
   for (int64_t start = begin; start < end; start += kFlush) {
     const int64_t stop = std::min(end, start + kFlush);
-    std::fill(sums, sums + kParameters * n, 0.0f);
+    std::fill(sums, sums + grads::kParameters * n, 0.0f);
     for (int64_t row = start; row < stop; ++row) {
-      const int64_t offset = row * n;
-      const TX* x = static_cast<const TX*>(o.x) + offset;
-      const TR* residual = static_cast<const TR*>(o.residual) + offset;
-      const TY* dy = static_cast<const TY*>(g.grad) + offset;
+      const int64_t first = row * n;
+      const TX* x = static_cast<const TX*>(o.x) + first;
+      const TR* residual = static_cast<const TR*>(o.residual) + first;
+      const TY* dy = static_cast<const TY*>(g.grad) + first;
       if (o.dropout.on) draw_keep_factors(o, row, drawn);
       const Norm one = mix(o, x, residual, keep, u);
       Means means;
       if (o.weight2 == nullptr) {
         means = norm_backward(n, dy, weight, one, u, t, dweight, dnorm_bias);
       } else {
-        const float total = sum(n, [&](int64_t j) {
-          return v[j] = (u[j] - one.mean) * one.rstd * weight[j] + norm_bias[j];
-        });
+        const float total =
+            sum(n, [&](int64_t j) { return v[j] = (u[j] - one.mean) * one.rstd * weight[j] + norm_bias[j]; });
         const Norm two = statistics(v, n, total, o.eps2);
         means = norm_backward(n, dy, o.weight2, two, v, t, dweight2, dnorm_bias2);
-        each(n, [&](int64_t j) { t[j] = through_norm(two, means, v[j], t[j]); });
+        for_each(n, [&](int64_t j) { t[j] = through_norm(two, means, v[j], t[j]); });
         means = norm_backward(n, t, weight, one, u, t, dweight, dnorm_bias);
       }
-      // From here on t is du. dbias is summed beside dx whether it is wanted or not: one pass less.
+      // From here on t is du. dbias is summed beside dx whether it is requested or not: one pass less.
       if (g.dresidual != nullptr) {
-        TR* dresidual = static_cast<TR*>(g.dresidual) + offset;
-        each(n, [&](int64_t j) {
+        TR* dresidual = static_cast<TR*>(g.dresidual) + first;
+        for_each(n, [&](int64_t j) {
           const float du = t[j] = through_norm(one, means, u[j], t[j]);
           store(dresidual, j, scale[j] * du);
         });
       } else {
-        each(n, [&](int64_t j) { t[j] = through_norm(one, means, u[j], t[j]); });
+        for_each(n, [&](int64_t j) { t[j] = through_norm(one, means, u[j], t[j]); });
       }
       if (g.dx != nullptr) {
-        TX* dx = static_cast<TX*>(g.dx) + offset;
-        each(n, [&](int64_t j) {
+        TX* dx = static_cast<TX*>(g.dx) + first;
+        for_each(n, [&](int64_t j) {
           const float along_x = gate * (keep[j] * t[j]);
           store(dx, j, along_x);
           dbias[j] += along_x;
         });
-      } else if (wanted & kBias) {
-        each(n, [&](int64_t j) { dbias[j] += gate * (keep[j] * t[j]); });
+      } else if (requested & parameter_bit(grads::kBias)) {
+        for_each(n, [&](int64_t j) { dbias[j] += gate * (keep[j] * t[j]); });
       }
-      if (wanted & kGate) each(n, [&](int64_t j) { dgate[j] += t[j] * (keep[j] * (load(x, j) + bias[j])); });
-      if (wanted & kScale) each(n, [&](int64_t j) { dscale[j] += t[j] * load(residual, j); });
-      if (wanted & kShift) each(n, [&](int64_t j) { dshift[j] += t[j]; });
+      if (requested & parameter_bit(grads::kGate))
+        for_each(n, [&](int64_t j) { dgate[j] += t[j] * (keep[j] * (load(x, j) + bias[j])); });
+      if (requested & parameter_bit(grads::kScale))
+        for_each(n, [&](int64_t j) { dscale[j] += t[j] * load(residual, j); });
+      if (requested & parameter_bit(grads::kOffset)) for_each(n, [&](int64_t j) { doffset[j] += t[j]; });
     }
     float* into = block;
-    for (int place = 0; place < kParameters; ++place) {
-      if (!(wanted & parameter_bit(place))) continue;
-      const float* from = sums + place * n;
-      each(n, [&](int64_t j) { into[j] += from[j]; });
+    for (int parameter = 0; parameter < grads::kParameters; ++parameter) {
+      if (!(requested & parameter_bit(parameter))) continue;
+      const float* from = sums + parameter * n;
+      for_each(n, [&](int64_t j) { into[j] += from[j]; });
       into += n;
     }
   }
 }
 
 // One pair of functions for each pair of element types, compiled for every clone.
-#define FASTGATE_KERNELS(NAME, TX, TR, TY)                                                                      \
-  FASTGATE_CLONES void forward_##NAME(const Operands& o, void* y, float* scratch, int64_t begin, int64_t end) { \
-    forward_rows<TX, TR, TY>(o, y, scratch, begin, end);                                                        \
-  }                                                                                                             \
-  FASTGATE_CLONES void backward_##NAME(                                                                         \
-      const Operands& o, const Gradients& g, float* scratch, int64_t begin, int64_t end, float* block) {        \
-    backward_rows<TX, TR, TY>(o, g, scratch, begin, end, block);                                                \
+#define FASTGATE_KERNELS(NAME, TX, TR, TY)                                                                \
+  FASTGATE_CLONES void forward_##NAME(                                                                    \
+      const GatedNormProblem& o, void* y, float* scratch, int64_t begin, int64_t end) {                   \
+    forward_rows<TX, TR, TY>(o, y, scratch, begin, end);                                                  \
+  }                                                                                                       \
+  FASTGATE_CLONES void backward_##NAME(                                                                   \
+      const GatedNormProblem& o, const GatedNormGradients& g, float* scratch, int64_t begin, int64_t end, \
+      float* block) {                                                                                     \
+    backward_rows<TX, TR, TY>(o, g, scratch, begin, end, block);                                          \
   }
 
 FASTGATE_KERNELS(ff, float, float, float)
@@ -153,19 +167,20 @@ FASTGATE_KERNELS(bf, bf16, float, float)
 FASTGATE_KERNELS(bb, bf16, bf16, bf16)
 
 struct Kernels {
-  void (*forward)(const Operands&, void*, float*, int64_t, int64_t);
-  void (*backward)(const Operands&, const Gradients&, float*, int64_t, int64_t, float*);
+  void (*forward)(const GatedNormProblem&, void*, float*, int64_t, int64_t);
+  void (*backward)(const GatedNormProblem&, const GatedNormGradients&, float*, int64_t, int64_t, float*);
 };
 
 Kernels choose(ScalarType x, ScalarType residual) {
   static constexpr auto kBf16 = ScalarType::BFloat16;
-  if (x == kBf16) return residual == kBf16 ? Kernels{forward_bb, backward_bb} : Kernels{forward_bf, backward_bf};
+  if (x == kBf16)
+    return residual == kBf16 ? Kernels{forward_bb, backward_bb} : Kernels{forward_bf, backward_bf};
   return residual == kBf16 ? Kernels{forward_fb, backward_fb} : Kernels{forward_ff, backward_ff};
 }
 
-// Holds what Operands points into.
-struct Prepared {
-  Operands operands{};
+// Holds what GatedNormProblem points into.
+struct PreparedGatedNorm {
+  GatedNormProblem problem{};
   Kernels kernels{};
   ScalarType y_dtype{};
   std::vector<Tensor> kept_alive;
@@ -173,8 +188,8 @@ struct Prepared {
 };
 
 // A vector operand as float32: itself, or a copy.
-const float* floats(Prepared& p, const Tensor& t, const char* name) {
-  const int64_t n = p.operands.hidden;
+const float* floats(PreparedGatedNorm& p, const Tensor& t, const char* name) {
+  const int64_t n = p.problem.hidden;
   STD_TORCH_CHECK(
       t.numel() == n, "gated_add_norm: ", name, ": got ", t.numel(), " elements, wanted ", n,
       "; match x's last dimension");
@@ -195,14 +210,14 @@ void check_dtype(const char* name, const Tensor& t) {
       ": got another dtype, wanted float32 or bfloat16; the torch reference takes the others");
 }
 
-Prepared prepare(const Tensor& x, const Tensor& residual, FASTGATE_GATED_ADD_NORM_OPERANDS) {
+PreparedGatedNorm prepare(FASTGATE_PARAMETERS(GATED_ADD_NORM)) {
   check_dtype("x", x);
   check_dtype("residual", residual);
   STD_TORCH_CHECK(
       x.dim() > 0 && x.numel() == residual.numel(), "gated_add_norm: residual: got ", residual.numel(),
       " elements, wanted ", x.numel(), "; match x's shape");
-  Prepared p;
-  Operands& o = p.operands;
+  PreparedGatedNorm p;
+  GatedNormProblem& o = p.problem;
   p.kept_alive.reserve(12);
   o.hidden = x.size(x.dim() - 1);
   o.rows = o.hidden > 0 ? x.numel() / o.hidden : 0;
@@ -210,7 +225,8 @@ Prepared prepare(const Tensor& x, const Tensor& residual, FASTGATE_GATED_ADD_NOR
   o.x = p.kept_alive.back().data_ptr();
   p.kept_alive.push_back(dense(residual));
   o.residual = p.kept_alive.back().data_ptr();
-  const bool both_bf16 = x.scalar_type() == ScalarType::BFloat16 && residual.scalar_type() == ScalarType::BFloat16;
+  const bool both_bf16 =
+      x.scalar_type() == ScalarType::BFloat16 && residual.scalar_type() == ScalarType::BFloat16;
   p.y_dtype = both_bf16 ? ScalarType::BFloat16 : ScalarType::Float;
   o.dropout = dropout_of("gated_add_norm", dropout_p, seed);
   p.kernels = choose(x.scalar_type(), residual.scalar_type());
@@ -234,16 +250,15 @@ Prepared prepare(const Tensor& x, const Tensor& residual, FASTGATE_GATED_ADD_NOR
   o.undropped = ones;
   o.bias = bias ? floats(p, *bias, "bias") : zeros;
   o.scale = scale ? floats(p, *scale, "scale") : ones;
-  o.shift = shift ? floats(p, *shift, "shift") : zeros;
+  o.offset = offset ? floats(p, *offset, "offset") : zeros;
   return p;
 }
 
 }  // namespace
 
-Tensor gated_add_norm(Tensor x, Tensor residual, FASTGATE_GATED_ADD_NORM_OPERANDS) {
-  const Prepared p = prepare(
-      x, residual, weight, norm_bias, eps, bias, gate, scale, shift, dropout_p, seed, weight2, norm_bias2, eps2);
-  const Operands& o = p.operands;
+Tensor gated_add_norm(FASTGATE_PARAMETERS(GATED_ADD_NORM)) {
+  const PreparedGatedNorm p = prepare(FASTGATE_ARGUMENTS(GATED_ADD_NORM));
+  const GatedNormProblem& o = p.problem;
   Tensor y = empty_like(x, p.y_dtype);
   void* out = y.data_ptr();
   if (o.rows == 0) return y;
@@ -256,20 +271,20 @@ Tensor gated_add_norm(Tensor x, Tensor residual, FASTGATE_GATED_ADD_NORM_OPERAND
 }
 
 std::tuple<Tensor, Tensor, Tensor> gated_add_norm_backward(
-    Tensor grad, Tensor x, Tensor residual, FASTGATE_GATED_ADD_NORM_OPERANDS, int64_t wanted) {
-  const Prepared p = prepare(
-      x, residual, weight, norm_bias, eps, bias, gate, scale, shift, dropout_p, seed, weight2, norm_bias2, eps2);
-  const Operands& o = p.operands;
+    Tensor grad, FASTGATE_PARAMETERS(GATED_ADD_NORM), int64_t requested) {
+  const PreparedGatedNorm p = prepare(FASTGATE_ARGUMENTS(GATED_ADD_NORM));
+  const GatedNormProblem& o = p.problem;
   STD_TORCH_CHECK(
       grad.scalar_type() == p.y_dtype && grad.numel() == x.numel(),
       "gated_add_norm_backward: grad: got another shape or dtype, wanted y's; pass the gradient of y");
   const Tensor dy = dense(grad);
   const int64_t none = 0;
-  Tensor dx = wanted & kX ? empty_like(x, x.scalar_type()) : empty(&none, 1, x.scalar_type(), x);
-  Tensor dresidual =
-      wanted & kResidual ? empty_like(x, residual.scalar_type()) : empty(&none, 1, residual.scalar_type(), x);
+  Tensor dx = requested & grads::kX ? empty_like(x, x.scalar_type()) : empty(&none, 1, x.scalar_type(), x);
+  Tensor dresidual = requested & grads::kResidual ? empty_like(x, residual.scalar_type())
+                                                  : empty(&none, 1, residual.scalar_type(), x);
   int64_t count = 0;
-  for (int place = 0; place < kParameters; ++place) count += (wanted & parameter_bit(place)) != 0;
+  for (int parameter = 0; parameter < grads::kParameters; ++parameter)
+    count += (requested & parameter_bit(parameter)) != 0;
   const int64_t shape[2] = {count, o.hidden};
   Tensor parameters = empty(shape, 2, ScalarType::Float, x);
 
@@ -278,13 +293,15 @@ std::tuple<Tensor, Tensor, Tensor> gated_add_norm_backward(
   const int64_t block_rows = (least + kFlush - 1) / kFlush * kFlush;
   const int64_t blocks = (o.rows + block_rows - 1) / block_rows, size = count * o.hidden;
   std::vector<float> sums(blocks * size);
-  const Gradients g{
-      dy.data_ptr(), wanted & kX ? dx.data_ptr() : nullptr, wanted & kResidual ? dresidual.data_ptr() : nullptr, wanted};
+  const GatedNormGradients g{
+      dy.data_ptr(), requested & grads::kX ? dx.data_ptr() : nullptr,
+      requested & grads::kResidual ? dresidual.data_ptr() : nullptr, requested};
   torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> scratch(4 * padded(o.hidden) + kParameters * o.hidden);
+    std::vector<float> scratch(4 * padded(o.hidden) + grads::kParameters * o.hidden);
     for (int64_t b = begin; b < end; ++b)
       p.kernels.backward(
-          o, g, scratch.data(), b * block_rows, std::min(o.rows, (b + 1) * block_rows), sums.data() + b * size);
+          o, g, scratch.data(), b * block_rows, std::min(o.rows, (b + 1) * block_rows),
+          sums.data() + b * size);
   });
   float* out = static_cast<float*>(parameters.data_ptr());
   std::fill(out, out + size, 0.0f);

@@ -1,17 +1,17 @@
-// The exact GELU, without an exponential or a division: max(x, 0) less what the normal distribution takes off.
+// The exact GELU, without an exponential or a division: max(x, 0) minus the normal distribution's tail.
 #pragma once
 
-#include "rows.h"
+#include "cpu/simd.h"
 
 namespace fastgate::cpu {
 
 // x Phi(x), for x <= 0 and for x >= 0, is max(x, 0) less |x| Phi(-|x|).
-constexpr float kFarthest = 5.5f;  // from there on a Phi(-a) is 1e-7 and less, and is left at that
+constexpr float kTailEnd = 5.5f;  // from there on a Phi(-a) is at most 1e-7, and is taken as its value there
 
-// Takes a Phi(-a) of 0 <= a <= kFarthest off y, to 4e-7: of a float or of a vector of them. Phi(-a) is a polynomial of
-// s = a / 2.75 - 1, its largest error times a + 1/4 the least that this degree has.
+// Subtracts a Phi(-a), 0 <= a <= kTailEnd, from y, to 4e-7: for a float or a vector of them. Phi(-a) is a
+// polynomial of s = a / 2.75 - 1, its largest error times a + 1/4 the least that this degree has.
 template <class V>
-FASTGATE_INLINE void take_off(V& y, const V& a) {
+FASTGATE_INLINE void subtract_tail(V& y, const V& a) {
   const V s = a * (1.0f / 2.75f) - 1.0f;
   V p = -6.028282272e-3f * s + 5.946321709e-3f;
   p = p * s + 3.124413644e-2f;
@@ -34,7 +34,7 @@ FASTGATE_INLINE void take_off(V& y, const V& a) {
 FASTGATE_INLINE float gelu(float x) {
   const float a = std::fabs(x);
   float y = x < 0.0f ? 0.0f : x;
-  take_off(y, a < kFarthest ? a : kFarthest);
+  subtract_tail(y, a < kTailEnd ? a : kTailEnd);
   return y;
 }
 

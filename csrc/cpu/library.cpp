@@ -1,45 +1,28 @@
-// Registers the CPU ops under fastgate_cpu, a namespace of their own: fastgate/ops/backends.py puts them in their slots.
+// Registers the CPU ops under fastgate_cpu; fastgate/ops/backends.py enters them in the registry.
 #include "ops.h"
 
-#define ATTENTION_OPERANDS                                                                              \
-  "Tensor q, Tensor k, Tensor v, Tensor? q_bias, Tensor? k_bias, Tensor? v_bias, Tensor cu_q, "         \
-  "Tensor cu_k, int heads, float scale, float dropout_p, Tensor? seed"
-
-#define ABSORBED_ATTENTION_OPERANDS \
-  "Tensor probe, Tensor x, Tensor cu_seqlens, float scale, float dropout_p, Tensor? seed"
-
-#define EMBED_NORM_OPERANDS                                                                             \
-  "Tensor words, Tensor positions, Tensor? types, Tensor word_table, Tensor position_table, "           \
-  "Tensor type_table, Tensor weight, Tensor norm_bias, float eps, float dropout_p, Tensor? seed, "      \
-  "Tensor? weight2, Tensor? norm_bias2, float eps2, int padding_idx, int position_padding_idx"
-
-#define SHIFT_NORM_OPERANDS                                                                             \
-  "Tensor x, Tensor linked, Tensor shift, Tensor scale, Tensor before, Tensor after, Tensor weight, "   \
-  "Tensor norm_bias, float eps"
-
+// clang-format off
 STABLE_TORCH_LIBRARY(fastgate_cpu, m) {
-  m.def("absorbed_attention(" ABSORBED_ATTENTION_OPERANDS ") -> (Tensor, Tensor)");
-  m.def(
-      "absorbed_attention_backward(Tensor grad, Tensor? grad_total, " ABSORBED_ATTENTION_OPERANDS
-      ") -> (Tensor, Tensor)");
-  m.def("attention(" ATTENTION_OPERANDS ") -> Tensor");
-  m.def("attention_backward(Tensor grad, " ATTENTION_OPERANDS ") -> (Tensor, Tensor, Tensor)");
-  m.def("embed_norm(" EMBED_NORM_OPERANDS ") -> Tensor");
-  m.def(
-      "embed_norm_backward(Tensor grad, " EMBED_NORM_OPERANDS
-      ", int wanted) -> (Tensor, Tensor, Tensor, Tensor)");
-  m.def("gated_add_norm(" FASTGATE_GATED_ADD_NORM_SCHEMA ") -> Tensor");
-  m.def(
-      "gated_add_norm_backward(Tensor grad, " FASTGATE_GATED_ADD_NORM_SCHEMA
-      ", int wanted) -> (Tensor, Tensor, Tensor)");
-  m.def(
-      "packed_layers(Tensor h, Tensor?[] operands, int[] kinds, float[] numbers, Tensor cu_seqlens, Tensor? wanted, "
-      "Tensor[] links) -> Tensor");
+  m.def("absorbed_attention(" FASTGATE_SCHEMA(ABSORBED_ATTENTION) ") -> (Tensor, Tensor)");
+  m.def("absorbed_attention_backward(Tensor grad_mixed, Tensor? grad_total, " FASTGATE_SCHEMA(ABSORBED_ATTENTION)
+        ") -> (Tensor, Tensor)");
+  m.def("attention(" FASTGATE_SCHEMA(ATTENTION) ") -> Tensor");
+  m.def("attention_backward(Tensor grad, " FASTGATE_SCHEMA(ATTENTION) ") -> (Tensor, Tensor, Tensor)");
+  m.def("embed_norm(" FASTGATE_SCHEMA(EMBED_NORM) ") -> Tensor");
+  m.def("embed_norm_backward(Tensor grad, " FASTGATE_SCHEMA(EMBED_NORM)
+        ", int requested) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("fused_layers(Tensor h, Tensor?[] operands, int[] kinds, float[] numbers, Tensor cu_seqlens, "
+      "Tensor? output_rows, Tensor[] neighbours) -> Tensor");
+  m.def("gated_add_norm(" FASTGATE_SCHEMA(GATED_ADD_NORM) ") -> Tensor");
+  m.def("gated_add_norm_backward(Tensor grad, " FASTGATE_SCHEMA(GATED_ADD_NORM)
+        ", int requested) -> (Tensor, Tensor, Tensor)");
   m.def("packs_bfloat16() -> bool");
   m.def("packed_linear(Tensor x, Tensor panels, Tensor? bias, int columns, bool gelu) -> Tensor");
-  m.def("shift_norm(" SHIFT_NORM_OPERANDS ") -> Tensor");
-  m.def("shift_norm_backward(Tensor grad, " SHIFT_NORM_OPERANDS ", int wanted) -> (Tensor, Tensor)");
+  m.def("shift_norm(" FASTGATE_SCHEMA(SHIFT_NORM) ") -> Tensor");
+  m.def("shift_norm_backward(Tensor grad, " FASTGATE_SCHEMA(SHIFT_NORM)
+        ", int requested) -> (Tensor, Tensor)");
 }
+// clang-format on
 
 STABLE_TORCH_LIBRARY_IMPL(fastgate_cpu, CPU, m) {
   m.impl("absorbed_attention", TORCH_BOX(&fastgate::cpu::absorbed_attention));
@@ -48,9 +31,9 @@ STABLE_TORCH_LIBRARY_IMPL(fastgate_cpu, CPU, m) {
   m.impl("attention_backward", TORCH_BOX(&fastgate::cpu::attention_backward));
   m.impl("embed_norm", TORCH_BOX(&fastgate::cpu::embed_norm));
   m.impl("embed_norm_backward", TORCH_BOX(&fastgate::cpu::embed_norm_backward));
+  m.impl("fused_layers", TORCH_BOX(&fastgate::cpu::fused_layers));
   m.impl("gated_add_norm", TORCH_BOX(&fastgate::cpu::gated_add_norm));
   m.impl("gated_add_norm_backward", TORCH_BOX(&fastgate::cpu::gated_add_norm_backward));
-  m.impl("packed_layers", TORCH_BOX(&fastgate::cpu::packed_layers));
   m.impl("packed_linear", TORCH_BOX(&fastgate::cpu::packed_linear));
   m.impl("shift_norm", TORCH_BOX(&fastgate::cpu::shift_norm));
   m.impl("shift_norm_backward", TORCH_BOX(&fastgate::cpu::shift_norm_backward));

@@ -3,7 +3,7 @@
 
 #include <cmath>
 
-#include "rows.h"
+#include "cpu/simd.h"
 
 namespace fastgate::cpu {
 
@@ -31,7 +31,8 @@ struct Means {
 // xhat into `xhat`, which held the norm's input, and t = dy * weight into `t`, which may be dy itself.
 template <class TY>
 FASTGATE_INLINE Means norm_backward(
-    int64_t n, const TY* dy, const float* weight, Norm norm, float* xhat, float* t, float* dweight, float* dbias) {
+    int64_t n, const TY* dy, const float* weight, Norm norm, float* xhat, float* t, float* dweight,
+    float* dbias) {
   float total = 0.0f, along = 0.0f;
 #pragma omp simd reduction(+ : total, along)
   for (int64_t j = 0; j < n; ++j) {

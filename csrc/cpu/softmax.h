@@ -4,12 +4,12 @@
 #include <cstdint>
 #include <cstring>
 
-#include "rows.h"
+#include "cpu/simd.h"
 
 namespace fastgate::cpu {
 
-// exp for x <= 0 to 2 units in the last place, and no less than exp(-80), which a share of leaves a normal number: 2^n
-// times a polynomial of the remainder.
+// exp for x <= 0 to 2 units in the last place, and no less than exp(-80), which a share of leaves a normal
+// number: 2^n times a polynomial of the remainder.
 FASTGATE_INLINE float exponential(float x) {
   x = x < -80.0f ? -80.0f : x;
   const float magic = 12582912.0f, shifted = x * 1.44269504f + magic, n = shifted - magic;
@@ -29,8 +29,8 @@ FASTGATE_INLINE float exponential(float x) {
   return p * power;
 }
 
-// Scores of a block's rows become probabilities. A row is `blocks` of 16 long, and beyond the first n are numbers that
-// nobody reads: scores low enough to add nothing, so that no loop has a tail.
+// Scores of a block's rows become probabilities. A row is `blocks` of 16 long, and beyond the first n are
+// numbers that nobody reads: scores low enough to add nothing, so that no loop has a tail.
 FASTGATE_INLINE void softmax(float* scores, int64_t rows, int64_t row_step, int64_t n, int64_t blocks) {
   const int64_t width = 16 * blocks;
   for (int64_t i = 0; i < rows; ++i)
@@ -45,8 +45,9 @@ FASTGATE_INLINE void softmax(float* scores, int64_t rows, int64_t row_step, int6
       row[j] = part;
       total += part;
     }
-    const float share = 1.0f / total;  // rounds once more, where sixteen divisions take as long as the exponentials
-    each(width, [&](int64_t j) { row[j] *= share; });
+    const float share =
+        1.0f / total;  // rounds once more, where sixteen divisions take as long as the exponentials
+    for_each(width, [&](int64_t j) { row[j] *= share; });
   }
 }
 

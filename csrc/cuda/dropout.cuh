@@ -1,4 +1,4 @@
-// The dropout mask of every backend: Philox 4x32-10 (Salmon et al. 2011), as in fastgate/ops/reference/dropout.py.
+// The dropout mask of every backend, Philox 4x32-10 (Salmon et al. 2011): fastgate/ops/reference/dropout.py.
 #pragma once
 
 #include <cuda_runtime.h>

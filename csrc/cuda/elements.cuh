@@ -1,4 +1,5 @@
-// Rows of stored elements (float32, bfloat16, float16): runs of columns moved in 16-byte accesses, or one by one.
+// Rows of stored elements (float32, bfloat16, float16): runs of columns moved in 16-byte accesses, or one by
+// one.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -28,7 +29,7 @@ __device__ inline T from_float(float value) {
 
 // N elements that lie in memory together, as one access moves them: 16 bytes, or 8.
 template <class T, int N>
-struct Run {
+struct AlignedRun {
   using Words = std::conditional_t<sizeof(T) * N == 16, uint4, uint2>;
   static_assert(sizeof(Words) == sizeof(T) * N);
 
@@ -53,10 +54,11 @@ struct Run {
 // Stands for an element type that is known at run time only, in rows of any width and alignment.
 struct Mixed {};
 
-// C columns of a row as they were read: in their own type, so that a row that is still on its way takes few registers.
+// C columns of a row as they were read: in their own type, so that a row that is still on its way takes few
+// registers.
 template <class T, int C>
 struct Held {
-  Run<T, C> run;
+  AlignedRun<T, C> run;
 
   __device__ void read(Array from, int64_t at, int inside) {
     if (inside > 0) {
@@ -102,7 +104,7 @@ template <class T, int C>
 __device__ inline void write(Output to, int64_t at, int inside, const float (&values)[C]) {
   if constexpr (!std::is_same_v<T, Mixed>) {
     if (inside <= 0) return;
-    Run<T, C> run;
+    AlignedRun<T, C> run;
     run.pack(values);
     run.store(static_cast<T*>(to.data) + at);
   } else if (to.type == Type::f32) {
@@ -119,7 +121,7 @@ __device__ inline void read_runs(const void* from, int column, float (&values)[C
   constexpr int kRun = C < 16 / int(sizeof(T)) ? C : 16 / int(sizeof(T));
 #pragma unroll
   for (int start = 0; start < C; start += kRun) {
-    Run<T, kRun> run;
+    AlignedRun<T, kRun> run;
     run.load(static_cast<const T*>(from) + column + start);
     float part[kRun];
     run.unpack(part);

@@ -5,13 +5,17 @@
 
 #include <cmath>
 
+#include "gradient_bits.h"
 #include "ops.h"
 
 namespace fastgate::cuda {
 namespace {
 
-// torch's current stream. The stable ABI gives it from torch 2.13 on only; before that, torch's CUDA library has it. It
-// is in the process, for there is a CUDA tensor, but its symbols are visible to those who name it only.
+namespace grads = gated_add_norm_gradients;
+
+// torch's current stream. The stable ABI gives it from torch 2.13 on only; before that, torch's CUDA library
+// has it. It is in the process, for there is a CUDA tensor, but its symbols are visible to those who name it
+// only.
 void* current_stream(int32_t device) {
   using Find = AOTITorchError (*)(int32_t, void**);
   static const Find find = [] {
@@ -20,7 +24,8 @@ void* current_stream(int32_t device) {
   }();
   STD_TORCH_CHECK(
       find != nullptr,
-      "gated_add_norm: stream: got a torch without libtorch_cuda.so's aoti_torch_get_current_cuda_stream, wanted one "
+      "gated_add_norm: stream: got a torch without libtorch_cuda.so's aoti_torch_get_current_cuda_stream, "
+      "wanted one "
       "with it; install a CUDA build of torch, or set FASTGATE_CUDA=triton");
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(find(device, &stream));
@@ -40,7 +45,7 @@ Type type_of(const Tensor& t) {
 struct Call {
   int32_t device_type = 0;
   Queue queue{};
-  Operands operands{};
+  NormOperands operands{};
   ScalarType y_dtype{};
   std::vector<Tensor> kept_alive;
 
@@ -71,15 +76,15 @@ struct Call {
   Array parameter(const OptionalTensor& t, const char* name, int64_t elements) {
     if (!t) return {};
     STD_TORCH_CHECK(
-        t->numel() == elements, "gated_add_norm: ", name, ": got ", t->numel(), " elements, wanted ", elements,
-        "; match x's last dimension");
+        t->numel() == elements, "gated_add_norm: ", name, ": got ", t->numel(), " elements, wanted ",
+        elements, "; match x's last dimension");
     return array(is_stored(t->scalar_type()) ? *t : torch::stable::to(*t, ScalarType::Float), name);
   }
 };
 
-Call prepare(const Tensor& x, const Tensor& residual, FASTGATE_GATED_ADD_NORM_OPERANDS) {
+Call prepare(FASTGATE_PARAMETERS(GATED_ADD_NORM)) {
   Call call;
-  Operands& o = call.operands;
+  NormOperands& o = call.operands;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &call.device_type));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(x.get(), &call.queue.device));
   call.kept_alive.reserve(12);
@@ -97,7 +102,7 @@ Call prepare(const Tensor& x, const Tensor& residual, FASTGATE_GATED_ADD_NORM_OP
   o.norm_bias = call.parameter(norm_bias, "norm_bias", hidden);
   o.bias = call.parameter(bias, "bias", hidden);
   o.scale = call.parameter(scale, "scale", hidden);
-  o.shift = call.parameter(shift, "shift", hidden);
+  o.offset = call.parameter(offset, "offset", hidden);
   o.weight2 = call.parameter(weight2, "weight2", hidden);
   o.norm_bias2 = call.parameter(norm_bias2, "norm_bias2", hidden);
   STD_TORCH_CHECK(
@@ -109,7 +114,8 @@ Call prepare(const Tensor& x, const Tensor& residual, FASTGATE_GATED_ADD_NORM_OP
   if (dropout_p > 0.0) {
     STD_TORCH_CHECK(
         seed && seed->numel() == 1 && seed->scalar_type() == ScalarType::Long,
-        "gated_add_norm: seed: got none, wanted an int64 tensor of one element with dropout_p > 0; pass a seed");
+        "gated_add_norm: seed: got none, wanted an int64 tensor of one element with dropout_p > 0; pass a "
+        "seed");
     o.seed = static_cast<const int64_t*>(call.array(*seed, "seed").data);
     o.threshold = static_cast<uint32_t>(std::fmin(std::nearbyint(dropout_p * 4294967296.0), 4294967295.0));
     o.kept = static_cast<float>(1.0 / (1.0 - dropout_p));
@@ -122,35 +128,34 @@ void check(const char* error, const char* op) {
   STD_TORCH_CHECK(error == nullptr, op, ": launch: got the CUDA error '", error, "', wanted none");
 }
 
-Output output(const Tensor& t, bool wanted) {
-  return wanted ? Output{t.data_ptr(), type_of(t)} : Output{};
+Output output(const Tensor& t, bool requested) {
+  return requested ? Output{t.data_ptr(), type_of(t)} : Output{};
 }
 
 }  // namespace
 
-Tensor gated_add_norm(Tensor x, Tensor residual, FASTGATE_GATED_ADD_NORM_OPERANDS) {
-  const Call call = prepare(
-      x, residual, weight, norm_bias, eps, bias, gate, scale, shift, dropout_p, seed, weight2, norm_bias2, eps2);
+Tensor gated_add_norm(FASTGATE_PARAMETERS(GATED_ADD_NORM)) {
+  const Call call = prepare(FASTGATE_ARGUMENTS(GATED_ADD_NORM));
   Tensor y = empty_like(x, call.y_dtype);
   check(launch_gated_add_norm(call.queue, call.operands, output(y, true)), "gated_add_norm");
   return y;
 }
 
 std::tuple<Tensor, Tensor, Tensor> gated_add_norm_backward(
-    Tensor grad, Tensor x, Tensor residual, FASTGATE_GATED_ADD_NORM_OPERANDS, int64_t wanted) {
-  Call call = prepare(
-      x, residual, weight, norm_bias, eps, bias, gate, scale, shift, dropout_p, seed, weight2, norm_bias2, eps2);
-  const Operands& o = call.operands;
+    Tensor grad, FASTGATE_PARAMETERS(GATED_ADD_NORM), int64_t requested) {
+  Call call = prepare(FASTGATE_ARGUMENTS(GATED_ADD_NORM));
+  const NormOperands& o = call.operands;
   STD_TORCH_CHECK(
       grad.scalar_type() == call.y_dtype,
       "gated_add_norm_backward: grad: got another dtype, wanted y's; pass the gradient of y");
   const Array dy = call.rows(grad, "grad", x.numel());
   const int64_t none = 0;
-  Tensor dx = wanted & kX ? empty_like(x, x.scalar_type()) : empty(&none, 1, x.scalar_type(), x);
-  Tensor dresidual =
-      wanted & kResidual ? empty_like(x, residual.scalar_type()) : empty(&none, 1, residual.scalar_type(), x);
+  Tensor dx = requested & grads::kX ? empty_like(x, x.scalar_type()) : empty(&none, 1, x.scalar_type(), x);
+  Tensor dresidual = requested & grads::kResidual ? empty_like(x, residual.scalar_type())
+                                                  : empty(&none, 1, residual.scalar_type(), x);
   int64_t sizes[2] = {0, o.hidden};
-  for (int place = 0; place < kParameters; ++place) sizes[0] += (wanted & parameter_bit(place)) != 0;
+  for (int parameter = 0; parameter < grads::kParameters; ++parameter)
+    sizes[0] += (requested & (int64_t{grads::kFirstParameterBit} << parameter)) != 0;
   Tensor parameters = empty(sizes, 2, ScalarType::Float, x);
   int64_t blocks = 0;
   check(gated_add_norm_partial_rows(call.queue, o, &blocks), "gated_add_norm_backward");
@@ -158,7 +163,8 @@ std::tuple<Tensor, Tensor, Tensor> gated_add_norm_backward(
   Tensor partials = empty(&room, 1, ScalarType::Float, x);
   check(
       launch_gated_add_norm_backward(
-          call.queue, o, dy, output(dx, wanted & kX), output(dresidual, wanted & kResidual), wanted,
+          call.queue, o, dy, output(dx, requested & grads::kX),
+          output(dresidual, requested & grads::kResidual), requested,
           static_cast<float*>(partials.data_ptr()), static_cast<float*>(parameters.data_ptr())),
       "gated_add_norm_backward");
   return {dx, dresidual, parameters};

@@ -4,7 +4,8 @@
 //
 //   dxhat_j / du_k = rstd * (delta_jk - 1 / n - xhat_j * xhat_k / n)
 //
-// since d rstd / du_k = -rstd^2 * xhat_k / n, and the mean's own share in the variance is sum_j (u_j - mean) = 0. Hence
+// since d rstd / du_k = -rstd^2 * xhat_k / n, and the mean's own share in the variance is sum_j (u_j - mean)
+// = 0. Hence
 //
 //   du = rstd * (t - mean(t) - xhat * mean(t * xhat))
 //
@@ -12,15 +13,16 @@
 //
 //   dresidual = scale * du                   dscale  = sum_i du * residual
 //   dx        = gate * m / (1 - p) * du      dbias   = sum_i dx
-//   dgate     = sum_ij du * d                dshift  = sum_i du
+//   dgate     = sum_ij du * d                doffset  = sum_i du
 //   dweight   = sum_i dy * xhat              dnorm_bias = sum_i dy
 //
-// A second norm sits on y: its backward gives the dy of the first. Backward recomputes u, the statistics and the mask
-// from x, residual and the seed, which it reads anyway: forward saves nothing.
+// A second norm sits on y: its backward gives the dy of the first. Backward recomputes u, the statistics and
+// the mask from x, residual and the seed, which it reads anyway: forward saves nothing.
 //
-// E = 8, so that the sums over rows stay in registers, and a team loads its next row while it works on this one; the
-// grid is one block a multiprocessor. Each block adds its teams' sums in order and writes one row of partial sums, and
-// sum_partials adds those in order: the same bits at every call.
+// E = 8, so that the sums over rows stay in registers, and a team loads its next row while it works on this
+// one; the grid is one block a multiprocessor. Each block adds its teams' sums in order and writes one row of
+// partial sums, and sum_partials adds those in order: the same bits at every call.
+#include "gradient_bits.h"
 #include "launch.cuh"
 #include "norm_rows.cuh"
 
@@ -30,33 +32,33 @@ extern __shared__ float4 dynamic_shared[];  // the sums
 
 namespace {
 
-// A parameter's place among the gradients, csrc/ops.h's order.
-enum Parameter : int { kBias, kGate, kScale, kShift, kWeight, kNormBias, kWeight2, kNormBias2, kParameters };
-constexpr int kWantX = 1, kWantResidual = 2;
-__host__ __device__ constexpr int want(int parameter) { return 4 << parameter; }
+using namespace gated_add_norm_gradients;
+__host__ __device__ constexpr int bit(int parameter) { return kFirstParameterBit << parameter; }
 
 __device__ inline int bits_set(int bits) { return __popc(bits); }
 
-// A thread's sums over its team's rows in shared memory, for each wanted parameter its E columns: four by four, and
-// neighbouring threads' side by side, so that accesses are 16 bytes wide and meet no bank twice.
+// A thread's sums over its team's rows in shared memory, for each requested parameter its E columns: four by
+// four, and neighbouring threads' side by side, so that accesses are 16 bytes wide and meet no bank twice.
 template <class L>
-struct Sums {
+struct ParameterSums {
   static constexpr int kQuads = L::kChunks * L::kChunk / 4;
-  int wanted, count, threads;
+  int requested, count, threads;
   float4* mine;
 
-  __device__ Sums(const Team& team, int wanted)
-      : wanted(wanted),
-        count(bits_set(wanted >> 2)),
+  __device__ ParameterSums(const Team& team, int requested)
+      : requested(requested),
+        count(bits_set(requested >> 2)),
         threads(team.threads()),
         mine(dynamic_shared + team.place * count * kQuads * threads + team.thread) {
     for (int at = 0; at < count * kQuads; ++at) mine[at * threads] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
   }
 
-  __device__ bool has(int parameter) const { return wanted & want(parameter); }
+  __device__ bool has(int parameter) const { return requested & bit(parameter); }
 
-  // Place of a wanted parameter's first four.
-  __device__ int first(int parameter) const { return bits_set(wanted >> 2 & ((1 << parameter) - 1)) * kQuads; }
+  // Place of a requested parameter's first four.
+  __device__ int first(int parameter) const {
+    return bits_set(requested >> 2 & ((1 << parameter) - 1)) * kQuads;
+  }
 
   // Adds to chunk k.
   __device__ void add(int parameter, int k, const float (&values)[L::kChunk]) {
@@ -65,15 +67,17 @@ struct Sums {
     for (int c = 0; c < L::kChunk; c += 4) {
       float4& sum = mine[(at + c / 4) * threads];
       const float4 was = sum;
-      sum = make_float4(was.x + values[c], was.y + values[c + 1], was.z + values[c + 2], was.w + values[c + 3]);
+      sum =
+          make_float4(was.x + values[c], was.y + values[c + 1], was.z + values[c + 2], was.w + values[c + 3]);
     }
   }
 };
 
 // The sums of all teams, added in the teams' order: one row of partial sums a block, (count, hidden).
 template <class L>
-__device__ inline void write_partials(const Operands& o, const Team& team, const Sums<L>& sums, float* partials) {
-  constexpr int kQuads = Sums<L>::kQuads;
+__device__ inline void write_partials(
+    const NormOperands& o, const Team& team, const ParameterSums<L>& sums, float* partials) {
+  constexpr int kQuads = ParameterSums<L>::kQuads;
   const int teams = blockDim.x / sums.threads, stride = sums.count * kQuads * sums.threads;
   const float4* first = dynamic_shared + team.thread;
   for (int parameter = team.place; parameter < sums.count; parameter += teams) {
@@ -94,10 +98,11 @@ __device__ inline void write_partials(const Operands& o, const Team& team, const
   }
 }
 
-// dL/d(output) in dy to dL/d(xhat) in t, and the means over the row that its gradient needs: of t and of t * xhat.
+// dL/d(output) in dy to dL/d(xhat) in t, and the means over the row that its gradient needs: of t and of t *
+// xhat.
 template <class L>
 __device__ inline float2 weigh(
-    const Operands& o, Array weight, Team& team, const typename L::Values& xhat, typename L::Values& t) {
+    const NormOperands& o, Array weight, Team& team, const typename L::Values& xhat, typename L::Values& t) {
   constexpr int C = L::kChunk;
   float2 sums = make_float2(0.0f, 0.0f);
 #pragma unroll
@@ -127,14 +132,14 @@ __device__ inline void through_norm(
 }
 
 template <class L>
-__global__ void __launch_bounds__(kWarpsPerBlock * kWarp, 1) backward_rows(
-    const __grid_constant__ Operands o, const Array grad, const Output dx, const Output dresidual, int wanted,
-    float* partials, int warps) {
+__global__ void __launch_bounds__(kWarpsPerBlock* kWarp, 1) backward_rows(
+    const __grid_constant__ NormOperands o, const Array grad, const Output dx, const Output dresidual,
+    int requested, float* partials, int warps) {
   constexpr int C = L::kChunk, K = L::kChunks;
   constexpr bool kNarrow = C * K <= 8;  // room in registers for the usual sums and for the next row
   Team team(warps);
   const Scalars scalars(o);
-  Sums<L> sums(team, wanted);
+  ParameterSums<L> sums(team, requested);
   typename L::Values dbias = {}, dweight = {}, dnorm_bias = {};
   float dgate = 0.0f;
   const int teams = blockDim.x / team.threads();
@@ -163,7 +168,8 @@ __global__ void __launch_bounds__(kWarpsPerBlock * kWarp, 1) backward_rows(
       affine<L>(o, o.weight, o.norm_bias, team, u, xhat2);
       rstd2 = normalise<L>(o, o.eps2, team, xhat2);
     }
-    if constexpr (!kNarrow) read_row<L, typename L::TY>(grad, team, o, row, dy), unpack_row<L, typename L::TY>(dy, t);
+    if constexpr (!kNarrow)
+      read_row<L, typename L::TY>(grad, team, o, row, dy), unpack_row<L, typename L::TY>(dy, t);
     if (o.weight2.data != nullptr) {
 #pragma unroll
       for (int k = 0; k < K; ++k) {
@@ -196,20 +202,20 @@ __global__ void __launch_bounds__(kWarpsPerBlock * kWarp, 1) backward_rows(
     for (int k = 0; k < K; ++k) {
       const int column = L::column(team, k), inside = o.hidden - column;
       const int64_t at = row * o.hidden + column;
-      const float(&du)[C] = t[k];
+      const float (&du)[C] = t[k];
       float out[C];
-      if (wanted & (kWantX | want(kBias))) {
+      if (requested & (kX | bit(kBias))) {
 #pragma unroll
         for (int c = 0; c < C; ++c) {
           out[c] = scalars.gate * du[c];
           if (o.seed != nullptr) out[c] = keep >> (k * C + c) & 1u ? out[c] * o.kept : 0.0f;
           if constexpr (kNarrow) dbias[k][c] += out[c];
         }
-        if (wanted & kWantX) write<typename L::TX>(dx, at, inside, out);
+        if (requested & kX) write<typename L::TX>(dx, at, inside, out);
         if constexpr (!kNarrow)
           if (sums.has(kBias)) sums.add(kBias, k, out);
       }
-      if (wanted & kWantResidual) {
+      if (requested & kResidual) {
         if (o.scale.data == nullptr) {
           write<typename L::TR>(dresidual, at, inside, du);
         } else {
@@ -235,7 +241,7 @@ __global__ void __launch_bounds__(kWarpsPerBlock * kWarp, 1) backward_rows(
         for (int c = 0; c < C; ++c) out[c] *= du[c];
         sums.add(kScale, k, out);
       }
-      if (sums.has(kShift)) sums.add(kShift, k, du);
+      if (sums.has(kOffset)) sums.add(kOffset, k, du);
     }
   }
 
@@ -256,7 +262,7 @@ __global__ void __launch_bounds__(kWarpsPerBlock * kWarp, 1) backward_rows(
 constexpr int kSumWarps = 8;
 
 // (rows, size) to its column sums: warp w adds rows w, w + 8, ..., then the warps are added in order.
-__global__ void __launch_bounds__(kSumWarps * kWarp)
+__global__ void __launch_bounds__(kSumWarps* kWarp)
     sum_partials(const float* __restrict__ partials, int64_t rows, int64_t size, float* __restrict__ sums) {
   __shared__ float parts[kSumWarps][kWarp];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
@@ -276,24 +282,25 @@ __global__ void __launch_bounds__(kSumWarps * kWarp)
 // ---- host: which kernel, how many threads, how many blocks ----
 
 // How backward is cut into blocks of teams.
-struct Cut {
+struct BackwardGrid {
   int warps, teams;
   int64_t blocks;
 };
 
 template <class L>
-cudaError_t cut_backward(Queue queue, const Operands& o, Cut* cut) {
+cudaError_t backward_grid(Queue queue, const NormOperands& o, BackwardGrid* grid) {
   int multiprocessors;
-  const cudaError_t error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, queue.device);
-  cut->warps = warps_a_row(o, L::kColumns);
-  cut->teams = kWarpsPerBlock / cut->warps;
-  const int64_t enough = divided_up(o.rows, cut->teams);
-  cut->blocks = enough < multiprocessors ? enough : multiprocessors;
+  const cudaError_t error =
+      cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, queue.device);
+  grid->warps = warps_a_row(o, L::kColumns);
+  grid->teams = kWarpsPerBlock / grid->warps;
+  const int64_t enough = divided_up(o.rows, grid->teams);
+  grid->blocks = enough < multiprocessors ? enough : multiprocessors;
   return error;
 }
 
 template <class TX, class TR, class F>
-cudaError_t call_with_layout(Types<TX, TR>, const Operands& o, const F& f) {
+cudaError_t call_with_layout(Types<TX, TR>, const NormOperands& o, const F& f) {
   if constexpr (!std::is_same_v<TX, Mixed>)
     if (o.hidden <= 8 * kWarp * kWarpsPerBlock) return f(Layout<TX, TR, 8>());
   if constexpr (std::is_same_v<TX, TR>) return f(Layout<TX, TR, 16>());
@@ -302,48 +309,49 @@ cudaError_t call_with_layout(Types<TX, TR>, const Operands& o, const F& f) {
 
 // Calls f with backward's layout for these operands.
 template <class F>
-cudaError_t with_backward_layout(const Operands& o, const F& f) {
+cudaError_t with_backward_layout(const NormOperands& o, const F& f) {
   return with_types(o, [&](auto types) { return call_with_layout(types, o, f); });
 }
 
-// The lowest `most` of the parameters that `wanted` names.
-int lowest(int wanted, int most) {
+// The lowest `most` of the parameters that `requested` names.
+int lowest(int requested, int most) {
   int taken = 0;
   for (int parameter = 0; parameter < kParameters && most > 0; ++parameter)
-    if (wanted & want(parameter)) taken |= want(parameter), --most;
+    if (requested & bit(parameter)) taken |= bit(parameter), --most;
   return taken;
 }
 
-int count_of(int wanted) {
+int count_of(int requested) {
   int count = 0;
-  for (int parameter = 0; parameter < kParameters; ++parameter) count += (wanted & want(parameter)) != 0;
+  for (int parameter = 0; parameter < kParameters; ++parameter) count += (requested & bit(parameter)) != 0;
   return count;
 }
 
-// One launch for all that is wanted, unless the sums of a very wide row exceed a multiprocessor's shared memory: then
-// further launches read the rows again for the parameters that are left.
+// One launch for all that is requested, unless the sums of a very wide row exceed a multiprocessor's shared
+// memory: then further launches read the rows again for the parameters that are left.
 template <class L>
 cudaError_t launch_backward(
-    Queue queue, const Operands& o, Array grad, Output dx, Output dresidual, int wanted, float* partials,
-    float* parameters) {
-  constexpr int kRows = kWantX | kWantResidual, kStatic = 1024;  // shared memory that is not sums, at most
+    Queue queue, const NormOperands& o, Array grad, Output dx, Output dresidual, int requested,
+    float* partials, float* parameters) {
+  constexpr int kRows = kX | kResidual, kStatic = 1024;  // shared memory that is not sums, at most
   int shared;
   cudaError_t error = cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, queue.device);
-  Cut cut;
-  if (error == cudaSuccess) error = cut_backward<L>(queue, o, &cut);
-  const int threads = cut.teams * cut.warps * kWarp, bytes_a_sum = threads * L::kColumns * int(sizeof(float));
-  int rows = wanted & kRows, left = wanted & ~kRows;
+  BackwardGrid grid;
+  if (error == cudaSuccess) error = backward_grid<L>(queue, o, &grid);
+  const int threads = grid.teams * grid.warps * kWarp,
+            bytes_a_sum = threads * L::kColumns * int(sizeof(float));
+  int rows = requested & kRows, left = requested & ~kRows;
   while (error == cudaSuccess && (rows | left)) {
     const int now = lowest(left, (shared - kStatic) / bytes_a_sum), count = count_of(now);
-    if (cut.blocks > 0)
+    if (grid.blocks > 0)
       error = launch(
-          queue, backward_rows<L>, cut.blocks, threads, static_cast<size_t>(count) * bytes_a_sum, o, grad, dx,
-          dresidual, rows | now, partials, cut.warps);
+          queue, backward_rows<L>, grid.blocks, threads, static_cast<size_t>(count) * bytes_a_sum, o, grad,
+          dx, dresidual, rows | now, partials, grid.warps);
     const int64_t size = static_cast<int64_t>(count) * o.hidden;
     if (error == cudaSuccess && count > 0)
       error = launch(
-          queue, sum_partials, divided_up(size, kWarp), kSumWarps * kWarp, 0, static_cast<const float*>(partials),
-          cut.blocks, size, parameters);
+          queue, sum_partials, divided_up(size, kWarp), kSumWarps * kWarp, 0,
+          static_cast<const float*>(partials), grid.blocks, size, parameters);
     parameters += size;
     left &= ~now;
     rows = 0;
@@ -353,23 +361,23 @@ cudaError_t launch_backward(
 
 }  // namespace
 
-const char* gated_add_norm_partial_rows(Queue queue, const Operands& o, int64_t* found) {
+const char* gated_add_norm_partial_rows(Queue queue, const NormOperands& o, int64_t* partial_rows) {
   return described(with_backward_layout(o, [&](auto layout) {
-    Cut cut;
-    const cudaError_t error = cut_backward<decltype(layout)>(queue, o, &cut);
-    *found = cut.blocks;
+    BackwardGrid grid;
+    const cudaError_t error = backward_grid<decltype(layout)>(queue, o, &grid);
+    *partial_rows = grid.blocks;
     return error;
   }));
 }
 
 const char* launch_gated_add_norm_backward(
-    Queue queue, const Operands& o, Array grad, Output dx, Output dresidual, int64_t wanted, float* partials,
-    float* parameters) {
+    Queue queue, const NormOperands& o, Array grad, Output dx, Output dresidual, int64_t requested,
+    float* partials, float* parameters) {
   const OnDevice on(queue.device);
   if (on.error != cudaSuccess) return described(on.error);
   return described(with_backward_layout(o, [&](auto layout) {
     return launch_backward<decltype(layout)>(
-        queue, o, grad, dx, dresidual, static_cast<int>(wanted), partials, parameters);
+        queue, o, grad, dx, dresidual, static_cast<int>(requested), partials, parameters);
   }));
 }
 

@@ -34,7 +34,8 @@ cudaError_t launch(
     Queue queue, Kernel kernel, int64_t blocks, int threads, size_t shared, const Arguments&... arguments) {
   if (shared > 48 * 1024) {
     const cudaError_t error = cudaFuncSetAttribute(
-        reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+        reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+        static_cast<int>(shared));
     if (error != cudaSuccess) return error;
   }
   cudaLaunchConfig_t config = {};
@@ -51,9 +52,10 @@ inline int64_t divided_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 template <class TX, class TR>
 struct Types {};
 
-// Calls f with the types that training and inference meet if rows are whole chunks, else with Mixed, for everything.
+// Calls f with the types that training and inference meet if rows are whole chunks, else with Mixed, for
+// everything.
 template <class F>
-cudaError_t with_types(const Operands& o, const F& f) {
+cudaError_t with_types(const NormOperands& o, const F& f) {
   const Type x = o.x.type, residual = o.residual.type;
   const int64_t wider = bytes(x) > bytes(residual) ? bytes(x) : bytes(residual);
   if (o.hidden % (16 / wider) == 0) {
@@ -66,7 +68,7 @@ cudaError_t with_types(const Operands& o, const F& f) {
   return f(Types<Mixed, Mixed>());
 }
 
-inline int warps_a_row(const Operands& o, int columns_a_thread) {
+inline int warps_a_row(const NormOperands& o, int columns_a_thread) {
   return static_cast<int>(divided_up(o.hidden, columns_a_thread * kWarp));
 }
 

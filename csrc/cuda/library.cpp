@@ -1,11 +1,11 @@
-// Registers the CUDA ops under fastgate_cuda, a namespace of their own: fastgate/ops/backends.py puts them in their slots.
+// Registers the CUDA ops under fastgate_cuda; fastgate/ops/backends.py enters them in the registry.
 #include "ops.h"
 
 STABLE_TORCH_LIBRARY(fastgate_cuda, m) {
-  m.def("gated_add_norm(" FASTGATE_GATED_ADD_NORM_SCHEMA ") -> Tensor");
+  m.def("gated_add_norm(" FASTGATE_SCHEMA(GATED_ADD_NORM) ") -> Tensor");
   m.def(
-      "gated_add_norm_backward(Tensor grad, " FASTGATE_GATED_ADD_NORM_SCHEMA
-      ", int wanted) -> (Tensor, Tensor, Tensor)");
+      "gated_add_norm_backward(Tensor grad, " FASTGATE_SCHEMA(
+          GATED_ADD_NORM) ", int requested) -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastgate_cuda, CUDA, m) {

@@ -1,13 +1,13 @@
-// A row of gated_add_norm in registers: how threads share it, and the steps that forward and backward take alike.
+// A row of gated_add_norm in registers: how threads share it, and the steps that both directions take.
 //
 // With rows i, columns j, keep mask m, keep probability 1 - p:
 //
-//   d = m * (x + bias) / (1 - p)        u = scale * residual + gate * d + shift
+//   d = m * (x + bias) / (1 - p)        u = scale * residual + gate * d + offset
 //   xhat = (u - mean(u)) * rstd(u)      y = xhat * weight + norm_bias
 //
-// A team of one or several warps owns a row, and each thread E of its columns, in chunks that are as wide as one
-// 16-byte access of the wider element type: so neighbouring threads touch neighbouring bytes. Parameters are read again
-// for each row, from the first-level cache.
+// A team of one or several warps owns a row, and each thread E of its columns, in chunks that are as wide as
+// one 16-byte access of the wider element type: so neighbouring threads touch neighbouring bytes. Parameters
+// are read again for each row, from the first-level cache.
 #pragma once
 
 #include "dropout.cuh"
@@ -30,7 +30,9 @@ struct Layout {
   using Values = float[kChunks][kChunk];
 
   // First column of this thread's chunk k.
-  __device__ static int column(const Team& team, int k) { return (k * team.threads() + team.thread) * kChunk; }
+  __device__ static int column(const Team& team, int k) {
+    return (k * team.threads() + team.thread) * kChunk;
+  }
   // Whether element c of a chunk, `inside` of whose columns lie in the row, is one of them.
   __device__ static bool has(int inside, int c) { return kAligned ? inside > 0 : c < inside; }
 };
@@ -40,7 +42,7 @@ using HeldRow = Held<T, L::kChunk>[L::kChunks];
 
 template <class L, class T>
 __device__ inline void read_row(
-    Array from, const Team& team, const Operands& o, int64_t row, HeldRow<L, T>& held) {
+    Array from, const Team& team, const NormOperands& o, int64_t row, HeldRow<L, T>& held) {
 #pragma unroll
   for (int k = 0; k < L::kChunks; ++k) {
     const int column = L::column(team, k);
@@ -71,7 +73,7 @@ struct Scalars {
   float gate;
   uint2 seed;  // low and high word
 
-  __device__ explicit Scalars(const Operands& o)
+  __device__ explicit Scalars(const NormOperands& o)
       : gate(o.gate.data != nullptr ? read_one(o.gate) : 1.0f),
         seed(o.seed != nullptr ? *reinterpret_cast<const uint2*>(o.seed) : make_uint2(0, 0)) {}
 };
@@ -79,7 +81,7 @@ struct Scalars {
 // d of one chunk.
 template <class L>
 __device__ inline void drop(
-    const Operands& o, const Held<typename L::TX, L::kChunk>& x, int column, uint32_t keep,
+    const NormOperands& o, const Held<typename L::TX, L::kChunk>& x, int column, uint32_t keep,
     float (&d)[L::kChunk]) {
   x.unpack(d);
   if (o.bias.data != nullptr) {
@@ -94,12 +96,13 @@ __device__ inline void drop(
   }
 }
 
-// u of this thread's columns, zero beyond the row; `keep` gets the mask's bits, chunk after chunk. kReads: x and
-// residual are not there yet, each chunk is read when it is due.
+// u of this thread's columns, zero beyond the row; `keep` gets the mask's bits, chunk after chunk. kReads: x
+// and residual are not there yet, each chunk is read when it is due.
 template <class L, bool kReads>
 __device__ inline void mix(
-    const Operands& o, const Scalars& scalars, const Team& team, int64_t row, HeldRow<L, typename L::TX>& x,
-    HeldRow<L, typename L::TR>& residual, typename L::Values& u, uint32_t& keep) {
+    const NormOperands& o, const Scalars& scalars, const Team& team, int64_t row,
+    HeldRow<L, typename L::TX>& x, HeldRow<L, typename L::TR>& residual, typename L::Values& u,
+    uint32_t& keep) {
   constexpr int C = L::kChunk;
   keep = 0;
 #pragma unroll
@@ -120,8 +123,8 @@ __device__ inline void mix(
     }
 #pragma unroll
     for (int c = 0; c < C; ++c) u[k][c] += scalars.gate * d[c];
-    if (o.shift.data != nullptr) {
-      read_parameter<L::kAligned>(o.shift, column, inside, parameter);
+    if (o.offset.data != nullptr) {
+      read_parameter<L::kAligned>(o.offset, column, inside, parameter);
 #pragma unroll
       for (int c = 0; c < C; ++c) u[k][c] += parameter[c];
     }
@@ -130,7 +133,7 @@ __device__ inline void mix(
 
 // A norm's input to xhat in place, the variance from the centred values; returns rstd.
 template <class L>
-__device__ inline float normalise(const Operands& o, float eps, Team& team, typename L::Values& u) {
+__device__ inline float normalise(const NormOperands& o, float eps, Team& team, typename L::Values& u) {
   constexpr int C = L::kChunk;
   const float share = 1.0f / static_cast<float>(o.hidden);
   float sum = 0.0f;
@@ -162,7 +165,7 @@ __device__ inline float normalise(const Operands& o, float eps, Team& team, type
 // xhat * weight + norm_bias, zero beyond the row.
 template <class L>
 __device__ inline void affine(
-    const Operands& o, Array weight, Array norm_bias, const Team& team, const typename L::Values& xhat,
+    const NormOperands& o, Array weight, Array norm_bias, const Team& team, const typename L::Values& xhat,
     typename L::Values& y) {
   constexpr int C = L::kChunk;
 #pragma unroll

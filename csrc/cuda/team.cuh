@@ -8,7 +8,8 @@ namespace fastgate::cuda {
 constexpr int kWarp = 32;
 constexpr int kWarpsPerBlock = 16;  // at most
 
-// A block is cut into teams of `warps` warps; warps left over (blockDim is a multiple of a warp) have no team.
+// A block is cut into teams of `warps` warps; warps left over (blockDim is a multiple of a warp) have no
+// team.
 struct Team {
   int warps, place, thread;  // warps a row, this team in its block, this thread in its team
   bool odd = false;          // which half of `slots` the next sum takes, so that one barrier a sum is enough

@@ -16,12 +16,22 @@ from torch import Tensor
 from fastgate.ops import autograd, registry
 from fastgate.ops.linear import ONEDNN_DTYPES, Packed
 
-COMPILED_OP = "packed_layers"
-OPS = ("attention", "absorbed_attention", "gated_add_norm", "shift_norm")  # what it calls, besides
+COMPILED_OP = "fused_layers"
+OPS = ("attention", "absorbed_attention", "gated_add_norm", "shift_norm")  # what it calls, besides products
 PRODUCT_OPS = ("linear", "linear_gelu")
-ATTENTION, ABSORBED, FEED_FORWARD, SHIFT_NORM = range(4)  # kinds of halves, as csrc/ops.h has them
-ALL_ROWS = -1  # the reach of a shift_norm that leaves no row out
-NORM = 4  # place of the first LayerNorm's weight and bias in the operands of a feed-forward half
+# Kinds of half layers. csrc/cpu/half_layers.h has the same.
+ATTENTION, ABSORBED, FEED_FORWARD, SHIFT_NORM = range(4)
+ALL_ROWS = -1  # the halo of a shift_norm that leaves no row out
+_ATTENTION_END = ("output", "output_bias", "norm_weight", "norm_bias")
+# Kind -> the operands of a half, in the compiled op's order; csrc/cpu/half_layers.h has the same.
+OPERANDS = {
+    ATTENTION: ("qkv", "q_bias", "k_bias", "v_bias", *_ATTENTION_END),
+    ABSORBED: ("query", "q_bias", "key", "value", "v_bias", *_ATTENTION_END),
+    FEED_FORWARD: (
+        "up", "up_bias", "down", "down_bias", "norm_weight", "norm_bias", "norm_weight2", "norm_bias2",
+    ),
+    SHIFT_NORM: ("offset", "scale", "before", "after", "norm_weight", "norm_bias"),
+}  # fmt: skip
 
 
 class NormOperands(NamedTuple):
@@ -45,7 +55,7 @@ class LinearOperands(NamedTuple):
 class HalfLayer(NamedTuple):
     """A half of a layer as the compiled op takes it. size: heads, columns of the first product, or a shift's
     reach. numbers: eps, and attention's scale or the second eps. norm: computes the weight and bias of the
-    first LayerNorm, which are the operands from NORM on, where they are no parameters."""
+    first LayerNorm, where they are no parameters."""
 
     kind: int
     size: int
@@ -55,8 +65,10 @@ class HalfLayer(NamedTuple):
 
 
 def runs(h: Tensor) -> bool:
-    """Whether halves may run on rows like these, (rows, H): the compiled kernels are what runs their steps,
-    and nothing traces, wants a gradient or casts."""
+    """Whether fused calls may run on rows like these, (rows, H).
+
+    The compiled kernels are what runs their steps, and nothing traces, asks for a gradient or casts.
+    """
     return (
         h.dtype in ONEDNN_DTYPES
         and h.device.type == "cpu"
@@ -69,7 +81,7 @@ def runs(h: Tensor) -> bool:
     )
 
 
-def attention_half(
+def attention_half_layer(
     qkv: Packed,
     biases: tuple[Tensor | None, Tensor | None, Tensor | None],
     heads: int,
@@ -85,7 +97,7 @@ def attention_half(
     return HalfLayer(ATTENTION, heads, (norm.eps, scale), operands)
 
 
-def absorbed_half(
+def absorbed_half_layer(
     query: LinearOperands,
     key: Tensor,
     value: Tensor,
@@ -95,7 +107,7 @@ def absorbed_half(
     output: LinearOperands,
     norm: NormOperands,
 ) -> HalfLayer | None:
-    """h -> LayerNorm(h[wanted] + output(absorbed attention of h[wanted] over h's rows in each sequence)).
+    """h -> LayerNorm(h[output_rows] + output(absorbed attention of h[output_rows] over h's rows in each sequence)).
 
     key, value: (H, H). None but for an H that is a multiple of 16.
     """
@@ -105,59 +117,70 @@ def absorbed_half(
     return HalfLayer(ABSORBED, heads, (norm.eps, scale), (*operands, norm.weight, norm.bias))
 
 
-def feed_forward_half(
+def feed_forward_half_layer(
     up: LinearOperands,
     down: LinearOperands,
     norm: NormOperands,
-    anew: Callable[[], tuple[Tensor, Tensor]] | None = None,
+    compute_norm: Callable[[], tuple[Tensor, Tensor]] | None = None,
 ) -> HalfLayer:
     """h -> LayerNorm(h + down(gelu(up(h)))), and a second LayerNorm where `norm` has one.
 
-    anew: computes the first one's weight and bias, where they are no parameters.
+    compute_norm: computes the weight and bias of the first one, where they are no parameters.
     """
     operands = (up.weight.data, up.bias, down.weight.data, down.bias, norm.weight, norm.bias)
     second = (norm.weight2, norm.norm_bias2)
-    return HalfLayer(FEED_FORWARD, up.weight.shape[0], (norm.eps, norm.eps2), (*operands, *second), anew)
+    return HalfLayer(
+        FEED_FORWARD, up.weight.shape[0], (norm.eps, norm.eps2), (*operands, *second), compute_norm
+    )
 
 
-def shift_half(
-    vectors: tuple[Tensor, Tensor, Tensor, Tensor], norm: NormOperands, reach: int | None = None
+def shift_half_layer(
+    vectors: tuple[Tensor, Tensor, Tensor, Tensor], norm: NormOperands, halo: int | None = None
 ) -> HalfLayer:
-    """h -> LayerNorm(h + r(h)), as shift_norm. vectors: shift, scale, before, after, (H,) each.
+    """h -> LayerNorm(h + r(h)), as shift_norm. vectors: offset, scale, before, after, (H,) each.
 
-    reach: h are the rows up to reach + 1 links away from those that are read, and those up to `reach` away
-    are what comes of it; None: all rows, of all.
+    halo: h are the rows within halo + 1 hops of those that the head reads, and the result are those within
+    `halo` hops. None: all rows, of all.
     """
-    size = ALL_ROWS if reach is None else reach
+    size = ALL_ROWS if halo is None else halo
     return HalfLayer(SHIFT_NORM, size, (norm.eps, 0.0), (*vectors, norm.weight, norm.bias))
 
 
 class FusedSegment:
-    """Halves that follow one another, as one compiled call."""
+    """Half layers that follow one another, as one compiled call.
 
-    def __init__(self, halves: Sequence[HalfLayer]):
-        self.operands = [t for half in halves for t in half.operands]
-        begins = itertools.accumulate((len(half.operands) for half in halves), initial=0)
-        places = zip(begins, halves, strict=False)
-        self.anew = [(at + NORM, half.norm) for at, half in places if half.norm is not None]
-        self.kinds = [number for half in halves for number in (half.kind, half.size)]
-        self.numbers = [number for half in halves for number in half.numbers]
-        reaches = {half.size for half in halves if half.kind == SHIFT_NORM}
-        self.shifts, self.narrows = bool(reaches), bool(reaches - {ALL_ROWS})
+    has_token_shift: one of them is a token shift. has_halo: on fewer rows than there are.
+    """
 
-    def __call__(self, h: Tensor, cu_seqlens: Tensor, wanted: Tensor | None, links: list[Tensor]) -> Tensor:
+    def __init__(self, half_layers: Sequence[HalfLayer]):
+        self.operands = [t for half in half_layers for t in half.operands]
+        begins = itertools.accumulate((len(half.operands) for half in half_layers), initial=0)
+        places = zip(begins, half_layers, strict=False)
+        self.computed_norms = [
+            (at + OPERANDS[half.kind].index("norm_weight"), half.norm)
+            for at, half in places
+            if half.norm is not None
+        ]
+        self.kinds = [number for half in half_layers for number in (half.kind, half.size)]
+        self.numbers = [number for half in half_layers for number in half.numbers]
+        halos = {half.size for half in half_layers if half.kind == SHIFT_NORM}
+        self.has_token_shift, self.has_halo = bool(halos), bool(halos - {ALL_ROWS})
+
+    def __call__(
+        self, h: Tensor, cu_seqlens: Tensor, output_rows: Tensor | None, neighbours: list[Tensor]
+    ) -> Tensor:
         """From rows (rows, H) to rows of that dtype and width.
 
-        cu_seqlens: (sequences + 1,) int32, their ends. wanted: (sequences,) int64, a row of each sequence,
-        for an absorbed half. links: if `shifts`, one tensor, (rows,) bool, as shift_norm takes it; if
-        `narrows`, two for each reach from 0 up: that of the rows up to reach + 1 links away, and which of
-        those are up to `reach` away, int64.
+        cu_seqlens: (sequences + 1,) int32, their ends. output_rows: (sequences,) int64, a row of each
+        sequence, for absorbed attention. neighbours: with a token shift one tensor, (rows,) bool, as
+        shift_norm takes it. With a halo two for each number of hops from 0 up: that of the rows within
+        hops + 1, and which of those are within `hops`, int64.
         """
         operands = self.operands
-        if self.anew:
+        if self.computed_norms:
             operands = list(operands)
-            for at, norm in self.anew:
+            for at, norm in self.computed_norms:
                 operands[at : at + 2] = norm()
         call = getattr(torch.ops.fastgate_cpu, COMPILED_OP).default
-        rows: Tensor = call(h, operands, self.kinds, self.numbers, cu_seqlens, wanted, links)
+        rows: Tensor = call(h, operands, self.kinds, self.numbers, cu_seqlens, output_rows, neighbours)
         return rows

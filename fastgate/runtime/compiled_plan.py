@@ -50,7 +50,7 @@ class CompiledPlan:
         unpadded = context.unpadded
         for segment in self.segments:
             if isinstance(segment, FusedSegment):
-                masks = neighbour_masks(context, segment.narrows) if segment.shifts else []
+                masks = neighbour_masks(context, segment.has_halo) if segment.has_token_shift else []
                 h = segment(h, unpadded.keys.cu_seqlens, unpadded.output_rows, masks)
             else:
                 h = run_sublayer(context, segment, h)

@@ -1,5 +1,6 @@
-// CUDA on one CPU thread, as far as csrc/cuda needs it: a block's threads are coroutines that take turns at barriers and
-// shuffles, blocks run one after the other. So that the kernels' own source runs, slowly, where there is no GPU.
+// CUDA on one CPU thread, as far as csrc/cuda needs it: a block's threads are coroutines that take turns at
+// barriers and shuffles, blocks run one after the other. So that the kernels' own source runs, slowly, where
+// there is no GPU.
 #pragma once
 
 #include <setjmp.h>
@@ -137,19 +138,23 @@ inline void run_block() {
 
 inline void __syncthreads() { emulator::wait(emulator::block_barriers[0], static_cast<int>(blockDim.x)); }
 inline void __barrier_sync_count(unsigned id, unsigned count) {
-  if (id > 15 || count % 32 != 0) emulator::fail("a barrier's number is above 15, or its count no multiple of a warp");
+  if (id > 15 || count % 32 != 0)
+    emulator::fail("a barrier's number is above 15, or its count no multiple of a warp");
   emulator::wait(emulator::block_barriers[id], static_cast<int>(count));
 }
 inline float __shfl_xor_sync(unsigned, float value, int apart) {
   bool& odd = emulator::threads[threadIdx.x].odd;
   odd = !odd;
-  float* exchanged = emulator::exchanged[odd];  // two halves: the next shuffle may start before this one is read
+  float* exchanged =
+      emulator::exchanged[odd];  // two halves: the next shuffle may start before this one is read
   exchanged[threadIdx.x] = value;
   emulator::wait(emulator::warp_barriers[threadIdx.x / emulator::kWarp], emulator::kWarp);
   return exchanged[threadIdx.x ^ apart];
 }
 inline int __popc(unsigned value) { return __builtin_popcount(value); }
-inline float rsqrtf(float value) { return 1.0000003f / std::sqrt(value); }  // two units off, as the device's may be
+inline float rsqrtf(float value) {
+  return 1.0000003f / std::sqrt(value);
+}  // two units off, as the device's may be
 
 using cudaError_t = int;
 using cudaStream_t = void*;
@@ -177,7 +182,8 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(
     const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), const Arguments&... arguments) {
-  if (config->blockDim.x % emulator::kWarp != 0 || config->blockDim.x > emulator::kThreads || config->gridDim.x == 0)
+  if (config->blockDim.x % emulator::kWarp != 0 || config->blockDim.x > emulator::kThreads ||
+      config->gridDim.x == 0)
     return cudaErrorInvalidValue;
   emulator::last_stream = config->stream;
   gridDim = config->gridDim;

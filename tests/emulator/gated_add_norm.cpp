@@ -1,17 +1,18 @@
-// csrc/cuda's gated_add_norm on CPU tensors, through the emulated CUDA beside this file: fastgate_emulated's ops.
+// csrc/cuda's gated_add_norm on CPU tensors, through the emulated CUDA beside this file: fastgate_emulated's
+// ops.
+#include "cuda/gated_add_norm.cpp"
 #include "cuda/gated_add_norm_backward.cu"
 #include "cuda/gated_add_norm_forward.cu"
-#include "cuda/gated_add_norm.cpp"
 
 namespace fastgate::cuda {
 thread_local float4 dynamic_shared[emulator::kShared / sizeof(float4)];
 }
 
 STABLE_TORCH_LIBRARY(fastgate_emulated, m) {
-  m.def("gated_add_norm(" FASTGATE_GATED_ADD_NORM_SCHEMA ") -> Tensor");
+  m.def("gated_add_norm(" FASTGATE_SCHEMA(GATED_ADD_NORM) ") -> Tensor");
   m.def(
-      "gated_add_norm_backward(Tensor grad, " FASTGATE_GATED_ADD_NORM_SCHEMA
-      ", int wanted) -> (Tensor, Tensor, Tensor)");
+      "gated_add_norm_backward(Tensor grad, " FASTGATE_SCHEMA(
+          GATED_ADD_NORM) ", int requested) -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastgate_emulated, CPU, m) {

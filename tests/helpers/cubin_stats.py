@@ -40,8 +40,8 @@ def cuobjdump() -> Path | None:
     spec = importlib.util.find_spec("triton")
     if spec is None or spec.origin is None:
         return None
-    found = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    return found if found.exists() else None
+    tool = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return tool if tool.exists() else None
 
 
 def read(cubin: Path) -> dict[str, Kernel]:
@@ -52,12 +52,12 @@ def read(cubin: Path) -> dict[str, Kernel]:
         name: tuple(map(int, numbers))
         for name, *numbers in _RESOURCES.findall(_run(tool, "-res-usage", cubin))
     }
-    found = {}
+    kernels = {}
     for part in _run(tool, "-sass", cubin).split("Function : ")[1:]:
         name = part.split(None, 1)[0]
         registers, stack, shared, _ = used[name]
-        found[name] = Kernel(registers, stack, shared, *_counts(Counter(_INSTRUCTION.findall(part))))
-    return found
+        kernels[name] = Kernel(registers, stack, shared, *_counts(Counter(_INSTRUCTION.findall(part))))
+    return kernels
 
 
 def _counts(instructions: Counter[str]) -> tuple[int, int, int, int]:

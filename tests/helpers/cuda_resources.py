@@ -1,5 +1,5 @@
-"""What nvcc makes of csrc/cuda's kernels: `cd tests && python -m helpers.cuda_resources` compares all architectures with
-csrc/cuda/resources.json and fails if they differ, `--write` writes it."""
+"""What nvcc makes of csrc/cuda's kernels: `cd tests && python -m helpers.cuda_resources` compares all
+architectures with csrc/cuda/resources.json and fails if they differ, `--write` writes it."""
 
 from __future__ import annotations
 
@@ -43,23 +43,25 @@ def readable(mangled: str) -> str:
 
 
 def compiled(architecture: str) -> dict[str, dict[str, int]]:
-    """Every kernel of csrc/cuda, compiled for `architecture`: what cubin_stats.read finds, by a readable name."""
-    found = {}
+    """Every kernel of csrc/cuda, compiled for `architecture`: readable name -> what cubin_stats reads."""
+    statistics = {}
     with tempfile.TemporaryDirectory() as folder:
         for source in sorted(SOURCES.glob("*.cu")):
             cubin = Path(folder) / f"{source.stem}.cubin"
-            command = [nvcc(), "-cubin", f"-arch={architecture}", "-std=c++17", "-O3", source, "-o", cubin]
-            subprocess.run(command, check=True)
+            command = [nvcc(), "-cubin", f"-arch={architecture}", "-std=c++17", "-O3", "-I", ROOT / "csrc"]
+            subprocess.run([*command, source, "-o", cubin], check=True)
             kernels = cubin_stats.read(cubin)
             named = {readable(name): kernel.to_dict() for name, kernel in kernels.items()}
-            assert len(named) == len(kernels) and not named.keys() & found.keys(), "two kernels of one name"
-            found |= named
-    return dict(sorted(found.items()))
+            assert len(named) == len(kernels) and not named.keys() & statistics.keys(), (
+                "two kernels of one name"
+            )
+            statistics |= named
+    return dict(sorted(statistics.items()))
 
 
 def main() -> None:
-    found = {architecture: compiled(architecture) for architecture in ARCHITECTURES}
-    table = {"nvcc": nvcc_version(), "kernels": found}
+    kernels = {architecture: compiled(architecture) for architecture in ARCHITECTURES}
+    table = {"nvcc": nvcc_version(), "kernels": kernels}
     if "--write" in sys.argv[1:]:
         TABLE.write_text(json.dumps(table, indent=1) + "\n")
     elif table != json.loads(TABLE.read_text()):

@@ -1,4 +1,5 @@
-// Stands for torch's parallel_for in the library that ThreadSanitizer checks: threads that it sees begin and end.
+// Stands for torch's parallel_for in the library that ThreadSanitizer checks: threads that it sees begin and
+// end.
 #include <algorithm>
 #include <exception>
 #include <mutex>
@@ -12,8 +13,8 @@ extern "C" __attribute__((visibility("hidden"))) AOTITorchError torch_get_num_th
   return AOTI_TORCH_SUCCESS;
 }
 
-extern "C" __attribute__((visibility("hidden"))) AOTITorchError torch_parallel_for(
-    int64_t begin, int64_t end, int64_t grain, ParallelFunc work, void* context) {
+extern "C" __attribute__((visibility("hidden"))) AOTITorchError
+torch_parallel_for(int64_t begin, int64_t end, int64_t grain, ParallelFunc work, void* context) {
   const int64_t count = std::min<int64_t>(4, (end - begin + grain - 1) / std::max<int64_t>(1, grain));
   std::vector<std::thread> threads;
   bool failed = false;

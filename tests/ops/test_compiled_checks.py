@@ -27,7 +27,7 @@ def rows(*shape, dtype=torch.float32):
 def operands(op):
     """By name, in the schema's order, such that the op runs."""
     vector, seed = rows(HIDDEN), torch.tensor(3)
-    cu, linked = ends(0, 3, ROWS), torch.zeros(ROWS, dtype=torch.bool)
+    cu, has_left_neighbour = ends(0, 3, ROWS), torch.zeros(ROWS, dtype=torch.bool)
     ids = torch.arange(ROWS)
     attention = dict(
         q=rows(), k=rows(), v=rows(), q_bias=vector, k_bias=vector, v_bias=vector, cu_q=cu, cu_k=cu,
@@ -43,12 +43,12 @@ def operands(op):
     )  # fmt: skip
     norm = dict(
         x=rows(), residual=rows(), weight=vector, norm_bias=vector, eps=1e-5, bias=vector,
-        gate=torch.tensor(0.5), scale=vector, shift=vector, dropout_p=0.1, seed=seed, weight2=None,
+        gate=torch.tensor(0.5), scale=vector, offset=vector, dropout_p=0.1, seed=seed, weight2=None,
         norm_bias2=None, eps2=0.0,
     )  # fmt: skip
     shift = dict(
-        x=rows(), linked=linked, shift=vector, scale=vector, before=vector, after=vector, weight=vector,
-        norm_bias=vector, eps=1e-5,
+        x=rows(), has_left_neighbour=has_left_neighbour, offset=vector, scale=vector, before=vector,
+        after=vector, weight=vector, norm_bias=vector, eps=1e-5,
     )  # fmt: skip
     panels = torch.randn(2, HIDDEN, 32)
     linear = dict(x=rows(), panels=panels, bias=rows(40), columns=40, gelu=True)
@@ -62,24 +62,24 @@ def operands(op):
         kinds=[0, HEADS, 3, -1, 1, HEADS],
         numbers=[1e-5, 0.5, 1e-5, 0.0, 1e-5, 0.5],
         cu_seqlens=cu,
-        wanted=torch.tensor([0, 3]),
-        links=[linked],
+        output_rows=torch.tensor([0, 3]),
+        neighbours=[has_left_neighbour],
     )
     return {
         "attention": attention,
         "attention_backward": dict(grad=rows(), **attention),
         "absorbed_attention": absorbed,
         "absorbed_attention_backward": dict(
-            grad=rows(2, HEADS, HIDDEN), grad_total=rows(2, HEADS), **absorbed
+            grad_mixed=rows(2, HEADS, HIDDEN), grad_total=rows(2, HEADS), **absorbed
         ),
         "embed_norm": embed,
-        "embed_norm_backward": dict(grad=rows(), **embed, wanted=127),
+        "embed_norm_backward": dict(grad=rows(), **embed, requested=127),
         "gated_add_norm": norm,
-        "gated_add_norm_backward": dict(grad=rows(), **norm, wanted=255),
+        "gated_add_norm_backward": dict(grad=rows(), **norm, requested=255),
         "shift_norm": shift,
-        "shift_norm_backward": dict(grad=rows(), **shift, wanted=127),
+        "shift_norm_backward": dict(grad=rows(), **shift, requested=127),
         "packed_linear": linear,
-        "packed_layers": layers,
+        "fused_layers": layers,
     }[op]
 
 
@@ -95,7 +95,7 @@ OPS = (
     "shift_norm",
     "shift_norm_backward",
     "packed_linear",
-    "packed_layers",
+    "fused_layers",
 )
 BIG = 2**62
 # What may stand in an operand's place: every one of these must raise or be computed from, never be read past.
@@ -173,17 +173,17 @@ def test_operands_that_do_not_fit_are_refused(op):
         ("attention", dict(dropout_p=math.nan), "dropout_p"),
         ("attention_backward", dict(grad=rows(HIDDEN, ROWS)), "grad"),
         ("absorbed_attention", dict(cu_seqlens=ends(0, 2**30, ROWS)), "cu_seqlens"),
-        ("absorbed_attention_backward", dict(grad=rows(HIDDEN, HEADS, 2)), "grads"),
+        ("absorbed_attention_backward", dict(grad_mixed=rows(HIDDEN, HEADS, 2)), "grad_mixed"),
         ("embed_norm", dict(words=torch.full((ROWS,), 10**9)), "ids"),
         ("embed_norm", dict(weight2=None), "both or neither"),
         ("gated_add_norm", dict(gate=torch.zeros(0)), "gate"),
         ("gated_add_norm", dict(norm_bias2=rows(HIDDEN)), "both or neither"),
         ("packed_linear", dict(columns=-5, panels=rows(0, HIDDEN, 32), bias=None), "shapes"),
         ("packed_linear", dict(columns=BIG), "shapes"),
-        ("packed_layers", dict(h=rows().to(torch.int8)), "h: got another dtype"),
-        ("packed_layers", dict(kinds=[0, HEADS, 3, 2**63 - 1, 1, HEADS]), "links"),
-        ("packed_layers", dict(kinds=[0, HEADS, 3, -1, 1, 0]), "heads"),
-        ("packed_layers", dict(wanted=torch.tensor([0, ROWS])), "wanted"),
+        ("fused_layers", dict(h=rows().to(torch.int8)), "h: got another dtype"),
+        ("fused_layers", dict(kinds=[0, HEADS, 3, 2**63 - 1, 1, HEADS]), "neighbours"),
+        ("fused_layers", dict(kinds=[0, HEADS, 3, -1, 1, 0]), "heads"),
+        ("fused_layers", dict(output_rows=torch.tensor([0, ROWS])), "output_rows"),
     ],
 )
 def test_the_error_names_the_operand(op, change, message):

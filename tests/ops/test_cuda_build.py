@@ -54,7 +54,7 @@ def test_the_table_of_resources_has_no_spill_and_wide_rows(architecture):
 @needs_nvcc
 @needs_cuobjdump
 def test_the_table_of_resources_is_what_nvcc_makes():
-    """One architecture, for the time it takes; `cd tests && python -m helpers.cuda_resources` compares all three."""
+    """One architecture, to save time; `cd tests && python -m helpers.cuda_resources` compares all three."""
     if cuda_resources.nvcc_version() != TABLE["nvcc"]:
         pytest.skip(f"nvcc {cuda_resources.nvcc_version()}, and the table is of {TABLE['nvcc']}")
     assert cuda_resources.compiled("sm_90") == TABLE["kernels"]["sm_90"]
@@ -194,11 +194,19 @@ def _masks_agree(backend, seed, hidden, device):
     assert torch.equal(grads["x"].cpu() != 0, mask)
 
 
-def test_info_names_the_cuda_backend_and_why_it_does_not_run():
-    text = env.render(env.collect())
-    assert "gated_add_norm on cuda: cuda " in text or torch.accelerator.is_available()
-    if missing:
-        assert missing in text
+def test_info_names_the_cuda_backend_and_why_it_does_not_run(monkeypatch):
+    monkeypatch.delenv("FASTGATE_CUDA", raising=False)
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is not None and accelerator.type != "cuda":
+        pytest.skip(f"the accelerator is {accelerator.type}")
+    report = env.collect()
+    (candidate,) = [c for c in report["ops"] if (c["op"], c["backend"]) == ("gated_add_norm", "cuda")]
+    assert candidate["device"] == "cuda"
+    assert candidate["chosen"] == (accelerator is not None and not missing)
+    if not candidate["chosen"]:
+        assert candidate["reason"] == (missing or "no CUDA device")
+    text = env.render(report)
+    assert "gated_add_norm on cuda: cuda" in text and candidate["reason"] in text
 
 
 def test_the_forced_language_is_checked(monkeypatch):

@@ -45,7 +45,8 @@ def calls(model, head):
     with torch.inference_mode(), Ops() as mode:
         model(**encoders.batch(model, head))
     seen = [name for name, _ in mode.seen]
-    return [name.split(".")[1] for name in seen if name.startswith("fastgate_cpu.packed_")], seen
+    ran = [name.split(".")[1] for name in seen if name.startswith("fastgate_cpu.")]
+    return [name for name in ran if name in ("fused_layers", "packed_linear")], seen
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -54,10 +55,10 @@ def calls(model, head):
 @pytest.mark.parametrize("head", ["ForSequenceClassification", "ForTokenClassification"])
 def test_all_layers_are_one_call(head, keep, replacement, dtype):
     ran, seen = calls(frozen(head, keep, dtype, replacement=replacement), head)
-    assert ran[0] == "packed_layers"
+    assert ran[0] == "fused_layers"
     if replacement == "shift" and head == "ForSequenceClassification" and keep == [0, 2]:
         # With shifts above it the last attention is neither absorbed nor of all rows: it runs by its steps.
-        assert ran.count("packed_layers") == 2
+        assert ran.count("fused_layers") == 2
         return
     assert set(ran[1:]) == {"packed_linear"}  # the head's
     assert not any("norm" in name.removesuffix("embed_norm.default") or "attention" in name for name in seen)
@@ -100,8 +101,8 @@ def test_a_shift_to_fewer_rows_runs_by_itself():
     some = batch["attention_mask"].bool() & (torch.arange(batch["attention_mask"].shape[1]) % 3 == 1)
     with torch.inference_mode(), Ops() as mode:
         got = model(**batch, rows=some).logits
-    ran = [name for name, _ in mode.seen if "packed_layers" in name or "shift_norm" in name]
-    assert [name.split(".")[1] for name in ran] == ["packed_layers", "shift_norm", "packed_layers"]
+    ran = [name for name, _ in mode.seen if "fused_layers" in name or "shift_norm" in name]
+    assert [name.split(".")[1] for name in ran] == ["fused_layers", "shift_norm", "fused_layers"]
     torch.testing.assert_close(got[some], logits(model, head)[some], rtol=1e-5, atol=1e-5)
 
 
@@ -241,8 +242,8 @@ def call(kind, changes=None, **others):
     given = {
         "h": torch.zeros(5, HIDDEN), "operands": operands,
         "kinds": [kind, SIZES[kind]], "numbers": [1e-12, 1.0],
-        "cu_seqlens": torch.tensor([0, 3, 5], dtype=torch.int32), "wanted": torch.tensor([0, 3]),
-        "links": [torch.tensor([False, True, True, False, True])],
+        "cu_seqlens": torch.tensor([0, 3, 5], dtype=torch.int32), "output_rows": torch.tensor([0, 3]),
+        "neighbours": [torch.tensor([False, True, True, False, True])],
     }  # fmt: skip
     return getattr(torch.ops.fastgate_cpu, fused_layers.COMPILED_OP)(**(given | others))
 
@@ -268,11 +269,11 @@ def test_a_half_alone(kind, rows, added, norm):
 @pytest.mark.parametrize(
     "changes, others, message",
     [
-        ({}, {"wanted": torch.tensor([0, 5])}, "got row 5, wanted one of 5"),
-        ({}, {"wanted": torch.tensor([0, -1])}, "got row -1, wanted one of 5"),
-        ({}, {"wanted": torch.tensor([0, 3], dtype=torch.int32)}, "wanted .*int64"),
-        ({}, {"wanted": None}, "got shapes or dtypes that do not fit"),
-        ({}, {"wanted": torch.tensor([0])}, "absorbed_attention: probe, x: got shapes that do not fit"),
+        ({}, {"output_rows": torch.tensor([0, 5])}, "got row 5, wanted one of 5"),
+        ({}, {"output_rows": torch.tensor([0, -1])}, "got row -1, wanted one of 5"),
+        ({}, {"output_rows": torch.tensor([0, 3], dtype=torch.int32)}, "wanted .*int64"),
+        ({}, {"output_rows": None}, "got shapes or dtypes that do not fit"),
+        ({}, {"output_rows": torch.tensor([0])}, "absorbed_attention: probe, x: got shapes that do not fit"),
         ({}, {"kinds": [ABSORBED, 5]}, "got shapes or dtypes that do not fit"),
         ({}, {"kinds": [ABSORBED, 0]}, "got shapes or dtypes that do not fit"),
         ({2: torch.zeros(32, 16)}, {}, "got shapes or dtypes that do not fit"),
@@ -280,7 +281,7 @@ def test_a_half_alone(kind, rows, added, norm):
         ({4: torch.zeros(16)}, {}, "got shapes or dtypes that do not fit"),
         ({0: None}, {}, "operands: got none at place 0, wanted a tensor"),
         ({}, {"kinds": [ABSORBED, 4, ABSORBED, 4], "numbers": [1.0] * 4}, "operands: got 9, wanted more"),
-        ({}, {"kinds": [], "numbers": []}, "operands: got 9, wanted fewer"),
+        ({}, {"kinds": [], "numbers": []}, "operands: got 9, wanted 0"),
         ({}, {"kinds": [4, 4]}, "kinds: got 4, wanted 0 to 3"),
         ({}, {"kinds": [ABSORBED]}, "wanted .*two and two a half"),
         ({}, {"h": torch.zeros(HIDDEN)}, "got 1 dimensions"),
@@ -299,16 +300,20 @@ def test_a_half_refuses_what_does_not_fit(others):
         call(ATTENTION, **others)
 
 
-def test_a_shift_needs_its_links():
+def test_a_shift_needs_its_neighbours():
     linked, nearer = torch.tensor([False, True, True, False, True]), torch.tensor([0, 1, 3])
-    fewer = {"kinds": [SHIFT_NORM, 1], "links": [linked[:3], nearer[:1], linked, nearer]}
+    fewer = {"kinds": [SHIFT_NORM, 1], "neighbours": [linked[:3], nearer[:1], linked, nearer]}
     assert torch.equal(call(SHIFT_NORM, **fewer), call(SHIFT_NORM)[nearer])
-    for wrong in ({"links": []}, fewer | {"links": [linked] * 3}, fewer | {"links": [linked] * 4}):
+    for wrong in (
+        {"neighbours": []},
+        fewer | {"neighbours": [linked] * 3},
+        fewer | {"neighbours": [linked] * 4},
+    ):
         with pytest.raises(
-            RuntimeError, match=r"links: got \d .*wanted .rows,. bool, or that and int64 rows"
+            RuntimeError, match=r"neighbours: got \d .*wanted .rows,. bool, or that and int64 rows"
         ):
             call(SHIFT_NORM, **wrong)
-    with pytest.raises(RuntimeError, match="shift_norm: x, linked"):
-        call(SHIFT_NORM, links=[torch.zeros(4, dtype=torch.bool)])
+    with pytest.raises(RuntimeError, match="shift_norm: x, has_left_neighbour"):
+        call(SHIFT_NORM, neighbours=[torch.zeros(4, dtype=torch.bool)])
     with pytest.raises(RuntimeError, match="got row 5, wanted one of 5"):
-        call(SHIFT_NORM, **fewer | {"links": [linked, nearer, linked, torch.tensor([0, 5])]})
+        call(SHIFT_NORM, **fewer | {"neighbours": [linked, nearer, linked, torch.tensor([0, 5])]})

@@ -1,4 +1,4 @@
-"""csrc/cpu/tiles.cpp: the products of every level of x86-64 that this machine runs."""
+"""csrc/cpu/gemm/fp32_gemm.cpp: its gemms for every level of x86-64 that this machine runs."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import pytest
 
 CSRC = Path(__file__).parents[2] / "csrc"
 COMPILER = shutil.which("c++") or shutil.which("g++")
-DRIVER = Path(__file__).parent / "tiles_driver.cpp"
+DRIVER = Path(__file__).parent / "gemm_driver.cpp"
 
 
 @pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 def test_every_level_multiplies(tmp_path):
-    """To float32's precision, and an element has the same bits in whatever tile it is computed."""
+    """To float32's precision, and an element has the same bits whatever the sizes of the gemm."""
     program = tmp_path / "driver"
     flags = ("-std=c++17", "-O2", "-fopenmp-simd", "-I", str(CSRC))
     done = subprocess.run([COMPILER, *flags, str(DRIVER), "-o", str(program)], capture_output=True, text=True)

@@ -49,7 +49,7 @@ class ProjectQuery(Step):
             return None
         heads = layer.heads_in(query.weight.shape[0])
         norm = norm_operands(layer.attention_end.norm)
-        return fused_layers.absorbed_half(
+        return fused_layers.absorbed_half_layer(
             query, key, value, layer.value.bias, heads, layer.scale, output, norm  # type: ignore[union-attr]
         )  # fmt: skip
 

@@ -84,7 +84,7 @@ class ProjectQKV(Step):
             return None
         heads = layer.heads_in(qkv.shape[0] // 3)
         norm = norm_operands(layer.attention_end.norm)
-        return fused_layers.attention_half(qkv, layer.qkv_biases, heads, layer.scale, output, norm)
+        return fused_layers.attention_half_layer(qkv, layer.qkv_biases, heads, layer.scale, output, norm)
 
 
 def output_operands(

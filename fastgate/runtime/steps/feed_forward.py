@@ -55,14 +55,14 @@ class Intermediate(Step):
             return None
         assert isinstance(last, OutputNorm)
         if not last.takes_next_norm:
-            return fused_layers.feed_forward_half(up, down, norm_operands(end.norm))
+            return fused_layers.feed_forward_half_layer(up, down, norm_operands(end.norm))
         following, norm = context.layers[self.layer + 1], end.norm
         if not following.attention_end.plain_norm:
             return None
         weight, bias, second = following.fold_next_norm(norm)
         is_computed = weight is not norm.weight or bias is not norm.bias
         compute = (lambda: following.fold_next_norm(norm)[:2]) if is_computed else None
-        return fused_layers.feed_forward_half(
+        return fused_layers.feed_forward_half_layer(
             up, down, NormOperands(weight, bias, norm.eps, **second), compute
         )
 

@@ -65,7 +65,7 @@ class TokenShiftNorm(Step):
         if not layer.attention_end.plain_norm:
             return None
         halo = self.halo if self.output_rows_only else None
-        return fused_layers.shift_half(vectors(layer), norm_operands(layer.attention_end.norm), halo)
+        return fused_layers.shift_half_layer(vectors(layer), norm_operands(layer.attention_end.norm), halo)
 
 
 def neighbour_masks(context: ForwardContext, shrinks: bool) -> list[Tensor]:

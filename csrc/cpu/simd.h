@@ -1,12 +1,13 @@
-// What the row kernels are written with: float32 views of stored elements, row sums, clones.
+// What vectorised loops are written with: loads and stores of float32 and bfloat16, sums, clones for levels
+// of x86-64.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 
-// One portable source, compiled for two levels of x86-64; the loader takes the one that the machine can run. The rows
-// move at the speed of memory with either, so a third level would only cost build time.
+// One portable source, compiled for two levels of x86-64; the loader takes the one that the machine can run.
+// The rows move at the speed of memory with either, so a third level would only cost build time.
 #define FASTGATE_CLONES __attribute__((target_clones("arch=x86-64-v3", "default")))
 // The same with the 64-byte vectors of x86-64-v4, for functions that compute more than they move.
 #define FASTGATE_WIDE_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
@@ -51,7 +52,7 @@ FASTGATE_INLINE float sum(int64_t n, const F& f) {
 }
 
 template <class F>
-FASTGATE_INLINE void each(int64_t n, const F& f) {
+FASTGATE_INLINE void for_each(int64_t n, const F& f) {
 #pragma omp simd
   for (int64_t j = 0; j < n; ++j) f(j);
 }
