@@ -46,7 +46,7 @@ def test_sparsity_means_whole_sublayers(layers, share, kept):
     assert objective.goal == pytest.approx(1 - kept / layers)
 
 
-@pytest.mark.parametrize("mixes", [False, True])
+@pytest.mark.parametrize("reads_neighbours", [False, True])
 @pytest.mark.parametrize("demand", ["first", "asked", "every"])
 def test_expected_cost_is_that_of_the_plan_it_runs_by_where_gates_are_hard(demand, reads_neighbours):
     """With the encoder's own packing and plan: what a shift reaches above the last attention is counted."""
@@ -71,7 +71,7 @@ def usual_costs(layers, reads_neighbours=False):
     return costs_of(sizes_of(16, 32, [12] * 4, [1] * 4), 2, layers, True, True, reads_neighbours)
 
 
-@pytest.mark.parametrize("mixes", [False, True])
+@pytest.mark.parametrize("reads_neighbours", [False, True])
 def test_expected_cost_is_the_mean_over_draws_and_smooth(reads_neighbours):
     costs = usual_costs(3, reads_neighbours)
     p = torch.tensor([0.9, 0.2, 0.6], dtype=torch.float64, requires_grad=True)
@@ -84,7 +84,7 @@ def test_expected_cost_is_the_mean_over_draws_and_smooth(reads_neighbours):
 
 
 @pytest.mark.parametrize(
-    ("factor", "mixes"),
+    ("factor", "reads_neighbours"),
     [(1.3, False), (2.0, False), (5.0, False), (1.3, True), (1.6, True), (1.9, True), (3.0, True)],
 )
 def test_speedup_picks_the_best_set_within_its_cost(factor, reads_neighbours):
@@ -100,7 +100,7 @@ def test_speedup_picks_the_best_set_within_its_cost(factor, reads_neighbours):
         assert float(p[kept].sum()) == pytest.approx(max(within))
 
 
-@pytest.mark.parametrize("mixes", [False, True])
+@pytest.mark.parametrize("reads_neighbours", [False, True])
 def test_speedup_out_of_reach_is_an_error(reads_neighbours):
     costs = costs_of(sizes_of(16, 32, [3, 3]), 2, 3, False, False, reads_neighbours)
     with pytest.raises(ArgumentError, match=r"Speedup: factor: got 50.0, wanted at most \d.*feed-forward"):
