@@ -384,7 +384,7 @@ def test_sweep_configs_of_the_wrong_shape_are_refused(recipe):
 def test_numbers_that_yaml_takes_for_texts_are_numbers(tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text("tasks: [sst2]\nlr: 5e-5\nruns: [{method: learned, sparsity: 0.5}]\n")
-    assert read_sweep_config(path)[0].lr == 5e-5
+    assert read_sweep_config(path)[0].prune_lr == 5e-5
 
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
