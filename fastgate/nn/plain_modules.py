@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgate.nn.hooks import is_itself
+from fastgate.nn.transformers_names import wrapped_gelu
 
 PLAIN_TENSORS = (Tensor, nn.Parameter)
 WEIGHTED = (nn.Linear, nn.LayerNorm, nn.Embedding)
@@ -43,13 +44,9 @@ def is_exact_gelu(activation: Any) -> bool:
     """x Phi(x) by torch, or by the module that transformers puts around it, and nothing more."""
     if not isinstance(activation, nn.Module):
         return activation is F.gelu
-    kind = type(activation)
-    if kind is nn.GELU:
-        exact = activation.approximate == "none"
-    else:
-        named = (kind.__module__, kind.__qualname__) == ("transformers.activations", "GELUActivation")
-        exact = named and activation.act is F.gelu
-    return exact and is_itself(activation)
+    if type(activation) is nn.GELU:
+        return activation.approximate == "none" and is_itself(activation)
+    return wrapped_gelu(activation) is F.gelu and is_itself(activation)
 
 
 def dropout_rate(module: Any) -> float:
