@@ -1,4 +1,4 @@
-"""Which package may import which, read from the sources with ast, so that imports inside functions count too."""
+"""Which package may import which. Read from the sources with ast, so imports inside functions count too."""
 
 from __future__ import annotations
 

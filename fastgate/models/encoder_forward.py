@@ -377,7 +377,6 @@ def _embedding_inputs(encoder: Any, inspection: Inspection, call: EncoderCall) -
                 "position_ids": call.position_ids,
                 "token_type_ids": call.token_type_ids,
                 "inputs_embeds": call.inputs_embeds,
-                "past_key_values_length": 0,
             }
         )
     positions = _position_ids(encoder.embeddings, call)

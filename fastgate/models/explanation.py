@@ -62,7 +62,7 @@ class Explanation:
 
     def __str__(self) -> str:
         lines = [
-            f"demand {self.demand}: {self.output_rows} of {self.unpadded_rows} rows are output rows; attention "
+            f"demand {self.demand}: {self.output_rows} output rows of {self.unpadded_rows}; attention "
             f"kept in {list(self.kept)} of {len(self.layers)} layers; {self.flops_share:.1%} of dense FLOPs",
             "layer  attention  gate  live rows  steps   FLOPs  notes",
         ]

@@ -107,7 +107,7 @@ def absorbed_half_layer(
     output: LinearOperands,
     norm: NormOperands,
 ) -> HalfLayer | None:
-    """h -> LayerNorm(h[output_rows] + output(absorbed attention of h[output_rows] over h's rows in each sequence)).
+    """h -> LayerNorm(q + output(absorbed attention of q over h's rows in each sequence)), q = h[output_rows].
 
     key, value: (H, H). None but for an H that is a multiple of 16.
     """

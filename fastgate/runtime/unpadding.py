@@ -77,7 +77,7 @@ class UnpaddedBatch:
 
     @cached_property
     def _device_tensors(self) -> dict[str, Tensor]:
-        """The index tensors on the device. The ends of the sequences come along, for their SequenceOffsets."""
+        """The index tensors on the device. The ends of the sequences come along."""
         host = self.host
         tensors = {"index": host.index, "key_rows": host.key_rows, "output_rows": host.output_rows}
         if host.index is not None and host.output_rows is not None:
