@@ -8,7 +8,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
-# Deterministic algorithms (poisoned_memory.py) make cuBLAS raise without it. cuBLAS reads it at its first run.
+# Deterministic algorithms (poisoned_memory.py) make cuBLAS raise without it. It is read once.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import pytest

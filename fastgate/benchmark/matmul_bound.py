@@ -33,8 +33,8 @@ class MatmulLowerBound:
         self.handle = get_encoder(model)
         parameter = next(model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
-        self._tensors: dict[tuple, Tensor] = {}
-        self._weights: dict[tuple, Tensor | Packed] = {}
+        self._tensors: dict[tuple[object, ...], Tensor] = {}
+        self._weights: dict[tuple[object, ...], Tensor | Packed] = {}
         self._work: dict[int, list[tuple[Tensor, Any, bool]]] = {}
         self.flops: list[int] = []  # of each batch
         with torch.inference_mode(), self.handle.record(every_row=False) as trace:

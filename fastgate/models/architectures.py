@@ -14,7 +14,7 @@ from fastgate.errors import Unsupported, format_error
 from fastgate.models import compat
 from fastgate.nn.choices import OutputRows
 from fastgate.nn.hooks import foreign_hooks, replaced_method, shadowed_method
-from fastgate.nn.replacement import Replacement
+from fastgate.nn.replacement import REPLACEMENTS, Replacement
 
 # A class without its prefix -> the rows it reads. `every` is there for the softmax of question answering,
 # which goes over padding too. sentence_transformers.py knows what its models read.
@@ -186,7 +186,9 @@ def _verify_pruned(where: str, path: str, attention: Any) -> None:
         for name in ("dropout", "dense"):
             _reject_hooks(where, f"{path}.output.{name}", getattr(attention.output, name))
     if hasattr(attention, "replacement"):
-        _expect(where, f"{path}.replacement", attention.replacement, Replacement)
+        kind = getattr(type(attention.replacement), "kind", "")
+        expected = REPLACEMENTS.get(kind, Replacement)  # a subclass by a user is none of them
+        _expect(where, f"{path}.replacement", attention.replacement, expected)
 
 
 def _expect(where: str, path: str, module: Any, cls: type) -> None:

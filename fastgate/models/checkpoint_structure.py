@@ -20,7 +20,7 @@ from fastgate.models.patching import patch
 from fastgate.models.pruning import prune, refuse_adapters
 from fastgate.models.swapped_classes import SWAPPED
 from fastgate.nn.packed_linear import PackedLinear
-from fastgate.nn.replacement import Replacement
+from fastgate.nn.replacement import REPLACEMENTS
 
 M = TypeVar("M", bound=nn.Module)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -120,7 +120,7 @@ def _modules(model: nn.Module, unused: tuple[str, ...]) -> dict[str, nn.Module]:
     return {
         name: module
         for name, module in model.named_modules(remove_duplicate=False)
-        if not f"{name}.".startswith(unused) and type(module) is not Replacement
+        if not f"{name}.".startswith(unused) and type(module) not in REPLACEMENTS.values()
     }
 
 

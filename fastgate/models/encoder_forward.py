@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 
 from fastgate.errors import ArgumentError, Unsupported, format_error
+from fastgate.models import compat
 from fastgate.models.handle import EncoderHandle, EncoderRuntime
 from fastgate.models.inspection import Inspection, verify_places
+from fastgate.ops import torch_compat
 from fastgate.ops.autograd import is_transformed
 from fastgate.ops.ragged import HOST, on_device
 from fastgate.ops.registry import bypasses_dispatcher
@@ -151,9 +152,9 @@ def _outputs(
     """What transformers' encoder returns. hidden: (batch, length, hidden) of the last layer."""
     pooler = getattr(encoder, "pooler", None)
     pooled = hidden if runtime.pooling == "first" else _mean(hidden, call.attended)
-    output = BaseModelOutputWithPoolingAndCrossAttentions(
+    output = compat.EncoderOutput(
         last_hidden_state=hidden,
-        pooler_output=None if pooler is None else pooler(pooled),  # type: ignore[arg-type]
+        pooler_output=None if pooler is None else pooler(pooled),
     )
     if call.hidden_states is not None and context.hidden_states is not None:
         states = enumerate((*context.hidden_states[:-1], hidden))
@@ -220,7 +221,8 @@ def halo_of(encoder: Any) -> int:
     if runtime.demand not in ("first", "start"):
         return 0
     top = max((i for i, gate in enumerate(runtime.gates) if not is_skipped(gate)), default=-1)
-    return sum(i > top for i in layers_that_mix(encoder.encoder.layer, runtime.gates))
+    mixing = layers_that_mix(encoder.encoder.layer, runtime.gates)
+    return sum(step.hops for i, step in mixing if i > top)
 
 
 def plan_of_encoder(encoder: Any, inspection: Inspection, unpadded: UnpaddedBatch, capture: bool) -> Plan:
@@ -266,7 +268,7 @@ def _refuse_transforms() -> None:
     if is_transformed():
         got, wanted = "torch.func or forward-mode differentiation", "autograd's backward"
         raise Unsupported(format_error("forward", "derivatives", got, wanted, _UNPATCH))
-    if torch._C._is_tracing() or torch.compiler.is_exporting():
+    if torch_compat.is_tracing() or torch.compiler.is_exporting():
         got, wanted = "torch.jit.trace or torch.export", "eager mode or torch.compile"
         remedy = "export an unpruned model, after fastgate.unpatch(model)"
         raise Unsupported(format_error("forward", "model", got, wanted, remedy))
@@ -379,7 +381,9 @@ def _embedding_inputs(encoder: Any, inspection: Inspection, call: EncoderCall) -
                 "inputs_embeds": call.inputs_embeds,
             }
         )
-    positions = _position_ids(encoder.embeddings, call)
+    positions = call.position_ids
+    if positions is None:
+        positions = compat.position_ids_of(encoder.embeddings, call.input_ids, call.inputs_embeds)
     if length > positions.shape[1]:
         got, wanted = f"length {length}", f"at most {positions.shape[1]}"
         raise ArgumentError(format_error("forward", "input", got, wanted, "truncate the text"))
@@ -387,14 +391,3 @@ def _embedding_inputs(encoder: Any, inspection: Inspection, call: EncoderCall) -
         assert call.inputs_embeds is not None
         return GivenVectors(call.inputs_embeds, positions, call.token_type_ids)
     return PaddedIds(TokenIds(call.input_ids, positions, call.token_type_ids))
-
-
-def _position_ids(embeddings: Any, call: EncoderCall) -> Tensor:
-    """(batch or 1, length): those of the call, or those that transformers gives."""
-    if call.position_ids is not None:
-        return call.position_ids
-    if not hasattr(embeddings, "create_position_ids_from_input_ids"):
-        return embeddings.position_ids[:, : call.shape[1]]  # type: ignore[no-any-return]
-    if call.input_ids is not None:
-        return embeddings.create_position_ids_from_input_ids(call.input_ids, embeddings.padding_idx)  # type: ignore[no-any-return]
-    return embeddings.create_position_ids_from_inputs_embeds(call.inputs_embeds, embeddings.padding_idx)  # type: ignore[no-any-return]

@@ -163,7 +163,8 @@ def _absorbed(handle: EncoderHandle) -> set[nn.Module]:
     """The key and value Linears of the last attention. With one query per sequence their weights are read."""
     gates = handle.gates
     top = max((i for i, gate in enumerate(gates) if not is_skipped(gate)), default=-1)
-    if max(layers_that_mix(handle.encoder.encoder.layer, gates), default=-1) >= top:
+    mixing = layers_that_mix(handle.encoder.encoder.layer, gates)
+    if max((i for i, _ in mixing), default=-1) >= top:
         return set()
     attention = handle.layers[top].attention.self
     return {attention.key, attention.value}

@@ -14,7 +14,7 @@ from fastgate.errors import ArgumentError, CheckpointError, NothingPatched, Unsu
 from fastgate.models.architectures import find_encoders
 from fastgate.models.inspection import Inspections
 from fastgate.nn.choices import Pooling, ReplacementKind
-from fastgate.nn.replacement import Replacement
+from fastgate.nn.replacement import Replacement, make_replacement
 from fastgate.runtime.context import ActivationTrace
 from fastgate.runtime.executor import Executor
 from fastgate.runtime.layer import Gate, is_skipped, replacement_of
@@ -184,7 +184,7 @@ class EncoderHandle:
                     norm = layer.attention.output.LayerNorm
                     like = next(itertools.chain(norm.parameters(), layer.parameters()))
                     hidden = self.encoder.config.hidden_size
-                    layer.attention.replacement = Replacement(kind, hidden, like.dtype, like.device)
+                    layer.attention.replacement = make_replacement(kind, hidden, like.dtype, like.device)
 
     def remove_replacements(self) -> None:
         for layer in self.encoder.encoder.layer:

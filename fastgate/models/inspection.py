@@ -11,16 +11,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fastgate.errors import Unsupported, format_error
+from fastgate.models import compat
 from fastgate.models.architectures import FAMILIES, Family, base_class, verify_modules
-from fastgate.nn.hooks import GLOBAL_HOOKS, foreign_hooks, is_itself, replaced_method
+from fastgate.nn.hooks import foreign_hooks, is_itself, replaced_method
 from fastgate.nn.plain_modules import PLAIN_TENSORS, dropout_rate, is_plain, is_plain_dropout, is_plain_norm
+from fastgate.ops import torch_compat
 from fastgate.runtime.snapshot import KNOWN_PACKAGES, EncoderSnapshot
 
 _REMEDY = "run the model as transformers does (fastgate.unpatch)"
-REQUIRE_GRADIENTS = "make_inputs_require_grads"  # the hook of PreTrainedModel.enable_input_require_grads
 
 
 class Inspection(EncoderSnapshot):
@@ -33,12 +33,12 @@ class Inspection(EncoderSnapshot):
         self.family = _family(encoder)
         verify_modules("forward", encoder, self.family)
         self.config = encoder.config
-        self.attention_function = _attention_function(encoder.config, self.family)
+        self.attention_function = compat.attention_of(encoder.config, self.family.package)
         _verify_attention(*self.attention_function)
         super().__init__(encoder, _tables(encoder.embeddings))
         self.hooked_tables = [table for table in self.tables if foreign_hooks(table)]
         self.token_type_buffer = encoder.embeddings._buffers.get("token_type_ids")
-        self.token_type_changes = _changes(self.token_type_buffer)
+        self.token_type_changes = _changes_of(self.token_type_buffer)
         verify_places(encoder)
 
     @property
@@ -59,8 +59,8 @@ class Inspection(EncoderSnapshot):
         return (
             self.config is encoder.__dict__["config"]
             and super().matches(encoder)
-            and _attention_function(self.config, self.family) == self.attention_function
-            and _changes(self.token_type_buffer) == self.token_type_changes
+            and compat.attention_of(self.config, self.family.package) == self.attention_function
+            and _changes_of(self.token_type_buffer) == self.token_type_changes
         )
 
 
@@ -75,7 +75,7 @@ class Inspections:
 
         Raises Unsupported as Inspection does, and for hooks that torch calls for every module.
         """
-        if any(GLOBAL_HOOKS):
+        if any(torch_compat.GLOBAL_HOOKS):
             _refuse_global_hooks()
         inspection = self.last
         if inspection is None or not inspection.matches(encoder):
@@ -94,14 +94,6 @@ def _family(encoder: nn.Module) -> Family:
     return next(family for family in FAMILIES if family.module.__name__ == package)
 
 
-def _attention_function(config: Any, family: Family) -> tuple[str, Any]:
-    """The name of the attention that the config asks for, and the function that transformers calls for it."""
-    name = config.__dict__.get("_attn_implementation_internal") or "eager"
-    if name == "eager":
-        return name, family.module.eager_attention_forward
-    return name, ALL_ATTENTION_FUNCTIONS.get(name)
-
-
 def _verify_attention(name: str, function: Any) -> None:
     """Refuse an attention function of the user's own: fastgate would compute the usual one in its place."""
     if "/" in name:  # kernels of the hub, which compute the usual
@@ -113,13 +105,13 @@ def _verify_attention(name: str, function: Any) -> None:
         raise Unsupported(format_error("forward", "config._attn_implementation", got, wanted, remedy))
 
 
-def _changes(buffer: Tensor | None) -> int | None:
+def _changes_of(buffer: Tensor | None) -> int | None:
     """How often a buffer was changed in place, where torch counts that."""
-    return None if buffer is None or buffer.is_inference() else buffer._version
+    return None if buffer is None else torch_compat.version_of(buffer)
 
 
 def _refuse_global_hooks() -> None:
-    hook = next(hook for kind in GLOBAL_HOOKS for hook in kind.values())
+    hook = next(hook for kind in torch_compat.GLOBAL_HOOKS for hook in kind.values())
     got = getattr(hook, "__qualname__", type(hook).__name__)
     wanted = "none, as fastgate calls few of the modules"
     remedy = f"remove the hook, or {_REMEDY}"
@@ -163,7 +155,7 @@ def _only_gathers(table: Any) -> bool:
         and type(table._parameters.get("weight")) in PLAIN_TENSORS
         and not replaced_method(table)
         and len(hooks) == len(table._forward_hooks)
-        and all(getattr(hook, "__qualname__", "").endswith(REQUIRE_GRADIENTS) for hook in hooks)
+        and all(compat.requires_gradients(hook) for hook in hooks)
     )
 
 

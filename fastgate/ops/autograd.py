@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.autograd.function import FunctionCtx
 
 from fastgate.ops.registry import LIBRARY
+from fastgate.ops.torch_compat import func_transform, in_forward_mode, is_batched_gradient
 
 
 def any_requires_grad(*tensors: Tensor | None) -> bool:
@@ -25,12 +25,12 @@ def any_requires_grad(*tensors: Tensor | None) -> bool:
 
 def is_transformed() -> bool:
     """Whether one of torch.func's transforms, or forward-mode differentiation, is at work."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    return func_transform() is not None or in_forward_mode()
 
 
 def needs_torch(grads: Iterable[Tensor | None]) -> bool:
     """Asked in a backward of these gradients: whether it must consist of torch's own operations."""
-    batched = torch._C._functorch.is_legacy_batchedtensor  # of autograd.grad(is_grads_batched=True)
+    batched = is_batched_gradient  # of autograd.grad(is_grads_batched=True)
     return (
         torch.is_grad_enabled()
         or is_transformed()

@@ -36,6 +36,7 @@ ATTRIBUTES: dict[type, tuple[str, ...]] = {
     Tensor: ("_version",),
 }
 _NAMES = (
+    "torch._C._is_tracing",
     "torch._C._len_torch_dispatch_stack",
     "torch._C._functorch.peek_interpreter_stack",
     "torch._C._functorch.is_legacy_batchedtensor",
@@ -94,6 +95,8 @@ def missing_onednn_names() -> list[str]:
     return [f"torch.ops.mkldnn.{name}" for name in ONEDNN_NAMES if not hasattr(torch.ops.mkldnn, name)]
 
 
+# Whether torch.jit.trace runs.
+is_tracing: Callable[[], bool] = look_up("torch._C._is_tracing")
 # How many modes of __torch_dispatch__ are at work, such as FakeTensorMode.
 dispatch_modes: Callable[[], int] = look_up("torch._C._len_torch_dispatch_stack")
 # The class of all of torch's Dropouts.

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from fastgate.errors import ArgumentError, format_error
 from fastgate.models.handle import EncoderHandle
+from fastgate.nn.choices import ReplacementKind
+from fastgate.nn.replacement import REPLACEMENTS
 from fastgate.pruning.objective import Costs, costs_of
 from fastgate.runtime.context import ActivationTrace
 from fastgate.runtime.costs import Sizes
@@ -20,9 +22,10 @@ RIDGE = 1e-3  # of the mean square of a channel
 class Calibration:
     """Sums over the rows computed while every gate is open: small, on the host, saved with the Pruner."""
 
-    def __init__(self, layers: int, config: Any, reads_neighbours: bool):
-        """config: the encoder's. reads_neighbours: the replacement mixes tokens."""
-        self.config, self.reads_neighbours = config, reads_neighbours
+    def __init__(self, layers: int, config: Any, replacement: ReplacementKind):
+        """config: the encoder's. replacement: its kind."""
+        self.config, self.replacement = config, replacement
+        self.reads_neighbours = REPLACEMENTS[replacement].step is not None
         # Normal equations of each channel: attention output on 1, h[i], h[i - 1], h[i + 1].
         self.gram = torch.zeros(layers, 4, 4, config.hidden_size, dtype=torch.float64)
         self.right = torch.zeros(layers, 4, config.hidden_size, dtype=torch.float64)
@@ -67,18 +70,13 @@ class Calibration:
             rows = float(self.gram[layer, 0, 0, 0])
             if replacement is None or not rows:
                 continue
-            wanted = [
-                p
-                for p in (replacement.shift, replacement.scale, replacement.before, replacement.after)
-                if p is not None
-            ]
-            n = len(wanted)
+            vectors = list(replacement.parameters())
+            n = len(vectors)
             gram, right = self.gram[layer, :n, :n].permute(2, 0, 1) / rows, self.right[layer, :n].t() / rows
             ridge = torch.diag(torch.tensor([0.0, 1.0, 1.0, 1.0], dtype=torch.float64)[:n]) * RIDGE
             scale = gram.diagonal(dim1=1, dim2=2)[:, 1:].mean() if n > 1 else 1.0
-            for parameter, value in zip(
-                wanted, torch.linalg.solve(gram + ridge * scale, right).unbind(1), strict=True
-            ):
+            solution = torch.linalg.solve(gram + ridge * scale, right).unbind(1)
+            for parameter, value in zip(vectors, solution, strict=True):
                 parameter.copy_(value)
         self._price()
 
@@ -94,7 +92,7 @@ class Calibration:
             pairs=pairs,
             sequences=sequences,
         )
-        self.costs = costs_of(sizes, self.gram.shape[0], self.reads_neighbours)
+        self.costs = costs_of(sizes, self.gram.shape[0], self.replacement)
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from fastgate.errors import ArgumentError, format_error
-from fastgate.nn.replacement import KINDS
+from fastgate.nn.choices import REPLACEMENT_KINDS
 from fastgate.pruning.distillation import Distill
 from fastgate.pruning.numbers import integer, number
 from fastgate.pruning.objective import Speedup, Target
@@ -54,8 +54,8 @@ class PruningConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.target, Target):
             self._refuse("target", "Sparsity, Speedup or Fixed", "pass e.g. fastgate.Sparsity(0.8)")
-        if self.replacement not in KINDS:
-            self._refuse("replacement", " | ".join(KINDS), "pass one of these")
+        if self.replacement not in REPLACEMENT_KINDS:
+            self._refuse("replacement", " | ".join(REPLACEMENT_KINDS), "pass one of these")
         if self.distill is not None and not isinstance(self.distill, Distill):
             self._refuse("distill", "a Distill or None", "pass Distill(logits=1.0)")
         above = "a number above 0"

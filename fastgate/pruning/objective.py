@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from fastgate.errors import ArgumentError, format_error
+from fastgate.nn.choices import ReplacementKind
 from fastgate.nn.hard_concrete import harden
+from fastgate.nn.replacement import REPLACEMENTS
 from fastgate.pruning.numbers import integer, number
 from fastgate.runtime.costs import Sizes
 from fastgate.runtime.plan import flops_of, make_plan
@@ -89,22 +91,23 @@ class Costs:
         return self.total(p) / self.total(torch.ones_like(p))
 
 
-def costs_of(sizes: Sizes, layers: int, reads_neighbours: bool) -> Costs:
-    """Costs of an encoder whose removed attention is replaced by what reads neighbours, or by what does not.
+def costs_of(sizes: Sizes, layers: int, replacement: ReplacementKind) -> Costs:
+    """Costs of an encoder whose removed attention has a replacement of this kind.
 
     Where there is one output row a sequence, the head never reads another. Above the topmost attention these
     rows are computed, and one to either side for each token shift that is still above: as though no sequence
     were shorter. CUDA graphs, which compute every row there, are not counted.
     """
+    step = REPLACEMENTS[replacement].step
     output_rows_only, single = sizes.output_rows < sizes.rows, sizes.output_rows == sizes.sequences
 
     def cost(attends: tuple[bool, ...], top: int) -> float:
         """FLOPs of the layers from `top` up."""
-        shifts = tuple(i for i, runs in enumerate(attends) if reads_neighbours and not runs)
-        halo = sum(i > top for i in shifts) if single else 0
+        mixing = tuple((i, step) for i, runs in enumerate(attends) if step is not None and not runs)
+        halo = sum(mixer.hops for i, mixer in mixing if i > top) if single else 0
         within = tuple(min(sizes.rows, sizes.output_rows + k * sizes.sequences) for k in range(halo + 1))
         above, fewer = replace(sizes, rows_within_halo=within), output_rows_only and within[-1] < sizes.rows
-        plan = make_plan(attends, fewer, single and not halo, False, shifts, halo > 0)
+        plan = make_plan(attends, fewer, single and not halo, False, mixing, halo > 0)
         return float(sum(flops_of(plan.of_layer(i), above) for i in range(max(top, 0), layers)))
 
     tail = [cost(tuple(i == top for i in range(layers)), top) for top in reversed(range(-1, layers))]

@@ -51,8 +51,7 @@ class PruningRun:
         self.search = GateSearch(config, self.handle.num_layers)
         self.distiller = Distiller(config.distill, model, teacher, config.seed)
         self.recorder = ForwardRecorder(self.handle)
-        reads_neighbours = config.replacement == "shift"
-        self.calibration = Calibration(self.handle.num_layers, self.handle.encoder.config, reads_neighbours)
+        self.calibration = Calibration(self.handle.num_layers, self.handle.encoder.config, config.replacement)
 
     def plan_steps(self, total_steps: int) -> None:
         """Lay the phases over `total_steps` optimizer steps, if the Pruner was made without them.

@@ -49,7 +49,7 @@ class GraphOffsets(SequenceOffsets):
     """`rows` rows, of which those of the sequences come first. Lengths lie in `cu_seqlens` only."""
 
     equal = False
-    longest = padded = sequence_of_row = property(_refuse)  # type: ignore[assignment]
+    longest = padded = sequence_of_row = property(_refuse)
 
     def __init__(self, cu_seqlens: Tensor, rows: int, has_empty: bool) -> None:
         lengths: Any = _UnknownLengths(cu_seqlens.numel() - 1, has_empty)

@@ -8,7 +8,7 @@ compiles it again.
 from __future__ import annotations
 
 import threading
-from itertools import groupby
+from itertools import chain, groupby
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from fastgate.runtime.context import ForwardContext
 from fastgate.runtime.eager import run_sublayer
 from fastgate.runtime.fingerprint import ModuleFingerprint
 from fastgate.runtime.plan import Sublayer
-from fastgate.runtime.steps.token_shift import neighbour_masks
+from fastgate.runtime.unpadding import UnpaddedBatch
 
 MAX_CACHED_PLANS = 16
 
@@ -50,11 +50,20 @@ class CompiledPlan:
         unpadded = context.unpadded
         for segment in self.segments:
             if isinstance(segment, FusedSegment):
-                masks = neighbour_masks(context, segment.has_halo) if segment.has_token_shift else []
+                masks = _neighbour_masks(unpadded, segment)
                 h = segment(h, unpadded.keys.cu_seqlens, unpadded.output_rows, masks)
             else:
                 h = run_sublayer(context, segment, h)
         return h
+
+
+def _neighbour_masks(unpadded: UnpaddedBatch, segment: FusedSegment) -> list[Tensor]:
+    """What the token shifts of a segment read of the neighbours of rows."""
+    if not segment.has_token_shift:
+        return []
+    if segment.has_halo:
+        return list(chain(*unpadded.shrink_steps))
+    return [unpadded.has_left_neighbour]
 
 
 class PlanCache:

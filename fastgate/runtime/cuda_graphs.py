@@ -34,6 +34,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgate.ops.torch_compat import dispatch_modes
 from fastgate.runtime.captured_graph import CapturedGraph, LengthsUnknown
 from fastgate.runtime.context import ForwardContext
 from fastgate.runtime.embedding_inputs import TokenIds
@@ -126,7 +127,7 @@ class CudaGraphs:
             return f"no rows, or more than {MAX_ROWS}"
         if torch.is_autocast_enabled(device.type):
             return "autocast"
-        if torch._C._len_torch_dispatch_stack():
+        if dispatch_modes():
             return "a dispatch mode"
         return "a capture under way" if DEVICES[device.type].busy(device) else ""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastgate.nn.transformers_names import checkpoint_function, is_checkpointed
 from fastgate.runtime.context import ForwardContext
 from fastgate.runtime.plan import Sublayer
 from fastgate.runtime.steps.base import SublayerRows
@@ -19,8 +20,8 @@ def run_layers(context: ForwardContext, h: Tensor) -> Tensor:
     """The layers of the plan. h: embeddings, (rows, hidden). Returns (output rows, hidden)."""
     for i, layer in enumerate(context.layers):
         module = layer.module
-        if module.gradient_checkpointing and module.training and torch.is_grad_enabled():
-            h = module._gradient_checkpointing_func(_run_layer, context, i, h)
+        if is_checkpointed(module) and module.training and torch.is_grad_enabled():
+            h = checkpoint_function(module)(_run_layer, context, i, h)
         else:
             h = _run_layer(context, i, h)
         # Not inside: what is computed again in the backward has no gradient outside, and comes twice.

@@ -10,7 +10,8 @@ from torch import Tensor
 from fastgate.runtime import eager
 from fastgate.runtime.compiled_plan import PlanCache
 from fastgate.runtime.context import ForwardContext, StepHook
-from fastgate.runtime.cuda_graphs import DEVICES, CudaGraphs
+from fastgate.runtime.cuda_graphs import CudaGraphs
+from fastgate.runtime.graph_device import DEVICES
 
 
 class Executor:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fastgate.nn.hooks import foreign_hooks, replaced_method
 from fastgate.nn.plain_modules import PLAIN_TENSORS
+from fastgate.ops.torch_compat import DropoutBase
 from fastgate.runtime.snapshot import KNOWN_PACKAGES, EncoderSnapshot
 
 NUMBER_ATTRIBUTES = (
@@ -38,7 +39,7 @@ class ModuleFingerprint:
     def __init__(self, snapshot: EncoderSnapshot) -> None:
         self.snapshot = snapshot
         modules = snapshot.modules
-        self._dropouts = [m for m in modules if isinstance(m, nn.modules.dropout._DropoutNd)]
+        self._dropouts = [m for m in modules if isinstance(m, DropoutBase)]
         # Attention reads the number of its Dropout, and asks itself whether it trains.
         self._dropouts += [layer.attention for layer in snapshot.layers if layer.query is not None]
         self.tensors = snapshot.tensors

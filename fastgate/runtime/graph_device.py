@@ -40,8 +40,8 @@ class Cuda:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         with torch.cuda.device(device):
-            self.side, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
-            self.done, self.last = torch.cuda.Event(), torch.cuda.current_stream()
+            self.side, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()  # type: ignore[no-untyped-call]
+            self.done, self.last = torch.cuda.Event(), torch.cuda.current_stream()  # type: ignore[no-untyped-call]
 
     @staticmethod
     def busy(device: torch.device) -> bool:

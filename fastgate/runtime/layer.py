@@ -55,7 +55,7 @@ class Dense(NamedTuple):
         if not self.plain:
             return None
         module = self.module
-        return module.packed if type(module) is PackedLinear else module._parameters["weight"]  # type: ignore[no-any-return]
+        return module.packed if type(module) is PackedLinear else module._parameters["weight"]
 
     @property
     def bias(self) -> Tensor | None:
@@ -148,7 +148,7 @@ class Layer:
     def attention_dropout(self) -> float:
         """The rate of the attention's dropout now. transformers reads the module's number and never calls it,
         and asks the attention whether it trains."""
-        return self.attention._modules["dropout"].p if self.attention.training else 0.0  # type: ignore[no-any-return]
+        return self.attention._modules["dropout"].p if self.attention.training else 0.0
 
     @property
     def scale(self) -> float:
@@ -182,7 +182,7 @@ class Layer:
     @property
     def adds_offset(self) -> bool:
         """Whether the replacement adds a vector."""
-        return self.replacement is not None and self.replacement.shift is not None
+        return self.replacement is not None and self.replacement.offset is not None
 
     def residual_affine(self, share: Gate) -> tuple[Tensor | None, Tensor | None]:
         """(a, b) of a * h + b, what the residual becomes when `share` of the attention is replaced.
@@ -216,11 +216,14 @@ def replacement_of(layer: Any) -> Replacement | None:
     return replacement
 
 
-def layers_that_mix(layers: Iterable[Any], gates: Iterable[Gate]) -> tuple[int, ...]:
-    """The layers whose skipped attention is replaced by what reads neighbouring rows."""
+Mixing = tuple[tuple[int, type[Any]], ...]  # (layer, the step that mixes tokens there in place of attention)
+
+
+def layers_that_mix(layers: Iterable[Any], gates: Iterable[Gate]) -> Mixing:
+    """The layers whose skipped attention is replaced by what reads neighbouring rows, and its step."""
     mixing = []
     for i, (layer, gate) in enumerate(zip(layers, gates, strict=True)):
         replacement = replacement_of(layer)
-        if is_skipped(gate) and replacement is not None and replacement.reads_neighbours:
-            mixing.append(i)
+        if is_skipped(gate) and replacement is not None and replacement.step is not None:
+            mixing.append((i, replacement.step))
     return tuple(mixing)

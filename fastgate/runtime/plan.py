@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 from fastgate.runtime.costs import Sizes
+from fastgate.runtime.layer import Mixing
 from fastgate.runtime.steps import absorbed_attention, attention, feed_forward
 from fastgate.runtime.steps.base import Step
 from fastgate.runtime.steps.embedding import Embed
 from fastgate.runtime.steps.feed_forward import OutputNorm, SkippedNorm
-from fastgate.runtime.steps.token_shift import TokenShiftNorm
 
 Sublayer = tuple[Step, ...]
 
@@ -56,7 +56,7 @@ class Plan:
     @cached_property
     def reads_neighbours(self) -> bool:
         """Whether a step reads the tokens beside a token, other than through attention."""
-        return any(isinstance(step, TokenShiftNorm) for step in self.steps)
+        return any(step.hops for step in self.steps)
 
 
 @lru_cache(maxsize=1024)
@@ -65,7 +65,7 @@ def make_plan(
     output_rows_only: bool = False,
     one_query_per_sequence: bool = False,
     capture: bool = False,
-    shifts: tuple[int, ...] = (),
+    mixing: Mixing = (),
     has_halo: bool = False,
 ) -> Plan:
     """Plan an encoder.
@@ -73,24 +73,25 @@ def make_plan(
     attends: one flag a layer, whether its self-attention runs.
     output_rows_only: there are fewer output rows than rows.
     one_query_per_sequence: there is one output row a sequence, so the last attention has one query a sequence
-    and is absorbed, if no token shift comes after it.
+    and is absorbed, if nothing after it mixes tokens.
     capture: the output of every layer must exist by itself, so no LayerNorm is moved into the step before it.
-    shifts: the layers whose skipped attention is replaced by a token shift.
-    has_halo: above the last attention those rows are computed that the token shifts there need, fewer from
+    mixing: the layers whose skipped attention is replaced by what reads neighbouring rows, and the step.
+    has_halo: above the last attention those rows are computed that the replacements there need, fewer from
     one to the next.
     """
-    layers = len(attends)
+    layers, mixers = len(attends), dict(mixing)
     kept = tuple(i for i, runs in enumerate(attends) if runs)
-    last = max(kept if has_halo else (*kept, *shifts), default=-1)
+    last = max(kept if has_halo else (*kept, *mixers), default=-1)
 
     def takes_next_norm(layer: int) -> bool:
         following = layer + 1
-        return not capture and following < layers and not attends[following] and following not in shifts
+        return not capture and following < layers and not attends[following] and following not in mixers
 
     def place(layer: int) -> tuple[int, bool, int]:
         """Of a step: its layer, whether it makes output rows only, and how far their halo reaches."""
         only = output_rows_only and layer >= last
-        return layer, only, sum(shift > layer for shift in shifts) if has_halo and only else 0
+        halo = sum(step.hops for i, step in mixing if i > layer) if has_halo and only else 0
+        return layer, only, halo
 
     steps: list[Step] = [Embed(*place(-1), takes_next_norm(-1))]
     for i in range(layers):
@@ -98,8 +99,8 @@ def make_plan(
         if attends[i]:
             absorbed = output_rows_only and i >= last and one_query_per_sequence
             sublayer = absorbed_attention.STEPS if absorbed else attention.STEPS
-        elif i in shifts:
-            sublayer = (TokenShiftNorm,)
+        elif i in mixers:
+            sublayer = (mixers[i],)
         elif capture:
             sublayer = (SkippedNorm,)
         steps += [step(*place(i)) for step in (*sublayer, *feed_forward.STEPS[:-1])]

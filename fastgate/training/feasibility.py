@@ -15,6 +15,7 @@ import torch
 from fastgate.data.metrics import IGNORED
 from fastgate.errors import ArgumentError, format_error
 from fastgate.models.handle import get_encoder
+from fastgate.nn.choices import ReplacementKind
 from fastgate.pruning import Sparsity, Speedup
 from fastgate.pruning.objective import costs_of
 from fastgate.runtime.costs import Sizes
@@ -60,7 +61,7 @@ def check_steps(
 
 
 def check_target(
-    where: str, argument: str, target: RunTarget, model: Any, train: Any, replacement: str
+    where: str, argument: str, target: RunTarget, model: Any, train: Any, replacement: ReplacementKind
 ) -> None:
     """Raises ArgumentError for a target that removes nothing, or that no choice of layers reaches.
 
@@ -79,7 +80,7 @@ def check_target(
             raise ArgumentError(format_error(where, argument, f"{target.factor:g}", wanted, remedy))
 
 
-def highest_speedup(model: Any, train: Any, replacement: str) -> float:
+def highest_speedup(model: Any, train: Any, replacement: ReplacementKind) -> float:
     """The speed-up in FLOPs of the patched model's encoder without any attention, on rows like `train`.
 
     The costs are those that the Pruner counts.
@@ -103,5 +104,5 @@ def highest_speedup(model: Any, train: Any, replacement: str) -> float:
         pairs=int(np.square(lengths).sum()),
         sequences=sequences,
     )
-    costs = costs_of(sizes, layers, replacement == "shift")
+    costs = costs_of(sizes, layers, replacement)
     return float(1.0 / costs.share(torch.zeros(layers, dtype=torch.float64)))

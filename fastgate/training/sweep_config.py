@@ -33,7 +33,7 @@ from typing import Any, NoReturn
 from fastgate.data.catalog import CATALOG
 from fastgate.errors import ArgumentError, DataError, format_error
 from fastgate.models.handle import POOLINGS
-from fastgate.nn.replacement import KINDS
+from fastgate.nn.choices import REPLACEMENT_KINDS
 from fastgate.pruning import Fixed
 from fastgate.pruning.config import GATES
 from fastgate.training.config import FinetuneConfig, PruningOptions
@@ -291,7 +291,7 @@ def _check_choices(values: Mapping[str, Any]) -> None:
     """Raises ArgumentError for a name that is none of its setting's, or that contradicts another setting."""
     choices: dict[str, Any] = {
         "task": CATALOG, "pooling": POOLINGS, "teacher": TEACHERS, "method": METHODS,
-        "replacement": KINDS, "gates": GATES,
+        "replacement": REPLACEMENT_KINDS, "gates": GATES,
     }  # fmt: skip
     for key, known in choices.items():
         value = values.get(key)

@@ -67,20 +67,6 @@ PRIVATE = (
 # What else may name one, and why.
 ALLOWED = {
     ("models/checkpoint_structure.py", "_forward_pre_hooks"): "an attribute that every module has",
-    ("models/inspection.py", "ALL_ATTENTION_FUNCTIONS"): "the inspection reads the function of each forward",
-    ("models/inspection.py", "eager_attention_forward"): "as above",
-    ("models/inspection.py", "_attn_implementation_internal"): "as above",
-    ("models/inspection.py", "make_inputs_require_grads"): "as above",
-    ("models/inspection.py", "enable_input_require_grads"): "as above",
-    ("models/encoder_forward.py", "BaseModelOutputWithPoolingAndCrossAttentions"): "what a forward returns",
-    ("models/encoder_forward.py", "create_position_ids_from_input_ids"): "the ids of each forward",
-    ("models/encoder_forward.py", "create_position_ids_from_inputs_embeds"): "as above",
-    ("runtime/eager.py", "_gradient_checkpointing_func"): "as the inspection",
-    ("runtime/fingerprint.py", "_DropoutNd"): "as the inspection",
-    ("runtime/cuda_graphs.py", "_len_torch_dispatch_stack"): "read in each forward",
-    ("ops/autograd.py", "peek_interpreter_stack"): "read in each backward",
-    ("ops/autograd.py", "is_legacy_batchedtensor"): "as above",
-    ("ops/autograd.py", "_current_level"): "as above",
 }
 
 
@@ -111,8 +97,6 @@ def test_private_names_are_in_the_compat_files_alone():
 def test_transformers_is_imported_by_its_public_names():
     """Nothing is imported from the modules of transformers but in the compat files."""
     allowed = {
-        ("models/inspection.py", "transformers.modeling_utils"),
-        ("models/encoder_forward.py", "transformers.modeling_outputs"),
         ("training/model.py", "transformers.utils"),
         ("training/phases.py", "transformers.trainer_callback"),
     }

@@ -129,7 +129,9 @@ def test_the_compiled_op_refuses_what_would_read_elsewhere(implementation):
     for message, operands in wrong.items():
         with pytest.raises(RuntimeError, match=f"absorbed_attention: {message}"):
             implementation.forward(*operands)
-    with pytest.raises(RuntimeError, match="absorbed_attention_backward: grad_mixed, grad_total: got another"):
+    with pytest.raises(
+        RuntimeError, match="absorbed_attention_backward: grad_mixed, grad_total: got another"
+    ):
         implementation.backward(call.grad[:1], None, *call.operands)
 
 

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 
 from fastgate import ops
 from fastgate.errors import ArgumentError
-from fastgate.nn.replacement import Replacement
+from fastgate.nn.replacement import make_replacement
 from fastgate.ops import backends
 from fastgate.ops.shift_norm import OPERANDS, PARAMETERS, shift_norm
 
@@ -101,7 +101,7 @@ def test_bits_do_not_depend_on_threads(name):
 
 def test_it_is_the_norm_of_a_replacement():
     given = make(31, 48, DTYPES[0])
-    replacement = Replacement("shift", 48)
+    replacement = make_replacement("shift", 48)
     vectors = zip(("shift", "scale", "before", "after"), PARAMETERS, strict=False)  # as checkpoints name them
     replacement.load_state_dict({key: given[name] for key, name in vectors})
     u = given["x"] + replacement(given["x"], given["has_left_neighbour"])

@@ -10,6 +10,7 @@ from helpers.training_loop import CPU
 
 import fastgate
 from fastgate.errors import ArgumentError
+from fastgate.nn.replacement import REPLACEMENTS
 from fastgate.pruning.learner import GateLearner
 from fastgate.pruning.objective import Objective, costs_of, lagrangian
 from fastgate.pruning.schedule import make_schedule
@@ -46,9 +47,9 @@ def test_sparsity_means_whole_sublayers(layers, share, kept):
     assert objective.goal == pytest.approx(1 - kept / layers)
 
 
-@pytest.mark.parametrize("reads_neighbours", [False, True])
+@pytest.mark.parametrize("replacement", ["zero", "shift"])
 @pytest.mark.parametrize("demand", ["first", "asked", "every"])
-def test_expected_cost_is_that_of_the_plan_it_runs_by_where_gates_are_hard(demand, reads_neighbours):
+def test_expected_cost_is_that_of_the_plan_it_runs_by_where_gates_are_hard(demand, replacement):
     """With the encoder's own packing and plan: what a shift reaches above the last attention is counted."""
     lengths, layers = [5, 7, 9], 4
     mask = torch.arange(9)[None] < torch.tensor(lengths)[:, None]
@@ -56,24 +57,25 @@ def test_expected_cost_is_that_of_the_plan_it_runs_by_where_gates_are_hard(deman
     demanded = read.get(demand)
     counts = None if demanded is None else demanded.sum(1).tolist()
     sizes = sizes_of(16, 32, 2, lengths, counts)
-    costs = costs_of(sizes, layers, reads_neighbours)
+    costs = costs_of(sizes, layers, replacement)
     for flags in itertools.product((False, True), repeat=layers):
-        shifts = tuple(i for i, runs in enumerate(flags) if reads_neighbours and not runs)
-        reach = sum(i > max((i for i, runs in enumerate(flags) if runs), default=-1) for i in shifts)
+        step = REPLACEMENTS[replacement].step
+        mixing = tuple((i, step) for i, runs in enumerate(flags) if step is not None and not runs)
+        reach = sum(i > max((i for i, runs in enumerate(flags) if runs), default=-1) for i, _ in mixing)
         unpadded = unpad(3, 9, mask, demanded, CPU, reach if demand == "first" else 0)
         absorbs = unpadded.one_query_per_sequence and not unpadded.has_halo
-        plan = make_plan(flags, unpadded.has_other_rows, absorbs, False, shifts, unpadded.has_halo)
+        plan = make_plan(flags, unpadded.has_other_rows, absorbs, False, mixing, unpadded.has_halo)
         exact = flops_of(plan.steps, replace(sizes, rows_within_halo=unpadded.rows_within_halo))
         assert float(costs.total(torch.tensor(flags, dtype=torch.float64))) == pytest.approx(exact), flags
 
 
-def usual_costs(layers, reads_neighbours=False):
-    return costs_of(sizes_of(16, 32, 2, [12] * 4, [1] * 4), layers, reads_neighbours)
+def usual_costs(layers, replacement="zero"):
+    return costs_of(sizes_of(16, 32, 2, [12] * 4, [1] * 4), layers, replacement)
 
 
-@pytest.mark.parametrize("reads_neighbours", [False, True])
-def test_expected_cost_is_the_mean_over_draws_and_smooth(reads_neighbours):
-    costs = usual_costs(3, reads_neighbours)
+@pytest.mark.parametrize("replacement", ["zero", "shift"])
+def test_expected_cost_is_the_mean_over_draws_and_smooth(replacement):
+    costs = usual_costs(3, replacement)
     p = torch.tensor([0.9, 0.2, 0.6], dtype=torch.float64, requires_grad=True)
     mean = 0.0
     for flags in itertools.product((0.0, 1.0), repeat=3):
@@ -84,11 +86,19 @@ def test_expected_cost_is_the_mean_over_draws_and_smooth(reads_neighbours):
 
 
 @pytest.mark.parametrize(
-    ("factor", "reads_neighbours"),
-    [(1.3, False), (2.0, False), (5.0, False), (1.3, True), (1.6, True), (1.9, True), (3.0, True)],
+    ("factor", "replacement"),
+    [
+        (1.3, "zero"),
+        (2.0, "zero"),
+        (5.0, "zero"),
+        (1.3, "shift"),
+        (1.6, "shift"),
+        (1.9, "shift"),
+        (3.0, "shift"),
+    ],
 )
-def test_speedup_picks_the_best_set_within_its_cost(factor, reads_neighbours):
-    costs, objective = usual_costs(5, reads_neighbours), Objective(fastgate.Speedup(factor), 5)
+def test_speedup_picks_the_best_set_within_its_cost(factor, replacement):
+    costs, objective = usual_costs(5, replacement), Objective(fastgate.Speedup(factor), 5)
     for seed in range(5):
         p = torch.rand(5, generator=torch.Generator().manual_seed(seed))
         within = []
@@ -100,9 +110,9 @@ def test_speedup_picks_the_best_set_within_its_cost(factor, reads_neighbours):
         assert float(p[kept].sum()) == pytest.approx(max(within))
 
 
-@pytest.mark.parametrize("reads_neighbours", [False, True])
-def test_speedup_out_of_reach_is_an_error(reads_neighbours):
-    costs = costs_of(sizes_of(16, 32, 2, [3, 3]), 3, reads_neighbours)
+@pytest.mark.parametrize("replacement", ["zero", "shift"])
+def test_speedup_out_of_reach_is_an_error(replacement):
+    costs = costs_of(sizes_of(16, 32, 2, [3, 3]), 3, replacement)
     with pytest.raises(ArgumentError, match=r"Speedup: factor: got 50.0, wanted at most \d.*feed-forward"):
         Objective(fastgate.Speedup(50.0), 3).choose(torch.ones(3), costs)
 

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastgate.runtime.plan import flops_of, make_plan
+from fastgate.runtime.steps.token_shift import TokenShiftNorm
 
 
 def names(plan, layer):
@@ -40,7 +41,7 @@ def test_a_shift_is_a_step_and_keeps_the_rows_below_it_alive():
         output_rows_only=True,
         one_query_per_sequence=True,
         capture=False,
-        shifts=(2,),
+        mixing=((2, TokenShiftNorm),),
     )
     assert names(plan, 0) == list(KEPT_STEPS) and names(plan, 1) == names(plan, 3) == list(SKIPPED_STEPS)
     assert names(plan, 2) == ["shift_norm", *SKIPPED_STEPS]
@@ -58,7 +59,7 @@ def test_a_shift_above_the_last_attention_leaves_out_a_row_to_either_side():
         output_rows_only=True,
         one_query_per_sequence=False,
         capture=False,
-        shifts=(1, 3),
+        mixing=((1, TokenShiftNorm), (3, TokenShiftNorm)),
         has_halo=True,
     )
     assert [step.output_rows_only for step in plan.steps] == [False] + [True] * (7 + 4 + 3 + 4)
@@ -66,8 +67,15 @@ def test_a_shift_above_the_last_attention_leaves_out_a_row_to_either_side():
     sizes = replace(sizes_of(8, 32, 2, (3, 5), (1, 1)), rows_within_halo=(2, 4, 6))
     rows = [flops_of(plan.of_layer(i)[-3:], sizes) / (2 * 2 * 8 * 32) for i in range(4)]
     assert rows == [6, 4, 4, 2]
-    assert make_plan((False,) * 2, True, False, False, (0, 1), has_halo=True).steps[0].halo == 2
-    assert all(not step.halo for step in make_plan((True, False), False, False, False, (1,)).steps)
+    assert (
+        make_plan((False,) * 2, True, False, False, ((0, TokenShiftNorm), (1, TokenShiftNorm)), has_halo=True)
+        .steps[0]
+        .halo
+        == 2
+    )
+    assert all(
+        not step.halo for step in make_plan((True, False), False, False, False, ((1, TokenShiftNorm),)).steps
+    )
 
 
 LAYER = st.sampled_from(["attends", "shifts", "neither"])
@@ -76,8 +84,8 @@ LAYER = st.sampled_from(["attends", "shifts", "neither"])
 @given(st.lists(LAYER, min_size=1, max_size=12), st.booleans(), st.booleans(), st.booleans())
 def test_liveness(layers, output_rows_only, one_query_per_sequence, capture):
     attends = tuple(what == "attends" for what in layers)
-    shifts = tuple(i for i, what in enumerate(layers) if what == "shifts")
-    plan = make_plan(attends, output_rows_only, one_query_per_sequence and output_rows_only, capture, shifts)
+    mixing = tuple((i, TokenShiftNorm) for i, what in enumerate(layers) if what == "shifts")
+    plan = make_plan(attends, output_rows_only, one_query_per_sequence and output_rows_only, capture, mixing)
     last = max((i for i, what in enumerate(layers) if what != "neither"), default=-1)
     for step in plan.steps:
         assert step.output_rows_only == (output_rows_only and step.layer >= last)

@@ -13,7 +13,7 @@ from fastgate.benchmark.equivalence import check_outputs
 from fastgate.benchmark.model_variants import unpruned
 from fastgate.errors import FastgateError
 from fastgate.models.handle import get_encoder
-from fastgate.nn.replacement import Replacement
+from fastgate.nn.replacement import make_replacement
 from fastgate.runtime.unpadding import UnpaddedBatch
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
@@ -27,7 +27,7 @@ def pruned(head, keep, kind="shift", family="Bert", layers=5):
 
 def test_r_by_hand():
     """Two sequences of 3 and 2 tokens and a row of neither: x[i] + 10 x[i - 1] + 100 x[i + 1] + 1000."""
-    r = Replacement("shift", 1)
+    r = make_replacement("shift", 1)
     assert [name for name, _ in r.named_parameters()] == list(VECTORS["shift"]) and not any(
         p.any() for p in r.parameters()
     )

@@ -43,6 +43,7 @@ class Step:
 
     name: ClassVar[str]
     ends_sublayer: ClassVar[bool] = False
+    hops: ClassVar[int] = 0  # how many tokens to either side it reads, other than through attention
 
     layer: int
     output_rows_only: bool = False

@@ -1,28 +1,23 @@
-"""The step of a token shift, which replaces a skipped attention and reads the tokens to either side."""
+"""The token shift, a replacement that reads the tokens to either side, and its step in a plan."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from fastgate.nn.replacement import Replacement
 from fastgate.ops import fused_layers
 from fastgate.ops.fused_layers import HalfLayer
+from fastgate.ops.reference import neighbours
 from fastgate.ops.shift_norm import shift_norm
 from fastgate.runtime.layer import Layer
 from fastgate.runtime.steps.base import Step, SublayerRows, norm_operands, packed_operands
 
 if TYPE_CHECKING:
     from fastgate.runtime.context import ForwardContext
-
-
-def vectors(layer: Layer) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Offset, scale, before and after of a layer's token shift, (hidden,) each."""
-    parameters = layer.replacement._parameters  # type: ignore[union-attr]
-    return tuple(parameters[name] for name in ("shift", "scale", "before", "after"))  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
@@ -34,6 +29,7 @@ class TokenShiftNorm(Step):
 
     name = "shift_norm"
     ends_sublayer = True
+    hops = 1
 
     def run(self, context: ForwardContext, state: SublayerRows) -> Tensor:
         layer, unpadded = context.layers[self.layer], context.unpadded
@@ -47,11 +43,11 @@ class TokenShiftNorm(Step):
 
     @staticmethod
     def _norm(layer: Layer, h: Tensor, has_left_neighbour: Tensor) -> Tensor:
-        end = layer.attention_end
+        replacement, end = token_shift_of(layer), layer.attention_end
         if not end.plain_norm:
-            return end.norm(h + layer.replacement(h, has_left_neighbour))  # type: ignore[misc, no-any-return]
+            return end.norm(h + replacement(h, has_left_neighbour))  # type: ignore[no-any-return]
         norm = end.norm
-        return shift_norm(h, has_left_neighbour, *vectors(layer), norm.weight, norm.bias, norm.eps)
+        return shift_norm(h, has_left_neighbour, *replacement.operands, norm.weight, norm.bias, norm.eps)
 
     def lower(
         self, context: ForwardContext, sublayer: tuple[Step, ...], dtype: torch.dtype
@@ -65,11 +61,34 @@ class TokenShiftNorm(Step):
         if not layer.attention_end.plain_norm:
             return None
         halo = self.halo if self.output_rows_only else None
-        return fused_layers.shift_half_layer(vectors(layer), norm_operands(layer.attention_end.norm), halo)
+        norm = norm_operands(layer.attention_end.norm)
+        return fused_layers.shift_half_layer(token_shift_of(layer).operands, norm, halo)
 
 
-def neighbour_masks(context: ForwardContext, shrinks: bool) -> list[Tensor]:
-    """What a fused call reads of the neighbours of rows. shrinks: its token shifts have halos."""
-    if shrinks:
-        return list(chain(*context.unpadded.shrink_steps))
-    return [context.unpadded.has_left_neighbour]
+class TokenShift(Replacement):
+    """r(h)[i] = offset + scale * h[i] + before * h[i - 1] + after * h[i + 1], per channel.
+
+    Neighbours are tokens side by side in one sequence, both attended. One that is missing counts as zero. So
+    neither padding nor the choice of output rows changes a value.
+    """
+
+    kind = "shift"
+    vectors = ("shift", "scale", "before", "after")
+    step = TokenShiftNorm
+
+    @property
+    def operands(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Offset, scale, before and after, (hidden,) each."""
+        return tuple(self._parameters[name] for name in self.vectors)  # type: ignore[return-value]
+
+    def forward(self, h: Tensor, has_left_neighbour: Tensor) -> Tensor:
+        offset, scale, before, after = self.operands
+        above, below = neighbours(h, has_left_neighbour)
+        r = torch.addcmul(offset, scale, h)
+        return torch.addcmul(torch.addcmul(r, before, above), after, below)
+
+
+def token_shift_of(layer: Layer) -> TokenShift:
+    """The token shift of a layer that a plan gives one."""
+    assert isinstance(layer.replacement, TokenShift)
+    return layer.replacement
