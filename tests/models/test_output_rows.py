@@ -1,4 +1,4 @@
-"""Demand: the rows that patch is asked for, that a call asks for, and that labels ask for; what runs then."""
+"""Output rows: those that patch, a call or labels ask for; and what runs then."""
 
 import copy
 import inspect
