@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Scores of tasks on a machine that reaches no hub: a sweep of what bench/sweeps/carry_tasks.py packed into CARRIED.
+# Scores of tasks on a machine without access to a hub: a sweep of what bench/sweeps/carry_tasks.py packed into CARRIED.
 #
 #     OUT=FOLDER bench/gpu_tasks.sh CARRIED [RECIPE]
 #

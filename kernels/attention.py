@@ -1,6 +1,6 @@
 """Self-attention over unpadded batches in Triton, on the host: operands, launch choices, launches.
 
-The equations stand in attention_forward.py and attention_backward.py, who does what in attention_tiles.py.
+The equations are in attention_forward.py and attention_backward.py, who does what in attention_tiles.py.
 rows / sequences, known from the shapes, chooses how sequences are cut; every choice is right for any lengths.
 Without a saved L and O (`backward`, in place of `backward_saved`) forward runs again before backward.
 """

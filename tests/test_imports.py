@@ -30,7 +30,7 @@ ORDER = (
     "__init__",
     "__main__",
 )
-# Narrower than the order.
+# Stricter than the order.
 ONLY = {
     "kernels": {"errors", "kernels", "ops"},
     "env": {"errors", "ops"},

@@ -2,7 +2,7 @@
 
 Packed are fastgate, torch's varlen flash attention, and FlexAttention with a mask of sequences; padded to the
 longest, with a mask where lengths differ, is what Hugging Face hands to SDPA. Equal lengths need no mask, and
-have cuDNN's attention too. Padding and packing themselves are not timed.
+have cuDNN's attention too. Padding and unpadding themselves are not timed.
 """
 
 from __future__ import annotations

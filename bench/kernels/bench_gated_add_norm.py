@@ -177,7 +177,7 @@ HOST_IMPLEMENTATIONS = {
 @pytest.mark.skipif(not ON_GPU, reason="no CUDA device: on the CPU a call is its own work")
 @pytest.mark.parametrize("implementation", HOST_IMPLEMENTATIONS)
 def test_host_time_of_a_call(benchmark, write_line, implementation):
-    """What a call costs the host while the device is behind: at most twice F.layer_norm's is wanted."""
+    """What a call costs the host while the device is behind: the aim is at most twice F.layer_norm's."""
     (given,) = operands(64, 768, "bf16", 1)
     benchmark.group = "gated_add_norm host time of a call, inference"
     with torch.inference_mode():

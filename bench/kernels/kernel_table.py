@@ -106,7 +106,7 @@ class Aim(NamedTuple):
 
 
 def aims(works: dict[str, dict[str, Line]]) -> Iterator[Aim]:
-    """What the kernels are wanted to reach on an H200, where it was measured."""
+    """The aims of the kernels on an H200, where they were measured."""
     for work, implementations in works.items():
         op, *words = work.split()
         ours = implementations.get("fastgate")

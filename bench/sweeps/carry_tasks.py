@@ -2,8 +2,9 @@
 
     python bench/sweeps/carry_tasks.py DATA_DIR FOLDER [--model M] [--rows N]
 
-For a machine that reaches no hub. FOLDER gets data/TASK/SPLIT.jsonl.gz, at most N rows of each split, drawn
-with seed 0, and model/. Training reads the weights back into float32; bfloat16 costs them their last bits.
+For a machine without access to a hub. FOLDER gets data/TASK/SPLIT.jsonl.gz, at most N rows of each split,
+drawn with seed 0, and model/. Training reads the weights back into float32; bfloat16 costs them their last
+bits.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ namespace fastgate::cpu {
 enum HalfLayer : int64_t { kAttention, kAbsorbed, kFeedForward, kShiftNorm };
 constexpr int64_t kAllRows = -1;
 
-// What stands in `kinds` and in `numbers` for each half layer.
+// What `kinds` and `numbers` hold for each half layer.
 enum Kinds : int64_t { kKind, kSize, kKindsPerHalf };
 enum Numbers : int64_t { kEps, kScaleOrEps2, kNumbersPerHalf };
 

@@ -41,7 +41,7 @@ struct Queue {
 
 const char* launch_gated_add_norm(Queue queue, const NormOperands& operands, Output y);
 
-// The parameters that `requested` names (gradient_bits.h) stand in `parameters` (count, hidden), float32, in
+// The parameters that `requested` names (gradient_bits.h) are in `parameters` (count, hidden), float32, in
 // its bits' order; gate's row sums to its gradient. `partials` is room for partial rows * count * hidden
 // numbers.
 const char* launch_gated_add_norm_backward(

@@ -36,7 +36,7 @@ _SKIPPED_FOLDERS = {"tests", "testing", "_vendor", "vendor", "externals", "_vend
 
 
 class Docstring(NamedTuple):
-    """One text, the package it comes from, and the module file it stands in (relative to site-packages)."""
+    """One text, the package it comes from, and the module file it is in (relative to site-packages)."""
 
     text: str
     package: str
@@ -119,7 +119,7 @@ def collect(packages: Sequence[str], wanted: Mapping[str, int]) -> dict[str, lis
     """At most `wanted[split]` docstrings of each package, each text (and template) once in all splits.
 
     Module files are read in an order drawn by their names, each wholly for one split, until there are enough,
-    so train and validation never share a file. A text that stands in two packages is dropped from both.
+    so train and validation never share a file. A text that is in two packages is dropped from both.
     """
     first: dict[str, Docstring] = {}
     shared: set[str] = set()

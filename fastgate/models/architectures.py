@@ -143,7 +143,7 @@ def verify(located: LocatedEncoder) -> None:
     verify_modules("patch", encoder, family)
 
 
-# Modules of a layer whose forward fastgate stands in for, and the class each must be.
+# Modules of a layer whose forward fastgate replaces, and the class each must be.
 LAYER_MODULES = {
     "": "Layer",
     "attention": "Attention",
@@ -181,7 +181,7 @@ def verify_modules(where: str, encoder: Any, family: Family) -> None:
 
 
 def _verify_pruned(where: str, path: str, attention: Any) -> None:
-    """Refuse hooks on what is left of a pruned attention, and on what stands in its place."""
+    """Refuse hooks on what is left of a pruned attention, and on its replacement."""
     if hasattr(attention.self, "fastgate_removed"):
         for name in ("dropout", "dense"):
             _reject_hooks(where, f"{path}.output.{name}", getattr(attention.output, name))

@@ -141,7 +141,7 @@ def _check_digests(folder: Path, meta: dict[str, Any]) -> None:
                 format_error("load", str(path), got, "a file that can be read", remedy)
             ) from error
         if actual != digest:
-            remedy = "the file was cut short or changed: copy it again or save the model anew"
+            remedy = "the file was truncated or changed: copy it again or save the model anew"
             got = "contents that do not match their checksum"
             raise CheckpointError(format_error("load", str(path), got, f"{digest[:12]} of {META}", remedy))
 

@@ -27,12 +27,12 @@ POOLING_KEY = "fastgate_pooling"  # where a config says it; without it: first
 class EncoderRuntime:
     """What a patched encoder carries beside its weights.
 
-    reads: the rows that the head above it reads (architectures.DEMANDS). None if nothing known does. gates:
-    one an encoder layer. 1.0: the attention runs. 0.0: it is skipped. A 0-d tensor: it is gated. trace: what
-    to record in, while recording. asked: the demand that `patch` was called with, if any. executor: runs its
-    plans. inspections: what its modules were found to be. pooling: one of POOLINGS. unfinished: the gates are
-    being learned, so their values now are no result. frozen: whether `freeze` has packed weights. removed:
-    the layers whose attention `prune` has dropped.
+    reads: the rows that the head above it reads (architectures.OUTPUT_ROWS). None if nothing known does.
+    gates: one an encoder layer. 1.0: the attention runs. 0.0: it is skipped. A 0-d tensor: it is gated.
+    trace: what to record in, while recording. asked: the demand that `patch` was called with, if any.
+    executor: runs its plans. inspections: what its modules were found to be. pooling: one of POOLINGS.
+    unfinished: the gates are being learned, so their values now are no result. frozen: whether `freeze` has
+    packed weights. removed: the layers whose attention `prune` has dropped.
     """
 
     reads: str | None

@@ -1,4 +1,4 @@
-"""Halves of encoder layers from packed weights, for inference on the CPU: any number in one compiled call.
+"""Half layers of encoders from packed weights, for inference on the CPU: any number in one compiled call.
 
 What they compute is what their steps compute one by one. A small batch feels what the calls between cost, all
 the more as the weights that pass through the caches push out what the calls need.
@@ -23,7 +23,7 @@ PRODUCT_OPS = ("linear", "linear_gelu")
 ATTENTION, ABSORBED, FEED_FORWARD, SHIFT_NORM = range(4)
 ALL_ROWS = -1  # the halo of a shift_norm that leaves no row out
 _ATTENTION_END = ("output", "output_bias", "norm_weight", "norm_bias")
-# Kind -> the operands of a half, in the compiled op's order; csrc/cpu/half_layers.h has the same.
+# Kind -> the operands of a half layer, in the compiled op's order; csrc/cpu/half_layers.h has the same.
 OPERANDS = {
     ATTENTION: ("qkv", "q_bias", "k_bias", "v_bias", *_ATTENTION_END),
     ABSORBED: ("query", "q_bias", "key", "value", "v_bias", *_ATTENTION_END),
@@ -53,8 +53,8 @@ class LinearOperands(NamedTuple):
 
 
 class HalfLayer(NamedTuple):
-    """A half of a layer as the compiled op takes it. size: heads, columns of the first product, or a shift's
-    reach. numbers: eps, and attention's scale or the second eps. norm: computes the weight and bias of the
+    """A half layer as the compiled op takes it. size: heads, columns of the first product, or a token shift's
+    halo. numbers: eps, and attention's scale or the second eps. norm: computes the weight and bias of the
     first LayerNorm, where they are no parameters."""
 
     kind: int

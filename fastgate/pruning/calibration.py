@@ -29,9 +29,8 @@ class Calibration:
         # Normal equations of each channel: attention output on 1, h[i], h[i - 1], h[i + 1].
         self.gram = torch.zeros(layers, 4, 4, config.hidden_size, dtype=torch.float64)
         self.right = torch.zeros(layers, 4, config.hidden_size, dtype=torch.float64)
-        self.sizes = torch.zeros(
-            4, dtype=torch.float64
-        )  # rows packed, rows demanded, query-key pairs, sequences
+        # Unpadded rows, output rows, query-key pairs, sequences.
+        self.sizes = torch.zeros(4, dtype=torch.float64)
         self.costs: Costs | None = None
 
     def add(self, trace: ActivationTrace) -> None:
@@ -42,10 +41,10 @@ class Calibration:
                 basis = _basis(*trace.hidden[layer], trace.hidden[layer + 1][0], length)
                 self.gram[layer] += torch.einsum("irc,jrc->ijc", basis, basis).cpu()
                 self.right[layer] += torch.einsum("irc,rc->ic", basis, rows.float()).cpu()
-        packed, demanded = trace.hidden[0][0], trace.hidden[-1][0]
-        lengths = torch.bincount(packed // length).double().cpu()
+        unpadded, outputs = trace.hidden[0][0], trace.hidden[-1][0]
+        lengths = torch.bincount(unpadded // length).double().cpu()
         self.sizes += torch.tensor(
-            [packed.numel(), demanded.numel(), float(lengths.square().sum()), float((lengths > 0).sum())],
+            [unpadded.numel(), outputs.numel(), float(lengths.square().sum()), float((lengths > 0).sum())],
             dtype=torch.float64,
         )
 
@@ -111,7 +110,7 @@ class Calibration:
 def _basis(index: Tensor, h: Tensor, wanted: Tensor, length: int) -> Tensor:
     """(4, rows, hidden): 1, h[i], h[i - 1], h[i + 1] of the `wanted` rows; 0 where there is no neighbour.
 
-    index: (packed,) places of h's rows in the padded batch of sequences of `length`.
+    index: (rows,) places of h's rows in the padded batch of sequences of `length`.
     """
     h = h.detach().float()
     beside = ((index[1:] - index[:-1] == 1) & (index[1:] // length == index[:-1] // length))[:, None]

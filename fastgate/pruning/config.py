@@ -7,14 +7,13 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from fastgate.errors import ArgumentError, format_error
-from fastgate.nn.choices import REPLACEMENT_KINDS
+from fastgate.nn.choices import REPLACEMENT_KINDS, ReplacementKind
 from fastgate.pruning.distillation import Distill
 from fastgate.pruning.numbers import integer, number
 from fastgate.pruning.objective import Speedup, Target
 from fastgate.pruning.schedule import make_schedule
 
 Gates = Literal["hard_concrete", "exact"]
-ReplacementKind = Literal["zero", "mean", "affine", "shift"]
 GATES: tuple[Gates, ...] = ("hard_concrete", "exact")
 
 

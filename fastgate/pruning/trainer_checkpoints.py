@@ -12,7 +12,7 @@ from fastgate.errors import CheckpointError, format_error
 from fastgate.models.atomic_files import flush
 
 MANIFEST = "fastgate_files.json"  # written last: every other file of the checkpoint and its size in bytes
-ASIDE = ".writing"  # checkpoints under way stand in this folder of the output folder
+ASIDE = ".writing"  # checkpoints under way are in this folder of the output folder
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 

@@ -298,7 +298,7 @@ def test_models_are_timed_and_traced(tmp_path):
 
 
 def test_kernels_of_a_pruned_attention_are_counted(bench, monkeypatch):
-    """12 layers of 3 steps over 5 kernels of embeddings and packing; and one more a layer would show."""
+    """12 layers of 3 steps over 5 kernels of embeddings and unpadding; and one more a layer would show."""
     import gpu_models
 
     for extra in (0, 1):

@@ -147,7 +147,7 @@ def check(kernels: Any, case: Case, device: torch.device) -> None:
 
 
 def check_autograd(kernels: Any, device: torch.device) -> None:
-    """Through the op's slot: eager, with nothing to differentiate, traced; other head_dims run in torch."""
+    """Through the registry: eager, with nothing to differentiate, traced; other head_dims run in torch."""
     saving = ops.Saving(kernels.forward_saving, kernels.backward_saved)
     ours = ops.Implementation(
         "triton",
@@ -157,7 +157,7 @@ def check_autograd(kernels: Any, device: torch.device) -> None:
         saving,
         lambda head_dim: head_dim in kernels.HEAD_DIMS,
     )
-    ops.implementation("attention", device.type, FP32)  # fills the slots
+    ops.implementation("attention", device.type, FP32)  # loads the registry
     before = ops.IMPLEMENTATIONS.get(("attention", device.type))
     ops.IMPLEMENTATIONS["attention", device.type] = ours
     try:

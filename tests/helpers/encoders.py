@@ -109,9 +109,6 @@ def output_rows(name: str, value: Tensor, mask: Tensor) -> Tensor:
     return value[mask.bool()] if padded else value
 
 
-demanded = output_rows
-
-
 def draw_replacements(model: nn.Module) -> nn.Module:
     """Every parameter of a replacement drawn anew."""
     torch.manual_seed(0)

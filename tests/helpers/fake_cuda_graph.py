@@ -1,4 +1,4 @@
-"""A stand-in for CUDA graphs on the CPU: what a body did to memory is done again to the same memory.
+"""CUDA graphs imitated on the CPU: what a body did to memory is done again to the same memory.
 
 The ops that a body calls are recorded with the memory of their operands, and a replay runs them anew from
 that memory into the memory of their results: like a graph it knows no Python, sees values that changed in
@@ -114,7 +114,7 @@ def _absorbed(probe: Tensor, x: Tensor, cu: Tensor, scale: float) -> tuple[Tenso
 @contextmanager
 def pretended() -> Iterator[type[Pretended]]:
     """While open, graphs run on the CPU, with attention that finds its rows as a GPU's does."""
-    ops.implementation("attention", "cpu", torch.float32)  # the first call fills the slots
+    ops.implementation("attention", "cpu", torch.float32)  # the first call loads the registry
     before, devices = dict(registry.IMPLEMENTATIONS), dict(DEVICES)
     drawn = {
         "attention": lambda *o: torch.ops.fastgate_tests.attention(*o[:10]),

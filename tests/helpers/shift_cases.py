@@ -15,7 +15,7 @@ DTYPES = ((FP32, FP32), (BF16, BF16), (BF16, FP32), (FP32, BF16), (FP16, FP16))
 
 
 def make(rows, hidden, dtypes, links=0.8, seed=0):
-    """The operands by name, as the schema takes them. links: share of the rows linked to the one above."""
+    """The operands by name, as the schema takes them. links: share of the rows with a left neighbour."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape, mean=0.0):
@@ -86,7 +86,7 @@ def check(backend, given):
 
 
 def check_strangers(backend):
-    """What a row not linked holds, NaN even, reaches neither the rows beside it nor their gradients."""
+    """A row without neighbours, even of NaN, changes neither the rows beside it nor their gradients."""
     given = make(70, 24, DTYPES[0], links=1.0)
     given["has_left_neighbour"][[0, 31, 32, 33, 64]] = False  # at the edges of what is summed together, too
     grad = torch.randn(70, 24, generator=torch.Generator().manual_seed(1))

@@ -1,4 +1,4 @@
-"""Demand: the rows that patch is asked for, that a call asks for, and that labels ask for; what runs then."""
+"""Output rows: those that patch, a call or labels ask for; and what runs then."""
 
 import copy
 import inspect
@@ -89,7 +89,7 @@ def test_the_demand_goes_where_the_model_goes(tmp_path):
         fastgate.load(fastgate.save(patched, tmp_path / "x")),
     ):
         assert torch.equal(again(**inputs).last_hidden_state, want)
-        assert str(fastgate.explain(again)).startswith("demand first: 8 of 256 rows")
+        assert str(fastgate.explain(again)).startswith("demand first: 8 output rows of 256;")
     fastgate.unpatch(patched)
     assert fastgate.patch(patched)(**inputs).last_hidden_state[:, 1].any(), "unpatch forgets the demand"
 

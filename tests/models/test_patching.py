@@ -140,7 +140,7 @@ def test_hidden_states(head, selection):
     assert len(theirs.hidden_states) == len(ours.hidden_states) == 4
     for want, got in zip(theirs.hidden_states, ours.hidden_states, strict=True):
         assert (want is None) == (got is None)
-        if want is not None:  # padded rows too: asking for hidden states demands every row
+        if want is not None:  # padded rows too: with hidden states every row is an output row
             torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
 
 

@@ -235,7 +235,7 @@ def test_the_real_one(minilm_path):
 
 
 def test_cross_encoders_and_sparse_encoders(folder, tmp_path):
-    """They stand on heads of transformers, which know their demand."""
+    """They have heads of transformers, whose output rows are known."""
     from sentence_transformers import CrossEncoder, SparseEncoder
     from transformers import BertForMaskedLM
 

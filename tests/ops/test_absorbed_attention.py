@@ -266,7 +266,7 @@ def test_a_backend_that_does_not_fit_leaves_the_call_to_torch(monkeypatch):
         def fits(probe):
             return probe.shape[1] < 4
 
-    registry.implementation("absorbed_attention", "cpu", FP32)  # fills the slots
+    registry.implementation("absorbed_attention", "cpu", FP32)  # loads the registry
     monkeypatch.setitem(registry.IMPLEMENTATIONS, ("absorbed_attention", "cpu"), as_implementation(Kernels))
     assert _chosen(torch.zeros(1, 4, 8)).backend == "reference"
     assert _chosen(torch.zeros(1, 3, 8)).backend == "triton"

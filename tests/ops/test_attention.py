@@ -1,4 +1,4 @@
-"""Attention over packed rows: backends against fp64, dropout masks, gradients, probabilities."""
+"""Attention over unpadded batches: backends against fp64, dropout masks, gradients, probabilities."""
 
 import pytest
 import torch

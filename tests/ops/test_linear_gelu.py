@@ -115,8 +115,8 @@ def test_on_the_cpu_it_is_what_torch_runs(autocast):
 
 @pytest.fixture
 def stood_in(monkeypatch):
-    """A backend with a saving forward in the CPU's slot, in torch; gives what was called, and with what."""
-    registry.implementation("linear_gelu", "cpu")  # the slots are filled before this one is
+    """Registers a CPU backend with a saving forward, in torch. Gives what was called, and with what."""
+    registry.implementation("linear_gelu", "cpu")  # loads the registry before this one is entered
     called = []
 
     def forward(x, weight, bias):
@@ -238,9 +238,9 @@ def test_compiles_whole(saving, request):
 
 def test_other_dtypes_run_the_reference(stood_in, monkeypatch):
     """float64 on a device whose kernels do not take it."""
-    slot = ("linear_gelu", "cpu")
-    narrow = replace(registry.IMPLEMENTATIONS[slot], dtypes=frozenset({torch.float32}))
-    monkeypatch.setitem(registry.IMPLEMENTATIONS, slot, narrow)
+    key = ("linear_gelu", "cpu")
+    float32_only = replace(registry.IMPLEMENTATIONS[key], dtypes=frozenset({torch.float32}))
+    monkeypatch.setitem(registry.IMPLEMENTATIONS, key, float32_only)
     operands = double(make(SMALL, torch.float32))
     assert torch.equal(linear_gelu(*operands), eager(*operands)) and not stood_in
 

@@ -41,7 +41,7 @@ def ours(op="gated_add_norm", **changes):
 
 
 def test_a_loader_that_raises_is_called_again(empty):
-    """Its error is every op's, until it succeeds; the reference never stands in for it."""
+    """Its error is every op's, until it succeeds; the reference never runs in its place."""
     calls, implementation = [], ours()
 
     def load():

@@ -47,8 +47,8 @@ def split(monkeypatch):
 
 @pytest.fixture
 def filled(monkeypatch):
-    """The op's slot for this device holds the kernels."""
-    ops.implementation("absorbed_attention", DEVICE.type, FP32)  # fills the slots
+    """The registry has the kernels for this device."""
+    ops.implementation("absorbed_attention", DEVICE.type, FP32)  # loads the registry
     monkeypatch.setitem(ops.IMPLEMENTATIONS, ("absorbed_attention", DEVICE.type), as_implementation(kernels))
 
 

@@ -95,8 +95,9 @@ NORMS = [row for row in ROWS if row.values[0] in ("gated_add_norm", "embed_norm"
 
 @pytest.mark.parametrize(("op", "name", "counts"), NORMS)
 def test_rows_are_read_and_written_16_bytes_at_a_time(op, name, counts):
-    """Narrow are only the scalars, gate and seed, ids, links, and the sums that a program of backward writes
-    once, where it has more threads than a row has vectors; sum_kernel writes its 32 columns so."""
+    """Narrow are only the scalars, gate and seed, ids, neighbour flags, and the sums that a program of
+    backward writes once, where it has more threads than a row has vectors; sum_kernel writes its 32 columns
+    so."""
     kernel_name, hidden = name.split()[:2]
     if hidden in NARROW_ROWS:
         return
@@ -105,7 +106,8 @@ def test_rows_are_read_and_written_16_bytes_at_a_time(op, name, counts):
     sums = (
         {"gated_add_norm": 3, "embed_norm": 4, "shift_norm": 6}[op] if backward and int(hidden) <= 512 else 0
     )
-    # Three ids or two links a row, of up to four rows a thread; backward reads its own ahead, twice.
+    # Three ids or two neighbour flags a row, of up to four rows a thread.
+    # Backward reads its own ahead, twice.
     ahead, of_rows = {"gated_add_norm": (0, 0), "embed_norm": (15, 12), "shift_norm": (6, 8)}[op]
     ids = 0 if kernel_name == "sum_kernel" else ahead if backward else of_rows
     for architecture, kernel in counts.items():

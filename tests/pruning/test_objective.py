@@ -50,19 +50,19 @@ def test_sparsity_means_whole_sublayers(layers, share, kept):
 @pytest.mark.parametrize("replacement", ["zero", "shift"])
 @pytest.mark.parametrize("demand", ["first", "asked", "every"])
 def test_expected_cost_is_that_of_the_plan_it_runs_by_where_gates_are_hard(demand, replacement):
-    """With the encoder's own packing and plan: what a shift reaches above the last attention is counted."""
+    """With the encoder's own unpadding and plan: the halo above the last attention is counted."""
     lengths, layers = [5, 7, 9], 4
     mask = torch.arange(9)[None] < torch.tensor(lengths)[:, None]
     read = {"first": torch.arange(9)[None].expand(3, 9) == 0, "asked": mask & (torch.arange(9) % 3 == 1)}
-    demanded = read.get(demand)
-    counts = None if demanded is None else demanded.sum(1).tolist()
+    outputs = read.get(demand)
+    counts = None if outputs is None else outputs.sum(1).tolist()
     sizes = sizes_of(16, 32, 2, lengths, counts)
     costs = costs_of(sizes, layers, replacement)
     for flags in itertools.product((False, True), repeat=layers):
         step = REPLACEMENTS[replacement].step
         mixing = tuple((i, step) for i, runs in enumerate(flags) if step is not None and not runs)
-        reach = sum(i > max((i for i, runs in enumerate(flags) if runs), default=-1) for i, _ in mixing)
-        unpadded = unpad(3, 9, mask, demanded, CPU, reach if demand == "first" else 0)
+        halo = sum(i > max((i for i, runs in enumerate(flags) if runs), default=-1) for i, _ in mixing)
+        unpadded = unpad(3, 9, mask, outputs, CPU, halo if demand == "first" else 0)
         absorbs = unpadded.one_query_per_sequence and not unpadded.has_halo
         plan = make_plan(flags, unpadded.has_other_rows, absorbs, False, mixing, unpadded.has_halo)
         exact = flops_of(plan.steps, replace(sizes, rows_within_halo=unpadded.rows_within_halo))

@@ -1,6 +1,7 @@
 """Graphs of an encoder: equal to the run without them, and that run where a call does not fit a graph.
 
-On a stand-in (tape.py) that replays what ops did to memory; test_graphs_on_gpu.py has the real thing.
+On an imitation (helpers/fake_cuda_graph.py) that replays what ops did to memory. test_cuda_graphs_on_gpu.py
+has the real thing.
 """
 
 from __future__ import annotations

@@ -20,16 +20,16 @@ def test_steps_and_rows_as_they_run(keep, head):
     model = fastgate.prune(make("Bert", head, layers=5), keep=keep)
     inputs = batch(model, head)
     seen = steps_as_they_run(model, inputs)
-    packed = sum(LENGTHS)
-    demand = len(LENGTHS) if head == "ForSequenceClassification" else packed
+    unpadded = sum(LENGTHS)
+    outputs = len(LENGTHS) if head == "ForSequenceClassification" else unpadded
     top = max(keep, default=-1)
     for i in range(5):
         ops = [op for layer, op, _ in seen if layer == i]
         rows = [n for layer, _, n in seen if layer == i]
         assert len(ops) == (len(KEPT_STEPS) if i in keep else len(SKIPPED_STEPS))
         assert any("attention" in op or "project_q" in op for op in ops) == (i in keep)
-        assert set(rows) == {demand if i >= top else packed}
-    assert seen[0] == (-1, "embed", packed if keep else demand)
+        assert set(rows) == {outputs if i >= top else unpadded}
+    assert seen[0] == (-1, "embed", unpadded if keep else outputs)
 
 
 def test_no_products_of_skipped_attention_are_called():

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers.encoders import batch, demanded, make
+from helpers.encoders import batch, make, output_rows
 from helpers.fake_device import REMOTE, Remote, Waits, on_remote
 from torch import Tensor
 
@@ -42,7 +42,7 @@ def masks_of(side: str, lengths: tuple[int, ...], length: int) -> Tensor:
 @pytest.mark.parametrize("demand", ["attended", "first", "every", "some"])
 @pytest.mark.parametrize("side", ["none", "right", "left", "holes"])
 @pytest.mark.parametrize("far", [(True, True), (True, False), (False, True), (False, False)], ids=str)
-def test_packing_waits_once_at_most(far, side, demand):
+def test_unpadding_waits_once_at_most(far, side, demand):
     """The same index sets as on the host, whichever mask lies where."""
     lengths, length = (7, 3, 0, 5), 8
     attended = None if side == "none" else masks_of(side, lengths, length)
@@ -102,7 +102,7 @@ def test_a_forward_waits_for_the_mask_alone(head, keep, replacement, kernels, mo
             assert sum(device.waits.values()) == int(mask_there), device.waits
             name = "last_hidden_state" if head == "Model" else "logits"
             mask = inputs["attention_mask"] if head != "ForQuestionAnswering" else torch.ones(4, 14)
-            found, true = (demanded(name, t, mask) for t in (got.held, want))
+            found, true = (output_rows(name, t, mask) for t in (got.held, want))
             torch.testing.assert_close(found, true, rtol=1e-4, atol=1e-4)
 
 

@@ -1,5 +1,5 @@
 """`shift`, the replacement that reads neighbours: its definition, the rows it keeps alive, that neither
-padding nor demand changes a value, and what else runs a pruned model."""
+padding nor the choice of output rows changes a value, and what else runs a pruned model."""
 
 import copy
 
@@ -99,7 +99,7 @@ def masks(inputs):
 @pytest.mark.parametrize("pooled", [True, False])
 @torch.no_grad()
 def test_what_is_read_equals_the_padded_computation(keep, pooled):
-    """For every demand, token 0 that is read though it is masked among them."""
+    """For every choice of output rows, token 0 that is read though it is masked among them."""
     model = make("Bert", "Model", attention="eager")
     if not pooled:
         model.pooler = None

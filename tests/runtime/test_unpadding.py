@@ -1,4 +1,4 @@
-"""Packed rows: index sets against a plain loop over the batch, and the way there and back."""
+"""Unpadded batches: index sets against a plain loop over the batch, and the way there and back."""
 
 import pytest
 import torch
@@ -20,17 +20,17 @@ flags = st.integers(1, 4).flatmap(
 
 
 @given(flags, st.booleans(), st.booleans())
-def test_index_sets(both, masked, demands):
-    attended, demanded = (torch.tensor(f) for f in both)
+def test_index_sets(both, masked, has_outputs):
+    attended, outputs = (torch.tensor(f) for f in both)
     batch, length = attended.shape
     given_mask = attended if masked else None
     attended = attended if masked else torch.ones_like(attended)
-    wanted = demanded if demands else attended
-    unpadded = unpad(batch, length, given_mask, demanded if demands else None, CPU)
+    read_rows = outputs if has_outputs else attended
+    unpadded = unpad(batch, length, given_mask, outputs if has_outputs else None, CPU)
 
-    rows = [(b, t) for b in range(batch) for t in range(length) if attended[b, t] or wanted[b, t]]
+    rows = [(b, t) for b in range(batch) for t in range(length) if attended[b, t] or read_rows[b, t]]
     keys = [r for r in rows if attended[r]]
-    read = [r for r in rows if wanted[r]]
+    read = [r for r in rows if read_rows[r]]
     index = unpadded.row_index()
     assert index.tolist() == [b * length + t for b, t in rows]
     key_index = index if unpadded.key_rows is None else index[unpadded.key_rows]
@@ -49,12 +49,12 @@ def test_index_sets(both, masked, demands):
 
 
 @given(flags, st.booleans(), st.integers(1, 3))
-def test_rows_that_demanded_ones_are_computed_from(both, masked, halo):
-    """Those up to `reach` tokens away over attended ones, linked among themselves as the packed rows are, and
-    a token fewer to either side after each shift, down to those that are read."""
-    attended, demanded = (torch.tensor(f) for f in both)
+def test_rows_that_output_rows_are_computed_from(both, masked, halo):
+    """Those up to `halo` tokens away over attended ones, neighbours as in the unpadded batch, and a token
+    fewer to either side after each token shift, down to those that are read."""
+    attended, outputs = (torch.tensor(f) for f in both)
     batch, length = attended.shape
-    unpadded = unpad(batch, length, attended if masked else None, demanded, CPU, halo)
+    unpadded = unpad(batch, length, attended if masked else None, outputs, CPU, halo)
     attended = attended if masked else torch.ones_like(attended)
 
     def beside(row, other, halo=halo):
@@ -62,8 +62,8 @@ def test_rows_that_demanded_ones_are_computed_from(both, masked, halo):
         between = attended[b, min(t, u) : max(t, u) + 1]
         return b == c and (t == u or (abs(t - u) <= halo and bool(between.all())))
 
-    read = [(b, t) for b in range(batch) for t in range(length) if demanded[b, t]]
-    rows = [(b, t) for b in range(batch) for t in range(length) if attended[b, t] or demanded[b, t]]
+    read = [(b, t) for b in range(batch) for t in range(length) if outputs[b, t]]
+    rows = [(b, t) for b in range(batch) for t in range(length) if attended[b, t] or outputs[b, t]]
     shrink_steps = [row for row in rows if any(beside(row, one) for one in read)]
     assert unpadded.output_index().tolist() == [b * length + t for b, t in shrink_steps]
     assert unpadded.has_halo == unpadded.has_other_rows == (len(shrink_steps) < len(rows))
@@ -79,22 +79,22 @@ def test_rows_that_demanded_ones_are_computed_from(both, masked, halo):
         assert [shrink_steps[i] for i in nearer] == kept and unpadded.rows_within_halo[k] == len(kept)
         shrink_steps, left = kept, left[nearer]
     back = unpadded.pad(left, output_rows_only=True)
-    assert torch.equal(back[demanded], padded[demanded])
+    assert torch.equal(back[outputs], padded[outputs])
     if unpadded.has_other_rows:
-        assert not back[~demanded].any()
+        assert not back[~outputs].any()
 
 
 @given(flags)
 def test_there_and_back(both):
-    attended, demanded = (torch.tensor(f) for f in both)
+    attended, outputs = (torch.tensor(f) for f in both)
     batch, length = attended.shape
-    unpadded = unpad(batch, length, attended, demanded, CPU)
+    unpadded = unpad(batch, length, attended, outputs, CPU)
     padded = torch.randn(batch, length, 3)
-    kept = (attended | demanded)[..., None]
+    kept = (attended | outputs)[..., None]
     assert torch.equal(unpadded.pad(unpadded.unpad(padded), output_rows_only=False), padded * kept)
     assert torch.equal(
         unpadded.pad(unpadded.unpad(padded, output_rows_only=True), output_rows_only=True),
-        padded * demanded[..., None],
+        padded * outputs[..., None],
     )
 
 
@@ -107,8 +107,8 @@ def test_a_batch_without_padding_is_not_indexed():
 
 @pytest.mark.parametrize("first", [True, False])
 def test_a_batch_without_padding_is_packed_once(first):
-    demanded = torch.arange(5).expand(2, 5) == 0 if first else None
-    made, expected = unpad_full(2, 5, first, False), unpad(2, 5, None, demanded, CPU)
+    outputs = torch.arange(5).expand(2, 5) == 0 if first else None
+    made, expected = unpad_full(2, 5, first, False), unpad(2, 5, None, outputs, CPU)
     assert unpad_full(2, 5, first, False) is made
     assert unpad_full(2, 5, first, True) is not made
     assert (made.queries, made.keys, made.outputs) == (expected.queries, expected.keys, expected.outputs)
