@@ -9,6 +9,7 @@ library that has renamed one gives one clear error, and no wrong result.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Iterator
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -227,6 +228,13 @@ def attention_of(config: Any, package: str) -> tuple[str, Any]:
     if name == "eager":
         return name, modeling_module(package).eager_attention_forward
     return name, ALL_ATTENTION_FUNCTIONS.get(name)
+
+
+@functools.cache
+def cache_arguments() -> dict[str, int]:
+    """The argument that says an encoder has no cache, by its name in the embeddings of this transformers."""
+    parameters = inspect.signature(modeling_module("bert").BertEmbeddings.forward).parameters
+    return {name: 0 for name in ("past_key_values_length", "cache_length") if name in parameters}
 
 
 def requires_gradients(hook: Any) -> bool:

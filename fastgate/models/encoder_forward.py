@@ -75,11 +75,11 @@ def forward_encoder(
     """
     _refuse_arguments(encoder_hidden_states, encoder_attention_mask, past_key_values, use_cache, kwargs)
     _refuse_transforms()
+    shape, device = _shape_of(input_ids, inputs_embeds)
     runtime: EncoderRuntime = encoder.fastgate_runtime
     inspection = runtime.inspections.of(encoder)
     if len(inspection.layers) != len(runtime.gates) or inspection.removed != runtime.removed:
         EncoderHandle(encoder).check_layers("forward")
-    shape, device = _shape_of(input_ids, inputs_embeds)
     hidden_states, attentions, return_dict = _requested_outputs(
         encoder.config, len(inspection.layers), kwargs
     )
@@ -379,6 +379,7 @@ def _embedding_inputs(encoder: Any, inspection: Inspection, call: EncoderCall) -
                 "position_ids": call.position_ids,
                 "token_type_ids": call.token_type_ids,
                 "inputs_embeds": call.inputs_embeds,
+                **compat.cache_arguments(),
             }
         )
     positions = call.position_ids

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fastgate.errors import ArgumentError, format_error
 from fastgate.models.encoder_forward import halo_of, output_row_mask, plan_of_encoder
 from fastgate.models.handle import EncoderHandle, get_encoder
+from fastgate.nn.protocols import BertLikeConfig
 from fastgate.runtime.costs import Sizes
 from fastgate.runtime.graph_device import DEVICES
 from fastgate.runtime.layer import Layer, is_skipped
@@ -91,7 +92,9 @@ def explain(model: nn.Module, lengths: Sequence[int] = (32,) * 8) -> Explanation
     inspection = runtime.inspections.of(encoder)
     plan = plan_of_encoder(encoder, inspection, unpadded, capture=False)
     sizes = [layer_sizes(encoder.config, layer, unpadded) for layer in inspection.layers]
-    dense_flops = sum(each.dense_flops for each in sizes)
+    # Of the unpruned model on the tokens alone: a head that reads every row has padding computed as well.
+    tokens, pairs = sum(lengths), sum(n * n for n in lengths)
+    dense_flops = sum(replace(each, rows=tokens, pairs=pairs).dense_flops for each in sizes)
     rows = tuple(
         _row(handle, i, layer, plan.of_layer(i), sizes[i], dense_flops)
         for i, layer in enumerate(inspection.layers)
@@ -149,7 +152,7 @@ def _checked(lengths: Any) -> list[int]:
     return found
 
 
-def layer_sizes(config: Any, layer: Layer, unpadded: UnpaddedBatch) -> Sizes:
+def layer_sizes(config: BertLikeConfig, layer: Layer, unpadded: UnpaddedBatch) -> Sizes:
     """What the costs of a layer depend on.
 
     A layer may be narrower than the config says. What a module does not tell, and a pruned attention, are as

@@ -19,7 +19,6 @@ from fastgate.runtime.context import ActivationTrace
 from fastgate.runtime.executor import Executor
 from fastgate.runtime.layer import Gate, is_skipped, replacement_of
 
-POOLINGS = ("first", "mean")  # what a pooler reads: token 0, or the mean over the attended rows
 POOLING_KEY = "fastgate_pooling"  # where a config says it; without it: first
 
 
@@ -30,7 +29,7 @@ class EncoderRuntime:
     reads: the rows that the head above it reads (architectures.OUTPUT_ROWS). None if nothing known does.
     gates: one an encoder layer. 1.0: the attention runs. 0.0: it is skipped. A 0-d tensor: it is gated.
     trace: what to record in, while recording. asked: the demand that `patch` was called with, if any.
-    executor: runs its plans. inspections: what its modules were found to be. pooling: one of POOLINGS.
+    executor: runs its plans. inspections: what its modules were found to be. pooling: what the pooler reads.
     unfinished: the gates are being learned, so their values now are no result. frozen: whether `freeze` has
     packed weights. removed: the layers whose attention `prune` has dropped.
     """

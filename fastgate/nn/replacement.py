@@ -35,13 +35,13 @@ class Replacement(nn.Module):
 
     def __init__(self, hidden: int, dtype: torch.dtype | None = None, device: torch.device | None = None):
         super().__init__()
-        for name in self.vectors:
+        for name in self.vectors:  # read as attributes: a replica of DataParallel has no parameters
             self.register_parameter(name, nn.Parameter(torch.zeros(hidden, dtype=dtype, device=device)))
 
     @property
     def offset(self) -> Tensor | None:
         """The added vector, (hidden,), if there is one. Its name in a state dict is `shift`."""
-        return self._parameters.get("shift")
+        return getattr(self, "shift", None)
 
     @property
     def reads_neighbours(self) -> bool:
@@ -53,7 +53,7 @@ class Replacement(nn.Module):
 
         has_left_neighbour: (rows,) bool, whether a row and the one above it are neighbours.
         """
-        scale = self._parameters.get("scale")
+        scale = getattr(self, "scale", None)
         r: Tensor = h.new_zeros(h.shape[1]) if self.offset is None else self.offset
         return r if scale is None else torch.addcmul(r, scale, h)
 
@@ -62,7 +62,7 @@ class Replacement(nn.Module):
 
         share: a float, or a tensor without dimensions.
         """
-        scale: Tensor | None = self._parameters.get("scale")
+        scale: Tensor | None = getattr(self, "scale", None)
         offset = self.offset
         if isinstance(share, Tensor) or share != 1.0:  # else each would be a kernel that changes nothing
             scale = None if scale is None else share * scale

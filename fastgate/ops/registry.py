@@ -147,7 +147,8 @@ def selections() -> tuple[tuple[Key, str], ...]:
 
     For the key of a CUDA graph, whose kernels are chosen once.
     """
-    return tuple(sorted((key, chosen.backend) for key, chosen in _selected.items())) if _selected else ()
+    chosen = tuple(_selected.items())  # at once: another thread may select meanwhile
+    return tuple(sorted((key, implementation.backend) for key, implementation in chosen)) if chosen else ()
 
 
 def define_op(schema: str, function: Callable[..., Any], fake: Callable[..., Any]) -> None:

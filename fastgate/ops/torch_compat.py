@@ -48,8 +48,6 @@ _NAMES = (
     "torch.nn.modules.module._global_backward_pre_hooks",
     "torch.utils.weak.TensorWeakRef",
 )
-# Products of oneDNN. A torch that was built without it lacks them, and then no product needs them.
-ONEDNN_NAMES = ("_linear_pointwise", "_reorder_linear_weight")
 
 
 class MissingName:
@@ -88,11 +86,6 @@ def missing() -> list[str]:
         names = [name for name in ATTRIBUTES[kind] if not hasattr(example, name)]
         absent += [f"torch.{'nn.' if kind is nn.Module else ''}{kind.__name__}.{name}" for name in names]
     return absent
-
-
-def missing_onednn_names() -> list[str]:
-    """The products of oneDNN that the installed torch lacks."""
-    return [f"torch.ops.mkldnn.{name}" for name in ONEDNN_NAMES if not hasattr(torch.ops.mkldnn, name)]
 
 
 # Whether torch.jit.trace runs.

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastgate.errors import ArgumentError, format_error
 from fastgate.models.handle import EncoderHandle
 from fastgate.nn.choices import ReplacementKind
-from fastgate.nn.replacement import REPLACEMENTS
+from fastgate.nn.protocols import BertLikeConfig
 from fastgate.pruning.objective import Costs, costs_of
 from fastgate.runtime.context import ActivationTrace
 from fastgate.runtime.costs import Sizes
@@ -22,10 +22,9 @@ RIDGE = 1e-3  # of the mean square of a channel
 class Calibration:
     """Sums over the rows computed while every gate is open: small, on the host, saved with the Pruner."""
 
-    def __init__(self, layers: int, config: Any, replacement: ReplacementKind):
+    def __init__(self, layers: int, config: BertLikeConfig, replacement: ReplacementKind):
         """config: the encoder's. replacement: its kind."""
         self.config, self.replacement = config, replacement
-        self.reads_neighbours = REPLACEMENTS[replacement].step is not None
         # Normal equations of each channel: attention output on 1, h[i], h[i - 1], h[i + 1].
         self.gram = torch.zeros(layers, 4, 4, config.hidden_size, dtype=torch.float64)
         self.right = torch.zeros(layers, 4, config.hidden_size, dtype=torch.float64)

@@ -60,5 +60,7 @@ class ForwardRecorder:
             if calibration is not None:
                 calibration.add(trace)
             if forward.has_gradient:
-                forward.hidden = list(trace.hidden)  # recomputed activations are added to the trace
+                forward.hidden = trace.hidden
+            # What computes activations again in the backward holds the trace: it must not hold their graph.
+            trace.begin(trace.length)
         return forward

@@ -77,7 +77,8 @@ class PlanCache:
     @property
     def plans(self) -> list[CompiledPlan]:
         """The compiled plans of the encoder as it was last."""
-        return [] if self._cached is None else list(self._cached[1].values())
+        cached = self._cached
+        return [] if cached is None else list(cached[1].values())
 
     def clear(self) -> None:
         """Drop every compiled plan."""
@@ -98,9 +99,11 @@ class PlanCache:
         compiled = plans.get(key)
         if compiled is None:
             with self._lock:
-                if len(plans) >= MAX_CACHED_PLANS:
-                    plans.clear()
-                compiled = plans[key] = CompiledPlan(context, h.dtype, is_cached=True)
+                compiled = plans.get(key)  # another thread may have been first
+                if compiled is None:
+                    if len(plans) >= MAX_CACHED_PLANS:
+                        plans.clear()
+                    compiled = plans[key] = CompiledPlan(context, h.dtype, is_cached=True)
         return compiled
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PlanCache:

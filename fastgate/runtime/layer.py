@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 
 from fastgate.nn.hooks import is_itself
 from fastgate.nn.packed_linear import PackedLinear
 from fastgate.nn.plain_modules import dropout_rate, is_exact_gelu, is_plain, is_plain_dropout, is_plain_norm
+from fastgate.nn.protocols import BertLikeLayer
 from fastgate.nn.replacement import Replacement
 from fastgate.ops.linear import Packed, linear
 
@@ -210,16 +211,17 @@ class Layer:
         return weight, norm_bias, {"weight2": second.weight, "norm_bias2": second.bias, "eps2": second.eps}
 
 
-def replacement_of(layer: Any) -> Replacement | None:
+def replacement_of(layer: BertLikeLayer) -> Replacement | None:
     """The replacement of a layer of transformers, if it has one."""
-    replacement: Replacement | None = layer._modules["attention"]._modules.get("replacement")
+    modules: dict[str, Any] = cast(nn.Module, layer)._modules
+    replacement: Replacement | None = modules["attention"]._modules.get("replacement")
     return replacement
 
 
 Mixing = tuple[tuple[int, type[Any]], ...]  # (layer, the step that mixes tokens there in place of attention)
 
 
-def layers_that_mix(layers: Iterable[Any], gates: Iterable[Gate]) -> Mixing:
+def layers_that_mix(layers: Iterable[BertLikeLayer], gates: Iterable[Gate]) -> Mixing:
     """The layers whose skipped attention is replaced by what reads neighbouring rows, and its step."""
     mixing = []
     for i, (layer, gate) in enumerate(zip(layers, gates, strict=True)):

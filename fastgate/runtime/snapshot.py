@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastgate.nn.hooks import hook_dicts
+from fastgate.nn.protocols import BertLikeEncoder
 from fastgate.runtime.layer import Layer
 
 # Attributes that decide whether a module is plain, and may be set at any time.
@@ -40,13 +41,13 @@ class EncoderSnapshot:
     them, once each.
     """
 
-    def __init__(self, encoder: Any, tables: tuple[Any, ...] = ()) -> None:
+    def __init__(self, encoder: BertLikeEncoder, tables: tuple[Any, ...] = ()) -> None:
         self.embeddings: Any = encoder.embeddings
         self.layer_stack: Any = encoder.encoder
         self.tables = tables
         self.layers = tuple(Layer.of(layer) for layer in encoder.encoder.layer)
         self.removed = tuple(i for i, layer in enumerate(self.layers) if layer.query is None)
-        roots = (self.embeddings, self.layer_stack)
+        roots: tuple[Any, ...] = (self.embeddings, self.layer_stack)
         self.modules: list[nn.Module] = list(dict.fromkeys(m for root in roots for m in root.modules()))
         self._size = len(encoder.__dict__)  # the dictionary itself leads here, and would keep itself alive
         self._attributes = [m.__dict__ for m in self.modules]

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, cast
+from typing import Any
 
 from fastgate.errors import ArgumentError, format_error
-from fastgate.models.handle import POOLINGS
-from fastgate.nn.choices import Pooling, ReplacementKind
+from fastgate.nn.choices import POOLINGS, Pooling, ReplacementKind
 from fastgate.pruning import Distill, Fixed, PruningConfig, Sparsity
 from fastgate.pruning.objective import Target
 from fastgate.training.phases import TEACHERS, Fit
@@ -171,4 +170,4 @@ def check_pooling(where: str, argument: str, pooling: object) -> Pooling:
     if not isinstance(pooling, str) or pooling not in POOLINGS:
         wanted = "one of " + ", ".join(POOLINGS)
         raise ArgumentError(format_error(where, argument, repr(pooling)[:80], wanted, "pass one of these"))
-    return cast(Pooling, pooling)
+    return pooling

@@ -32,8 +32,7 @@ from typing import Any, NoReturn
 
 from fastgate.data.catalog import CATALOG
 from fastgate.errors import ArgumentError, DataError, format_error
-from fastgate.models.handle import POOLINGS
-from fastgate.nn.choices import REPLACEMENT_KINDS
+from fastgate.nn.choices import POOLINGS, REPLACEMENT_KINDS
 from fastgate.pruning import Fixed
 from fastgate.pruning.config import GATES
 from fastgate.training.config import FinetuneConfig, PruningOptions

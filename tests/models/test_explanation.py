@@ -58,3 +58,13 @@ def test_modules_that_are_called_are_named():
         "output.LayerNorm called as Sequential",
     )
     assert not fastgate.explain(model).layers[0].notes
+
+
+def test_shares_are_of_the_tokens_alone_where_padding_is_computed_too():
+    """A head for questions reads every row: more is computed than the unpruned model needs for the tokens."""
+    model = fastgate.patch(make("Bert", "ForQuestionAnswering"))
+    tokens = fastgate.patch(make("Bert", "ForTokenClassification"))
+    lengths = [3, 12, 20]
+    assert fastgate.explain(tokens, lengths).flops_share == 1.0
+    share = fastgate.explain(model, lengths).flops_share
+    assert share == fastgate.explain(model, lengths).flops / fastgate.explain(tokens, lengths).flops > 1.4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -290,3 +291,42 @@ assert torch.allclose(found, function(x))
 
 def test_the_first_op_may_be_compiled():
     finish(start(TRACED))
+
+
+def test_linear_may_be_the_first_op_and_compiled():
+    code = (
+        "import torch; from fastgate.ops.linear import linear; "
+        "f = torch.compile(lambda a, b: linear(a, b) + 1, fullgraph=True, backend='eager'); "
+        "print(tuple(f(torch.randn(4, 8), torch.randn(5, 8, requires_grad=True)).shape))"
+    )
+    assert finish(start(code)).strip() == "(4, 5)"
+
+
+def test_selections_may_be_read_while_another_thread_selects():
+    stop, errors = threading.Event(), []
+
+    def select():
+        while not stop.is_set():
+            for name in ("reference", None):
+                for op in ("attention", "shift_norm", "gated_add_norm"):
+                    ops.set_backend(op, name, device="cpu")
+
+    def read():
+        try:
+            for _ in range(20_000):
+                registry.selections()
+        except RuntimeError as error:
+            errors.append(error)
+
+    interval, thread = sys.getswitchinterval(), threading.Thread(target=select)
+    sys.setswitchinterval(1e-6)
+    thread.start()
+    try:
+        read()
+    finally:
+        stop.set()
+        thread.join()
+        sys.setswitchinterval(interval)
+        for op in ("attention", "shift_norm", "gated_add_norm"):
+            ops.set_backend(op, None, device="cpu")
+    assert not errors

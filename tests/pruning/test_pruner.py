@@ -364,3 +364,31 @@ def test_draws_come_from_the_gates_distribution():
     drawn = [float(torch.as_tensor(z).detach()) for z in learner.drawn]
     assert drawn == expected.tolist()
     assert [isinstance(z, float) for z in learner.drawn] == [z in (0.0, 1.0) for z in drawn]
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_no_forward_is_held_beyond_its_step(reentrant):
+    """What computes activations again in the backward holds the forward: it must not hold the graph too."""
+    import gc
+
+    from fastgate.runtime.context import ForwardContext
+
+    model, teacher = bert().train(), bert()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    pruner = fastgate.Pruner(
+        model, fastgate.PruningConfig(fastgate.Sparsity(0.5)), 40, teacher, optimizer=optimizer
+    )
+    gc.collect()
+    held = [sum(isinstance(o, ForwardContext) for o in gc.get_objects())]
+    for i in range(3):
+        inputs = pruner.prepare(batch(i))
+        loss = pruner.loss(model(**inputs), inputs)
+        loss.backward()
+        del loss
+        optimizer.step()
+        pruner.step()
+        optimizer.zero_grad()
+        gc.collect()
+        held.append(sum(isinstance(o, ForwardContext) for o in gc.get_objects()))
+    assert held[-1] <= held[0] + 1 and held[-1] <= held[1]

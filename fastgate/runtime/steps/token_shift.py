@@ -79,7 +79,7 @@ class TokenShift(Replacement):
     @property
     def operands(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Offset, scale, before and after, (hidden,) each."""
-        return tuple(self._parameters[name] for name in self.vectors)  # type: ignore[return-value]
+        return tuple(getattr(self, name) for name in self.vectors)
 
     def forward(self, h: Tensor, has_left_neighbour: Tensor) -> Tensor:
         offset, scale, before, after = self.operands
