@@ -3,7 +3,8 @@
 oneDNN compiles a product for each number of rows and keeps it, 0.6 MB each, up to 1,024 of them and as many
 again for each thread. The rows of an unpadded batch are another number in nearly every batch. So the first
 MAX_EXACT_PRODUCTS are compiled for the number of rows that they have. After that, rows are multiplied in
-pieces of a few sizes. Both ways give the same bits: a row of a product does not depend on the rows beside it.
+pieces of a few sizes. Both ways give the same bits, for a row of a product does not depend on the rows beside
+it. The gradient of a bfloat16 weight on AMX is the exception: oneDNN splits its sum by the number of rows.
 Pieces cost a few percent more, which is about what compiling for another number of rows costs.
 """
 

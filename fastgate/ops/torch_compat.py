@@ -81,7 +81,8 @@ def look_up(path: str) -> Any:
 def missing() -> list[str]:
     """The names of this file that the installed torch lacks."""
     absent = [path for path in _NAMES if isinstance(look_up(path), MissingName)]
-    module, tensor = nn.Linear(1, 1, device="meta"), torch.empty(0, device="meta")
+    with torch.inference_mode(False):  # whose tensors have fewer attributes
+        module, tensor = nn.Linear(1, 1, device="meta"), torch.empty(0, device="meta")
     for kind, example in ((nn.Module, module), (Tensor, tensor)):
         names = [name for name in ATTRIBUTES[kind] if not hasattr(example, name)]
         absent += [f"torch.{'nn.' if kind is nn.Module else ''}{kind.__name__}.{name}" for name in names]

@@ -199,6 +199,7 @@ def test_the_timings_run_here(tmp_path):
     """All of bench/, a shape each, then what is made of the results. What needs a GPU is skipped by name."""
     raw = tmp_path / "kernels.json"
     environment = os.environ | {"PYTHONPATH": subprocesses.PACKAGE_PARENT, "OMP_NUM_THREADS": "1"}
+    environment.pop("PYTEST_XDIST_WORKER", None)  # pytest-benchmark measures nothing in a worker
 
     def run(*command):
         found = subprocess.run(
@@ -297,7 +298,7 @@ def test_models_are_timed_and_traced(tmp_path):
     assert len(list(tmp_path.glob("trace_*.json.gz"))) == 5
 
 
-def test_kernels_of_a_pruned_attention_are_counted(bench, monkeypatch):
+def test_kernels_of_a_pruned_attention_are_counted(models):
     """12 layers of 3 steps over 5 kernels of embeddings and unpadding; and one more a layer would show."""
     import gpu_models
 
@@ -305,7 +306,6 @@ def test_kernels_of_a_pruned_attention_are_counted(bench, monkeypatch):
         counts = {"none": 5 + 12 * (3 + extra), "none, half the layers": 5 + 6 * (3 + extra)}
         found = {"layers": 12, "feed_forward": 3, "kernels": counts}
         assert gpu_models.pruned_attention_kernels(found) == extra
-    sys.modules.pop("gpu_models")
 
 
 @pytest.fixture

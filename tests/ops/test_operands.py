@@ -3,13 +3,19 @@ requested of its backward, and the operands of half layers."""
 
 from __future__ import annotations
 
+import importlib
 import re
 from pathlib import Path
 
 import pytest
 import torch
 
-from fastgate.ops import backends, embed_norm, fused_layers, gated_add_norm, registry, shift_norm
+from fastgate.ops import backends, fused_layers, registry
+
+# The modules, which functions of the same name hide in fastgate.ops.
+embed_norm, gated_add_norm, shift_norm = (
+    importlib.import_module(f"fastgate.ops.{op}") for op in ("embed_norm", "gated_add_norm", "shift_norm")
+)
 
 CSRC = Path(__file__).parents[2] / "csrc"
 needs_library = pytest.mark.skipif(backends.load_cpu_library() != "", reason=backends.load_cpu_library())
