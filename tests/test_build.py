@@ -17,6 +17,8 @@ import torch
 from fastgate import env, ops
 from fastgate.ops import backends
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 PACKAGE = backends.PACKAGE
 EMPTY_PATH = {**os.environ, "PATH": "/nonexistent"}

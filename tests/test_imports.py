@@ -124,6 +124,7 @@ def test_an_import_inside_a_function_counts(tmp_path):
     assert imported(path) == {"torch", "fastgate.models.patching"}
 
 
+@pytest.mark.slow
 def test_importing_fastgate_leaves_the_library_and_the_trainer_alone():
     """Libraries are loaded at the first op, the Trainer at the first use."""
     code = (

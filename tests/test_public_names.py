@@ -28,6 +28,7 @@ def test_everything_public_is_listed_and_there():
         _ = fastgate.no_such_name
 
 
+@pytest.mark.slow
 def test_the_first_use_of_pruning_in_a_new_process():
     code = "import fastgate; print(fastgate.Fixed.__module__, 'Fixed' in dir(fastgate))"
     assert subprocesses.finish(subprocesses.start(code)).split() == ["fastgate.pruning.objective", "True"]

@@ -19,6 +19,8 @@ from fastgate.benchmark import baselines, compare, model_variants
 from fastgate.benchmark.equivalence import check_baselines
 from fastgate.errors import ArgumentError
 
+pytestmark = pytest.mark.slow
+
 OPTIONAL = {"onnxruntime": ("onnx", "onnxruntime"), "openvino": ("openvino",)}
 SIZES = {
     "vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4,

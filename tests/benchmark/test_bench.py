@@ -19,6 +19,8 @@ from helpers import subprocesses
 
 from fastgate.training.sweep_config import read_sweep_config
 
+pytestmark = pytest.mark.slow
+
 BENCH = Path(__file__).parents[2] / "bench"
 
 

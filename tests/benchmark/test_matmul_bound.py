@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
 import fastgate
 from fastgate.benchmark.matmul_bound import MatmulLowerBound
+
+pytestmark = pytest.mark.slow
 
 
 def test_the_matmul_lower_bound_is_the_products_of_the_plan():

@@ -15,7 +15,10 @@ from helpers import tiny_models
 from fastgate.benchmark import compare, equivalence, model_variants
 
 BENCH = Path(__file__).parents[2] / "bench"
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the sweep is the CPU's")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(torch.cuda.is_available(), reason="the sweep is the CPU's"),
+]
 NAMES = ("scenarios", "scenario_table", "scenario_plots")
 
 

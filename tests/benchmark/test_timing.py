@@ -9,6 +9,8 @@ import pytest
 from fastgate.benchmark import timing
 from fastgate.benchmark.timing import interleave
 
+pytestmark = pytest.mark.slow
+
 
 class Clock:
     """As much of the module `time` as timing uses."""

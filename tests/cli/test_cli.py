@@ -16,6 +16,8 @@ from transformers import AutoTokenizer
 
 import fastgate
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def _one_call_a_turn(monkeypatch):

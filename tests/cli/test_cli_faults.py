@@ -25,6 +25,8 @@ from fastgate.cli.progress import Display
 from fastgate.training import feasibility
 from fastgate.training.disk import full_disk_as_oserror, write_json
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):

@@ -19,6 +19,8 @@ from fastgate.data import load_files, load_task
 from fastgate.training import load_tokenizer, phases
 from fastgate.training.targets import MaxDrop
 
+pytestmark = pytest.mark.slow
+
 QUICK = ["--epochs", 1, "--prune-epochs", 2, "--lr", 1e-3, "--batch-size", 16, "--max-length", 24]
 QUEUES = ("billing", "delivery", "other")
 

@@ -59,6 +59,7 @@ def test_the_files_of_others_stay(tmp_path):
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_moment_leaves_all_old_or_all_new(tmp_path):
     outcomes = []
     for moment in itertools.count():

@@ -18,6 +18,8 @@ import fastgate
 from fastgate.models.checkpoint_files import CONFIG, META, WEIGHTS
 from fastgate.models.handle import get_encoder
 
+pytestmark = pytest.mark.slow
+
 HEAD = "ForSequenceClassification"
 WITHOUT = """
 import sys, transformers

@@ -25,6 +25,7 @@ def saved(tmp_path):
     return model, fastgate.save(model, tmp_path / "checkpoint")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family, head", ALL)
 @torch.no_grad()
 def test_the_same_model_comes_back(family, head, tmp_path):
@@ -284,6 +285,7 @@ def test_an_interrupted_save_is_the_new_model_or_an_error(saved, tmp_path, monke
     assert sorted(os.listdir(path)) == [CONFIG, META, WEIGHTS]
 
 
+@pytest.mark.slow
 def test_a_reader_beside_a_writer_finds_one_model_or_the_other(tmp_path):
     models = [fastgate.prune(make("Bert", "ForSequenceClassification"), keep=keep) for keep in ([1], [0, 2])]
     torch.nn.init.ones_(models[1].classifier.bias)

@@ -150,6 +150,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", ["before patch", "after prune", "never pruned"])
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_what_load_could_not_build_is_refused_by_name(change, when, tmp_path):
@@ -209,6 +210,7 @@ def test_weights_that_share_memory_only_are_saved_apart(tmp_path):
     assert torch.equal(layers(again)[1].output.dense.weight, first)
 
 
+@pytest.mark.slow
 def test_models_around_the_model_are_named(tmp_path):
     model = fastgate.prune(make("Bert", HEAD), keep=[1])
     with pytest.raises(fastgate.ArgumentError, match=r"model\.module"):

@@ -38,6 +38,7 @@ def refused(path, match=""):
         fastgate.load(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -71,6 +72,7 @@ def test_configs_that_lie(path, name, value):
         refused(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [
@@ -89,6 +91,7 @@ def test_descriptions_that_lie(path, change):
     refused(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [META, CONFIG])
 @pytest.mark.parametrize(
     "text",

@@ -393,6 +393,7 @@ def sent():
     return models
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", sorted(torch.multiprocessing.get_all_sharing_strategies()))
 def test_models_go_to_a_spawned_process(strategy):
     before = torch.multiprocessing.get_sharing_strategy()

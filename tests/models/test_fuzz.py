@@ -15,6 +15,7 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> fuzz_checkpoints.Orig
     return fuzz_checkpoints.Originals(tmp_path_factory.mktemp("originals"))
 
 
+@pytest.mark.slow
 def test_damaged_checkpoints(originals: fuzz_checkpoints.Originals) -> None:
     outcomes = {fuzz_checkpoints.run_case(seed, originals)[0] for seed in range(CASES)}
     assert {"refused", "loaded the same"} <= outcomes

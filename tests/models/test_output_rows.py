@@ -128,6 +128,7 @@ def test_all_under_a_head_computes_the_attended_rows_too(family, side):
     assert fastgate.explain(asked).demand == "every"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "family, head", [(f, h) for f in FAMILIES for h in TOKENS[: 3 if f == "Bert" else 2]]
 )

@@ -29,6 +29,7 @@ def assert_same(theirs, ours, mask, atol=1e-5):
             torch.testing.assert_close(got, want, rtol=0, atol=atol, msg=lambda m, name=name: f"{name}: {m}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family, head", ALL)
 @pytest.mark.parametrize("side", ["right", "left"])
 @torch.no_grad()
@@ -40,6 +41,7 @@ def test_outputs(family, head, side):
     assert_same(model(inputs["input_ids"]), patched(inputs["input_ids"]), torch.ones_like(mask))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family, head", [(f, h) for f, h in ALL if h != "Model"])
 @pytest.mark.parametrize("training", [False, True])
 def test_loss_and_gradients(family, head, training):

@@ -10,6 +10,8 @@ import pytest
 from helpers.random_models import Case, cases, check
 from hypothesis import HealthCheck, Phase, given, settings
 
+pytestmark = pytest.mark.slow
+
 # The same cases in every run: a failure here is of the change at hand, not of chance.
 fixed = settings(
     derandomize=True,

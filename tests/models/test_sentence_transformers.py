@@ -71,6 +71,7 @@ class Reader(modules.Pooling):
         return features
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize(
     "pooling", ["cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken", ("cls", "mean")]
@@ -253,6 +254,7 @@ def test_cross_encoders_and_sparse_encoders(folder, tmp_path):
     torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_it_is_never_imported_by_fastgate():
     code = "import sys, torch; from fastgate.models import sentence_transformers; "
     code += "sentence_transformers.output_rows_by_module(torch.nn.Linear(2, 2)); "

@@ -13,6 +13,8 @@ from torch._dynamo.utils import counters
 
 import fastgate
 
+pytestmark = pytest.mark.slow
+
 HEADS = ("ForSequenceClassification", "ForTokenClassification", "Model")
 KEEP = (None, (0, 2), (0,), ())
 SHAPES = ((14, 9, 3), (20, 9, 3, 1, 7), (4, 4), (25, 1, 2, 3, 4, 5), (30, 2), (1, 1), (8,) * 9)

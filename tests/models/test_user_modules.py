@@ -172,6 +172,7 @@ def apply(model, path, how):
         CHANGES[how](at(model, path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when, path, how", spread(1, WHEN, CALLED, (*CHANGES, WRAP)))
 def test_what_is_called(when, path, how):
     if path.endswith("intermediate") and how in ("subclass", WRAP):
@@ -185,6 +186,7 @@ def test_what_is_called(when, path, how):
 HOOKS = ("pre hook", "backward hook", "backward pre hook")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "when, path, how",
     spread(2, ("before patch", "after patch", "pruned and frozen"), NEVER_CALLED, (*CHANGES, WRAP, *HOOKS)),
@@ -311,12 +313,14 @@ def cases(table, when, count):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when, path, change", cases(MORE, WHEN, 1))
 def test_what_is_replaced_or_set(when, path, change):
     theirs, ours = pair(when, lambda model: change(model, path))
     assert_alike(theirs, ours, when)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when, path, change", cases(WEIGHTS, WHEN[:3], 1))
 def test_weights_that_are_computed(when, path, change):
     def seeded(model):
@@ -327,6 +331,7 @@ def test_weights_that_are_computed(when, path, change):
     assert_alike(theirs, ours, when)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "path, kind", spread(1, (*NORMS, *DROPOUTS, *LINEARS, "layer.1.intermediate"), ("full", "pre"))
 )

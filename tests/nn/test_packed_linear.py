@@ -126,6 +126,7 @@ def replace(model, place, change):
     return model.eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("what", REPLACED)

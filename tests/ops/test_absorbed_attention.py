@@ -27,6 +27,8 @@ from fastgate.ops.absorbed_attention import _chosen, absorbed_attention
 from fastgate.ops.attention import attention
 from fastgate.ops.ragged import SequenceOffsets
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 IMPLEMENTATIONS = backends.implementations("absorbed_attention")
 

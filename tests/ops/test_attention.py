@@ -11,6 +11,8 @@ from fastgate.ops import backends, reference
 from fastgate.ops.attention import attention, attention_probabilities
 from fastgate.ops.ragged import SequenceOffsets
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 # (queries, keys) a sequence, and why.
 LENGTHS = {

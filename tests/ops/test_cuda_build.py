@@ -21,6 +21,8 @@ from fastgate import env, ops
 from fastgate.ops import backends, reference
 from fastgate.ops.gated_add_norm import OPERANDS
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 EMULATOR = ROOT / "tests" / "emulator"
 TORCH = Path(torch.__file__).parent

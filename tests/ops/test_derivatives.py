@@ -21,6 +21,8 @@ from fastgate.ops.linear_gelu import linear_gelu
 from fastgate.ops.ragged import SequenceOffsets
 from fastgate.ops.shift_norm import shift_norm
 
+pytestmark = pytest.mark.slow
+
 OFF = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 HEADS = ("ForSequenceClassification", "ForTokenClassification", "Model")
 

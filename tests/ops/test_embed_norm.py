@@ -33,6 +33,8 @@ from fastgate.errors import ArgumentError
 from fastgate.ops import backends
 from fastgate.ops.embed_norm import BIT, OPERANDS, TABLES, embed_norm
 
+pytestmark = pytest.mark.slow
+
 BACKENDS = {found.backend: found for found in backends.implementations("embed_norm")}
 POSITIONAL = tuple(name for name in OPERANDS[:9])
 

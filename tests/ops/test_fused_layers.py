@@ -64,6 +64,7 @@ def test_all_layers_are_one_call(head, keep, replacement, dtype):
     assert not any("norm" in name.removesuffix("embed_norm.default") or "attention" in name for name in seen)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("replacement", encoders.VECTORS)
 @pytest.mark.parametrize("keep", [None, [0, 1, 2, 3, 4], [0, 2], [4], []], ids=str)
@@ -79,6 +80,7 @@ def test_it_computes_what_the_steps_compute(head, keep, replacement, dtype):
     torch.testing.assert_close(ours, steps, rtol=bound, atol=bound)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "keep, replacement", [([0, 2], "shift"), ([0, 2, 4], "shift"), ([0, 4], "zero"), ([], "zero")]

@@ -13,6 +13,8 @@ from fastgate import ops
 from fastgate.ops import backends, reference
 from fastgate.ops.gated_add_norm import gated_add_norm
 
+pytestmark = pytest.mark.slow
+
 BACKENDS = {found.backend: found for found in backends.implementations("gated_add_norm")}
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 from helpers import subprocesses
 
+pytestmark = pytest.mark.slow
+
 triton = pytest.importorskip("triton", reason="triton is not installed")
 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7):
     reason = f"the interpreter of Triton {triton.__version__} stumbles over the scalars of NumPy 2.4"

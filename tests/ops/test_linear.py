@@ -15,6 +15,8 @@ from fastgate.errors import Unsupported
 from fastgate.ops import backends, onednn_shapes
 from fastgate.ops.linear import Packed, linear, missing_for_onednn, onednn_product, onednn_supports, pack
 
+pytestmark = pytest.mark.slow
+
 ONEDNN = pytest.mark.skipif(missing_for_onednn() != "", reason=f"no oneDNN: {missing_for_onednn()}")
 SHAPES = ((0, 8, 16), (1, 384, 96), (3, 1, 1), (5, 7, 9), (33, 768, 130), (150, 40, 270))
 
@@ -283,7 +285,7 @@ def test_pieces_are_as_exact_as_torch(shape, dtype, poisoned, in_pieces):
 def test_pieces_have_the_bits_of_the_whole(rows, dtype, monkeypatch, poisoned):
     """Of products, with a bias and the GELU too, and of both gradients.
 
-    The gradient of a bfloat16 weight on AMX is the exception: oneDNN splits its sum over rows by their number.
+    The gradient of a bfloat16 weight on AMX is the exception: oneDNN splits its sum by the number of rows.
     """
     x, weight, grad = make(rows, 96, 80, dtype)
     bias = torch.linspace(-1, 1, 80).to(dtype)

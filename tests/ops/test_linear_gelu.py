@@ -27,6 +27,8 @@ from fastgate.errors import ArgumentError
 from fastgate.ops import backends, reference, registry
 from fastgate.ops.linear_gelu import DBIAS, DWEIGHT, DX, linear_gelu
 
+pytestmark = pytest.mark.slow
+
 BACKENDS = {found.backend: found for found in backends.implementations("linear_gelu")}
 SMALL = Case((2, 3), 5, 7, "")
 

@@ -97,6 +97,7 @@ def test_gate_may_be_a_number(gate):
     assert torch.equal(as_number, as_tensor)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", ["plain", "everything", "two norms"])
 @pytest.mark.parametrize("dtypes", [DTYPES[0], DTYPES[2]], ids=str)
 def test_opcheck(call, dtypes):

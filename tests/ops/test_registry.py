@@ -261,6 +261,7 @@ print(ops.IMPLEMENTATIONS)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("forced", ["cuda", "nonsense"])
 def test_a_forced_language_that_cannot_run_is_every_ops_error(forced, monkeypatch):
     monkeypatch.setenv("FASTGATE_CUDA", forced)
@@ -289,10 +290,12 @@ assert torch.allclose(found, function(x))
 """
 
 
+@pytest.mark.slow
 def test_the_first_op_may_be_compiled():
     finish(start(TRACED))
 
 
+@pytest.mark.slow
 def test_linear_may_be_the_first_op_and_compiled():
     code = (
         "import torch; from fastgate.ops.linear import linear; "

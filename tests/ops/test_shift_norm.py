@@ -28,6 +28,8 @@ from fastgate.nn.replacement import make_replacement
 from fastgate.ops import backends
 from fastgate.ops.shift_norm import OPERANDS, PARAMETERS, shift_norm
 
+pytestmark = pytest.mark.slow
+
 BACKENDS = {found.backend: found for found in backends.implementations("shift_norm")}
 LEAVES = ("x", *PARAMETERS)
 

@@ -34,7 +34,7 @@ if INTERPRETED:
     from helpers import interpreted  # noqa: F401  products and roundings of bfloat16
 from fastgate.kernels import absorbed_attention as kernels
 
-pytestmark = triton_device.MARKS
+pytestmark = [pytest.mark.slow, *triton_device.MARKS]
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from helpers import attention_search
 
 from fastgate.kernels import attention as kernels
 
-pytestmark = triton_device.MARKS
+pytestmark = [pytest.mark.slow, *triton_device.MARKS]
 FEW = CASES[3:4] if INTERPRETED else CASES
 
 

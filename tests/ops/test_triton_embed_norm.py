@@ -34,7 +34,7 @@ from fastgate.ops.embed_norm import embed_norm as public_embed_norm
 pytest.importorskip("triton", reason="triton is not installed")
 from fastgate.kernels import embed_norm, norm
 
-pytestmark = triton_device.MARKS
+pytestmark = [pytest.mark.slow, *triton_device.MARKS]
 BACKEND = triton_device.on_device(embed_norm)
 
 

@@ -21,7 +21,7 @@ from fastgate.ops.gated_add_norm import gated_add_norm as public_gated_add_norm
 pytest.importorskip("triton", reason="triton is not installed")
 from fastgate.kernels import dropout, gated_add_norm, norm
 
-pytestmark = triton_device.MARKS
+pytestmark = [pytest.mark.slow, *triton_device.MARKS]
 BACKEND = triton_device.on_device(gated_add_norm)
 
 

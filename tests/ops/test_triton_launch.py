@@ -14,6 +14,8 @@ pytest.importorskip("triton", reason="triton is not installed")
 from fastgate.kernels.launch import Kernel, PlainLaunch
 from fastgate.ops import embed_norm, gated_add_norm, shift_norm
 
+pytestmark = pytest.mark.slow
+
 
 class Function:
     """A `triton.jit` function whose warmup gives `result`."""

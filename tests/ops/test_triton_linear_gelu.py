@@ -32,7 +32,7 @@ from fastgate.ops.linear_gelu import linear_gelu as public_linear_gelu
 pytest.importorskip("triton", reason="triton is not installed")
 from fastgate.kernels import linear_gelu
 
-pytestmark = triton_device.MARKS
+pytestmark = [pytest.mark.slow, *triton_device.MARKS]
 TILES = {f"{tile.rows}x{tile.columns}": tile for tile in linear_gelu.TILES}
 
 

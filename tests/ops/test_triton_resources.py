@@ -12,6 +12,8 @@ if INTERPRETED:
 import triton
 from helpers import kernel_calls, triton_resources
 
+pytestmark = pytest.mark.slow
+
 TABLE = triton_resources.read_table()
 ROWS = [
     pytest.param(op, name, counts, id=f"{op}-{name}")

@@ -30,7 +30,7 @@ from fastgate.ops.shift_norm import shift_norm as public_shift_norm
 pytest.importorskip("triton", reason="triton is not installed")
 from fastgate.kernels import norm, shift_norm
 
-pytestmark = triton_device.MARKS
+pytestmark = [pytest.mark.slow, *triton_device.MARKS]
 BACKEND = triton_device.on_device(shift_norm)
 
 

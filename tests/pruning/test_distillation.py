@@ -106,6 +106,7 @@ def test_self_distillation_prunes_and_ends_at_hardening():
     assert float(pruning_loss_of(pruner, model, batch(3))) == 0.0 and len(pruner.kept) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "distill, taught, weight, dropout",
     [

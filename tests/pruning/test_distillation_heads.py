@@ -24,6 +24,8 @@ from fastgate.pruning import Distill
 from fastgate.pruning.distillation import hidden_loss, scored_rows
 from fastgate.pruning.token_swap import swap_tokens
 
+pytestmark = pytest.mark.slow
+
 
 def head(cls=BertForSequenceClassification, seed=0, **settings):
     """A BERT of four layers without dropout under the head; settings: of its config."""

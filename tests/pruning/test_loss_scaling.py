@@ -10,6 +10,8 @@ import fastgate
 from fastgate.errors import Unsupported
 from fastgate.pruning import trainer_compat
 
+pytestmark = pytest.mark.slow
+
 STEPS = 6  # of 8 rows each
 
 

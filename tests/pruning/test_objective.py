@@ -126,6 +126,7 @@ def test_lagrangian_value_and_directions():
     assert reduction.grad < 0  # too little is gone: going down the term removes more
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", [fastgate.Sparsity(0.5), fastgate.Speedup(3.0)])
 def test_the_lagrangian_drives_the_gates_to_the_target(target):
     objective = Objective(target, 6)

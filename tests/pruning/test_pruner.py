@@ -177,6 +177,7 @@ def test_replacements_start_at_the_least_squares_fit(kind):
         assert residual.square().mean() <= (out - out.mean(0)).square().mean() + 1e-9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("replacement", VECTORS)
 def test_finalised_equals_hardened(replacement):
     model = bert()
@@ -233,6 +234,7 @@ def test_history_tells_what_the_gates_did():
     assert pruner.metrics()["pruning/hardened"] == 1.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("replacement", ["mean", "shift"])
 @pytest.mark.parametrize("at", [0, 1, 4, 9, 14])
 def test_state_round_trip_continues_bit_for_bit(at, replacement):
@@ -351,6 +353,7 @@ dist.destroy_process_group()  # else gloo's thread may outlive the interpreter, 
 """
 
 
+@pytest.mark.slow
 def test_every_rank_moves_its_gates_alike(tmp_path):
     ranks = [subprocesses.start(RANKS, rank, tmp_path / "store") for rank in (0, 1)]
     outputs = [subprocesses.finish(rank) for rank in ranks]
@@ -366,6 +369,7 @@ def test_draws_come_from_the_gates_distribution():
     assert [isinstance(z, float) for z in learner.drawn] == [z in (0.0, 1.0) for z in drawn]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_no_forward_is_held_beyond_its_step(reentrant):
     """What computes activations again in the backward holds the forward: it must not hold the graph too."""

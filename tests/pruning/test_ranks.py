@@ -17,6 +17,8 @@ from transformers import (
 
 import fastgate
 
+pytestmark = pytest.mark.slow
+
 # Name of a run -> what its arguments have besides. Each sees 8 rows a step in all, whatever the processes.
 RUNS = {
     "plain": {},

@@ -16,6 +16,8 @@ from fastgate.errors import ArgumentError, Unsupported
 from fastgate.pruning import Distill
 from fastgate.pruning.sentences import is_sentence_model, watching
 
+pytestmark = pytest.mark.slow
+
 STEPS = 20
 ROWS = [
     {"sentence1": "a good film", "sentence2": "the film was good", "score": 1.0},

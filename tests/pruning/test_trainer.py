@@ -30,6 +30,8 @@ import fastgate
 from fastgate.errors import ArgumentError, CheckpointError
 from fastgate.pruning import Distill, trainer_checkpoints
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):

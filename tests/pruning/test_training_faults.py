@@ -21,6 +21,8 @@ from fastgate.pruning.finite import MAX_OVERFLOWS, STEPS_PER_LOOK, TASK, Finite
 from fastgate.pruning.gate_search import SEPARATED
 from fastgate.pruning.objective import Costs, Objective
 
+pytestmark = pytest.mark.slow
+
 TOTAL = 20
 
 

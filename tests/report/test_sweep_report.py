@@ -81,6 +81,7 @@ def test_rows_that_a_setting_tells_apart_say_which():
     assert "| learned, mean, dropout 0.1, labels 1.0 |" in sweep_report.tables([plain, labelled], {})
 
 
+@pytest.mark.slow
 def test_the_tables_and_plots(tmp_path):
     path = tmp_path / "tasks.jsonl"
     path.write_text("".join(json.dumps(one) + "\n" for one in LINES))
@@ -167,6 +168,7 @@ def test_another_pooling_is_another_row_and_another_speed():
     assert sweep_report.learned_against([*LINES[:3], line("random", pooling="mean")], "random")[2] == 0
 
 
+@pytest.mark.slow
 def test_speeds_are_measured_once(tmp_path, monkeypatch):
     folder = tiny_models.model_folder(tmp_path / "model")
     monkeypatch.setattr("fastgate.benchmark.compare.SECONDS", 0.0)

@@ -17,6 +17,7 @@ import fastgate
 from fastgate.models.handle import get_encoder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("keep", "replacement"),
     [(None, "zero"), *((keep, kind) for keep in ((0,), (1,), (0, 2), ()) for kind in ("affine", "shift"))],

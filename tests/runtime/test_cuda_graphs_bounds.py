@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 
+import pytest
 import torch
 from helpers.encoders import VOCABULARY, batch
 from helpers.graph_models import FILLS, captured, graphs_of, patched, same
@@ -23,6 +24,7 @@ def test_large_batches_run_as_ever(stand_in, monkeypatch):
     assert not graphs_of(model).captures and graphs_of(model).eager_reasons["no rows, or more than 20"] == 3
 
 
+@pytest.mark.slow
 def test_sentences_one_by_one_share_few_graphs(stand_in):
     model, plain = patched()
     for n in range(1, 41):

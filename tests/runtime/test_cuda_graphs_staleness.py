@@ -28,6 +28,7 @@ def test_values_changed_in_place_are_seen(stand_in):
     assert found.captures == 1 and found.replays == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_changed_encoder_is_captured_anew(stand_in, change):
     model, plain = patched()

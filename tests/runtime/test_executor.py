@@ -44,6 +44,7 @@ def test_no_products_of_skipped_attention_are_called():
     assert called and all(".layer.0." in name for name in called)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("kind", VECTORS)
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from fastgate.models.handle import get_encoder
 from fastgate.nn import hard_concrete
 from fastgate.ops.linear import missing_for_onednn
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")]
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 

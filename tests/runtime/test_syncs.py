@@ -74,6 +74,7 @@ def test_unpadding_waits_once_at_most(far, side, demand):
         assert one is None or (isinstance(one, Remote) and torch.equal(one.held, two))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernels", [True, False], ids=["kernels", "references"])
 @pytest.mark.parametrize(
     ("keep", "replacement"), [(None, "zero"), ((0,), "affine"), ((), "affine"), ((0,), "shift")]

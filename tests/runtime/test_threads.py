@@ -20,6 +20,7 @@ MODELS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", ["ForSequenceClassification", "ForTokenClassification"])
 @pytest.mark.parametrize("which", MODELS)
 def test_one_model_in_many_threads(which, head):

@@ -95,6 +95,7 @@ def masks(inputs):
     return right, right.flip(1), holes, one, none, torch.ones_like(right)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep", [[0], [2], []], ids=str)
 @pytest.mark.parametrize("pooled", [True, False])
 @torch.no_grad()

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from helpers import subprocesses
 
+pytestmark = pytest.mark.slow
+
 COMMAND = Path(__file__).parents[2] / "bench" / "robustness" / "kill.py"
 
 

@@ -14,6 +14,8 @@ from fastgate.errors import ArgumentError, DataError
 from fastgate.training.max_drop import hold_out, most_removable
 from fastgate.training.targets import MaxDrop
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("layers", [1, 2, 3, 6, 12, 24])
 def test_the_search_finds_the_most_that_can_be_removed(layers):

@@ -14,6 +14,8 @@ from fastgate.models.patching import patch
 from fastgate.pruning import distiller, trainer_checkpoints
 from fastgate.training import dense_model, load_tokenizer, phases, trainer_compat
 
+pytestmark = pytest.mark.slow
+
 STEPS = 12
 FIT = phases.Fit(epochs=1, batch_size=4, lr=1e-3)
 

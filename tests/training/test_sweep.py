@@ -21,6 +21,8 @@ from fastgate.training.sweep import runs_left
 from fastgate.training.sweep_config import SweepRun, expand, make_run, read_sweep_config
 from fastgate.training.sweep_results import read_lines
 
+pytestmark = pytest.mark.slow
+
 BENCH = Path(__file__).parents[2] / "bench"
 QUICK = {
     "dense_epochs": 1, "dense_lr": 1e-3, "epochs": 1, "lr": 1e-3, "max_length": 24, "batch_size": 16,

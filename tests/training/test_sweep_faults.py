@@ -18,6 +18,8 @@ from fastgate.training import sweep as sweeps
 from fastgate.training.sweep_config import MAX_RUNS, expand, read_sweep_config
 from fastgate.training.sweep_results import append_line, check_results, read_lines
 
+pytestmark = pytest.mark.slow
+
 QUICK = {"dense_epochs": 1, "dense_lr": 1e-3, "epochs": 1, "lr": 1e-3, "max_length": 24, "batch_size": 16}
 CODE = "import sys; from fastgate.cli.main import app; app(sys.argv[1:])"
 

@@ -27,6 +27,8 @@ from fastgate.training import dense_model, load_tokenizer
 from fastgate.training.evaluate import check_fits, class_names, collator_of, read_model, score
 from fastgate.training.model import longest_row
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def folder(tmp_path):
