@@ -60,10 +60,7 @@ def attention(
         torch.Size([5, 8])
     """
     _check_rows(q, k, v, queries, keys, heads)
-    for name, bias in (("q_bias", q_bias), ("k_bias", k_bias), ("v_bias", v_bias)):
-        if bias is not None and (bias.shape != q.shape[1:] or bias.device != q.device):
-            got = f"shape {tuple(bias.shape)} on {bias.device}"
-            _refuse(name, got, f"{tuple(q.shape[1:])} on {q.device}", "pass one number a column of q")
+    _check_biases(q, q_bias=q_bias, k_bias=k_bias, v_bias=v_bias)
     seed = registry.draw_seed("attention", dropout_p, q.device)
     chosen = _chosen(q, heads)
     if chosen is registry.REFERENCE["attention"]:
@@ -77,6 +74,13 @@ def attention(
         return chosen.forward(*operands)  # type: ignore[no-any-return]
     call: Callable[..., tuple[Tensor, Tensor]] = _trained if direct else torch.ops.fastgate.attention
     return call(*operands)[0]
+
+
+def _check_biases(q: Tensor, **biases: Tensor | None) -> None:
+    for name, bias in biases.items():
+        if bias is not None and (bias.shape != q.shape[1:] or bias.device != q.device):
+            got = f"shape {tuple(bias.shape)} on {bias.device}"
+            _refuse(name, got, f"{tuple(q.shape[1:])} on {q.device}", "pass one number a column of q")
 
 
 def _check_rows(

@@ -177,22 +177,16 @@ def embed_norm(
     position_padding_idx: int | None = None,
 ) -> Tensor:
     """A BERT's embeddings: dropout(LayerNorm(word_table[words] + position_table[positions] +
-    type_table[types])).
-
-    Given weight2, a second LayerNorm follows.
+    type_table[types])). Given weight2, a second LayerNorm follows.
 
     Args:
         words, positions: (rows,) int64 or int32, the rows of their tables.
         types: (rows,) int64 or int32; None: type 0 everywhere.
         word_table, position_table, type_table: (number, H), floating, of one dtype.
-        weight, norm_bias: (H,), those of the LayerNorm.
-        eps: added to the variance of the LayerNorm.
-        dropout_p: probability of dropping an element, in [0, 1). The mask is a function of a seed drawn from
-            torch's default generator of the device.
-        weight2, norm_bias2: (H,), those of a second LayerNorm; both or neither.
-        eps2: added to the variance of the second LayerNorm.
-        padding_idx, position_padding_idx: the row of the word and of the position table that gets no
-            gradient, as nn.Embedding's; None: every row gets one.
+        weight, norm_bias, eps: (H,), (H,) and a number, those of the LayerNorm.
+        dropout_p: in [0, 1). The mask is a function of a seed from torch's default generator of the device.
+        weight2, norm_bias2, eps2: as the first ones, of a second LayerNorm; vectors both or none.
+        padding_idx, position_padding_idx: the row of a table that gets no gradient, as nn.Embedding's.
 
     Returns:
         (rows, H) in the tables' dtype, under autocast too. Statistics are float32, float64 for float64.
@@ -200,25 +194,21 @@ def embed_norm(
 
     Raises:
         ArgumentError: for shapes, dtypes, devices or values that do not fit.
-        IndexError: on the CPU, for an id outside its table. On a GPU, where that would wait for the device,
-            the rows of such ids are NaN, and so are the gradients they take part in. Nothing outside the
-            tables is read or written.
+        IndexError: on the CPU, for an id outside its table. On a GPU the rows of such ids are NaN, and so are
+            their gradients. Nothing outside the tables is read or written.
 
     Example:
         >>> words, positions = torch.tensor([1, 0]), torch.tensor([0, 1])
         >>> tables = torch.eye(2), torch.zeros(2, 2), torch.zeros(1, 2)
-        >>> fastgate.ops.embed_norm(
-        ...     words, positions, None, *tables, torch.ones(2), torch.zeros(2), 1e-5
-        ... ).round(decimals=3)
-        tensor([[-1.,  1.],
-                [ 1., -1.]])
+        >>> vectors = torch.ones(2), torch.zeros(2)
+        >>> fastgate.ops.embed_norm(words, positions, None, *tables, *vectors, 1e-5).round().tolist()
+        [[-1.0, 1.0], [1.0, -1.0]]
     """
     tables = (word_table, position_table, type_table)
     _check_ids(words, positions, types)
     _check_tables(words, positions, tables, weight)
     _check_vectors(weight, norm_bias, weight2, norm_bias2)
-    padding = _padding("padding_idx", padding_idx, word_table)
-    position_padding = _padding("position_padding_idx", position_padding_idx, position_table)
+    paddings = _paddings(padding_idx, word_table, position_padding_idx, position_table)
     seed = registry.draw_seed("embed_norm", dropout_p, words.device)
     call: Callable[..., Tensor] = torch.ops.fastgate.embed_norm
     if registry.bypasses_dispatcher(words) and registry.bypasses_dispatcher(word_table.data):
@@ -226,7 +216,7 @@ def embed_norm(
         call = _trained if trained else _forward
     return call(
         words, positions, types, *tables, weight, norm_bias, eps,
-        dropout_p, seed, weight2, norm_bias2, eps2, padding, position_padding,
+        dropout_p, seed, weight2, norm_bias2, eps2, *paddings,
     )  # fmt: skip
 
 
@@ -267,6 +257,13 @@ def _check_ids(words: Tensor, positions: Tensor, types: Tensor | None) -> None:
     if any(tensor.dtype not in ID_DTYPES for tensor in ids):
         got = ", ".join(str(tensor.dtype) for tensor in ids)
         _refuse("words, positions, types", got, "int64 or int32", "convert them before the call")
+
+
+def _paddings(
+    padding_idx: int | None, word_table: Tensor, position_padding_idx: int | None, position_table: Tensor
+) -> tuple[int, int]:
+    words = _padding("padding_idx", padding_idx, word_table)
+    return words, _padding("position_padding_idx", position_padding_idx, position_table)
 
 
 def _padding(name: str, index: int | None, table: Tensor) -> int:

@@ -143,9 +143,8 @@ def gated_add_norm(
     norm_bias2: Tensor | None = None,
     eps2: float = 0.0,
 ) -> Tensor:
-    """The end of a sublayer: LayerNorm(scale * residual + gate * dropout(x + bias) + offset).
-
-    Given weight2, a second LayerNorm follows.
+    """The end of a sublayer: LayerNorm(scale * residual + gate * dropout(x + bias) + offset). Given weight2,
+    a second LayerNorm follows.
 
     Args:
         x: (..., H), floating: the sublayer's output, without the bias of its last Linear.
