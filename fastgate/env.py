@@ -43,20 +43,20 @@ def environment() -> dict[str, Any]:
     }
 
 
-def render(found: dict[str, Any]) -> str:
+def render(report: dict[str, Any]) -> str:
     """The text form of what `collect` returns."""
-    build, threads = found["build"], found["threads"]
+    build, threads = report["build"], report["threads"]
     built = "compiled CPU kernels" if build["cpu"] else f"no compiled kernels: {build['reason']}"
     built += " and CUDA kernels" if build.get("cuda") else ""
     lines = ["versions"]
-    lines += [f"  {name:<13} {version or 'not installed'}" for name, version in found["versions"].items()]
+    lines += [f"  {name:<13} {version or 'not installed'}" for name, version in report["versions"].items()]
     lines += ["build", f"  {built}" + (f" (FASTGATE_BUILD={build['mode']})" if build["mode"] else "")]
-    lines += [f"  in {found['package']}", "ops"]
-    for op in found["ops"]:
+    lines += [f"  in {report['package']}", "ops"]
+    for op in report["ops"]:
         runs = "runs" if op["chosen"] else "does not run"
         lines.append(f"  {op['op']} on {op['device']}: {op['backend']} {runs}: {op['reason']}")
     lines.append("devices")
-    lines += [f"  {device['type']}: {device['name']}" for device in found["devices"]]
+    lines += [f"  {device['type']}: {device['name']}" for device in report["devices"]]
     omp = threads["OMP_NUM_THREADS"]
     lines.append("threads")
     lines.append(

@@ -141,15 +141,15 @@ def _row(
 def _checked(lengths: Any) -> list[int]:
     """The lengths as a list, once they are positive numbers of tokens."""
     try:
-        found = [operator.index(n) for n in lengths]
+        numbers = [operator.index(n) for n in lengths]
     except TypeError:
-        found = []
-    if not found or min(found) < 1:
+        numbers = []
+    if not numbers or min(numbers) < 1:
         remedy = "pass e.g. [32] * 8"
         raise ArgumentError(
             format_error("explain", "lengths", repr(lengths), "one number of tokens a sequence", remedy)
         )
-    return found
+    return numbers
 
 
 def layer_sizes(config: BertLikeConfig, layer: Layer, unpadded: UnpaddedBatch) -> Sizes:

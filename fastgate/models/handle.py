@@ -157,14 +157,16 @@ class EncoderHandle:
             return
         kept = [i for i, gate in enumerate(self.gates) if not is_skipped(gate)]
         layers = [f"{prefix}encoder.layer.{i}." for i in range(self.num_layers)]
-        there = [i for i, at in enumerate(layers) if any(n.startswith(f"{at}attention.self.") for n in names)]
-        lacking = [
+        present = [
+            i for i, at in enumerate(layers) if any(n.startswith(f"{at}attention.self.") for n in names)
+        ]
+        missing = [
             i
             for i, at in enumerate(layers)
-            if i in kept and i not in there and f"{at}output.dense.weight" in names
+            if i in kept and i not in present and f"{at}output.dense.weight" in names
         ]
-        if there and lacking:
-            got = f"attention of layers {there} and none of layers {lacking}"
+        if present and missing:
+            got = f"attention of layers {present} and none of layers {missing}"
             remedy = "load it into a model that was pruned with the same layers to keep"
             raise PrunedOtherwise(
                 format_error("load_state_dict", "state_dict", got, f"that of layers {kept}", remedy)

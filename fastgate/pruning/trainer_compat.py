@@ -64,10 +64,10 @@ def check_trainer(trainer: TrainerOverrides) -> None:
 
 
 def _attribute(trainer: object, path: str) -> Any:
-    found: Any = trainer
+    value: Any = trainer
     for name in path.split("."):
-        found = getattr(found, name, _MISSING)
-    return found
+        value = getattr(value, name, _MISSING)
+    return value
 
 
 def is_sharded(trainer: Trainer) -> bool:
