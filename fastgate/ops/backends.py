@@ -288,7 +288,7 @@ def set_backend(op: str, name: str | None, *, device: str | torch.device | None 
     Args:
         op: the op's name, such as "attention".
         name: a backend's name, as `python -m fastgate.env` lists them, or "reference"; None: the default
-            again.
+            again. Of `linear`, the row `cpp` there is for packed weights and cannot be chosen.
         device: the kind of device, such as "cuda"; None: every one where the op has that backend.
 
     Raises:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgate.errors import Unsupported, format_error
+from fastgate.errors import ArgumentError, Unsupported, format_error
 from fastgate.ops import autograd, onednn_shapes, registry
 
 ONEDNN_DTYPES = (torch.float32, torch.bfloat16)
@@ -140,12 +140,13 @@ def linear(x: Tensor, weight: Tensor | Packed) -> Tensor:
 
     Args:
         x: (..., K), floating. Under autocast it is cast as torch's F.linear casts it.
-        weight: (N, K) of x's dtype, or what `fastgate.ops.linear.pack` made of one.
+        weight: (N, K) of x's dtype, or a packed one (`from fastgate.ops.linear import pack`).
 
     Returns:
         (..., N) in x's dtype, or autocast's. Differentiable in x and weight.
 
     Raises:
+        ArgumentError: for shapes that do not fit.
         Unsupported: for a packed weight in training, under autocast, where torch traces, or with another
             dtype.
 
@@ -156,6 +157,11 @@ def linear(x: Tensor, weight: Tensor | Packed) -> Tensor:
     """
     if isinstance(weight, Packed):
         return weight.product(x)
+    if weight.dim() != 2 or x.shape[-1:] != weight.shape[1:]:
+        got = f"shapes {tuple(x.shape)} and {tuple(weight.shape)}"
+        raise ArgumentError(
+            format_error("linear", "x, weight", got, "(..., K) and (N, K)", "transpose the weight")
+        )
     if not registry.bypasses_dispatcher(x):
         return F.linear(x, weight)
     chosen = registry.implementation("linear", x.device.type, x.dtype, x=x, weight=weight)

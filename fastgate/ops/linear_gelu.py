@@ -39,7 +39,7 @@ def linear_gelu(x: Tensor, weight: Tensor | Packed, bias: Tensor | None = None) 
 
     Args:
         x: (..., K), floating. Under autocast x and weight are cast as torch's F.linear casts them.
-        weight: (N, K) of x's dtype, or what `fastgate.ops.linear.pack` made of one.
+        weight: (N, K) of x's dtype, or a packed one (`from fastgate.ops.linear import pack`).
         bias: (N,) of x's dtype.
 
     Returns:

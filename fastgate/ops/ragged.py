@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import TypeVar
 
 import torch
@@ -84,16 +86,17 @@ class SequenceOffsets:
         """From the rows of each sequence.
 
         Raises:
-            ArgumentError: for a negative length.
+            ArgumentError: for a negative length, and for what is no whole number.
         """
-        lengths = tuple(int(length) for length in lengths)
-        if min(lengths, default=0) < 0:
-            raise ArgumentError(
-                format_error(
-                    "SequenceOffsets", "lengths", min(lengths), "0 or more rows each", "count the rows"
-                )
-            )
-        return SequenceOffsets(lengths, torch.device(device))
+        lengths = tuple(lengths)
+        try:
+            counts = tuple(operator.index(length) for length in lengths)
+        except TypeError:
+            counts = (-1,)
+        if min(counts, default=0) < 0:
+            got, wanted = repr(lengths)[:80], "0 or more rows each"
+            raise ArgumentError(format_error("SequenceOffsets", "lengths", got, wanted, "count the rows"))
+        return SequenceOffsets(counts, torch.device(device))
 
     @staticmethod
     def from_cu_seqlens(cu_seqlens: Tensor) -> SequenceOffsets:
@@ -101,17 +104,17 @@ class SequenceOffsets:
         flash-attention takes them. Brings them to the host, which on a GPU waits for the device.
 
         Raises:
-            ArgumentError: for another shape or dtype, or ends that fall.
+            ArgumentError: for another shape or dtype, or ends that fall or do not begin with 0.
         """
+        wanted, remedy = "(sequences + 1,) int32 or int64 from 0", "accumulate the lengths from 0"
         if cu_seqlens.dim() != 1 or not cu_seqlens.numel() or cu_seqlens.dtype not in END_DTYPES:
             got = f"{cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}"
-            raise ArgumentError(
-                format_error(
-                    "SequenceOffsets", "cu_seqlens", got, "(sequences + 1,) int32 or int64",
-                    "accumulate the lengths from 0",
-                )
-            )  # fmt: skip
-        return SequenceOffsets.from_lengths(cu_seqlens.diff().tolist(), cu_seqlens.device)
+            raise ArgumentError(format_error("SequenceOffsets", "cu_seqlens", got, wanted, remedy))
+        ends = cu_seqlens.tolist()
+        if ends[0]:
+            got = f"ends from {ends[0]}"
+            raise ArgumentError(format_error("SequenceOffsets", "cu_seqlens", got, wanted, remedy))
+        return SequenceOffsets.from_lengths([b - a for a, b in pairwise(ends)], cu_seqlens.device)
 
     @cached_property
     def cu_seqlens(self) -> Tensor:

@@ -84,6 +84,13 @@ class CallOrder:
         return ArgumentError(format_error("Pruner.finalize", "gates", got, wanted, remedy))
 
     @staticmethod
+    def other_forwards(count: int) -> ArgumentError:
+        """The error of a `loss` after more than one forward: the last one's activations would be compared."""
+        got, wanted = f"{count} forwards of the model since prepare()", "one"
+        remedy = "evaluate before prepare or after loss, and call loss after each forward"
+        return ArgumentError(format_error("Pruner.loss", "outputs", got, wanted, remedy))
+
+    @staticmethod
     def no_forward() -> ArgumentError:
         """The error of a `loss` for outputs of an earlier forward."""
         got, wanted = "no forward since prepare()", "those of the forward just run"

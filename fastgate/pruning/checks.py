@@ -16,7 +16,9 @@ from fastgate.pruning.config import PruningConfig
 from fastgate.pruning.schedule import Schedule
 
 
-def check_arguments(model: nn.Module, config: PruningConfig, teacher: nn.Module | None) -> None:
+def check_arguments(
+    model: nn.Module, config: PruningConfig, teacher: nn.Module | None, optimizer: object = None
+) -> None:
     """Raises ArgumentError for arguments of a Pruner that are not of their types, and for a model that is to
     be its own teacher."""
     if not isinstance(config, PruningConfig):
@@ -26,6 +28,9 @@ def check_arguments(model: nn.Module, config: PruningConfig, teacher: nn.Module 
     if teacher is not None and not isinstance(teacher, nn.Module):
         got, remedy = repr(teacher), "load the model"
         raise ArgumentError(format_error("Pruner", "teacher", got, "a model or None", remedy))
+    if optimizer is not None and not hasattr(optimizer, "param_groups"):
+        got, wanted = repr(optimizer), "a torch.optim.Optimizer or None"
+        raise ArgumentError(format_error("Pruner", "optimizer", got, wanted, "pass the optimizer"))
     if teacher is model:
         got, wanted = "the model itself", "another model or None"
         remedy = "pass copy.deepcopy(model), or None to distil from the model with its gates open"
@@ -104,4 +109,7 @@ def task_loss_of(outputs: Any, task_loss: Tensor | None, weight: float, device: 
         got, wanted = "no loss", "an output of transformers or a dict with `loss`"
         remedy = "pass labels in the batch, or the task's own loss: pruner.loss(outputs, batch, task_loss)"
         raise ArgumentError(format_error("Pruner.loss", "outputs", got, wanted, remedy))
+    if weight and torch.is_grad_enabled() and not loss.requires_grad:
+        got, remedy = "a loss without a gradient", "call the model outside torch.no_grad()"
+        raise ArgumentError(format_error("Pruner.loss", "outputs", got, "those of a training step", remedy))
     return loss.to(device)

@@ -53,9 +53,9 @@ class Pruner(PruningRun):
     replacements are added to it, at `config.replacement_lr` times the rate of the weights beside them. If it
     is made later, call `prepare_optimizer`. scaler: a torch.amp.GradScaler, if the loss is scaled.
 
-    Raises ArgumentError for a model that is pruned, frozen or under another Pruner, for a teacher that cannot
-    be compared with it, and for an optimizer that has a scheduler already. Raises Unsupported for a model
-    with adapters of PEFT or inside DistributedDataParallel.
+    Raises ArgumentError for a model that is pruned, frozen or under another Pruner that has begun, for a
+    teacher that cannot be compared with it, and for an optimizer that has a scheduler already. Raises
+    Unsupported for a model with adapters of PEFT or inside DistributedDataParallel.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Pruner(PruningRun):
         optimizer: torch.optim.Optimizer | None = None,
         scaler: torch.amp.GradScaler | None = None,
     ):
-        checks.check_arguments(model, config, teacher)
+        checks.check_arguments(model, config, teacher, optimizer)
         super().__init__(model, config, total_steps, teacher)
         self._scaler = scaler
         self._grad_scale: float | None = None  # of the step under way
@@ -119,6 +119,8 @@ class Pruner(PruningRun):
         checks.check_batch("loss", batch)
         self.order.loss(batch)
         task_loss = checks.task_loss_of(outputs, task_loss, self.task_weight, self.device)
+        if self.recorder.forwards > 1:
+            raise self.order.other_forwards(self.recorder.forwards)
         forward = self.take_forward(outputs, batch)
         if self._scaler is not None and self._grad_scale is None:
             self._grad_scale = self._scaler.get_scale()

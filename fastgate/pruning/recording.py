@@ -44,6 +44,11 @@ class ForwardRecorder:
         self._open.close()
         self._trace = None
 
+    @property
+    def forwards(self) -> int:
+        """How many forwards there were since recording began."""
+        return 0 if self._trace is None else self._trace.forwards
+
     def take(
         self, outputs: Any, inputs: Mapping[str, Any], calibration: Calibration | None
     ) -> Forward | None:
@@ -62,5 +67,5 @@ class ForwardRecorder:
             if forward.has_gradient:
                 forward.hidden = trace.hidden
             # What computes activations again in the backward holds the trace: it must not hold their graph.
-            trace.begin(trace.length)
+            trace.clear()
         return forward

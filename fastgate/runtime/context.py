@@ -35,7 +35,7 @@ class ActivationTrace:
     row b * length + t of the padded batch. attention_output: (layer, rows), a kept attention's output before
     dropout. steps: every step as it ran. length: of the padded batch. every_row: every row is computed that
     hidden states can be had of. If not, what runs is what runs unrecorded, and `hidden` stays empty.
-    A copy is empty.
+    forwards: how many there were since recording began. A copy is empty.
     """
 
     hidden: list[tuple[Tensor, Tensor]] = field(default_factory=list)
@@ -43,10 +43,17 @@ class ActivationTrace:
     steps: list[ExecutedStep] = field(default_factory=list)
     length: int = 0
     every_row: bool = True
+    forwards: int = 0
 
     def begin(self, length: int) -> None:
-        """Drop what an earlier forward left. length: of the padded batch."""
-        self.hidden, self.attention_output, self.steps, self.length = [], [], [], length
+        """Count a forward, and drop what an earlier one left. length: of the padded batch."""
+        self.clear()
+        self.length = length
+        self.forwards += 1
+
+    def clear(self) -> None:
+        """Drop what a forward left."""
+        self.hidden, self.attention_output, self.steps = [], [], []
 
     def add_attention(self, layer: int, rows: Tensor, bias: Tensor | None) -> None:
         """Keep an attention's output, which is rows + bias."""

@@ -8,6 +8,7 @@ from helpers.cases import DTYPES
 from helpers.norm_cases import CALLS, differentiable, eager, gradients, keep_mask, make, requested_bits
 from torch.nn.functional import layer_norm
 
+from fastgate import ops
 from fastgate.errors import ArgumentError
 from fastgate.ops.gated_add_norm import OPERANDS, gated_add_norm
 
@@ -161,3 +162,20 @@ def test_refusals_name_the_argument_and_a_remedy(what):
     with pytest.raises(ArgumentError, match=f"^gated_add_norm: {argument}: got .*, wanted .*; ") as caught:
         gated_add_norm(**{**given, **wrong})
     assert isinstance(caught.value, ValueError)
+
+
+@pytest.mark.parametrize("lengths", [[1.5], "12", [-1], [None]])
+def test_lengths_that_are_none(lengths):
+    with pytest.raises(ArgumentError, match="SequenceOffsets: lengths: got"):
+        ops.SequenceOffsets.from_lengths(lengths)
+
+
+def test_ends_that_do_not_begin_with_0():
+    with pytest.raises(ArgumentError, match="SequenceOffsets: cu_seqlens: got ends from 1"):
+        ops.SequenceOffsets.from_cu_seqlens(torch.tensor([1, 3]))
+
+
+@pytest.mark.parametrize("weight", [(4, 3), (8,), ()])
+def test_a_weight_that_does_not_fit(weight):
+    with pytest.raises(ArgumentError, match=r"linear: x, weight: got shapes \(5, 8\) and"):
+        ops.linear(torch.randn(5, 8), torch.randn(weight))

@@ -396,3 +396,35 @@ def test_no_forward_is_held_beyond_its_step(reentrant):
         gc.collect()
         held.append(sum(isinstance(o, ForwardContext) for o in gc.get_objects()))
     assert held[-1] <= held[0] + 1 and held[-1] <= held[1]
+
+
+def test_a_second_forward_before_loss_is_refused():
+    """Its activations would be compared with the teacher's for the first."""
+    model = bert().train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    pruner = fastgate.Pruner(
+        model, fastgate.PruningConfig(fastgate.Sparsity(0.5)), 40, bert(), optimizer=optimizer
+    )
+    inputs = pruner.prepare(batch(0))
+    outputs = model(**inputs)
+    with torch.no_grad():
+        model(**batch(1))
+    with pytest.raises(ArgumentError, match=r"outputs: got 2 forwards .* wanted one; evaluate before"):
+        pruner.loss(outputs, inputs)
+
+
+def test_outputs_without_a_gradient_are_refused():
+    model = bert().train()
+    config = fastgate.PruningConfig(fastgate.Sparsity(0.5), distill=None)
+    pruner = fastgate.Pruner(model, config, 40, optimizer=torch.optim.AdamW(model.parameters()))
+    inputs = pruner.prepare(batch(0))
+    with torch.no_grad():
+        outputs = model(**inputs)
+    with pytest.raises(ArgumentError, match=r"outputs: got a loss without a gradient.*no_grad"):
+        pruner.loss(outputs, inputs)
+
+
+@pytest.mark.parametrize("optimizer", [3, "adam"])
+def test_what_is_no_optimizer_is_refused(optimizer):
+    with pytest.raises(ArgumentError, match=r"Pruner: optimizer: got .*wanted a torch.optim.Optimizer"):
+        fastgate.Pruner(bert(), fastgate.PruningConfig(fastgate.Sparsity(0.5)), 40, optimizer=optimizer)
