@@ -83,8 +83,8 @@ class TokenShift(Replacement):
 
     def forward(self, h: Tensor, has_left_neighbour: Tensor) -> Tensor:
         offset, scale, before, after = self.operands
-        above, below = neighbours(h, has_left_neighbour)
         r = torch.addcmul(offset, scale, h)
+        above, below = neighbours(h, has_left_neighbour)
         return torch.addcmul(torch.addcmul(r, before, above), after, below)
 
 
