@@ -3,7 +3,7 @@
 #
 #     bench/matrix.sh [TORCH/TRANSFORMERS ...]
 #
-# A combination is a pair of versions, such as 2.13.0/5.4.0; without arguments the list below runs. Each one gets a
+# A combination is a pair of versions, such as 2.13.0/5.23.0; without arguments the list below runs. Each one gets a
 # fresh virtual environment in a temporary folder, which is deleted after its tests, so one torch lies on the disk at a
 # time. fastgate is imported from this checkout, which must be built: one compiled library serves every torch from 2.11.
 # The table goes to bench/results/matrix.md (another file: OUT=FILE). A row there is replaced when its combination runs
@@ -14,7 +14,7 @@
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 combinations=("$@")
-((${#combinations[@]})) || combinations=(2.11.0/5.4.0 2.11.0/5.24.0 2.13.0/5.4.0 2.13.0/5.24.0)
+((${#combinations[@]})) || combinations=(2.11.0/5.23.0 2.11.0/5.24.0 2.13.0/5.23.0 2.13.0/5.24.0)
 declare -a tests=(-m "not slow")
 if [[ -n ${TESTS:-} ]]; then read -ra tests <<<"$TESTS"; fi
 out=${OUT:-bench/results/matrix.md}

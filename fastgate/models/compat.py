@@ -26,7 +26,7 @@ from fastgate.ops import torch_compat
 from fastgate.ops.torch_compat import MissingName, look_up
 
 # What is tested, as in pyproject.toml.
-TESTED = {"transformers": ">=5.4,<6", "accelerate": ">=1.1", "torch": ">=2.11"}
+TESTED = {"transformers": ">=5.23,<6", "accelerate": ">=1.1", "torch": ">=2.11"}
 # A package of transformers -> the prefix of its classes.
 PREFIXES = {"bert": "Bert", "roberta": "Roberta", "xlm_roberta": "XLMRoberta", "camembert": "Camembert"}
 # The classes of an encoder's parts, without the prefix.

@@ -51,7 +51,7 @@ def check_trainer() -> None:
             reason = "callback states that are not kept by class name"
     if reason is not None:
         got, wanted = f"version {transformers.__version__} with {reason}", "a Trainer as in transformers 5"
-        remedy = 'run pip install "transformers>=5.4,<6", or report the version to fastgate'
+        remedy = 'run pip install "transformers>=5.23,<6", or report the version to fastgate'
         raise Unsupported(format_error("training", "transformers", got, wanted, remedy))
 
 
