@@ -1,0 +1,8 @@
+"""`python -m fastgate.cli`: as `python -m fastgate`."""
+
+from __future__ import annotations
+
+from fastgate.cli.main import main
+
+if __name__ == "__main__":
+    main()
