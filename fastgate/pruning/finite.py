@@ -64,7 +64,7 @@ class Finite:
         """The task's loss on `inputs`. Where no row has a label it is NaN, the mean over none, and its
         gradient is 0: transformers goes on, and so does this."""
         loss = loss.detach()
-        self._note(TASK, ~(torch.isfinite(loss).all() | _unlabelled(inputs, loss.device)))
+        self._note(TASK, ~(torch.isfinite(loss).all() | is_unlabelled(inputs, loss.device)))
 
     def note_scores(self, scores: Tensor) -> None:
         """Scores of a micro-batch, which may mask with infinity. The first will do: a weight that is NaN
@@ -106,7 +106,7 @@ class Finite:
                 raise_not_finite(" and ".join(wrong), step)
 
 
-def _unlabelled(inputs: Mapping[str, Any], device: torch.device) -> Tensor:
+def is_unlabelled(inputs: Mapping[str, Any], device: torch.device) -> Tensor:
     """Whether one of the labels of a batch is to be ignored in every row; 0-d bool."""
     verdicts = [torch.zeros((), dtype=torch.bool, device=device)]
     length = inputs["input_ids"].shape[-1] if isinstance(inputs.get("input_ids"), Tensor) else None

@@ -13,6 +13,7 @@ from fastgate.errors import ArgumentError, format_error
 from fastgate.models.pruning import prune
 from fastgate.pruning import checks
 from fastgate.pruning.config import PruningConfig
+from fastgate.pruning.finite import is_unlabelled
 from fastgate.pruning.numbers import number
 from fastgate.pruning.pruner_state import load_state, state_of
 from fastgate.pruning.pruning_run import PruningRun
@@ -113,7 +114,8 @@ class Pruner(PruningRun):
 
         outputs: what the model gave for `batch`, in training, in the forward since `prepare`. batch: what
         `prepare` returned, with its labels. task_loss: the task's own loss, 0-d; None: `outputs.loss`, or
-        the entry `loss` of a dict. A teacher computes in the dtype of the autocast around this call.
+        the entry `loss` of a dict. In a batch without labels it counts 0. A teacher computes in the dtype of
+        the autocast around this call.
         """
         self.order.check("loss")
         checks.check_batch("loss", batch)
@@ -125,6 +127,8 @@ class Pruner(PruningRun):
         if self._scaler is not None and self._grad_scale is None:
             self._grad_scale = self._scaler.get_scale()
         self.finite.note_task(task_loss, batch)
+        # The mean over no label is NaN. Such a batch adds 0, and its gradient is 0 as it is.
+        task_loss = torch.where(is_unlabelled(batch, self.device), 0.0, task_loss)
         return self.task_weight * task_loss + self.pruning_loss([forward])
 
     def step(self, grad_scale: float | None = None) -> None:

@@ -428,3 +428,22 @@ def test_outputs_without_a_gradient_are_refused():
 def test_what_is_no_optimizer_is_refused(optimizer):
     with pytest.raises(ArgumentError, match=r"Pruner: optimizer: got .*wanted a torch.optim.Optimizer"):
         fastgate.Pruner(bert(), fastgate.PruningConfig(fastgate.Sparsity(0.5)), 40, optimizer=optimizer)
+
+
+def test_a_batch_without_a_label_adds_no_task_loss():
+    """transformers' mean over no label is NaN."""
+    from helpers import encoders
+
+    model = encoders.make("Bert", "ForTokenClassification").train()
+    optimizer = torch.optim.AdamW(model.parameters())
+    config = fastgate.PruningConfig(fastgate.Sparsity(0.5), distill=Distill.for_tokens())
+    pruner = fastgate.Pruner(model, config, 40, copy.deepcopy(model), optimizer=optimizer)
+    inputs = encoders.batch(model, "ForTokenClassification", labels=True)
+    inputs["labels"] = torch.full_like(inputs["labels"], -100)
+    inputs = pruner.prepare(inputs)
+    outputs = model(**inputs)
+    assert outputs.loss.isnan()
+    loss = pruner.loss(outputs, inputs)
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
