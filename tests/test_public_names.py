@@ -41,7 +41,7 @@ def test_no_name_hides_a_module():
 
 def test_types_are_shipped():
     assert (PACKAGE / "py.typed").is_file()
-    text = (PACKAGE.parent / "pyproject.toml").read_text()
+    text = (Path(__file__).parents[1] / "pyproject.toml").read_text()
     assert '"fastgate" = ["py.typed"]' in text
 
 

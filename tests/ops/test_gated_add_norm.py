@@ -49,7 +49,10 @@ def test_other_precisions_run_the_reference(dtype):
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     rows=st.one_of(st.sampled_from([0, 1]), st.integers(1, 20).map(lambda n: 2 * n + 1)),
-    hidden=st.one_of(st.integers(1, 40), st.integers(1, 8192).filter(lambda n: n & (n - 1) != 0)),
+    # Not 2: LayerNorm makes +1 and -1 of any two values, so its gradients are rests of terms that cancel.
+    hidden=st.one_of(
+        st.integers(1, 40).filter(lambda n: n != 2), st.integers(1, 8192).filter(lambda n: n & (n - 1) != 0)
+    ),
     dtypes=st.sampled_from(DTYPES[:3]),
     call=st.sampled_from(sorted(CALLS)),
     seed=st.integers(0, 2**31),
