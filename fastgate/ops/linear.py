@@ -155,13 +155,18 @@ def linear(x: Tensor, weight: Tensor | Packed) -> Tensor:
         >>> fastgate.ops.linear(x, weight).tolist()
         [[3.0, 3.0, 3.0, 3.0], [3.0, 3.0, 3.0, 3.0]]
     """
-    if isinstance(weight, Packed):
-        return weight.product(x)
-    if weight.dim() != 2 or x.shape[-1:] != weight.shape[1:]:
+    if not isinstance(weight, Packed) and (weight.dim() != 2 or x.shape[-1:] != weight.shape[1:]):
         got = f"shapes {tuple(x.shape)} and {tuple(weight.shape)}"
         raise ArgumentError(
             format_error("linear", "x, weight", got, "(..., K) and (N, K)", "transpose the weight")
         )
+    return multiply(x, weight)
+
+
+def multiply(x: Tensor, weight: Tensor | Packed) -> Tensor:
+    """`linear` without its checks, for operands that fit."""
+    if isinstance(weight, Packed):
+        return weight.product(x)
     if not registry.bypasses_dispatcher(x):
         return F.linear(x, weight)
     chosen = registry.implementation("linear", x.device.type, x.dtype, x=x, weight=weight)
@@ -182,6 +187,15 @@ def onednn_supports(x: Tensor, weight: Tensor) -> bool:
         and registry.bypasses_dispatcher(x)
         and not torch.is_autocast_enabled("cpu")
         and not missing_for_onednn()
+    )
+
+
+def _fits_onednn(x: Tensor, weight: Tensor) -> bool:
+    """As onednn_supports, of an x that the registry and `multiply` have looked at."""
+    return (
+        x.dtype == weight.dtype
+        and type(weight) in (Tensor, nn.Parameter)
+        and not torch.is_autocast_enabled("cpu")
     )
 
 
@@ -264,7 +278,7 @@ registry.REFERENCE["linear"] = registry.Implementation(
 def onednn() -> registry.Implementation:
     """The CPU's, where `missing_for_onednn` finds nothing."""
     return registry.Implementation(
-        "onednn", onednn_product, _onednn_backward, frozenset(ONEDNN_DTYPES), fits=onednn_supports
+        "onednn", onednn_product, _onednn_backward, frozenset(ONEDNN_DTYPES), fits=_fits_onednn
     )
 
 

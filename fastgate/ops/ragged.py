@@ -121,7 +121,7 @@ class SequenceOffsets:
         """(sequences + 1,) int32: 0, then the row after each sequence's last."""
         return on_device([ends_of(self.lengths)], self.device)[0]
 
-    @property
+    @cached_property
     def rows(self) -> int:
         """Of all sequences."""
         return sum(self.lengths)

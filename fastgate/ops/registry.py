@@ -108,7 +108,7 @@ def implementation(op: str, device_type: str, *dtypes: torch.dtype, **operands: 
     # Without operands the dtypes decide, and a call of `supports` would cost a tenth of a microsecond.
     if chosen is None or not chosen.dtypes.issuperset(dtypes):
         return REFERENCE[op]
-    if operands and not chosen.supports(dtypes, operands):
+    if operands and chosen.fits is not None and not chosen.fits(**operands):
         return REFERENCE[op]
     return chosen
 

@@ -13,7 +13,7 @@ from fastgate.nn.packed_linear import PackedLinear
 from fastgate.nn.plain_modules import dropout_rate, is_exact_gelu, is_plain, is_plain_dropout, is_plain_norm
 from fastgate.nn.protocols import BertLikeLayer
 from fastgate.nn.replacement import Replacement
-from fastgate.ops.linear import Packed, linear
+from fastgate.ops.linear import Packed, multiply
 
 # 1.0: the attention runs. 0.0: it is skipped. A 0-d tensor: its output is multiplied by the gate.
 Gate = float | Tensor
@@ -67,7 +67,7 @@ class Dense(NamedTuple):
         """The product and the bias still to add. A module that is not plain is called and adds its own."""
         if not self.plain:
             return self.module(x), None
-        return linear(x, self.weight), self.module._parameters["bias"]  # type: ignore[arg-type]
+        return multiply(x, self.weight), self.module._parameters["bias"]  # type: ignore[arg-type]
 
 
 class AddNorm(NamedTuple):

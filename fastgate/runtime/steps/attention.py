@@ -12,7 +12,7 @@ from torch import Tensor
 from fastgate.ops import fused_layers
 from fastgate.ops.attention import attention, attention_probabilities
 from fastgate.ops.fused_layers import HalfLayer
-from fastgate.ops.linear import linear
+from fastgate.ops.linear import multiply
 from fastgate.runtime.costs import Matmul, Sizes
 from fastgate.runtime.layer import Layer
 from fastgate.runtime.steps.base import (
@@ -60,7 +60,7 @@ class ProjectQKV(Step):
         if unpadded.key_rows is None and not self.output_rows_only:
             fused_qkv = layer.fused_qkv
             if fused_qkv is not None:
-                q, k, v = linear(h, fused_qkv).chunk(3, 1)
+                q, k, v = multiply(h, fused_qkv).chunk(3, 1)
                 projected = Projected(q, k, v, *layer.qkv_biases)
                 state.value = projected
                 return projected.q
