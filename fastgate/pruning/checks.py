@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,6 +13,8 @@ from fastgate.models.handle import EncoderHandle, check_module
 from fastgate.models.pruning import refuse_adapters
 from fastgate.nn.packed_linear import PackedLinear
 from fastgate.pruning.config import PruningConfig
+from fastgate.pruning.recording import Forward
+from fastgate.pruning.replacement_training import replacement_modules
 from fastgate.pruning.schedule import Schedule
 
 
@@ -76,9 +78,9 @@ def check_whole(handle: EncoderHandle) -> None:
         )
 
 
-def check_trainable(model: nn.Module, replacements: Sequence[nn.Module]) -> None:
-    """Raises ArgumentError unless a weight of the model, besides those of `replacements`, learns."""
-    own = {id(p) for layer in replacements for p in layer.parameters()}
+def check_trainable(model: nn.Module, handle: EncoderHandle) -> None:
+    """Raises ArgumentError unless a weight of the model, besides those of the replacements, learns."""
+    own = {id(p) for layer in replacement_modules(handle) for p in layer.parameters()}
     if not any(p.requires_grad for p in model.parameters() if id(p) not in own):
         got, wanted = "every weight with requires_grad False", "weights to train"
         remedy = "call model.requires_grad_(True), which merge_and_unload() of PEFT leaves to you"
@@ -109,7 +111,17 @@ def task_loss_of(outputs: Any, task_loss: Tensor | None, weight: float, device: 
         got, wanted = "no loss", "an output of transformers or a dict with `loss`"
         remedy = "pass labels in the batch, or the task's own loss: pruner.loss(outputs, batch, task_loss)"
         raise ArgumentError(format_error("Pruner.loss", "outputs", got, wanted, remedy))
-    if weight and torch.is_grad_enabled() and not loss.requires_grad:
+    return loss.to(device)
+
+
+def check_gradient(task_loss: Tensor, forward: Forward, model: nn.Module, handle: EncoderHandle) -> None:
+    """Raises ArgumentError for a forward that autograd did not record.
+
+    The task's loss may be a constant, as in a batch without labels, if the encoder's outputs are not.
+    """
+    if not torch.is_grad_enabled() or task_loss.requires_grad:
+        return
+    if not any(rows.requires_grad for _, rows in forward.hidden):
+        check_trainable(model, handle)
         got, remedy = "a loss without a gradient", "call the model outside torch.no_grad()"
         raise ArgumentError(format_error("Pruner.loss", "outputs", got, "those of a training step", remedy))
-    return loss.to(device)

@@ -124,6 +124,7 @@ class Pruner(PruningRun):
         if self.recorder.forwards > 1:
             raise self.order.other_forwards(self.recorder.forwards)
         forward = self.take_forward(outputs, batch)
+        checks.check_gradient(task_loss, forward, self.model, self.handle)
         if self._scaler is not None and self._grad_scale is None:
             self._grad_scale = self._scaler.get_scale()
         self.finite.note_task(task_loss, batch)

@@ -22,7 +22,7 @@ from fastgate.pruning.learner import GateLearner
 from fastgate.pruning.loss_probe import LossProbe
 from fastgate.pruning.objective import Fixed
 from fastgate.pruning.recording import Forward, ForwardRecorder
-from fastgate.pruning.replacement_training import MovementCheck, replacement_modules
+from fastgate.pruning.replacement_training import MovementCheck
 from fastgate.pruning.schedule import RECOVER, SEARCH, WARM, Phase, Schedule, make_schedule
 
 SETTLING_STEPS = 10  # after hardening, by which the replacements in use must have moved
@@ -183,7 +183,7 @@ class PruningRun:
         none has a gradient.
         """
         if not self.steps:
-            checks.check_trainable(self.model, replacement_modules(self.handle))
+            checks.check_trainable(self.model, self.handle)
         total = torch.zeros((), device=self.device)
         if self.phase == SEARCH:
             total = self.learner.term()
