@@ -1,14 +1,15 @@
 """Two checkouts of fastgate on the same models and batches, in turn: speed and outputs.
 
-    python bench/models/versions.py OLD NEW [--data-dir D] [--only TEXT] [--threads 2] [--rounds 15]
-                                    [--out FILE]
+    python bench/models/versions.py OLD NEW [--data-dir D] [--only TEXT] [--threads 2] [--pairs 3]
+                                    [--rounds 7] [--out FILE]
 
 OLD and NEW are folders that hold a built checkout, of any layout: only fastgate's public functions are
 called. Each runs in a process of its own, which waits while the other one computes. The batches are SST-2's
 validation sentences from D, or without it random tokens of the lengths in bench/lengths.json. A round times
-every batch once in each process, and the process that begins changes from round to round. The figure of a
-setting is the median over rounds of the ratio new / old. With the same folder twice, the ratios show what
-this machine cannot tell apart.
+every batch once in each process, and the process that begins changes from round to round. The ratio new / old
+of a pair of processes is the median over its rounds. Where a process's memory lies moves that by several
+percent, so each setting runs in several pairs: its figure is their median, and their range is printed beside
+it. With the same folder twice, the ratios show what this machine cannot tell apart.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ SETTINGS = [  # model, batch size, batches, layers that keep their attention (No
     ("minilm", 1, 8, None, False),
     ("minilm", 1, 8, (0, 3), True),
 ]
-SECONDS = 0.2  # a turn lasts at least this long: short batches run several times
+SECONDS = 0.05  # a turn lasts at least this long: short batches run several times
 PAUSE_SECONDS = 0.02  # threads of the other process stop spinning
 
 
@@ -110,6 +111,11 @@ class Version:
         self.process.stdin.flush()
         return json.loads(self._line())
 
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
     def _line(self) -> str:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
@@ -173,14 +179,32 @@ def compare(old: Version, new: Version, setting: tuple[Any, ...], rounds: int) -
             times[version] = total
         ratios.append(times[new] / times[old])
         seconds.append(times[old])
-    quartiles = statistics.quantiles(ratios, n=4)
     return {
-        "setting": title(setting),
         "old_ms": 1000 * statistics.median(seconds),
         "ratio": statistics.median(ratios),
-        "quartiles": [quartiles[0], quartiles[2]],
-        "rounds": rounds,
         "max_difference": max(abs(a - b) for a, b in zip(*flat, strict=True)),
+    }
+
+
+def compare_pairs(
+    folders: tuple[Path, Path], setting: tuple[Any, ...], batches_file: str, args: argparse.Namespace
+) -> dict[str, Any]:
+    """One setting in several pairs of new processes."""
+    pairs = []
+    for _ in range(args.pairs):
+        versions = [Version(folder, batches_file, args.threads) for folder in folders]
+        pairs.append(compare(*versions, setting, args.rounds))
+        for version in versions:
+            version.close()
+    ratios = sorted(pair["ratio"] for pair in pairs)
+    return {
+        "setting": title(setting),
+        "old_ms": statistics.median(pair["old_ms"] for pair in pairs),
+        "ratio": statistics.median(ratios),
+        "pairs": ratios,
+        "rounds": args.rounds,
+        "threads": args.threads,
+        "max_difference": max(pair["max_difference"] for pair in pairs),
     }
 
 
@@ -191,7 +215,8 @@ def main() -> None:
     p.add_argument("--data-dir", type=Path)
     p.add_argument("--only", default="", help="Settings whose title has this text.")
     p.add_argument("--threads", type=int, default=2)
-    p.add_argument("--rounds", type=int, default=15)
+    p.add_argument("--pairs", type=int, default=3, help="Pairs of processes a setting.")
+    p.add_argument("--rounds", type=int, default=7, help="Rounds a pair.")
     p.add_argument("--out", type=Path, help="Append a JSON line a setting to this file.")
     p.add_argument("--serve", help=argparse.SUPPRESS)
     args = p.parse_args()
@@ -203,12 +228,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         batches_file = os.path.join(folder, "batches.pt")
         store_batches(args.data_dir, batches_file)
-        versions = [Version(path, batches_file, args.threads) for path in (args.old, args.new)]
         for setting in SETTINGS:
             if args.only not in title(setting):
                 continue
-            result = compare(*versions, setting, args.rounds)
-            low, high = result["quartiles"]
+            result = compare_pairs((args.old, args.new), setting, batches_file, args)
+            low, high = result["pairs"][0], result["pairs"][-1]
             print(
                 f"{result['setting']:45} old {result['old_ms']:8.2f} ms  new/old {result['ratio']:.3f} "
                 f"({low:.3f} to {high:.3f})  largest difference {result['max_difference']:.1e}",
@@ -217,10 +241,6 @@ def main() -> None:
             if args.out is not None:
                 with args.out.open("a") as file:
                     file.write(json.dumps(result) + "\n")
-        for version in versions:
-            assert version.process.stdin is not None
-            version.process.stdin.close()
-            version.process.wait()
 
 
 if __name__ == "__main__":
