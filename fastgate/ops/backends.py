@@ -215,7 +215,8 @@ def _old_package(versions: Mapping[str, str]) -> str:
 BACKENDS = (
     Backend("cpp", "cpu", CPU_OPS, lambda: load_cpu_library(), cpp, "float32 and bfloat16"),
     Backend(
-        "onednn", "cpu", ("linear", "linear_gelu"), missing_for_onednn, onednn, "float32 and bfloat16"
+        "onednn", "cpu", ("linear", "linear_gelu"), missing_for_onednn, onednn,
+        "float32, and bfloat16 on processors with AVX512 or AVX-NE-CONVERT",
     ),
     Backend(
         "cuda", "cuda", ("gated_add_norm",), lambda: load_cuda_library(), cuda,
@@ -375,13 +376,18 @@ def _candidates_on(op: str, device_type: str, has_accelerator: bool) -> list[Can
 
 def _rest(op: str, device_type: str, runs: str) -> str:
     """What the reference runs beside a backend."""
-    written = [backend.name for backend in backends_of(op, device_type)]
+    written = {backend.name: backend for backend in backends_of(op, device_type)}
     if runs:
-        takes_no_half = device_type == "cpu"
-        return f"what {runs} does not take: {'float16 and float64' if takes_no_half else 'float64'}"
+        taken = written[runs].load(op).dtypes
+        *first, last = [str(dtype).removeprefix("torch.") for dtype in registry.DTYPES if dtype not in taken]
+        return f"what {runs} does not take: {', '.join(first)}{' and ' if first else ''}{last}"
     if registry.reference_is_selected(op, device_type):
         return "every dtype: set_backend chose it"
-    return f"every dtype, in place of {written[0]}" if written else "every dtype: no kernel for the device"
+    return (
+        f"every dtype, in place of {next(iter(written))}"
+        if written
+        else "every dtype: no kernel for the device"
+    )
 
 
 def implementations(op: str, device_type: str = "cpu") -> list[Implementation]:

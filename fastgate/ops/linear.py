@@ -1,9 +1,9 @@
 """linear: x W^T, the product of a Linear; its bias is left to whatever reads the product next.
 
-On the CPU oneDNN computes it in float32 and bfloat16: in float32 torch's own F.linear goes to another
-library, which is slower on some processors. Elsewhere, under autocast and where torch traces, it is F.linear.
-With a weight that `pack` has laid out, csrc/cpu/linear.cpp computes it where the processor can, oneDNN
-elsewhere.
+On the CPU oneDNN computes it in float32, and in bfloat16 where the processor can. In float32 torch's own
+F.linear goes to another library, which is slower on some processors. Elsewhere, under autocast and where
+torch traces, it is F.linear. With a weight that `pack` has laid out, csrc/cpu/linear.cpp computes it where
+the processor can, oneDNN elsewhere.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from fastgate.errors import ArgumentError, Unsupported, format_error
 from fastgate.ops import autograd, onednn_shapes, registry
 
-ONEDNN_DTYPES = (torch.float32, torch.bfloat16)
 PACKED_LINEAR = "packed_linear"  # the compiled product
 PANEL_ROWS = 32  # rows of a weight that lie together, as csrc/cpu/linear.cpp has it
 ONEDNN_ROWS = 512  # rows of x that oneDNN chooses a layout for; it serves every other number
@@ -93,7 +92,7 @@ class Packed:
 
 
 def pack(weight: Tensor) -> Packed:
-    """A copy of a weight (N, K), float32 or bfloat16 on the CPU, laid out for its products."""
+    """A copy of a weight (N, K) on the CPU, of one of `onednn_dtypes`, laid out for its products."""
     weight = weight.detach().contiguous()
     rows, depth = weight.shape
     side_by_side = interleaving(weight.dtype, depth)
@@ -181,12 +180,11 @@ def onednn_supports(x: Tensor, weight: Tensor) -> bool:
     """Whether oneDNN multiplies these operands as they are now."""
     return (
         x.device.type == "cpu"
-        and x.dtype in ONEDNN_DTYPES
+        and x.dtype in onednn_dtypes()
         and x.dtype == weight.dtype
         and type(weight) in (Tensor, nn.Parameter)
         and registry.bypasses_dispatcher(x)
         and not torch.is_autocast_enabled("cpu")
-        and not missing_for_onednn()
     )
 
 
@@ -207,6 +205,15 @@ def missing_for_onednn() -> str:
     if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return f"torch {torch.__version__} has no mkldnn._linear_pointwise"
     return ""
+
+
+@functools.cache
+def onednn_dtypes() -> frozenset[torch.dtype]:
+    """What oneDNN multiplies here; none where it is missing. bfloat16 takes AVX512 or AVX-NE-CONVERT."""
+    if missing_for_onednn():
+        return frozenset()
+    bfloat16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return frozenset((torch.float32, torch.bfloat16) if bfloat16 else (torch.float32,))
 
 
 def onednn_product(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
@@ -278,7 +285,7 @@ registry.REFERENCE["linear"] = registry.Implementation(
 def onednn() -> registry.Implementation:
     """The CPU's, where `missing_for_onednn` finds nothing."""
     return registry.Implementation(
-        "onednn", onednn_product, _onednn_backward, frozenset(ONEDNN_DTYPES), fits=_fits_onednn
+        "onednn", onednn_product, _onednn_backward, onednn_dtypes(), fits=_fits_onednn
     )
 
 
