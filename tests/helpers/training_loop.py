@@ -1,11 +1,15 @@
-"""A tiny BERT, batches for it, and a plain training loop around a Pruner."""
+"""A tiny BERT, batches for it, a Pruner of it, and a plain training loop around a Pruner."""
 
 from __future__ import annotations
 
 import torch
+from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
+import fastgate
+
 CPU = torch.device("cpu")
+TOTAL = 20  # steps of a run of `a_pruner`
 
 
 def bert(layers=4, dropout=0.0, seed=0, head=BertForSequenceClassification):
@@ -36,6 +40,15 @@ def batch(seed=0, rows=6, length=9):
     }
 
 
+def config(**options):
+    options = {"warm": 0.1, "ramp": 0.4, "harden": 0.6, "gate_lr": 0.3} | options
+    return fastgate.PruningConfig(options.pop("target", fastgate.Sparsity(0.5)), **options)
+
+
+def a_pruner(model=None, teacher=None, total=TOTAL, **options):
+    return fastgate.Pruner(model or bert(), config(**options), total, teacher)
+
+
 def loss_of(pruner, model, inputs):
     """The complete loss of one batch."""
     inputs = pruner.prepare(inputs)
@@ -58,3 +71,9 @@ def run(pruner, model, steps, first=0, lr=1e-3):
         optimizer.step()
         pruner.step()
         optimizer.zero_grad()
+
+
+def facts(model):
+    """Rates of dropout, modes and requires_grad flags: what a Pruner changes and gives back."""
+    dropouts = [m.p for m in model.modules() if isinstance(m, nn.Dropout)]
+    return dropouts, [m.training for m in model.modules()], [p.requires_grad for p in model.parameters()]
