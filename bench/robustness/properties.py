@@ -3,7 +3,7 @@
     python bench/robustness/properties.py --cases 10000 --workers 2
     python bench/robustness/properties.py --case '{"family": "Bert", "head": "Model", "layers": 2}'
 
-The check is tests/helpers/random_models.py. Cases run in child processes, so that a crash or a hang is one
+The check is tests/helpers/random_check.py. Cases run in child processes, so that a crash or a hang is one
 failing case. What was done is kept in the file --out: the same command goes on where it was stopped. At the
 end every way to fail is printed once with its smallest case, and one line sums up. Exit status 1 if anything
 failed.
@@ -29,7 +29,7 @@ SECONDS = 120.0
 
 def run_child() -> None:
     import transformers
-    from helpers import random_models as models
+    from helpers import random_cases, random_check, random_minimum
     from hypothesis import HealthCheck, Phase, given, seed, settings
 
     transformers.logging.set_verbosity_error()
@@ -37,22 +37,22 @@ def run_child() -> None:
 
     for job in child_jobs.jobs_of_parent():
 
-        def one(case: models.Case) -> None:
+        def one(case: random_cases.Case) -> None:
             child_jobs.answer(begin=str(case))
             try:
-                child_jobs.answer(end=models.check(case))
-            except models.Difference as error:
-                small = models.with_fewer_changes(case, error.kind)
+                child_jobs.answer(end=random_check.check(case))
+            except random_check.Difference as error:
+                small = random_minimum.with_fewer_changes(case, error.kind)
                 way = (error.kind, *sorted({change.kind for change in small.changes}))
                 if way not in known:
                     known.add(way)
-                    small = models.minimised(small, error.kind)
+                    small = random_minimum.minimised(small, error.kind)
                 detail = str(error)[:300]
                 child_jobs.answer(
                     end="failed", kind=error.kind, case=str(small), first=str(case), detail=detail
                 )
 
-        strategy = models.cases(changed=bool(job["chunk"] % 2))
+        strategy = random_cases.cases(changed=bool(job["chunk"] % 2))
         limits = settings(
             max_examples=CHUNK, database=None, deadline=None, suppress_health_check=list(HealthCheck),
             phases=(Phase.generate,),
@@ -149,9 +149,9 @@ def main() -> int:
         run_child()
         return 0
     if args.case:
-        from helpers import random_models as models
+        from helpers import random_cases, random_check
 
-        print(models.check(models.Case.of(args.case)))
+        print(random_check.check(random_cases.Case.of(args.case)))
         return 0
     return run_all(args)
 

@@ -7,7 +7,8 @@ one minimised as JSON. Such a line goes into SEEN once it is mended.
 from __future__ import annotations
 
 import pytest
-from helpers.random_models import Case, cases, check
+from helpers.random_cases import Case, cases
+from helpers.random_check import check
 from hypothesis import HealthCheck, Phase, given, settings
 
 pytestmark = pytest.mark.slow
