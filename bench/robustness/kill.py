@@ -5,8 +5,8 @@
     python bench/robustness/kill.py sweep --points 100 --workers 2
 
 Half of the points are random times over the length of the operation, half are calls that change files, before
-or after the call. What counts as lost is in tests/helpers/kill_runs.py. One line sums up. Exit status 1 if
-anything was lost.
+or after the call. What counts as lost is in tests/helpers, in kill_saves.py, kill_trainings.py and
+kill_sweeps.py. One line sums up. Exit status 1 if anything was lost.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import threading
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 
@@ -28,18 +29,23 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 def work(what: str, folder: Path, worker: int, workers: int, points: int, seed: int) -> None:
     """Every so many-th point, in one process; a line of JSON to the standard output for each."""
     import transformers
-    from helpers import kill_runs
+    from helpers import kill_saves, kill_sweeps, kill_trainings, killed_processes
 
     transformers.logging.set_verbosity_error()
     place = folder / str(worker)
     place.mkdir()
-    kind = kill_runs.KINDS[what](place)
+    kinds: dict[str, Any] = {
+        "save": kill_saves.Saves,
+        "train": kill_trainings.Trainings,
+        "sweep": kill_sweeps.Sweeps,
+    }
+    kind = kinds[what](place)
     print(json.dumps({"seconds": kind.seconds, "calls": kind.calls}), flush=True)
-    chosen = list(enumerate(kill_runs.points(points, kind.seconds, kind.calls, seed)))[worker::workers]
+    chosen = list(enumerate(killed_processes.points(points, kind.seconds, kind.calls, seed)))[worker::workers]
     for number, point in chosen:
         try:
             said = {"found": kind.try_point(number, point)}
-        except kill_runs.Lost as error:
+        except killed_processes.Lost as error:
             said = {"found": "LOST", "detail": f"at point {number} ({point}): {error}"}
         print(json.dumps(said), flush=True)
 
