@@ -54,6 +54,17 @@ def poisoned():
 
 
 @pytest.fixture
+def few_rows(monkeypatch):
+    """Both tiles of the norms in Triton at the interpreter's numbers of rows."""
+    from helpers.triton_device import INTERPRETED
+
+    if INTERPRETED:
+        from fastgate.kernels import norm
+
+        monkeypatch.setattr(norm, "FEW_ROWS", 8)
+
+
+@pytest.fixture
 def stand_in():
     """The device on the CPU that graphs are captured on while the test runs."""
     from helpers import fake_cuda_graph

@@ -7,6 +7,7 @@ child process with the variable set, `pytest -m gpu` runs them on the device.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Sequence
 
@@ -27,8 +28,19 @@ if INTERPRETED:
 gpu_only = pytest.mark.skipif(INTERPRETED, reason="the interpreter has no streams and no graphs")
 
 
+def turns(place, shape, dtypes, largest):
+    """Places in `dtypes` for a shape: all; one in turn in the slow interpreter above `largest` elements."""
+    slow = INTERPRETED and math.prod(shape.sizes) > largest
+    return [place % len(dtypes)] if slow else range(len(dtypes))
+
+
 def moved(values, device):
     return [value.to(device) if isinstance(value, torch.Tensor) else value for value in values]
+
+
+def shifted(t: torch.Tensor) -> torch.Tensor:
+    """A copy on the device that begins between 16-byte boundaries."""
+    return torch.empty(t.numel() + 1, dtype=t.dtype, device=DEVICE)[1:].view(t.shape).copy_(t)
 
 
 def on_device(module) -> ops.Implementation:
@@ -44,6 +56,14 @@ def on_device(module) -> ops.Implementation:
     backward = there(module.backward)
     saving = ops.Saving(there(module.forward_saving), backward) if hasattr(module, "forward_saving") else None
     return ops.Implementation("triton", there(module.forward), backward, frozenset(), saving)
+
+
+def check_unaligned(module, operands: Sequence[object], grad: torch.Tensor, requested: int) -> None:
+    """A kernel module's functions on the device: unaligned operands give the bits that aligned ones give."""
+    others = [shifted(value) if isinstance(value, torch.Tensor) else value for value in operands]
+    assert torch.equal(module.forward(*operands), module.forward(*others))
+    found, again = (module.backward(grad, *values, requested) for values in (operands, others))
+    assert all(torch.equal(one, other) for one, other in zip(found, again, strict=True))
 
 
 def check_replay(call: Callable[[], Sequence[torch.Tensor]], change: Callable[[], None]) -> None:

@@ -13,6 +13,7 @@ import torch
 from helpers import cubin_stats, cuda_resources, subprocesses
 from helpers.cases import BF16, DTYPES, FP16, FP32, SHAPES, Dtypes
 from helpers.norm_cases import CALLS, SEED, check, make, requested_bits, run
+from helpers.op_checks import assert_same_bits
 from hypothesis import given as drawn
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -160,22 +161,21 @@ def test_sums_that_exceed_shared_memory_take_more_launches(emulated):
     backend, library = emulated
     given = make((3, 5000), DTYPES[0], "two norms and dropout")
     grad = torch.randn(3, 5000, generator=torch.Generator().manual_seed(1))
-    y, grads = run(backend, given, grad)
+    first = run(backend, given, grad)
     library.emulate(3, 70 * 1024)
-    y_again, grads_again = run(backend, given, grad)
+    again = run(backend, given, grad)
     library.emulate(3, A100_SHARED)
-    assert torch.equal(y, y_again) and all(torch.equal(grads[name], grads_again[name]) for name in grads)
+    assert_same_bits(first, again)
 
 
 @needs_compiler
 def test_bits_do_not_depend_on_alignment_emulated(emulated):
     given = make((5, 384), DTYPES[1], "everything")
     grad = torch.randn(5, 384, generator=torch.Generator().manual_seed(1))
-    y, grads = run(emulated[0], given, grad)
+    first = run(emulated[0], given, grad)
     room = torch.empty(5 * 384 + 3, dtype=torch.bfloat16)
     moved = {**given, "x": room[3:].view(5, 384).copy_(given["x"])}
-    again, grads_again = run(emulated[0], moved, grad)
-    assert torch.equal(y, again) and all(torch.equal(grads[name], grads_again[name]) for name in grads)
+    assert_same_bits(first, run(emulated[0], moved, grad))
 
 
 @needs_compiler
@@ -287,11 +287,9 @@ def test_masks_are_the_reference_s(on_gpu, seed, hidden):
 def test_a_hundred_launches_give_the_same_bits(on_gpu, dtypes):
     given = _to(make((4099, 768), dtypes, "everything"), "cuda")
     grad = torch.randn(4099, 768, device="cuda")
-    y, grads = run(on_gpu, given, grad)
+    first = run(on_gpu, given, grad)
     for _ in range(100):
-        again, grads_again = run(on_gpu, given, grad)
-        assert torch.equal(y, again)
-        assert all(torch.equal(grads[name], grads_again[name]) for name in grads)
+        assert_same_bits(first, run(on_gpu, given, grad))
 
 
 @pytest.mark.gpu

@@ -24,6 +24,7 @@ from helpers.embed_cases import (
     run,
 )
 from helpers.norm_cases import differentiable, double
+from helpers.op_checks import assert_same_bits, backends_and_dtypes, check_compiles, check_inference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -41,15 +42,7 @@ POSITIONAL = tuple(name for name in OPERANDS[:9])
 
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize(
-    ("name", "dtypes"),
-    [
-        pytest.param(name, dtypes, id=f"{name}-{dtypes[0]}-{dtypes[1]}")
-        for name, backend in BACKENDS.items()
-        for dtypes in DTYPES
-        if dtypes[0] in backend.dtypes
-    ],
-)
+@pytest.mark.parametrize(("name", "dtypes"), backends_and_dtypes(BACKENDS, DTYPES))
 def test_backends_are_as_exact_as_torch(name, dtypes, shape, call, poisoned):
     *outer, hidden = shape.sizes
     check(BACKENDS[name], make(math.prod(outer), hidden, dtypes, call))
@@ -104,10 +97,7 @@ def test_only_the_gradients_asked_for(name, names, poisoned):
 def test_bits_repeat(name, call):
     given = make(131, 195, DTYPES[0], call)
     grad = torch.randn(131, 195, generator=torch.Generator().manual_seed(1))
-    y, grads = run(BACKENDS[name], given, grad)
-    again, grads_again = run(BACKENDS[name], given, grad)
-    assert torch.equal(y, again)
-    assert all(torch.equal(grads[key], grads_again[key]) for key in grads)
+    assert_same_bits(run(BACKENDS[name], given, grad), run(BACKENDS[name], given, grad))
 
 
 @pytest.mark.parametrize("call", ["no types", "two norms and dropout"])
@@ -118,12 +108,10 @@ def test_bits_do_not_depend_on_threads(name, call):
     given["word_table"] = torch.randn(300, 384)
     given["words"] = torch.randint(300, (700,))
     grad = torch.randn(700, 384)
-    y, grads = run(BACKENDS[name], given, grad)
+    first = run(BACKENDS[name], given, grad)
     for threads in (1, 2, 3, 7):
         torch.set_num_threads(threads)
-        again, grads_again = run(BACKENDS[name], given, grad)
-        assert torch.equal(y, again)
-        assert all(torch.equal(grads[key], grads_again[key]) for key in grads)
+        assert_same_bits(first, run(BACKENDS[name], given, grad))
 
 
 def test_a_table_with_a_row_for_most_of_the_ids():
@@ -206,12 +194,7 @@ def test_autocast_leaves_the_tables_dtype(tables, vectors, enabled):
 
 def test_inference_calls_the_implementation_without_autograd():
     given = differentiable(make(3, 16, DTYPES[0], "plain"))
-    assert public(given).grad_fn is not None
-    with torch.no_grad():
-        y = public(given)
-    with torch.inference_mode():
-        assert torch.equal(public(given), y)
-    assert y.grad_fn is None
+    check_inference(public, given)
 
 
 @pytest.mark.parametrize("dtype", [FP16, torch.float64])
@@ -233,7 +216,6 @@ def test_opcheck(call, dtypes):
 
 @pytest.mark.parametrize("call", ["plain", "two norms and dropout"])
 def test_compiles_whole(call):
-    """torch.compile without a graph break, forward and backward, to the eager values."""
     given = differentiable(make(6, 24, DTYPES[0], call))
     leaves = [given[name] for name in BIT if given[name] is not None]
     keywords = {name: given[name] for name in ("dropout_p", "weight2", "norm_bias2", "eps2")}
@@ -241,14 +223,7 @@ def test_compiles_whole(call):
     def function(*tensors):
         return embed_norm(*tensors, given["eps"], **keywords).sin()
 
-    positional = [given[name] for name in POSITIONAL[:-1]]
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    torch.manual_seed(3)
-    got = torch.autograd.grad(compiled(*positional).sum(), leaves)
-    torch.manual_seed(3)
-    want = torch.autograd.grad(function(*positional).sum(), leaves)
-    for one, other in zip(got, want, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    check_compiles(function, [given[name] for name in POSITIONAL[:-1]], leaves)
 
 
 @pytest.mark.parametrize("dtype", [FP32, FP16])

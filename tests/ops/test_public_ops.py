@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers.cases import DTYPES
 from helpers.norm_cases import CALLS, differentiable, eager, gradients, keep_mask, make, requested_bits
+from helpers.op_checks import check_compiles, check_inference
 from torch.nn.functional import layer_norm
 
 from fastgate import ops
@@ -81,12 +82,7 @@ def test_inference_calls_the_implementation_without_autograd():
     given = make((3, 16), DTYPES[0], "plain")
     positional = [given[name] for name in ("x", "residual", "weight", "norm_bias", "eps")]
     positional[2] = positional[2].requires_grad_()
-    assert gated_add_norm(*positional).grad_fn is not None
-    with torch.no_grad():
-        y = gated_add_norm(*positional)
-    with torch.inference_mode():
-        assert torch.equal(gated_add_norm(*positional), y)
-    assert y.grad_fn is None
+    check_inference(gated_add_norm, *positional)
 
 
 @pytest.mark.parametrize("gate", [0.0, 0.25, 1.0])
@@ -112,7 +108,6 @@ def test_opcheck(call, dtypes):
 
 @pytest.mark.parametrize("call", ["bias", "everything"])
 def test_compiles_whole(call):
-    """torch.compile without a graph break, forward and backward, to the eager values."""
     given = make((6, 24), DTYPES[0], call)
     keywords = {name: given[name] for name in ("gate", "scale", "offset")}
     dropout_p = given["dropout_p"]
@@ -123,13 +118,7 @@ def test_compiles_whole(call):
         ).sin()
 
     inputs = [given[name].requires_grad_() for name in ("x", "residual", "weight", "norm_bias", "bias")]
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    torch.manual_seed(3)
-    got = torch.autograd.grad(compiled(*inputs).sum(), inputs)
-    torch.manual_seed(3)
-    want = torch.autograd.grad(function(*inputs).sum(), inputs)
-    for one, other in zip(got, want, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    check_compiles(function, inputs, inputs)
 
 
 REFUSED = {

@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers.cases import FP16, FP32, SHAPES
 from helpers.norm_cases import differentiable, double, gradients
+from helpers.op_checks import assert_same_bits, backends_and_dtypes, check_compiles, check_inference
 from helpers.shift_cases import (
     ALL,
     DTYPES,
@@ -36,15 +37,7 @@ LEAVES = ("x", *PARAMETERS)
 
 @pytest.mark.parametrize("links", [0.0, 0.8, 1.0])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize(
-    ("name", "dtypes"),
-    [
-        pytest.param(name, dtypes, id=f"{name}-{dtypes[0]}-{dtypes[1]}")
-        for name, backend in BACKENDS.items()
-        for dtypes in DTYPES
-        if dtypes[0] in backend.dtypes
-    ],
-)
+@pytest.mark.parametrize(("name", "dtypes"), backends_and_dtypes(BACKENDS, DTYPES))
 def test_backends_are_as_exact_as_torch(name, dtypes, shape, links, poisoned):
     *outer, hidden = shape.sizes
     check(BACKENDS[name], make(math.prod(outer), hidden, dtypes, links))
@@ -93,12 +86,10 @@ def test_bits_do_not_depend_on_threads(name):
     """Large enough for seven threads to share."""
     given = make(2117, 96, DTYPES[0])
     grad = torch.randn(2117, 96)
-    y, grads = run(BACKENDS[name], given, grad)
+    first = run(BACKENDS[name], given, grad)
     for threads in (1, 2, 3, 7):
         torch.set_num_threads(threads)
-        again, grads_again = run(BACKENDS[name], given, grad)
-        assert torch.equal(y, again)
-        assert all(torch.equal(grads[key], grads_again[key]) for key in grads)
+        assert_same_bits(first, run(BACKENDS[name], given, grad))
 
 
 def test_it_is_the_norm_of_a_replacement():
@@ -148,12 +139,7 @@ def test_public_function_trains_like_torch():
 
 def test_inference_calls_the_implementation_without_autograd():
     given = differentiable(make(3, 16, DTYPES[0]))
-    assert public(given).grad_fn is not None
-    with torch.no_grad():
-        y = public(given)
-    with torch.inference_mode():
-        assert torch.equal(public(given), y)
-    assert y.grad_fn is None
+    check_inference(public, given)
 
 
 @pytest.mark.parametrize("dtype", [FP16, torch.float64])
@@ -171,19 +157,13 @@ def test_opcheck(dtypes):
 
 
 def test_compiles_whole():
-    """torch.compile without a graph break, forward and backward, to the eager values."""
     given = differentiable(make(6, 24, DTYPES[0]))
     leaves = [given[name] for name in LEAVES]
 
     def function(*tensors):
         return shift_norm(*tensors).sin()
 
-    operands = [given[name] for name in OPERANDS]
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    got = torch.autograd.grad(compiled(*operands).sum(), leaves)
-    want = torch.autograd.grad(function(*operands).sum(), leaves)
-    for one, other in zip(got, want, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    check_compiles(function, [given[name] for name in OPERANDS], leaves)
 
 
 REFUSED = {

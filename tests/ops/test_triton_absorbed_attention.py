@@ -20,7 +20,7 @@ from helpers.absorbed_cases import (
     traceable,
 )
 from helpers.cases import BF16, FP16, FP32
-from helpers.triton_device import DEVICE, INTERPRETED, gpu_only
+from helpers.triton_device import DEVICE, INTERPRETED, gpu_only, shifted
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -30,8 +30,6 @@ from fastgate.ops.absorbed_attention import absorbed_attention
 from fastgate.ops.ragged import SequenceOffsets
 
 pytest.importorskip("triton", reason="triton is not installed")
-if INTERPRETED:
-    from helpers import interpreted  # noqa: F401  products and roundings of bfloat16
 from fastgate.kernels import absorbed_attention as kernels
 
 pytestmark = [pytest.mark.slow, *triton_device.MARKS]
@@ -153,9 +151,6 @@ def test_opcheck(filled):
 def test_strided_and_unaligned_operands():
     """Rows and probes of any strides, and beginning between 16-byte boundaries, give the same bits."""
     call = make(Case((9, 20), 3, 48, BF16, 0.1, "small"), DEVICE)
-
-    def shifted(t):
-        return torch.empty(t.numel() + 1, dtype=t.dtype, device=DEVICE)[1:].view(t.shape).copy_(t)
 
     def widened(t):
         return torch.stack((t, t), -1).flatten(-2)[..., ::2]

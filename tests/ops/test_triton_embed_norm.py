@@ -22,7 +22,8 @@ from helpers.embed_cases import (
     requested_bits,
     run,
 )
-from helpers.triton_device import DEVICE, INTERPRETED, gpu_only, moved
+from helpers.op_checks import assert_same_bits
+from helpers.triton_device import DEVICE, INTERPRETED, gpu_only, moved, turns
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -32,30 +33,15 @@ from fastgate.ops.embed_norm import BIT, OPERANDS, PARAMETERS
 from fastgate.ops.embed_norm import embed_norm as public_embed_norm
 
 pytest.importorskip("triton", reason="triton is not installed")
-from fastgate.kernels import embed_norm, norm
+from fastgate.kernels import embed_norm
 
-pytestmark = [pytest.mark.slow, *triton_device.MARKS]
+pytestmark = [pytest.mark.slow, *triton_device.MARKS, pytest.mark.usefixtures("few_rows")]
 BACKEND = triton_device.on_device(embed_norm)
-
-
-def turns(place, shape):
-    """All element types; one where the interpreter, which takes its time for every program, is slow."""
-    slow = INTERPRETED and math.prod(shape.sizes) > 2000
-    return [place % len(DTYPES)] if slow else range(len(DTYPES))
-
-
 COVER = [
     pytest.param(shape, DTYPES[turn], list(CALLS)[(place + turn) % len(CALLS)], id=f"{shape}-{turn}")
     for place, shape in enumerate(SHAPES)
-    for turn in turns(place, shape)
+    for turn in turns(place, shape, DTYPES, largest=2000)
 ]
-
-
-@pytest.fixture(autouse=True)
-def _few_rows(monkeypatch):
-    """Both of forward's tiles at the interpreter's numbers of rows."""
-    if INTERPRETED:
-        monkeypatch.setattr(norm, "FEW_ROWS", 8)
 
 
 @pytest.mark.parametrize(("shape", "dtypes", "call"), COVER)
@@ -101,16 +87,8 @@ def test_unaligned_operands():
     """Tensors that begin between 16-byte boundaries give the same bits."""
     given = make(13, 48, DTYPES[1], "two norms and dropout")
     grad = torch.randn(13, 48, generator=torch.Generator().manual_seed(1)).bfloat16().to(DEVICE)
-    operands, wanted = moved([given[name] for name in OPERANDS], DEVICE), requested_bits(given)
-    shifted = [
-        torch.empty(value.numel() + 1, dtype=value.dtype, device=DEVICE)[1:].view(value.shape).copy_(value)
-        if isinstance(value, torch.Tensor)
-        else value
-        for value in operands
-    ]
-    assert torch.equal(embed_norm.forward(*operands), embed_norm.forward(*shifted))
-    found, again = (embed_norm.backward(grad, *values, wanted) for values in (operands, shifted))
-    assert all(torch.equal(one, other) for one, other in zip(found, again, strict=True))
+    operands = moved([given[name] for name in OPERANDS], DEVICE)
+    triton_device.check_unaligned(embed_norm, operands, grad, requested_bits(given))
 
 
 @pytest.mark.parametrize(
@@ -149,11 +127,9 @@ def test_bits_repeat(call):
     grad = torch.randn(
         (len(given["words"]), len(given["weight"])), generator=torch.Generator().manual_seed(1)
     )
-    y, grads = run(BACKEND, given, grad)
+    first = run(BACKEND, given, grad)
     for _ in range(1 if INTERPRETED else 100):
-        again, grads_again = run(BACKEND, given, grad)
-        assert torch.equal(y, again)
-        assert all(torch.equal(grads[name], grads_again[name]) for name in grads)
+        assert_same_bits(first, run(BACKEND, given, grad))
 
 
 @pytest.fixture(params=[700, 5000])  # below and above the number of ids from which torch sorts them

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from helpers import triton_device
 from helpers.cases import DTYPES, SHAPES
 from helpers.norm_cases import CALLS, SEED, check, check_masks, check_strides, make, requested_bits, run
-from helpers.triton_device import DEVICE, INTERPRETED, gpu_only, moved
+from helpers.op_checks import assert_same_bits
+from helpers.triton_device import DEVICE, INTERPRETED, gpu_only, moved, turns
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,30 +18,15 @@ from fastgate.ops.gated_add_norm import DRESIDUAL, DX, OPERANDS, PARAMETER_BIT, 
 from fastgate.ops.gated_add_norm import gated_add_norm as public_gated_add_norm
 
 pytest.importorskip("triton", reason="triton is not installed")
-from fastgate.kernels import dropout, gated_add_norm, norm
+from fastgate.kernels import dropout, gated_add_norm
 
-pytestmark = [pytest.mark.slow, *triton_device.MARKS]
+pytestmark = [pytest.mark.slow, *triton_device.MARKS, pytest.mark.usefixtures("few_rows")]
 BACKEND = triton_device.on_device(gated_add_norm)
-
-
-def dtypes_for(place, shape):
-    """All of them; one where the interpreter, which takes its time for every program, is slow."""
-    slow = INTERPRETED and math.prod(shape.sizes) > 10_000
-    return [place % len(DTYPES)] if slow else range(len(DTYPES))
-
-
 COVER = [
     pytest.param(shape, DTYPES[turn], list(CALLS)[(place + turn) % len(CALLS)], id=f"{shape}-{DTYPES[turn]}")
     for place, shape in enumerate(SHAPES)
-    for turn in dtypes_for(place, shape)
+    for turn in turns(place, shape, DTYPES, largest=10_000)
 ]
-
-
-@pytest.fixture(autouse=True)
-def _few_rows(monkeypatch):
-    """Both of forward's tiles at the interpreter's numbers of rows."""
-    if INTERPRETED:
-        monkeypatch.setattr(norm, "FEW_ROWS", 8)
 
 
 @pytest.mark.parametrize(("shape", "dtypes", "call"), COVER)
@@ -87,19 +71,9 @@ def test_strided_operands():
 def test_unaligned_operands():
     """Tensors that begin between 16-byte boundaries give the same bits."""
     given = make((13, 48), DTYPES[1], "everything")
-    grad = torch.randn(13, 48, generator=torch.Generator().manual_seed(1)).bfloat16()
-    operands, wanted = moved([given[name] for name in OPERANDS], DEVICE), requested_bits(given)
-    shifted = [
-        torch.empty(value.numel() + 1, dtype=value.dtype, device=DEVICE)[1:].view(value.shape).copy_(value)
-        if isinstance(value, torch.Tensor)
-        else value
-        for value in operands
-    ]
-    assert torch.equal(gated_add_norm.forward(*operands), gated_add_norm.forward(*shifted))
-    found, again = (
-        gated_add_norm.backward(grad.to(DEVICE), *values, wanted) for values in (operands, shifted)
-    )
-    assert all(torch.equal(one, other) for one, other in zip(found, again, strict=True))
+    grad = torch.randn(13, 48, generator=torch.Generator().manual_seed(1)).bfloat16().to(DEVICE)
+    operands = moved([given[name] for name in OPERANDS], DEVICE)
+    triton_device.check_unaligned(gated_add_norm, operands, grad, requested_bits(given))
 
 
 @pytest.mark.parametrize("names", [("x",), ("residual", "weight"), ("gate",), ("bias", "offset")])
@@ -130,11 +104,9 @@ def test_dropout_needs_a_seed():
 def test_bits_repeat(call):
     given = make((37, 40) if INTERPRETED else (4099, 384), DTYPES[0], call)
     grad = torch.randn(given["x"].shape, generator=torch.Generator().manual_seed(1))
-    y, grads = run(BACKEND, given, grad)
+    first = run(BACKEND, given, grad)
     for _ in range(1 if INTERPRETED else 100):
-        again, grads_again = run(BACKEND, given, grad)
-        assert torch.equal(y, again)
-        assert all(torch.equal(grads[name], grads_again[name]) for name in grads)
+        assert_same_bits(first, run(BACKEND, given, grad))
 
 
 @pytest.fixture

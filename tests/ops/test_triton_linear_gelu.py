@@ -20,7 +20,7 @@ from helpers.linear_gelu_cases import (
     gradients,
     make,
 )
-from helpers.triton_device import DEVICE, INTERPRETED, gpu_only, moved
+from helpers.triton_device import DEVICE, INTERPRETED, gpu_only, moved, shifted
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import ndtr
@@ -119,10 +119,6 @@ def test_strided_and_unaligned_operands(form):
         wide = torch.full((t.shape[0], columns), math.nan, dtype=t.dtype, device=DEVICE)
         wide[:, : t.shape[1]] = t
         return wide[:, : t.shape[1]]
-
-    def shifted(t):
-        room = torch.empty(t.numel() + 1, dtype=t.dtype, device=DEVICE)
-        return room[1:].view(t.shape).copy_(t)
 
     y, v = linear_gelu.forward_saving(*operands)
     grads = linear_gelu.backward(grad, v, *operands, ALL)

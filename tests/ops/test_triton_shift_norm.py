@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers import triton_device
 from helpers.cases import SHAPES
+from helpers.op_checks import assert_same_bits
 from helpers.shift_cases import (
     ALL,
     DTYPES,
@@ -18,7 +19,7 @@ from helpers.shift_cases import (
     make,
     run,
 )
-from helpers.triton_device import DEVICE, INTERPRETED, gpu_only, moved
+from helpers.triton_device import DEVICE, INTERPRETED, gpu_only, moved, turns
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -28,30 +29,15 @@ from fastgate.ops.shift_norm import DX, OPERANDS, PARAMETER_BIT, PARAMETERS
 from fastgate.ops.shift_norm import shift_norm as public_shift_norm
 
 pytest.importorskip("triton", reason="triton is not installed")
-from fastgate.kernels import norm, shift_norm
+from fastgate.kernels import shift_norm
 
-pytestmark = [pytest.mark.slow, *triton_device.MARKS]
+pytestmark = [pytest.mark.slow, *triton_device.MARKS, pytest.mark.usefixtures("few_rows")]
 BACKEND = triton_device.on_device(shift_norm)
-
-
-def turns(place, shape):
-    """All element types; one where the interpreter, which takes its time for every program, is slow."""
-    slow = INTERPRETED and math.prod(shape.sizes) > 2000
-    return [place % len(DTYPES)] if slow else range(len(DTYPES))
-
-
 COVER = [
     pytest.param(shape, DTYPES[turn], id=f"{shape}-{turn}")
     for place, shape in enumerate(SHAPES)
-    for turn in turns(place, shape)
+    for turn in turns(place, shape, DTYPES, largest=2000)
 ]
-
-
-@pytest.fixture(autouse=True)
-def _few_rows(monkeypatch):
-    """Both of forward's tiles at the interpreter's numbers of rows."""
-    if INTERPRETED:
-        monkeypatch.setattr(norm, "FEW_ROWS", 8)
 
 
 @pytest.mark.parametrize(("shape", "dtypes"), COVER)
@@ -96,25 +82,15 @@ def test_unaligned_operands():
     given = make(13, 48, DTYPES[1])
     grad = torch.randn(13, 48, generator=torch.Generator().manual_seed(1)).bfloat16().to(DEVICE)
     operands = moved([given[name] for name in OPERANDS], DEVICE)
-    shifted = [
-        torch.empty(value.numel() + 1, dtype=value.dtype, device=DEVICE)[1:].view(value.shape).copy_(value)
-        if isinstance(value, torch.Tensor)
-        else value
-        for value in operands
-    ]
-    assert torch.equal(shift_norm.forward(*operands), shift_norm.forward(*shifted))
-    found, again = (shift_norm.backward(grad, *values, ALL) for values in (operands, shifted))
-    assert all(torch.equal(one, other) for one, other in zip(found, again, strict=True))
+    triton_device.check_unaligned(shift_norm, operands, grad, ALL)
 
 
 def test_bits_repeat():
     given = make(*((37, 40) if INTERPRETED else (4099, 384)), DTYPES[0])
     grad = torch.randn(given["x"].shape, generator=torch.Generator().manual_seed(1))
-    y, grads = run(BACKEND, given, grad)
+    first = run(BACKEND, given, grad)
     for _ in range(1 if INTERPRETED else 100):
-        again, grads_again = run(BACKEND, given, grad)
-        assert torch.equal(y, again)
-        assert all(torch.equal(grads[name], grads_again[name]) for name in grads)
+        assert_same_bits(first, run(BACKEND, given, grad))
 
 
 @pytest.fixture
