@@ -50,51 +50,22 @@ def operands(rows: int, hidden: int, sets: int) -> list[list[Tensor]]:
     return [[*ids(), *parameters] for _ in range(sets)]
 
 
-def wide(tensors: list[Tensor]) -> list[Tensor]:
-    return [t.detach().double() if t.is_floating_point() else t for t in tensors]
-
-
 def forward(rows: int, hidden: int) -> Work:
     """A word's row read and one written; positions' and types' rows come out of the cache."""
     size = rows * (2 * hidden * DTYPE.itemsize + 3 * 8)
-    sets = harness.sets_for(size)
-    given = operands(rows, hidden, sets)
-    found, absent = kernel_baselines.with_compiled({"fastgate": fused, "eager": eager}, eager)
-
-    return Work(
-        f"embed_norm forward {rows}x{hidden} {str(DTYPE).removeprefix('torch.')}",
-        {name: harness.inference(function, given) for name, function in found.items()},
-        size,
-        sets=sets,
-        absent=absent,
-        ceilings={"copy": harness.copying(size, sets)},
-        truth=[eager(*wide(given[0]))],
-        tolerance=TOLERANCE,
-    )
+    given = operands(rows, hidden, harness.sets_for(size))
+    group = f"embed_norm forward {rows}x{hidden} {str(DTYPE).removeprefix('torch.')}"
+    return kernel_baselines.inference_work(group, fused, eager, given, size, TOLERANCE)
 
 
 def backward(rows: int, hidden: int) -> Work:
     """dy and a word's row read, du written and read by each table, and the tables' gradients written."""
     tables = (VOCABULARY + POSITIONS + TYPES) * hidden
     size = (6 * rows * hidden + tables) * DTYPE.itemsize
-    sets = harness.sets_for(size)
-    given = operands(rows, hidden, sets)
+    given = operands(rows, hidden, harness.sets_for(size))
     grads = [torch.randn(rows, hidden, device=DEVICE).to(DTYPE) for _ in given]
-    for parameter in given[0][3:]:  # the same in all sets
-        parameter.requires_grad_()
-    found, absent = kernel_baselines.with_compiled({"fastgate": fused, "eager": eager}, eager)
-
-    exact = [t.requires_grad_() if t.is_floating_point() else t for t in wide(given[0])]
-    return Work(
-        f"embed_norm backward {rows}x{hidden} {str(DTYPE).removeprefix('torch.')}",
-        {name: harness.differentiation(function, given, grads) for name, function in found.items()},
-        size,
-        sets=sets,
-        absent=absent,
-        ceilings={"copy": harness.copying(size, sets)},
-        truth=torch.autograd.grad(eager(*exact), exact[3:], grads[0].double()),
-        tolerance=TOLERANCE,
-    )
+    group = f"embed_norm backward {rows}x{hidden} {str(DTYPE).removeprefix('torch.')}"
+    return kernel_baselines.differentiation_work(group, fused, eager, given, grads, size, TOLERANCE)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

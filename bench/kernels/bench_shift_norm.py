@@ -47,53 +47,21 @@ def operands(rows: int, hidden: int, sets: int) -> list[list[Tensor]]:
     return [[draw(rows, hidden), linked, *vectors] for _ in range(sets)]
 
 
-def wide(tensors: list[Tensor]) -> list[Tensor]:
-    return [t.detach().double() if t.is_floating_point() else t for t in tensors]
-
-
 def forward(rows: int, hidden: int) -> Work:
     """x read once and y written; the rows beside come out of the cache."""
     size = 2 * rows * hidden * DTYPE.itemsize
-    sets = harness.sets_for(size)
-    given = operands(rows, hidden, sets)
-    found, absent = kernel_baselines.with_compiled({"fastgate": fused, "eager": eager}, eager)
-
-    return Work(
-        f"shift_norm forward {rows}x{hidden} {str(DTYPE).removeprefix('torch.')}",
-        {name: harness.inference(function, given) for name, function in found.items()},
-        size,
-        sets=sets,
-        absent=absent,
-        ceilings={"copy": harness.copying(size, sets)},
-        truth=[eager(*wide(given[0]))],
-        tolerance=TOLERANCE,
-    )
+    given = operands(rows, hidden, harness.sets_for(size))
+    group = f"shift_norm forward {rows}x{hidden} {str(DTYPE).removeprefix('torch.')}"
+    return kernel_baselines.inference_work(group, fused, eager, given, size, TOLERANCE)
 
 
 def backward(rows: int, hidden: int) -> Work:
     """dy and x read, dx written; what a second kernel for dx costs is ours to pay."""
     size = 3 * rows * hidden * DTYPE.itemsize
-    sets = harness.sets_for(size)
-    given = operands(rows, hidden, sets)
+    given = operands(rows, hidden, harness.sets_for(size))
     grads = [torch.randn(rows, hidden, device=DEVICE).to(DTYPE) for _ in given]
-    for x, _, *vectors in given:
-        for leaf in (x, *vectors):
-            leaf.requires_grad_()
-    found, absent = kernel_baselines.with_compiled({"fastgate": fused, "eager": eager}, eager)
-
-    exact = [t.requires_grad_() if t.is_floating_point() else t for t in wide(given[0])]
-    return Work(
-        f"shift_norm backward {rows}x{hidden} {str(DTYPE).removeprefix('torch.')}",
-        {name: harness.differentiation(function, given, grads) for name, function in found.items()},
-        size,
-        sets=sets,
-        absent=absent,
-        ceilings={"copy": harness.copying(size, sets)},
-        truth=torch.autograd.grad(
-            eager(*exact), [t for t in exact if t.is_floating_point()], grads[0].double()
-        ),
-        tolerance=TOLERANCE,
-    )
+    group = f"shift_norm backward {rows}x{hidden} {str(DTYPE).removeprefix('torch.')}"
+    return kernel_baselines.differentiation_work(group, fused, eager, given, grads, size, TOLERANCE)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

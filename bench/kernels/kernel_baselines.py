@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import harness
 import torch
+from torch import Tensor
 
 from fastgate import ops
 from fastgate.ops import backends
@@ -48,6 +49,62 @@ def with_compiled(
     why not)."""
     found, reason = compiled(eager)
     return (functions, {"compile": reason}) if found is None else ({**functions, "compile": found}, {})
+
+
+def _wide(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [t.detach().double() if t.is_floating_point() else t for t in tensors]
+
+
+def inference_work(
+    group: str,
+    fused: Callable[..., Any],
+    eager: Callable[..., Any],
+    given: Sequence[Sequence[Tensor]],
+    size: int,
+    tolerance: float,
+) -> harness.Work:
+    """`fused` against torch's `eager`, compiled or not, without autograd; bounded by a copy of `size` bytes.
+
+    given: the operands of each set.
+    """
+    found, absent = with_compiled({"fastgate": fused, "eager": eager}, eager)
+    return harness.Work(
+        group,
+        {name: harness.inference(function, given) for name, function in found.items()},
+        size,
+        sets=len(given),
+        absent=absent,
+        ceilings={"copy": harness.copying(size, len(given))},
+        truth=[eager(*_wide(given[0]))],
+        tolerance=tolerance,
+    )
+
+
+def differentiation_work(
+    group: str,
+    fused: Callable[..., Any],
+    eager: Callable[..., Any],
+    given: Sequence[Sequence[Tensor]],
+    grads: Sequence[Tensor],
+    size: int,
+    tolerance: float,
+) -> harness.Work:
+    """As above, the gradients of every operand of floating point. grads: of the result, for each set."""
+    for t in (t for tensors in given for t in tensors if t.is_floating_point()):
+        t.requires_grad_()
+    found, absent = with_compiled({"fastgate": fused, "eager": eager}, eager)
+    exact = [t.requires_grad_() if t.is_floating_point() else t for t in _wide(given[0])]
+    leaves = [t for t in exact if t.requires_grad]
+    return harness.Work(
+        group,
+        {name: harness.differentiation(function, given, grads) for name, function in found.items()},
+        size,
+        sets=len(given),
+        absent=absent,
+        ceilings={"copy": harness.copying(size, len(given))},
+        truth=torch.autograd.grad(eager(*exact), leaves, grads[0].double()),
+        tolerance=tolerance,
+    )
 
 
 def liger(name: str) -> tuple[Callable[..., Any] | None, str]:
