@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from helpers.bfloat16 import PACKED_DTYPES
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -179,7 +180,7 @@ def test_only_attended_rows_of_a_tagging_baseline_are_compared():
     assert list(held) == ["padding"] and list(wrong) == ["attended"]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", PACKED_DTYPES)
 def test_choices_of_layers_share_the_timings_of_the_baselines(dtype, monkeypatch):
     monkeypatch.setattr(compare, "SECONDS", 0.0)
     model = reference("tokens", dtype)

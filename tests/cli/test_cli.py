@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 from helpers import subprocesses, tiny_models
+from helpers.bfloat16 import NEEDS_BFLOAT16
 from helpers.commands import run
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
@@ -252,6 +253,7 @@ def test_bench_of_a_pruned_checkpoint_sorted_by_length(world, monkeypatch):
     assert "speed-up of fastgate" in shown and "lower bound" in shown
 
 
+@NEEDS_BFLOAT16
 def test_bench_in_bfloat16_names_who_sat_out(world, monkeypatch):
     monkeypatch.setattr("fastgate.benchmark.baselines.importlib.util.find_spec", lambda package: None)
     data = ["--task", "sst2", "--data-dir", world / "data", "--max-length", 24, "--batches", 1]

@@ -7,10 +7,12 @@ from unittest import mock
 import pytest
 import torch
 from helpers import encoders
+from helpers.bfloat16 import PACKED_DTYPES
 from helpers.frozen_models import HEADS, frozen, outputs, packed
 from torch import nn
 
 import fastgate
+from fastgate.models import freezing
 from fastgate.models.handle import get_encoder
 from fastgate.nn.packed_linear import PackedLinear
 from fastgate.ops import backends, fused_layers
@@ -18,7 +20,7 @@ from fastgate.ops.linear import Packed
 from fastgate.runtime.layer import is_plain
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", PACKED_DTYPES, ids=str)
 @pytest.mark.parametrize("keep", [None, [0, 2], [0], []], ids=str)
 @pytest.mark.parametrize("head", HEADS)
 def test_the_outputs_are_the_same(head, keep, dtype):
@@ -188,3 +190,11 @@ def test_what_is_no_model_is_one_error(call, model):
         fastgate.ArgumentError, match=rf"{call.__name__}: model: got .* wanted a torch.nn.Module"
     ):
         call(model)
+
+
+def test_bfloat16_is_refused_where_the_processor_cannot_multiply_it(monkeypatch):
+    monkeypatch.setattr(freezing, "onednn_dtypes", lambda: frozenset([torch.float32]))
+    ours = fastgate.patch(encoders.make("Bert", "ForSequenceClassification")).to(torch.bfloat16)
+    with pytest.raises(fastgate.Unsupported, match=r"torch.bfloat16 on cpu.*AVX512.*model.float\(\)"):
+        fastgate.freeze(ours)
+    fastgate.freeze(ours.float())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import encoders
+from helpers.bfloat16 import NEEDS_BFLOAT16
 from helpers.frozen_models import frozen, outputs, packed
 from torch import nn
 
@@ -41,6 +42,7 @@ def test_a_state_dict_that_does_not_fit_is_refused():
     assert not ours.load_state_dict(short, strict=False).unexpected_keys
 
 
+@NEEDS_BFLOAT16
 def test_another_dtype_is_packed_anew():
     plain, ours = frozen()
     ours.to(torch.bfloat16)
@@ -50,6 +52,7 @@ def test_another_dtype_is_packed_anew():
     torch.testing.assert_close(outputs(ours, batch)[0], want, rtol=0.05, atol=0.05)
 
 
+@NEEDS_BFLOAT16
 def test_assigned_weights_have_the_dtype_they_come_in():
     plain, ours = frozen("ForTokenClassification")
     state = {name: t.to(torch.bfloat16) for name, t in plain.state_dict().items()}

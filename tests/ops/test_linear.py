@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.bfloat16 import NEEDS_BFLOAT16, PACKED_DTYPES
 from helpers.cases import BF16, FP16, FP32, allowed, error
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -75,11 +76,9 @@ def test_backward_passes_gradcheck():
 @ONEDNN
 def test_what_onednn_onednn_supports():
     x, weight, _ = make(4, 8, 6, FP32)
-    assert (
-        onednn_supports(x, weight)
-        and onednn_supports(x, torch.nn.Parameter(weight))
-        and onednn_supports(x.bfloat16(), weight.bfloat16())
-    )
+    assert onednn_supports(x, weight) and onednn_supports(x, torch.nn.Parameter(weight))
+    bfloat16 = onednn_supports(x.bfloat16(), weight.bfloat16())
+    assert bfloat16 == torch.ops.mkldnn._is_mkldnn_bf16_supported()
     assert not onednn_supports(x.double(), weight.double()) and not onednn_supports(x.bfloat16(), weight)
     assert not onednn_supports(x, torch.nn.Buffer(weight).as_subclass(type("Own", (torch.Tensor,), {})))
     with torch.autocast("cpu"):
@@ -160,8 +159,9 @@ def test_packed_pairs_are_as_exact_as_torch(rows, biased, gelu, poisoned):
             assert error(y, truth) <= allowed(own, truth, BF16)
 
 
+@NEEDS_BFLOAT16
 @pytest.mark.parametrize("depth", [96, 98])
-def test_bits_of_packed_pairs_do_not_depend_on_the_rows_beside(depth, poisoned):
+def test_bits_of_packed_bfloat16_do_not_depend_on_the_rows_beside(depth, poisoned):
     x, weight, _ = make(130, depth, 270, BF16)
     packed = pack(weight)
     whole = packed.product(x, gelu=True)
@@ -171,7 +171,7 @@ def test_bits_of_packed_pairs_do_not_depend_on_the_rows_beside(depth, poisoned):
 
 
 @pytest.mark.skipif(FORMS["panels"] != "", reason=FORMS["panels"])
-@pytest.mark.parametrize("dtype", [FP32, BF16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", PACKED_DTYPES, ids=["float32", "bfloat16"])
 def test_the_gelu_is_exact_to_4e_7_and_lets_what_is_no_number_through(dtype):
     """Of numbers that a product with the identity leaves as they are."""
     ends = torch.tensor([0.0, -0.0, 1e-20, -80.0, 80.0, 3e38])
@@ -188,7 +188,8 @@ def test_the_gelu_is_exact_to_4e_7_and_lets_what_is_no_number_through(dtype):
     assert packed.product(odd, gelu=True).isnan().all()
 
 
-def test_bits_of_packed_pairs_are_the_same_for_any_threads():
+@NEEDS_BFLOAT16
+def test_bits_of_packed_bfloat16_are_the_same_for_any_threads():
     x, weight, _ = make(130, 96, 270, BF16)
     packed, threads = pack(weight), torch.get_num_threads()
     whole = packed.product(x, gelu=True)
@@ -280,7 +281,7 @@ def test_pieces_are_as_exact_as_torch(shape, dtype, poisoned, in_pieces):
 
 
 @ONEDNN
-@pytest.mark.parametrize("dtype", [FP32, BF16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", PACKED_DTYPES, ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("rows", [0, 1, 2, 7, 64, 65, 200, 511, 512, 513, 778, 1100])
 def test_pieces_have_the_bits_of_the_whole(rows, dtype, monkeypatch, poisoned):
     """Of products, with a bias and the GELU too, and of both gradients.

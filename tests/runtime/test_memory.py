@@ -6,6 +6,7 @@ import os
 
 import pytest
 import torch
+from helpers.bfloat16 import NEEDS_BFLOAT16
 from helpers.encoders import LENGTHS, batch, make
 from helpers.subprocesses import finish, start
 from torch import nn
@@ -200,7 +201,7 @@ print(resident() - before)
 """
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=NEEDS_BFLOAT16)])
 @pytest.mark.parametrize("mode", ["train", "infer"])
 @pytest.mark.skipif(missing_for_onednn() != "", reason="no oneDNN")
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="resident memory is read from /proc")

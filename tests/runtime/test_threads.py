@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import encoders
+from helpers.bfloat16 import PACKED_DTYPES
 from helpers.threads import run_in_threads
 
 import fastgate
@@ -44,7 +45,7 @@ def test_one_model_in_many_threads(which, head):
                 torch.testing.assert_close(got, want[b], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", PACKED_DTYPES, ids=str)
 def test_packed_products_in_many_threads(dtype):
     weight = pack(torch.randn(640, 96).to(dtype))
     xs = [torch.randn(100 + i, 96).to(dtype) for i in range(THREADS)]
