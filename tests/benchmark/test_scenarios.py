@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import tiny_models
+from helpers.bfloat16 import NEEDS_BFLOAT16
 
 from fastgate.benchmark import compare, equivalence, model_variants
 
@@ -100,6 +101,7 @@ def test_a_sweep_goes_on_where_it_was(bench, sweep, capsys):
     assert left() == 1 and len(bench.table.read(bench.out)) == 4
 
 
+@NEEDS_BFLOAT16
 def test_a_line_says_what_was_timed(bench, sweep):
     assert sweep("--group", "tiny bfloat16 tokens") == 0 and torch.get_num_threads() == 1
     (line,) = bench.table.read(bench.out)
