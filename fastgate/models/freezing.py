@@ -21,7 +21,7 @@ from fastgate.nn.packed_linear import (
     without_gradients,
 )
 from fastgate.nn.plain_modules import is_plain
-from fastgate.ops.linear import Packed, missing_for_onednn, onednn_dtypes, pack_together
+from fastgate.ops.linear import ONEDNN_DTYPES, Packed, missing_for_onednn, pack_together
 from fastgate.runtime.layer import is_skipped, layers_that_mix
 
 M = TypeVar("M", bound=nn.Module)
@@ -108,11 +108,11 @@ def _packable(model: nn.Module, handles: list[EncoderHandle]) -> list[nn.Linear]
     ]
     places = {(linear.weight.device.type, linear.weight.dtype) for linear in linears}
     wrong = sorted(
-        f"{dtype} on {device}" for device, dtype in places if device != "cpu" or dtype not in onednn_dtypes()
+        f"{dtype} on {device}" for device, dtype in places if device != "cpu" or dtype not in ONEDNN_DTYPES
     )
     if wrong:
         wanted, remedy = "float32 or bfloat16 on the CPU", "run the model as it is, or convert it first"
-        if torch.bfloat16 not in onednn_dtypes():
+        if torch.bfloat16 not in ONEDNN_DTYPES:
             wanted = "float32 on the CPU (bfloat16 takes a processor with AVX512)"
             remedy = "call model.float() first, or run the model as it is"
         raise Unsupported(format_error("freeze", "model", ", ".join(wrong), wanted, remedy))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgate.errors import Unsupported, format_error
-from fastgate.ops.linear import Packed, onednn_dtypes, pack
+from fastgate.ops.linear import ONEDNN_DTYPES, Packed, pack
 from fastgate.ops.torch_compat import TensorWeakRef, version_of
 
 T = TypeVar("T")
@@ -168,7 +168,7 @@ def _refuse_weight(name: str, value: Any) -> None:
 
 
 def _check_place(weight: Tensor) -> None:
-    if weight.device.type != "cpu" or weight.dtype not in onednn_dtypes():
+    if weight.device.type != "cpu" or weight.dtype not in ONEDNN_DTYPES:
         got = f"{weight.dtype} on {weight.device}"
         raise Unsupported(format_error("freeze", "model", got, "float32 or bfloat16 on the CPU", _REMEDY))
 

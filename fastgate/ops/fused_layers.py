@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastgate.ops import autograd, registry
-from fastgate.ops.linear import Packed, onednn_dtypes
+from fastgate.ops.linear import ONEDNN_DTYPES, Packed
 
 COMPILED_OP = "fused_layers"
 OPS = ("attention", "absorbed_attention", "gated_add_norm", "shift_norm")  # what it calls, besides products
@@ -70,7 +70,7 @@ def runs(h: Tensor) -> bool:
     The compiled kernels are what runs their steps, and nothing traces, asks for a gradient or casts.
     """
     return (
-        h.dtype in onednn_dtypes()
+        h.dtype in ONEDNN_DTYPES
         and h.device.type == "cpu"
         and registry.bypasses_dispatcher(h)
         and not autograd.any_requires_grad(h)

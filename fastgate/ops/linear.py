@@ -92,7 +92,7 @@ class Packed:
 
 
 def pack(weight: Tensor) -> Packed:
-    """A copy of a weight (N, K) on the CPU, of one of `onednn_dtypes`, laid out for its products."""
+    """A copy of a weight (N, K) on the CPU, of one of `ONEDNN_DTYPES`, laid out for its products."""
     weight = weight.detach().contiguous()
     rows, depth = weight.shape
     side_by_side = interleaving(weight.dtype, depth)
@@ -180,7 +180,7 @@ def onednn_supports(x: Tensor, weight: Tensor) -> bool:
     """Whether oneDNN multiplies these operands as they are now."""
     return (
         x.device.type == "cpu"
-        and x.dtype in onednn_dtypes()
+        and x.dtype in ONEDNN_DTYPES
         and x.dtype == weight.dtype
         and type(weight) in (Tensor, nn.Parameter)
         and registry.bypasses_dispatcher(x)
@@ -207,13 +207,15 @@ def missing_for_onednn() -> str:
     return ""
 
 
-@functools.cache
-def onednn_dtypes() -> frozenset[torch.dtype]:
+def _onednn_dtypes() -> frozenset[torch.dtype]:
     """What oneDNN multiplies here; none where it is missing. bfloat16 takes AVX512 or AVX-NE-CONVERT."""
     if missing_for_onednn():
         return frozenset()
     bfloat16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return frozenset((torch.float32, torch.bfloat16) if bfloat16 else (torch.float32,))
+
+
+ONEDNN_DTYPES = _onednn_dtypes()
 
 
 def onednn_product(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
@@ -285,7 +287,7 @@ registry.REFERENCE["linear"] = registry.Implementation(
 def onednn() -> registry.Implementation:
     """The CPU's, where `missing_for_onednn` finds nothing."""
     return registry.Implementation(
-        "onednn", onednn_product, _onednn_backward, onednn_dtypes(), fits=_fits_onednn
+        "onednn", onednn_product, _onednn_backward, ONEDNN_DTYPES, fits=_fits_onednn
     )
 
 

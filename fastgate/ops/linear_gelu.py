@@ -12,9 +12,9 @@ from torch import Tensor
 from fastgate.errors import ArgumentError, format_error
 from fastgate.ops import autograd, registry
 from fastgate.ops.linear import (
+    ONEDNN_DTYPES,
     Packed,
     input_gradient,
-    onednn_dtypes,
     onednn_product,
     onednn_supports,
     weight_gradient,
@@ -162,7 +162,7 @@ def onednn() -> registry.Implementation:
     """The CPU's, where `linear.missing_for_onednn` finds nothing: bias and GELU within the product."""
     saving = registry.Saving(_onednn_saving, _onednn_backward)
     return registry.Implementation(
-        "onednn", _onednn_forward, _onednn_backward, onednn_dtypes(), saving, onednn_supports
+        "onednn", _onednn_forward, _onednn_backward, ONEDNN_DTYPES, saving, onednn_supports
     )
 
 

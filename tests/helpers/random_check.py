@@ -32,7 +32,7 @@ from helpers.random_models import build, call_of, fill_replacements, make_change
 from torch import Tensor, nn
 
 import fastgate
-from fastgate.ops.linear import onednn_dtypes
+from fastgate.ops.linear import ONEDNN_DTYPES
 
 # The rows that a demand of "first" leaves out are read by these.
 READ_MORE = (*TOKEN_HEADS, "ForQuestionAnswering")
@@ -52,7 +52,7 @@ def step(name: str) -> Iterator[None]:
 def expected(case: Case) -> bool:
     """Whether a refusal is what is documented: of a change, of a demand that leaves out rows read, or of
     freezing what the processor cannot multiply."""
-    packs = not case.freeze or DTYPES[case.dtype] in onednn_dtypes()
+    packs = not case.freeze or DTYPES[case.dtype] in ONEDNN_DTYPES
     return bool(case.changes) or (case.demand == "first" and case.head in READ_MORE) or not packs
 
 

@@ -193,7 +193,7 @@ def test_what_is_no_model_is_one_error(call, model):
 
 
 def test_bfloat16_is_refused_where_the_processor_cannot_multiply_it(monkeypatch):
-    monkeypatch.setattr(freezing, "onednn_dtypes", lambda: frozenset([torch.float32]))
+    monkeypatch.setattr(freezing, "ONEDNN_DTYPES", frozenset([torch.float32]))
     ours = fastgate.patch(encoders.make("Bert", "ForSequenceClassification")).to(torch.bfloat16)
     with pytest.raises(fastgate.Unsupported, match=r"torch.bfloat16 on cpu.*AVX512.*model.float\(\)"):
         fastgate.freeze(ours)
