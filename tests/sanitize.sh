@@ -42,7 +42,8 @@ run_tests() { # kind, libraries to load first, arguments of pytest
     --basetemp "$folder/tmp" "$@")
 }
 
-# Without the widest rows of precision tests: unoptimised code adds a row in another order.
+# Without the widest rows of precision tests, which test_any_shape of embed_norm draws too: unoptimised code adds a
+# row in another order.
 address() {
   local flags="-fsanitize=address,undefined -fno-sanitize-recover=undefined"
   copy address
@@ -53,7 +54,7 @@ address() {
   run_tests address "$(library libasan.so) $(library libubsan.so) $(library libstdc++.so)" \
     tests/ops/test_compiled_checks.py tests/ops/test_fused_layers.py tests/ops/test_gated_add_norm.py \
     tests/ops/test_attention.py tests/ops/test_absorbed_attention.py tests/ops/test_embed_norm.py tests/ops/test_shift_norm.py \
-    tests/ops/test_linear.py -k "not compil and not 8192 or compiled_checks"
+    tests/ops/test_linear.py -k "not compil and not 8192 and not (any_shape and test_embed_norm) or compiled_checks"
 }
 
 thread() {
