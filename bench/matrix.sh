@@ -28,10 +28,17 @@ needs() {
 import tomllib
 
 project = tomllib.load(open("pyproject.toml", "rb"))["project"]
-extras = project["optional-dependencies"]
-for need in project["dependencies"] + extras["demo"] + extras["test"]:
-    if not need.startswith(("torch>", "transformers>")):
-        print(need)
+
+
+def needs(packages):
+    for package in packages:
+        if package.startswith("fastgate["):  # an extra that includes another
+            needs(project["optional-dependencies"][package[len("fastgate["):-1]])
+        elif not package.startswith(("torch>", "transformers>")):
+            print(package)
+
+
+needs(project["dependencies"] + project["optional-dependencies"]["test"])
 PY
 }
 

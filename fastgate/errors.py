@@ -27,6 +27,10 @@ class DataError(FastgateError, ValueError):
     """A data file, column or label cannot be used for the task."""
 
 
+class MissingPackage(FastgateError, ImportError):
+    """A package that one of the extras of fastgate installs is missing."""
+
+
 def format_error(where: str, argument: str, got: object, wanted: str, remedy: str) -> str:
     """The form of every message: `where: argument: got X, wanted Y; remedy`.
 

@@ -13,9 +13,9 @@ from fastgate.models.architectures import base_class
 
 PACKAGE = Path(fastgate.__file__).parent
 NAMES = {
-    "ArgumentError", "CheckpointError", "DataError", "Distill", "FastgateError", "Fixed", "NothingPatched",
-    "Pruner", "PruningConfig", "SelfPruningMixin", "SelfPruningTrainer", "Sparsity", "Speedup", "Unsupported",
-    "explain", "freeze", "load", "patch", "prune", "save", "thaw", "unpatch",
+    "ArgumentError", "CheckpointError", "DataError", "Distill", "FastgateError", "Fixed", "MissingPackage",
+    "NothingPatched", "Pruner", "PruningConfig", "SelfPruningMixin", "SelfPruningTrainer", "Sparsity",
+    "Speedup", "Unsupported", "explain", "freeze", "load", "patch", "prune", "save", "thaw", "unpatch",
 }  # fmt: skip
 
 

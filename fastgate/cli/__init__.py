@@ -1,1 +1,1 @@
-"""The command line: main.py has the app, and each group of commands has a file."""
+"""The command line: entry.py starts it, main.py has the app, and each group of commands has a file."""

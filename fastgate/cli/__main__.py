@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastgate.cli.main import main
+from fastgate.cli.entry import main
 
 if __name__ == "__main__":
     main()

@@ -7,41 +7,69 @@ from typing import Annotated
 
 import typer
 
-from fastgate.cli.options import AsJson, BatchSize, DataDir, MaxLength, check_number, split_names
+from fastgate.cli.options import (
+    AsJson,
+    BatchSize,
+    DataDir,
+    Dtype,
+    MaxLength,
+    check_number,
+    check_task_name,
+    choice_of,
+    split_names,
+)
 from fastgate.cli.progress import console
 from fastgate.errors import ArgumentError, format_error
+from fastgate.extras import need
 
 
 def bench(
     model: Annotated[
-        str, typer.Option(help="minilm, bert-base or bert-large (random weights), a checkpoint, or a model.")
+        str,
+        typer.Option(
+            help="Model to time: minilm, bert-base or bert-large with random weights, or a checkpoint, or a "
+            "BERT or RoBERTa in a folder or on the hub."
+        ),
     ],
-    task: Annotated[str, typer.Option(help="Task whose evaluation set is timed.")],
+    task: Annotated[
+        str, typer.Option(help="Task whose evaluation rows are run, such as sst2.", callback=check_task_name)
+    ],
     data_dir: DataDir = None,
     against: Annotated[
         str,
-        typer.Option(help="Baselines, separated by commas: sdpa, eager, compile, onnxruntime, openvino."),
+        typer.Option(
+            help="Baselines to time, separated by commas: sdpa, eager, compile, onnxruntime, openvino."
+        ),
     ] = "sdpa,eager",
     keep: Annotated[
         str | None,
-        typer.Option(help="Layers whose attention is kept, separated by commas; by default all."),
+        typer.Option(help="Layers that keep their attention, separated by commas. By default all do."),
     ] = None,
     batch_size: BatchSize = 32,
-    batches: Annotated[int, typer.Option(help="Number of batches.", callback=check_number)] = 8,
+    batches: Annotated[int, typer.Option(help="Number of batches to time.", callback=check_number)] = 8,
     order: Annotated[
-        str, typer.Option(help="Order of the rows: data (as they come) or length (sorted by length).")
+        str,
+        typer.Option(
+            help="Order of the rows: data (as in the task) or length (sorted by length, little padding).",
+            callback=choice_of("data", "length"),
+        ),
     ] = "data",
-    threads: Annotated[int | None, typer.Option(help="CPU threads.", callback=check_number)] = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(help="Number of CPU threads. By default those of torch.", callback=check_number),
+    ] = None,
     max_length: MaxLength = 128,
-    dtype: Annotated[str, typer.Option(help="Precision of every model: float32 or bfloat16.")] = "float32",
+    dtype: Dtype = "float32",
     as_json: AsJson = False,
 ) -> None:
-    """Time fastgate and baselines in turn on the same real batches, after checking that outputs are equal."""
+    """Time fastgate and baselines in turn on the same batches, after a check that their outputs are equal."""
+    baselines, layers = split_names("--against", against), _layers(keep)
+    need("bench", "train", "datasets")
     from fastgate.benchmark.compare import bench as run_bench
     from fastgate.benchmark.compare import bench_table
 
     result = run_bench(
-        model, task, data_dir, against=split_names("--against", against), keep=_layers(keep),
+        model, task, data_dir, against=baselines, keep=layers,
         batch_size=batch_size, batches=batches, order=order, threads=threads, max_length=max_length,
         console=console(stderr=True), dtype=dtype,
     )  # fmt: skip

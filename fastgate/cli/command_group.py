@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import shlex
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,7 +16,8 @@ from fastgate.cli.progress import console, escape_unencodable_output
 from fastgate.errors import FastgateError
 
 _UsageError: Any = typer.BadParameter.__base__  # of whichever click typer brings
-_BUG = "a fault of fastgate's own; please report it with this traceback and the output of `fastgate info`"
+_ARGUMENTS = "fastgate.arguments"  # key in Context.meta: the arguments as the user typed them
+_BUG = "a bug in fastgate; please report it with this traceback and the output of `fastgate info`"
 
 
 class CommandGroup(TyperGroup):
@@ -24,9 +26,12 @@ class CommandGroup(TyperGroup):
     Each but 0 prints one line that says why. A traceback means a bug in fastgate.
     """
 
-    def make_context(self, *args: Any, **kwargs: Any) -> Any:
+    def make_context(self, info_name: str | None, args: list[str], *rest: Any, **extra: Any) -> Any:
+        typed = list(args)  # parsing empties the list
         try:
-            return super().make_context(*args, **kwargs)
+            context = super().make_context(info_name, args, *rest, **extra)
+            context.meta[_ARGUMENTS] = typed
+            return context
         except _UsageError as error:
             if type(error).__name__ == "NoArgsIsHelpError":  # it shows the help
                 raise
@@ -43,15 +48,15 @@ class CommandGroup(TyperGroup):
         except _UsageError as error:
             _end_usage(error)
         except KeyboardInterrupt as error:
-            end_command(f"interrupted{_hint(error)}", 130)
+            end_command("interrupted", 130, _hint(error))
         except OSError as error:
             if error.errno == errno.EPIPE:
                 raise
             reason = error.strerror or str(error).strip().splitlines()[0]
             where = "" if error.filename is None else f"{error.filename}: "
-            end_command(f"{where}{reason}{_hint(error)}", 1)
+            end_command(f"{where}{reason}", 1, _hint(error))
         except MemoryError as error:
-            end_command(f"out of memory{_hint(error)}; lower --batch-size or --max-length", 1)
+            end_command("out of memory; lower --batch-size or --max-length", 1, _hint(error))
         except Exception as error:
             if type(error).__module__.startswith(("click", "typer")):
                 raise
@@ -59,11 +64,20 @@ class CommandGroup(TyperGroup):
             raise
 
 
-def end_command(message: object, status: int) -> NoReturn:
-    """End the command with one line on stderr."""
+def end_command(message: object, status: int, hint: str = "") -> NoReturn:
+    """End the command with one line on stderr.
+
+    hint: is printed as it is after the message, because it may hold a command.
+    """
     line = " ".join(str(message).split())
-    console(stderr=True).print(f"error: {line}", style="red", soft_wrap=True)
+    console(stderr=True).print(f"error: {line}{hint}", style="red", soft_wrap=True)
     raise typer.Exit(status)
+
+
+def typed_command(context: typer.Context, *more: str) -> str:
+    """The command as the user typed it, quoted for a shell. more: arguments to add where they are missing."""
+    typed = context.meta[_ARGUMENTS]
+    return shlex.join(["fastgate", *typed, *(argument for argument in more if argument not in typed)])
 
 
 def _end_usage(error: Any) -> NoReturn:

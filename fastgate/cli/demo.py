@@ -7,26 +7,33 @@ from typing import Annotated
 
 import typer
 
-from fastgate.cli.command_group import resume_hint
+from fastgate.cli.command_group import resume_hint, typed_command
 from fastgate.cli.options import DataDir, Seed, TaskName, expand_path
 from fastgate.cli.progress import console
 from fastgate.errors import ArgumentError, format_error
+from fastgate.extras import need
 
 
 def demo(
+    context: typer.Context,
     task: TaskName = None,
     data_dir: DataDir = None,
     out: Annotated[
-        Path, typer.Option(help="Folder for the checkpoint and the report.", callback=expand_path)
+        Path,
+        typer.Option(
+            help="Folder for the pruned model and the report. Replaces an earlier demo there.",
+            callback=expand_path,
+        ),
     ] = Path("fastgate-demo"),
     seed: Seed = 0,
 ) -> None:
-    """Fine-tune, self-prune and compare a small BERT on text this machine has, in minutes."""
+    """Fine-tune, prune and time a small BERT on docstrings of the installed packages, in minutes."""
+    if task is None and data_dir is not None:
+        raise ArgumentError(format_error("demo", "--data-dir", "it without --task", "a task", "pass --task"))
+    need("demo", "demo")
     from fastgate.cli.demo_run import run_demo
     from fastgate.training.run_folder import check_replaceable
 
-    if task is None and data_dir is not None:
-        raise ArgumentError(format_error("demo", "--data-dir", "it without --task", "a task", "pass --task"))
     check_replaceable(out)
-    with resume_hint(lambda: "run the same command to begin again"):
+    with resume_hint(lambda: f"begin again with: {typed_command(context)}"):
         run_demo(out, console(), task_name=task, data_dir=data_dir, seed=seed)

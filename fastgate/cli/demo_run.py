@@ -77,7 +77,9 @@ def run_demo(
     clear(out)
     with Display(console) as display:
         config = demo_config(task.name, str(model_path), seed)
-        result = finetune(config, task, out, listener=display, tell=console.print, save_every=None)
+        result = finetune(
+            config, task, out, listener=display, tell=console.print, announce=console.print, save_every=None
+        )
     console.print("Timing the same rows on Hugging Face and on fastgate, in turn ...")
     results, worst = measure(out, task, result)
     seconds = time.perf_counter() - started

@@ -26,14 +26,16 @@ from fastgate.cli.options import (
     ValidationFile,
     expand_path,
 )
-from fastgate.cli.progress import console
+from fastgate.cli.progress import Display, console
+from fastgate.extras import need
 
 
 def evaluate(
     path: Annotated[
         Path,
         typer.Argument(
-            help="A fastgate checkpoint, or a fine-tuned model in a folder.", callback=expand_path
+            help="Model to score: a fastgate checkpoint, or a fine-tuned model in a folder.",
+            callback=expand_path,
         ),
     ],
     task: TaskName = None,
@@ -50,7 +52,8 @@ def evaluate(
     max_eval_rows: MaxEvalRows = None,
     as_json: AsJson = False,
 ) -> None:
-    """Score a model on a task."""
+    """Score a fine-tuned model on a task."""
+    need("evaluate", "train")
     from fastgate.training import load_tokenizer
     from fastgate.training.evaluate import check_fits, class_names, collator_of, read_model, score
 
@@ -66,7 +69,8 @@ def evaluate(
     rows = loaded.tokenize(tokenizer, max_length, stride)["evaluation"]
     for note in loaded.notes:
         print_note(note)
-    scores = score(model, loaded, rows, collator_of(loaded, tokenizer), batch_size)
+    with Display(console(stderr=True)) as display:
+        scores = score(model, loaded, rows, collator_of(loaded, tokenizer), batch_size, display)
     count = len(loaded.evaluation)
     if as_json:
         result = {"task": loaded.name, "rows": count, "metric": loaded.metric, "scores": scores}

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from fastgate.cli.command_group import print_note, resume_hint
+from fastgate.cli.command_group import print_note, resume_hint, typed_command
 from fastgate.cli.options import (
     BatchSize,
     Columns,
@@ -27,58 +28,80 @@ from fastgate.cli.options import (
     TrainFile,
     ValidationFile,
     check_number,
+    choice_of,
     expand_path,
 )
 from fastgate.cli.progress import Display, console
 from fastgate.errors import ArgumentError, format_error
-from fastgate.training.setting_ranges import option_of
+from fastgate.extras import need
+from fastgate.nn.choices import POOLINGS, Pooling
+from fastgate.training.setting_ranges import DEFAULT_SPARSITY, option_of
 
 if TYPE_CHECKING:
     from fastgate.training.config import FinetuneConfig
-    from fastgate.training.targets import RunTarget
 
-Out = Annotated[Path, typer.Option(help="Folder for the dense and the pruned model.", callback=expand_path)]
+Out = Annotated[
+    Path,
+    typer.Option(
+        help="New folder for the dense model, the pruned model and their scores.", callback=expand_path
+    ),
+]
 TargetSparsity = Annotated[
     float | None,
     typer.Option(
-        help="Share of the attention sublayers to remove; 0.8 if no target is given.", callback=check_number
+        help=f"Share of the attention sublayers to remove, rounded to whole layers. Default: "
+        f"{DEFAULT_SPARSITY}. It takes one pruning run, and MiniLM-L6 kept 98% to 102% of its dense score "
+        f"on seven tasks, on average of three seeds.",
+        callback=check_number,
     ),
 ]
 TargetSpeedup = Annotated[
     float | None,
     typer.Option(
-        help="Target: divide the encoder's FLOPs by this factor. Replaces --target-sparsity.",
+        help="Remove attention until the FLOPs of the encoder are divided by this factor, for example 2.0. "
+        "Use instead of --target-sparsity.",
         callback=check_number,
     ),
 ]
 MaxDropShare = Annotated[
     float | None,
     typer.Option(
-        help="Target: remove as much as possible while at most this share of the score is lost. Replaces "
+        help="Remove as much attention as possible while the score falls by at most this share, for example "
+        "0.01. It takes several pruning runs, which are compared on held-out training rows. Use instead of "
         "--target-sparsity.",
         callback=check_number,
     ),
 ]
 Epochs = Annotated[float, typer.Option(help="Epochs of the dense fine-tune.", callback=check_number)]
 PruneEpochs = Annotated[
-    float, typer.Option(help="Epochs of the pruning, search and recovery together.", callback=check_number)
+    float,
+    typer.Option(help="Epochs of the pruning run: search and recovery together.", callback=check_number),
 ]
-LearningRate = Annotated[float, typer.Option(help="Peak learning rate.", callback=check_number)]
+LearningRate = Annotated[
+    float, typer.Option(help="Peak learning rate of both trainings.", callback=check_number)
+]
 Bf16 = Annotated[
-    bool, typer.Option("--bf16", help="Train in bfloat16 by autocast; faster on hardware that supports it.")
+    bool, typer.Option("--bf16", help="Train in bfloat16 with autocast. Weights and scores stay in float32.")
 ]
-Pooling = Annotated[
-    str, typer.Option(help="What the pooler of a text classifier reads: first (token 0) or mean (all).")
+PoolingName = Annotated[
+    str,
+    typer.Option(
+        help="What a text classifier reads: first (token 0) or mean (the mean over all tokens).",
+        callback=choice_of(*POOLINGS),
+    ),
 ]
 Resume = Annotated[
     bool,
     typer.Option(
-        "--resume", help="Resume the run in --out. Until its pruning has begun, the target may change."
+        "--resume",
+        help="Continue the run in --out from its last checkpoint. The target may change until pruning has "
+        "begun.",
     ),
 ]
 
 
 def finetune(  # typer reads the options from the signature
+    context: typer.Context,
     model: Model,
     out: Out,
     task: TaskName = None,
@@ -99,19 +122,23 @@ def finetune(  # typer reads the options from the signature
     max_length: MaxLength = 128,
     stride: Stride = None,
     bf16: Bf16 = False,
-    pooling: Pooling = "first",
+    pooling: PoolingName = "first",
     max_train_rows: MaxTrainRows = None,
     max_eval_rows: MaxEvalRows = None,
     seed: Seed = 0,
     resume: Resume = False,
 ) -> None:
-    """Fine-tune a dense model, prune it while training continues, and save both with their scores."""
-    from fastgate.training.config import FinetuneConfig, check_pooling
+    """Fine-tune a dense model, prune it while training continues, and save both models with their scores."""
+    numbers = {"sparsity": target_sparsity, "speedup": target_speedup, "max_drop": max_drop}
+    _check_one_target(numbers)
+    need("finetune", "train")
+    from fastgate.training.config import FinetuneConfig
+    from fastgate.training.targets import DEFAULT_TARGET, targets_in
 
-    target = _target(sparsity=target_sparsity, speedup=target_speedup, max_drop=max_drop)
+    (target,) = targets_in(numbers) or [DEFAULT_TARGET]
     config = FinetuneConfig(
         model=model, task="", target=target, max_length=max_length, stride=stride,
-        pooling=check_pooling("finetune", "--pooling", pooling),
+        pooling=cast(Pooling, pooling),
         batch_size=batch_size, bf16=bf16, seed=seed, dense_epochs=epochs, prune_epochs=prune_epochs,
         dense_lr=lr, prune_lr=lr,
     )  # fmt: skip
@@ -120,23 +147,19 @@ def finetune(  # typer reads the options from the signature
         columns=columns, label_column=label_column, evaluate_on=evaluate_on, max_train_rows=max_train_rows,
         max_eval_rows=max_eval_rows,
     )  # fmt: skip
-    _run(config, data, out, resume)
+    _run(context, config, data, out, resume)
 
 
-def _target(**numbers: float | None) -> RunTarget:
-    """The target of the options. Raises ArgumentError for several."""
-    from fastgate.pruning import Sparsity
-    from fastgate.training.targets import key_of, targets_in
-
-    targets = targets_in(numbers)
-    if len(targets) > 1:
-        got = " and ".join(option_of(key_of(target)) for target in targets)
+def _check_one_target(numbers: Mapping[str, float | None]) -> None:
+    """Raises ArgumentError for several targets."""
+    given = [option_of(name) for name, number in numbers.items() if number is not None]
+    if len(given) > 1:
         options = "--target-sparsity, --target-speedup, --max-drop"
+        got = " and ".join(given)
         raise ArgumentError(format_error("finetune", options, got, "one of them", "pass only one"))
-    return targets[0] if targets else Sparsity(0.8)
 
 
-def _run(config: FinetuneConfig, data: DataOptions, out: Path, resume: bool) -> None:
+def _run(context: typer.Context, config: FinetuneConfig, data: DataOptions, out: Path, resume: bool) -> None:
     from fastgate.training.finetune import finetune as run_finetune
     from fastgate.training.model import model_source
     from fastgate.training.run_folder import RUN, check_free
@@ -146,7 +169,7 @@ def _run(config: FinetuneConfig, data: DataOptions, out: Path, resume: bool) -> 
 
     def hint() -> str:
         if (out / RUN).is_file():
-            return "run the same command with --resume to continue from the last checkpoint"
+            return f"continue from the last checkpoint with: {typed_command(context, '--resume')}"
         return f"nothing was written to {out}"
 
     with resume_hint(hint):
@@ -154,7 +177,9 @@ def _run(config: FinetuneConfig, data: DataOptions, out: Path, resume: bool) -> 
         sources = {**data.sources, "evaluate_on": list(task.evaluate_on)}
         config = replace(config, task=task.name, data=sources)
         with Display(console()) as display:
-            result = run_finetune(config, task, out, resume=resume, listener=display, tell=print_note)
+            result = run_finetune(
+                config, task, out, resume=resume, listener=display, tell=print_note, announce=display.print
+            )
     print_result(result, out)
 
 
@@ -164,7 +189,7 @@ def print_result(result: dict[str, Any], out: Path) -> None:
     dense, pruned, metric = result["dense"], result["pruned"], result["metric"]
     kept = f"attention kept in {pruned['kept']} of {pruned['layers']} layers"
     for line in (
-        f"dense  {metric} {dense['score']:.4f}, every attention",
+        f"dense  {metric} {dense['score']:.4f}, attention in all {pruned['layers']} layers",
         f"pruned {metric} {pruned['score']:.4f}, {kept}",
         f"see {out / 'result.json'}; load it with fastgate.load({str(out / 'pruned')!r})",
     ):

@@ -15,12 +15,13 @@ def explain(
     path: Annotated[
         Path,
         typer.Argument(
-            help="A fastgate checkpoint or a model, in a folder or on the hub.", callback=expand_path
+            help="Model to explain: a fastgate checkpoint, or a BERT or RoBERTa, in a folder or on the hub.",
+            callback=expand_path,
         ),
     ],
     as_json: AsJson = False,
 ) -> None:
-    """Show what runs, layer by layer: output rows, steps, share of the FLOPs."""
+    """Show what a model computes, layer by layer: output rows, steps and share of the FLOPs."""
     from fastgate.models.explanation import explain as explain_model
     from fastgate.training.evaluate import read_model
 
@@ -29,7 +30,7 @@ def explain(
 
 
 def info(as_json: AsJson = False) -> None:
-    """Show versions, the build, and which implementation runs each op on this machine, and why."""
+    """Show versions, the build, and which implementation runs each op on this machine and why."""
     from fastgate.env import collect, render
 
     facts = collect()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -25,6 +26,37 @@ def check_number(param: typer.CallbackParam, value: Any) -> Any:
     return value
 
 
+def choice_of(*names: str) -> Callable[[typer.Context, typer.CallbackParam, str], str]:
+    """A callback for an option that has one of these values."""
+
+    def check(context: typer.Context, param: typer.CallbackParam, value: str) -> str:
+        if value not in names:
+            option, wanted = option_of(param.name or ""), " or ".join(names)
+            command = context.info_name or "fastgate"
+            raise ArgumentError(format_error(command, option, repr(value), wanted, "pass one of these"))
+        return value
+
+    return check
+
+
+def check_task_name(value: str | None) -> str | None:
+    """The callback of --task. Raises DataError for a name that is not in the catalogue."""
+    if value is not None:
+        from fastgate.data.catalog import check_name
+
+        check_name(value)
+    return value
+
+
+def check_task_type(value: str | None) -> str | None:
+    """The callback of --task-type. Raises DataError for an unknown type."""
+    if value is not None:
+        from fastgate.data.catalog import check_kind
+
+        check_kind(value)
+    return value
+
+
 def expand_path(value: Path | None) -> Path | None:
     """The callback of every path: expands `~`, which the shell leaves in `--out=~/run`."""
     try:
@@ -39,65 +71,96 @@ def expand_path(value: Path | None) -> Path | None:
         raise typer.BadParameter(str(error)) from error
 
 
-Model = Annotated[str, typer.Option(help="Name of a BERT or RoBERTa on the hub, or a folder with one.")]
+Model = Annotated[
+    str, typer.Option(help="BERT or RoBERTa to fine-tune: a name on the hub, or a folder with the model.")
+]
 TaskName = Annotated[
     str | None,
     typer.Option(
         "--task",
-        help="sst2, cola, mrpc, stsb, qqp, mnli, qnli, rte, wnli, imdb, conll2003, wnut17, ptb, ud_ewt "
-        "or ud_ewt_xpos.",
+        help="Task to use: sst2, cola, mrpc, stsb, qqp, mnli, qnli, rte, wnli, imdb, conll2003, wnut17, ptb, "
+        "ud_ewt or ud_ewt_xpos.",
+        callback=check_task_name,
     ),
 ]
 DataDir = Annotated[
     Path | None,
     typer.Option(
-        help="Folder with TASK/SPLIT.jsonl.gz; without it the hub's data set is used.", callback=expand_path
+        help="Folder to read the task from, with files TASK/SPLIT.jsonl.gz. By default the task is "
+        "downloaded from the hub.",
+        callback=expand_path,
     ),
 ]
 EvaluateOn = Annotated[
     str | None,
-    typer.Option(help="Splits to score together, separated by commas; by default the task's own."),
+    typer.Option(
+        help="Splits of --task to score on, separated by commas. By default the task's usual splits."
+    ),
 ]
 TaskType = Annotated[
-    str | None, typer.Option(help="Type of your own files: text, pair, regression or tokens.")
+    str | None,
+    typer.Option(
+        help="Type of task in your own files: text (one text, one class), pair (two texts, one class), "
+        "regression (a number) or tokens (one tag per word).",
+        callback=check_task_type,
+    ),
 ]
 TrainFile = Annotated[
     Path | None,
     typer.Option(
-        "--train", help="Your training rows (a jsonl, json, csv or tsv file).", callback=expand_path
+        "--train",
+        help="Your file of training rows: .jsonl, .json, .csv or .tsv, or .jsonl.gz.",
+        callback=expand_path,
     ),
 ]
 ValidationFile = Annotated[
     Path | None,
-    typer.Option("--validation", help="Your rows to score on (such a file).", callback=expand_path),
+    typer.Option(
+        "--validation",
+        help="Your file of rows to score on, in one of the formats of --train.",
+        callback=expand_path,
+    ),
 ]
 Columns = Annotated[
     str | None,
-    typer.Option(help="Input columns of your files, separated by commas: text, text,text_pair or tokens."),
+    typer.Option(
+        help="Input columns of your files, separated by commas. Default: text, or text,text_pair for pair, "
+        "or tokens for tokens."
+    ),
 ]
 LabelColumn = Annotated[
-    str | None, typer.Option(help="Label column of your files; by default label, or tags for tokens.")
+    str | None, typer.Option(help="Label column of your files. Default: label, or tags for tokens.")
 ]
 MaxTrainRows = Annotated[
-    int | None, typer.Option(help="Train on this many rows, drawn at random.", callback=check_number)
+    int | None,
+    typer.Option(
+        help="Train on at most this many rows, drawn at random. By default on all.", callback=check_number
+    ),
 ]
 MaxEvalRows = Annotated[
-    int | None, typer.Option(help="Score on this many rows, drawn at random.", callback=check_number)
+    int | None,
+    typer.Option(
+        help="Score on at most this many rows, drawn at random. By default on all.", callback=check_number
+    ),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-MaxLength = Annotated[
-    int, typer.Option(help="Rows are truncated to this many tokens.", callback=check_number)
-]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+MaxLength = Annotated[int, typer.Option(help="Truncate rows to this many tokens.", callback=check_number)]
 Stride = Annotated[
     int | None,
     typer.Option(
-        help="Split longer texts into windows of --max-length tokens that overlap by this many tokens, "
-        "instead of truncating them.",
+        help="Split long texts into windows of --max-length tokens that overlap by this many tokens, and "
+        "average their logits. By default long texts are truncated.",
         callback=check_number,
     ),
 ]
 BatchSize = Annotated[int, typer.Option(help="Rows per batch.", callback=check_number)]
 Seed = Annotated[int, typer.Option(help="Random seed.", callback=check_number)]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        help="Precision of every model: float32 or bfloat16.", callback=choice_of("float32", "bfloat16")
+    ),
+]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,10 +17,12 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from fastgate.training.progress import DENSE, PRUNE, Progress
+from fastgate.training.progress import DENSE, PRUNE, SCORE, Progress
 
-_TITLES = {DENSE: "dense fine-tune", PRUNE: "self-prune"}
+_TITLES = {DENSE: "dense fine-tune", PRUNE: "self-prune", SCORE: "score"}
+_UNITS = {DENSE: "step", PRUNE: "step", SCORE: "batch"}
 _LINES_PER_PHASE = 10  # without a terminal
+_SHORT = 10.0  # seconds; a scoring that takes less prints no lines
 
 
 def console(*, stderr: bool = False) -> Console:
@@ -35,6 +37,13 @@ def escape_unencodable_output() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+def duration(seconds: float) -> str:
+    """A time as a person says it: `40 s`, `12 min`, `3.5 h`."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 100 * 60 else f"{seconds / 3600:.1f} h"
+
+
 class Display:
     """A listener for `finetune`. Call it with each Progress, inside its `with` block.
 
@@ -44,7 +53,8 @@ class Display:
     def __init__(self, console: Console, plain: bool = False):
         self.console, self.plain = console, plain
         self.live: Live | None = None
-        self._start = 0.0  # time at which the phase began
+        self._start = 0.0  # time after the first step of the phase here
+        self._first = 0  # that step: a resumed phase does not begin at 1
         self._phase, self._step = "", 0
         self._last_line = ("", "", -1)  # phase, stage and tenth of the phase
 
@@ -60,19 +70,24 @@ class Display:
         if self.live is not None:
             self.live.stop()
 
+    def print(self, line: str) -> None:
+        """Print a line above the bars."""
+        self.console.print(line, soft_wrap=True)
+
     def __call__(self, progress: Progress) -> None:
         if progress.phase != self._phase or progress.step <= self._step:
-            self._start = time.monotonic()
+            self._start, self._first = time.monotonic(), progress.step
         self._phase, self._step = progress.phase, progress.step
         seconds = time.monotonic() - self._start
+        is_short = progress.phase == SCORE and seconds < _SHORT
         if self.live is not None:
             self.live.update(self._picture(progress, seconds))
-            if progress.step == progress.total:
+            if progress.step == progress.total and not is_short:
                 self.console.print(self._line(progress, seconds), soft_wrap=True)
             return
         tenth = progress.step * _LINES_PER_PHASE // max(progress.total, 1)
         line = (progress.phase, progress.stage, tenth)
-        if line != self._last_line:
+        if line != self._last_line and not is_short:
             self._last_line = line
             self.console.print(self._line(progress, seconds), soft_wrap=True)
 
@@ -80,13 +95,21 @@ class Display:
         loss = "" if progress.loss is None else f", loss {progress.loss:.3f}"
         stage = f" ({progress.stage})" if progress.stage else ""
         gates = "  gates " + " ".join(f"{gate:.2f}" for gate in progress.gates) if progress.gates else ""
-        steps = f"step {progress.step} of {progress.total}"
-        return f"{_TITLES[progress.phase]}{stage}: {steps}, {seconds:.0f} s{loss}{gates}"
+        steps = f"{_UNITS[progress.phase]} {progress.step} of {progress.total}"
+        left = self._left(progress, seconds)
+        return f"{_TITLES[progress.phase]}{stage}: {steps}, {duration(seconds)}{left}{loss}{gates}"
+
+    def _left(self, progress: Progress, seconds: float) -> str:
+        """The remaining time of the phase at the mean speed so far."""
+        done, remaining = progress.step - self._first, progress.total - progress.step
+        return f", about {duration(seconds / done * remaining)} left" if done > 0 and remaining > 0 else ""
 
     def _picture(self, progress: Progress, seconds: float) -> RenderableType:
         grid = Table.grid(padding=(0, 1))
         grid.add_row(
-            "steps", ProgressBar(progress.total, progress.step, width=40), f"{progress.step}/{progress.total}"
+            _UNITS[progress.phase],
+            ProgressBar(progress.total, progress.step, width=40),
+            f"{progress.step}/{progress.total}",
         )
         for layer, gate in enumerate(progress.gates):
             word = "open" if gate > 0.99 else "closed" if gate < 0.01 else f"{gate:.2f}"

@@ -7,37 +7,38 @@ from typing import Annotated
 
 import typer
 
-from fastgate.cli.options import DataDir, expand_path
+from fastgate.cli.options import DataDir, Dtype, expand_path
 from fastgate.cli.progress import console
+from fastgate.extras import need
 
 
 def report(
     lines: Annotated[
-        Path, typer.Argument(help="File of results that `fastgate sweep` wrote.", callback=expand_path)
+        Path, typer.Argument(help="File of results from `fastgate sweep`.", callback=expand_path)
     ],
     out: Annotated[
-        Path, typer.Option(help="Folder for tables.md and the plots.", callback=expand_path)
+        Path, typer.Option(help="Folder to write tables.md and the plots to.", callback=expand_path)
     ] = Path("report"),
     data_dir: DataDir = None,
     measure: Annotated[
         bool,
-        typer.Option("--measure", help="First time each choice of layers on this machine (fastgate bench)."),
+        typer.Option("--measure", help="First measure the speed-up of each pruned model on this machine."),
     ] = False,
     recipe: Annotated[
         Path | None,
         typer.Option(
-            help="Sweep file (YAML): print only one table, of its tasks and targets.", callback=expand_path
+            help="Sweep file (YAML). Print only one table, with the tasks and targets of that file.",
+            callback=expand_path,
         ),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="Precision to measure in: float32 or bfloat16.")] = "float32",
+    dtype: Dtype = "float32",
 ) -> None:
-    """Make tables and plots of a sweep: scores, paired differences to dense, speed-ups, kept layers."""
-    from fastgate.benchmark.compare import dtype_of
+    """Write tables and plots of a sweep: scores, differences to dense, speed-ups, kept layers."""
+    need("report", "report")
     from fastgate.report.sweep_report import write_sweep_report
     from fastgate.training.disk import check_makeable
     from fastgate.training.sweep_results import check_results
 
-    dtype_of("report", dtype)
     check_results(lines)
     check_makeable("report", "--out", out)
     write_sweep_report(lines, out, data_dir, measure, console(stderr=True), recipe, dtype)

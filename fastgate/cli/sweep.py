@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fastgate.cli.command_group import end_command, resume_hint
+from fastgate.cli.command_group import end_command, resume_hint, typed_command
 from fastgate.cli.options import DataDir, check_number, expand_path
 from fastgate.cli.progress import Display, console
+from fastgate.extras import need
 
 if TYPE_CHECKING:
     from fastgate.training.sweep_config import SweepRun
@@ -18,31 +19,35 @@ if TYPE_CHECKING:
 RecipeArgument = Annotated[
     Path,
     typer.Argument(
-        help="Sweep file (YAML) with tasks, seeds, runs and settings, as bench/sweeps/tasks.yaml has them.",
+        help="Sweep file (YAML) with tasks, seeds, runs and settings, such as bench/sweeps/tasks.yaml.",
         callback=expand_path,
     ),
 ]
 
 
 def sweep(
+    context: typer.Context,
     recipe: RecipeArgument,
     data_dir: DataDir = None,
-    model: Annotated[str | None, typer.Option(help="Overrides the sweep file's model.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Model to use instead of the one in the sweep file.")
+    ] = None,
     out: Annotated[
-        Path, typer.Option(help="File of results, with one JSON line for each run.", callback=expand_path)
+        Path, typer.Option(help="File to append results to, one JSON line per run.", callback=expand_path)
     ] = Path("tasks.jsonl"),
     work: Annotated[
         Path, typer.Option(help="Folder for dense models and unfinished runs.", callback=expand_path)
     ] = Path("sweep-work"),
     workers: Annotated[
-        int, typer.Option(help="Number of processes, which share cores and GPUs.", callback=check_number)
+        int, typer.Option(help="Number of processes. They share the cores and GPUs.", callback=check_number)
     ] = 1,
     left: Annotated[
-        bool, typer.Option("--left", help="Print the runs that are left, and do none of them.")
+        bool, typer.Option("--left", help="Print the runs that are not finished yet, and start none.")
     ] = False,
     as_worker: Annotated[bool, typer.Option("--as-worker", hidden=True)] = False,
 ) -> None:
     """Run methods, sparsities and seeds on tasks. The same command continues an interrupted sweep."""
+    need("sweep", "train")
     from fastgate.training import sweep as sweeps
     from fastgate.training.model import model_source
     from fastgate.training.sweep_config import read_sweep_config
@@ -59,7 +64,7 @@ def sweep(
         return
     if not as_worker:
         sweeps.check_files(out, work)
-    with resume_hint(lambda: "run the same command again to continue"):
+    with resume_hint(lambda: f"continue with: {typed_command(context)}"):
         if as_worker:
             _do_runs(runs, data_dir, out, work, plain=True)
             return  # the process that started the workers reports what is left

@@ -98,6 +98,15 @@ CATALOG: dict[str, Spec] = {
 }
 
 
+def check_name(name: str) -> None:
+    """Raises DataError for a task that is not in the catalogue."""
+    if name not in CATALOG:
+        remedy = "pick one of them, or pass your own files with --task-type, --train and --validation"
+        raise DataError(
+            format_error("fastgate", "--task", repr(name), "one of " + ", ".join(CATALOG), remedy)
+        )
+
+
 def check_kind(kind: str) -> None:
     """Raises DataError for an unknown kind of task."""
     if kind not in KINDS:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastgate.data.catalog import CATALOG, Spec, check_kind, hub_config
+from fastgate.data.catalog import CATALOG, Spec, check_kind, check_name, hub_config
 from fastgate.data.files import Table, read_file, read_folder, read_hub
 from fastgate.data.formats import refuse
 from fastgate.data.labels import Classes, class_key, class_keys
@@ -57,9 +57,7 @@ def load_task(
     `max_train_rows` and `max_eval_rows` keep that many rows, drawn by a shuffle with `seed`; each of
     several splits keeps its share.
     """
-    if name not in CATALOG:
-        remedy = "pick one of them, or pass your own files with --task-type, --train and --validation"
-        refuse("fastgate", "--task", repr(name), "one of " + ", ".join(CATALOG), remedy)
+    check_name(name)
     spec = CATALOG[name]
     if data_dir is not None:
         tables = read_folder(data_dir, spec.folder or name, {"train", *(evaluate_on or spec.evaluate_on)})

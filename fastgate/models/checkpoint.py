@@ -62,14 +62,23 @@ def save(
 ) -> Path:
     """Write a patched model to the folder `path`: `fastgate.json`, `config.json`, `model.safetensors`.
 
-    Only weights that are left are written. These files, and those of `tokenizer` if it is given, replace
-    those of the same names all at once; every other file in the folder stays. A crash or a full disk leaves
-    the former checkpoint as it was. With fastgate imported the Auto classes of transformers read the folder
-    too. Returns the path.
+    Removed weights are not written. These files, and those of `tokenizer`, replace those of the same names
+    all at once; every other file in the folder stays. A crash or a full disk leaves the former checkpoint as
+    it was. With fastgate imported, the Auto classes of transformers read the folder too.
 
-    Raises NothingPatched for a model that is not patched, ArgumentError if a gate is not hardened, `path`
-    holds a model that fastgate did not write, or `tokenizer` is none, Unsupported for a model that its config
-    does not describe, which `load` could not build.
+    Args:
+        model: A patched model, pruned or not, frozen or not.
+        path: The folder. It is made if it is missing.
+        tokenizer: A tokenizer of transformers to write beside the model.
+
+    Returns:
+        The path.
+
+    Raises:
+        NothingPatched: For a model that is not patched.
+        ArgumentError: If a gate is not hardened, `path` holds a model that fastgate did not write, or
+            `tokenizer` is no tokenizer.
+        Unsupported: For a model that its config does not describe, which `load` could not build.
     """
     check_module("save", model)
     refuse_adapters("save", model)
@@ -313,12 +322,19 @@ def _errors_of_the_disk() -> Iterator[None]:
 
 
 def load(path: str | os.PathLike[str]) -> PreTrainedModel:
-    """Read a checkpoint that `save` wrote: the patched, pruned model, in eval mode, on the CPU.
+    """Read a checkpoint that `save` wrote.
 
     Folders that `save_pretrained` of a pruned model or a Trainer wrote are such checkpoints too. A save that
     was interrupted gives the old model or the new one, never a mix. No file is changed and no code is run.
 
-    Raises CheckpointError if it is missing, incomplete, damaged, or of a newer format.
+    Args:
+        path: The folder.
+
+    Returns:
+        The patched, pruned model, in eval mode, on the CPU, in the dtype that it was saved in.
+
+    Raises:
+        CheckpointError: If the checkpoint is missing, incomplete, damaged, or of a newer format.
     """
     folder = folder_to_read(path)
     meta, data, file = snapshot(folder)

@@ -28,18 +28,25 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def freeze(model: M) -> M:
-    """Lay the weights of plain Linears out as they are multiplied, in place; returns the model.
+    """Pack the weights of plain Linears for inference on the CPU, in place.
 
-    For inference on the CPU in float32 or bfloat16: the same outputs but for rounding, and the layers of an
-    encoder of nothing but plain modules run in one call. The packed weights replace the parameters, so they
-    can neither go stale nor be trained: a forward in training mode raises Unsupported, and so does a backward
-    through the outputs. No parameter's `requires_grad` is changed; if none asks for a gradient, outputs have
-    none. Weights that several modules share, and those that are read otherwise than by a product, stay as
-    they are. The state dict and `fastgate.save` hold ordinary weights. `fastgate.thaw(model)` gives the
-    Linears back. Freezing twice changes nothing.
+    The outputs stay the same but for rounding. The layers of an encoder of plain modules then run in one
+    call. Packed weights replace the parameters, so they can neither go stale nor be trained. A forward in
+    training mode raises Unsupported, and so does a backward through the outputs. No parameter's
+    `requires_grad` is changed. If none asks for a gradient, the outputs have none. Weights that several
+    modules share, and weights that are read otherwise than by a product, stay as they are. The state dict and
+    `fastgate.save` hold ordinary weights. Freezing twice changes nothing.
 
-    Raises NothingPatched for a model that is not patched, ArgumentError for one in training mode or with soft
-    gates, Unsupported for other devices and dtypes or a torch without oneDNN.
+    Args:
+        model: A patched model in eval mode, in float32 on the CPU, or in bfloat16 on a CPU with AVX512.
+
+    Returns:
+        The model. `fastgate.thaw(model)` gives the Linears back.
+
+    Raises:
+        NothingPatched: For a model that is not patched.
+        ArgumentError: For a model in training mode or with soft gates.
+        Unsupported: For other devices and dtypes, or a torch without oneDNN.
     """
     check_module("freeze", model)
     handles = _handles(model)
@@ -120,11 +127,20 @@ def _packable(model: nn.Module, handles: list[EncoderHandle]) -> list[nn.Linear]
 
 
 def thaw(model: M) -> M:
-    """Make Linears again of what `freeze` packed, in place; returns the model.
+    """Undo `freeze`, in place.
 
-    They are the modules that they were, with the parameters that they had where somebody still holds those,
-    such as an optimizer, and new ones elsewhere. A model that is not frozen stays as it is. Warns if such a
-    parameter was changed in place meanwhile: the frozen model did not have the change, the thawed one has it.
+    The Linears are the modules that they were. They have the parameters that they had where somebody still
+    holds those, such as an optimizer, and new ones elsewhere. A model that is not frozen stays as it is.
+
+    Args:
+        model: A frozen model.
+
+    Returns:
+        The model.
+
+    Warns:
+        RuntimeWarning: If such a parameter was changed in place meanwhile. The frozen model did not have the
+            change, and the thawed one has it.
     """
     check_module("thaw", model)
     edited = []

@@ -23,35 +23,39 @@ M = TypeVar("M", bound=nn.Module)
 def patch(
     model: M, demand: Demand | None = None, *, pooling: Pooling | None = None, graphs: bool | None = None
 ) -> M:
-    """Make every BERT or RoBERTa encoder inside `model` run unpadded batches, in place; returns the model.
+    """Make every BERT or RoBERTa encoder inside `model` compute unpadded batches, in place.
 
     The outputs stay those of transformers on the output rows, which are the rows that the head reads. Other
     rows may not be computed, and come back as zeros. Everything is checked before anything is changed.
     Patching twice changes nothing.
 
-    demand: the rows of a bare encoder that you read: "first" token 0 of each sequence, "all" (the default)
-    every attended token. A head and a sentence-transformers model know theirs: CLS pooling reads one row, any
-    other pooling all. "all" computes the attended rows there too; a demand for fewer rows than are read is
-    refused. The demand stays until `patch` is called with another. `encode` of a sentence-transformers model
-    that asks for the tokens, or whose pooling was changed, computes all attended rows from then on; other
-    calls of a model whose pooling was changed need `patch` once more.
+    Heads for tokens and bare encoders also take the output rows of one call: `model(**batch, rows=mask)`,
+    with a mask (batch, length) of bool. Labelled rows are always among them. In training they are the only
+    ones by default.
 
-    Heads for tokens and bare encoders also take the rows of one call: `model(**batch, rows=mask)`, mask
-    (batch, length) bool. Labelled rows are always among them; in training they are the only ones by default.
+    Args:
+        model: A model of transformers or sentence-transformers, or any module that contains one.
+        demand: The rows of a bare encoder that you read. "first" is token 0 of each sequence, "all" every
+            attended token (the default). A head and a sentence-transformers model know their rows: CLS
+            pooling reads one row, any other pooling all. The demand stays until `patch` is called with
+            another one. Call `patch` again after you change the pooling of a sentence-transformers model.
+        pooling: What the encoder's pooler reads. "first" is token 0, as in transformers. "mean" is the mean
+            over the attended tokens, which are then all output rows; the mean of a sequence without a token
+            is zeros. The default is the entry `fastgate_pooling` of the config, which checkpoints keep, else
+            "first". transformers does not read that entry: unpatched, a model with "mean" reads token 0.
+            "mean" is for heads that read the pooler alone, such as BertForSequenceClassification, and for
+            bare encoders.
+        graphs: Whether inference on a GPU captures CUDA graphs of small batches and replays them. The default
+            is the model's current setting, at first True.
 
-    pooling: what the encoder's pooler reads: "first" token 0, as in transformers, or "mean" the mean over the
-    attended rows, which are then all output rows; the mean of a sequence without one is zeros. None: what the
-    config says as `fastgate_pooling`, where it is kept so that checkpoints have it, else "first".
-    transformers does not read that entry: unpatched, a model with "mean" would read token 0. It is for
-    encoders of which only the pooler is read, as BertForSequenceClassification does, and for bare ones;
-    RoBERTa's head for sequences reads token 0 by itself.
+    Returns:
+        The model.
 
-    graphs: whether inference on a GPU captures CUDA graphs of small batches and replays them, as
-    fastgate/runtime/cuda_graphs.py says; None: as the model has it, at first yes.
-
-    Raises NothingPatched if no known encoder is inside; Unsupported for decoders, cross-attention, replaced
-    modules and hooks that would not run, a pooling that the model's head does not read, and installed
-    libraries that lack a name fastgate uses; ArgumentError for a demand that leaves out rows that are read.
+    Raises:
+        NothingPatched: If no supported encoder is inside.
+        Unsupported: For decoders, cross-attention, replaced modules, hooks that would not run, a pooling that
+            the head does not read, and installed libraries that lack a name fastgate uses.
+        ArgumentError: For a demand that leaves out rows that are read.
     """
     check_module("patch", model)
     compat.check()
@@ -187,10 +191,17 @@ def _swap(located: LocatedEncoder, settings: _Settings) -> None:
 
 
 def unpatch(model: M) -> M:
-    """Give every module its class of transformers back, in place; returns the model.
+    """Give every module its class of transformers back, in place.
 
-    Raises Unsupported if attention was pruned or is gated, or a pooler reads the mean: the classes of
-    transformers cannot run such a model.
+    Args:
+        model: A patched model with every attention in place. A frozen model is thawed first.
+
+    Returns:
+        The model.
+
+    Raises:
+        Unsupported: If attention was pruned or is gated, or a pooler reads the mean. The classes of
+            transformers cannot run such a model.
     """
     check_module("unpatch", model)
     encoders = [located for located in find_encoders(model) if hasattr(located.encoder, "fastgate_runtime")]

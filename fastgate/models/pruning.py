@@ -19,20 +19,25 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def prune(model: M, keep: Iterable[SupportsIndex], replacement: ReplacementKind = "zero") -> M:
-    """Keep self-attention in the layers `keep` and remove it from all others, in place; returns the model.
+    """Keep self-attention in the layers `keep` and remove it from all others, in place.
 
-    Patches the model if it is not patched, drops the query, key, value and output weights of the other
+    Patches the model if it is not patched. Drops the query, key, value and output weights of the other
     layers, and leaves their LayerNorm.
 
-    keep: indices from 0, integers of Python, numpy or torch.
+    Args:
+        model: A model with one BERT or RoBERTa encoder.
+        keep: Indices of layers, from 0: integers of Python, numpy or torch.
+        replacement: What takes the place of a pruned attention. "zero" is nothing, "mean" a vector, "affine"
+            a vector and a scale per channel. "shift", the token shift, is these and, per channel, weights on
+            the previous and the next token. Values already learned stay; others start at zero. Only the token
+            shift costs a step of its own, and output rows that it adds.
 
-    replacement: what takes the place of a pruned attention. `zero`: nothing. `mean`: a vector. `affine`: a
-    vector and a scale per channel. `shift`, the token shift: these and, per channel, weights on the previous
-    and the next token. Values already learned stay, others start at zero. Only the token shift costs a step
-    of its own, and output rows that it adds.
+    Returns:
+        The model.
 
-    Raises ArgumentError for indices outside the encoder, an unknown replacement, or a layer pruned before,
-    Unsupported for a model with adapters of PEFT, or pruned layers that are one module with layers kept.
+    Raises:
+        ArgumentError: For indices outside the encoder, an unknown replacement, or a layer pruned before.
+        Unsupported: For a model with adapters of PEFT, or pruned layers that are one module with layers kept.
     """
     check_module("prune", model)
     refuse_adapters("prune", model)

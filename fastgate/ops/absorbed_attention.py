@@ -37,7 +37,8 @@ def absorbed_attention(
         q: (sequences, hidden), floating: one query a sequence.
         x: (keys.rows, H), floating: the rows that keys and values would be made of. It is cast to q's dtype,
             as the weights are.
-        key, value: (hidden, H), the weights of the Linears.
+        key: (hidden, H), the weight of the key's Linear.
+        value: (hidden, H), the weight of the value's Linear.
         value_bias: (hidden,) or None.
         keys: where the sequences begin and end in x.
         heads: number of heads; divides hidden.

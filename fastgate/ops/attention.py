@@ -36,15 +36,19 @@ def attention(
 
     Args:
         q: (queries.rows, hidden), floating.
-        k, v: (keys.rows, hidden), of q's dtype and device.
-        queries, keys: where the sequences begin and end in q, and in k and v; as many sequences in both.
+        k: (keys.rows, hidden), of q's dtype and device.
+        v: (keys.rows, hidden), of q's dtype and device.
+        queries: where the sequences begin and end in q.
+        keys: where the sequences begin and end in k and v; as many sequences as in q.
         heads: number of heads; divides hidden.
         scale: multiplies the scores, such as head_dim ** -0.5.
         dropout_p: probability of dropping a probability, in [0, 1). The mask is a function of a seed drawn
             from torch's default generator of the device, of query row * heads + head, and of the key's place
             in its sequence.
-        q_bias, k_bias, v_bias: (hidden,). k_bias adds the same to every score of a query, which the softmax
-            takes out again: it is not read, and its gradient is exactly zero.
+        q_bias: (hidden,), added to q.
+        k_bias: (hidden,). It adds the same to every score of a query, which the softmax takes out again: it
+            is not read, and its gradient is exactly zero.
+        v_bias: (hidden,), added to v.
 
     Returns:
         (queries.rows, hidden) in q's dtype. A sequence without keys gives zeros, as a row that is masked out

@@ -180,13 +180,21 @@ def embed_norm(
     type_table[types])). Given weight2, a second LayerNorm follows.
 
     Args:
-        words, positions: (rows,) int64 or int32, the rows of their tables.
+        words: (rows,) int64 or int32, rows of word_table.
+        positions: (rows,) int64 or int32, rows of position_table.
         types: (rows,) int64 or int32; None: type 0 everywhere.
-        word_table, position_table, type_table: (number, H), floating, of one dtype.
-        weight, norm_bias, eps: (H,), (H,) and a number, those of the LayerNorm.
+        word_table: (number, H), floating.
+        position_table: (number, H), of word_table's dtype.
+        type_table: (number, H), of word_table's dtype.
+        weight: (H,), of the LayerNorm.
+        norm_bias: (H,), of the LayerNorm.
+        eps: added to the variance of the LayerNorm.
         dropout_p: in [0, 1). The mask is a function of a seed from torch's default generator of the device.
-        weight2, norm_bias2, eps2: as the first ones, of a second LayerNorm; vectors both or none.
-        padding_idx, position_padding_idx: the row of a table that gets no gradient, as nn.Embedding's.
+        weight2: (H,), of a second LayerNorm, together with norm_bias2.
+        norm_bias2: (H,), of a second LayerNorm, together with weight2.
+        eps2: added to the variance of the second LayerNorm.
+        padding_idx: the row of word_table that gets no gradient, as nn.Embedding's.
+        position_padding_idx: the row of position_table that gets no gradient.
 
     Returns:
         (rows, H) in the tables' dtype, under autocast too. Statistics are float32, float64 for float64.

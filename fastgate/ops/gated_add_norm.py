@@ -149,7 +149,8 @@ def gated_add_norm(
     Args:
         x: (..., H), floating: the sublayer's output, without the bias of its last Linear.
         residual: (..., H), floating, of x's shape and device; its dtype may be another one.
-        weight, norm_bias: (H,), those of the LayerNorm.
+        weight: (H,), of the LayerNorm.
+        norm_bias: (H,), of the LayerNorm.
         eps: added to the variance of the LayerNorm.
         bias: (H,), added to x before dropout.
         gate: a 0-d tensor or a number. A gate and a second LayerNorm never meet in one call.
@@ -157,7 +158,9 @@ def gated_add_norm(
         offset: (H,), added before the LayerNorm.
         dropout_p: probability of dropping an element of x + bias, in [0, 1). The mask is a function of a seed
             drawn from torch's default generator of x's device.
-        weight2, norm_bias2, eps2: (H,), (H,) and a number, those of a second LayerNorm; vectors both or none.
+        weight2: (H,), of a second LayerNorm, together with norm_bias2.
+        norm_bias2: (H,), of a second LayerNorm, together with weight2.
+        eps2: added to the variance of the second LayerNorm.
 
     Returns:
         (..., H) in the promoted dtype of x and residual. Statistics are float32, float64 for float64.

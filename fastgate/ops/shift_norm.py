@@ -111,8 +111,12 @@ def shift_norm(
         x: (rows, H), floating: the rows of an unpadded batch.
         has_left_neighbour: (rows,) bool: whether the row before a row is its neighbour, such as the token
             before it in the same sequence. has_left_neighbour[0] is False.
-        offset, scale, before, after: (H,), those of the token shift.
-        weight, norm_bias: (H,), those of the LayerNorm.
+        offset: (H,), of the token shift.
+        scale: (H,), of the token shift.
+        before: (H,), of the token shift.
+        after: (H,), of the token shift.
+        weight: (H,), of the LayerNorm.
+        norm_bias: (H,), of the LayerNorm.
         eps: added to the variance of the LayerNorm.
 
     Returns:

@@ -26,7 +26,11 @@ from fastgate.runtime.plan import flops_of, make_plan
 
 @dataclass(frozen=True)
 class Sparsity:
-    """Remove this share, in (0, 1), of the attention sublayers, in whole ones: 0.67 of six is four."""
+    """Remove this share of the attention sublayers.
+
+    Args:
+        share: In (0, 1). Whole sublayers are removed: 0.67 of six is four.
+    """
 
     share: float
 
@@ -38,7 +42,11 @@ class Sparsity:
 
 @dataclass(frozen=True)
 class Speedup:
-    """Cut the encoder's FLOPs by this factor, above 1, on batches like those trained on."""
+    """Divide the encoder's FLOPs by this factor, on batches like those trained on.
+
+    Args:
+        factor: Above 1. 4.0 asks for a quarter of the FLOPs.
+    """
 
     factor: float
 
@@ -50,7 +58,11 @@ class Speedup:
 
 @dataclass(frozen=True)
 class Fixed:
-    """Keep these layers' attention, chosen by hand or by `fastgate.pruning.baselines`; no gate is learned."""
+    """Keep the attention of these layers. No gate is learned.
+
+    Args:
+        keep: Indices of layers, from 0, chosen by hand or by `fastgate.pruning.baselines`.
+    """
 
     keep: tuple[int, ...]
 

@@ -41,22 +41,29 @@ class Pruner(PruningRun):
     Activation checkpointing does not change the draw. An attention whose gate was drawn 0 does not run and
     has no gradient in that step: None, so Adam leaves it alone, where zeros would move it by its momentum.
 
-    After an exception, `close()` gives dropout and teacher back; `with Pruner(...) as pruner:` does so by
+    After an exception, `close()` restores dropout and teacher; `with Pruner(...) as pruner:` does so by
     itself. `detach()` also takes the replacements away. DistributedDataParallel goes around the model after
     the Pruner is made, with `find_unused_parameters=True`: a gate may be 0.
 
-    `history`: what the gates did, a list of dicts. `kept`: the layers whose attention stays, None until
-    hardened.
+    Args:
+        model: The model to train. It is patched, and given gates and replacements.
+        config: How to prune.
+        total_steps: Optimizer steps of the run. None if `plan_steps` will be called before the first step.
+        teacher: A dense model fine-tuned on the task. None: the model itself with every gate open, until
+            hardening.
+        optimizer: The optimizer of the model's parameters. Those of the replacements are added to it, at
+            `config.replacement_lr` times the rate of the weights beside them. If the optimizer is made later,
+            call `prepare_optimizer`.
+        scaler: A torch.amp.GradScaler, if the loss is scaled.
 
-    model: it is patched, and given gates and replacements. total_steps: optimizer steps of the run; None if
-    `plan_steps` will be called before the first. teacher: a dense model fine-tuned on the task; None: the
-    model itself with every gate open, until hardening. optimizer: of the model's parameters; those of the
-    replacements are added to it, at `config.replacement_lr` times the rate of the weights beside them. If it
-    is made later, call `prepare_optimizer`. scaler: a torch.amp.GradScaler, if the loss is scaled.
+    Attributes:
+        history: What the gates did, a list of dicts.
+        kept: The layers whose attention stays. None until the gates are hardened.
 
-    Raises ArgumentError for a model that is pruned, frozen or under another Pruner that has begun, for a
-    teacher that cannot be compared with it, and for an optimizer that has a scheduler already. Raises
-    Unsupported for a model with adapters of PEFT or inside DistributedDataParallel.
+    Raises:
+        ArgumentError: For a model that is pruned, frozen or under another Pruner that has begun, for a
+            teacher that cannot be compared with it, and for an optimizer that has a scheduler already.
+        Unsupported: For a model with adapters of PEFT or inside DistributedDataParallel.
     """
 
     def __init__(

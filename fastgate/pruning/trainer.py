@@ -10,6 +10,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from fastgate.errors import ArgumentError, format_error
+from fastgate.extras import need
 from fastgate.pruning import trainer_checkpoints, trainer_compat
 from fastgate.pruning.config import PruningConfig
 from fastgate.pruning.pruner import Pruner
@@ -23,28 +24,37 @@ from fastgate.pruning.trainer_settings import refuse_settings
 class SelfPruningMixin(CheckpointingMixin):
     """Put before a Trainer class: `class MyPruningTrainer(SelfPruningMixin, MyTrainer)`.
 
-    One `train()` warms up, searches, hardens and recovers; the phase is a function of the step. What the
-    gates do is logged beside the loss. Evaluations before hardening do not count for the best model.
+    One `train()` warms up, searches, hardens and recovers; the phase is a function of the step. The state of
+    the gates is logged beside the loss. Evaluations before hardening do not count for the best model.
     Checkpoints appear whole or not at all, and resuming continues the same run: gates, multipliers and
-    generators are as they were. After `train()` the model is pruned (`fastgate.save(trainer.model, path)`
-    saves it); `trainer.pruner` has the history. A training that ends before the gates are hardened raises
-    ArgumentError.
+    generators are as they were. After `train()` the model is pruned, and `fastgate.save(trainer.model, path)`
+    saves it. A training that ends before the gates are hardened raises ArgumentError.
 
     The distillation and the Lagrangian weigh the same whatever `gradient_accumulation_steps` is. That is
-    measured in the first step; a Trainer that scales the loss otherwise raises Unsupported.
+    measured in the first step. A Trainer that scales the loss otherwise raises Unsupported.
 
-    Trainers of sentence-transformers are known too: what their losses run of the model is distilled forward
-    by forward, hidden states and embeddings or scores. Losses that cache gradients need
-    `PruningConfig(distill=None)`.
+    Trainers of sentence-transformers are supported: each forward of their losses is distilled, hidden states
+    and embeddings or scores. Losses that cache gradients need `PruningConfig(distill=None)`.
 
-    pruning: a PruningConfig. teacher: a dense model fine-tuned on the task, to distil from; None: the model
-    itself.
+    Args:
+        *args: Those of the Trainer class below.
+        pruning: How to prune.
+        teacher: A dense model fine-tuned on the task, to distil from. None: the model itself.
+        **kwargs: Those of the Trainer class below.
+
+    Attributes:
+        pruner: The Pruner, with its history.
+
+    Raises:
+        ArgumentError: For a `pruning` of another type, and for an optimizer without the replacements'
+            parameters.
     """
 
     def __init__(self, *args: Any, pruning: PruningConfig, teacher: nn.Module | None = None, **kwargs: Any):
         if not isinstance(pruning, PruningConfig):
             wanted, remedy = "a PruningConfig", "pass fastgate.PruningConfig(target=...)"
             raise ArgumentError(format_error("SelfPruningTrainer", "pruning", repr(pruning), wanted, remedy))
+        need("SelfPruningTrainer", "train", "accelerate")
         super().__init__(*args, **kwargs)
         trainer_compat.check_trainer(self)
         refuse_settings(self)
@@ -176,4 +186,8 @@ class _StepGates(TrainerCallback):
 
 
 class SelfPruningTrainer(SelfPruningMixin, Trainer):
-    """The Trainer that prunes while it fine-tunes: `SelfPruningTrainer(model, args, pruning=...)`."""
+    """The Trainer of transformers that prunes while it fine-tunes: `SelfPruningTrainer(model, args,
+    pruning=...)`.
+
+    Arguments and attributes are those of `transformers.Trainer` and of `SelfPruningMixin`.
+    """

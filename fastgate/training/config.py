@@ -8,11 +8,11 @@ from typing import Any
 
 from fastgate.errors import ArgumentError, format_error
 from fastgate.nn.choices import POOLINGS, Pooling, ReplacementKind
-from fastgate.pruning import Distill, Fixed, PruningConfig, Sparsity
+from fastgate.pruning import Distill, Fixed, PruningConfig
 from fastgate.pruning.objective import Target
 from fastgate.training.phases import TEACHERS, Fit
 from fastgate.training.setting_ranges import check_range
-from fastgate.training.targets import RunTarget, target_settings
+from fastgate.training.targets import DEFAULT_TARGET, RunTarget, target_settings
 
 TYPICAL_SEARCH_STEPS = 300  # steps of search that the default rate of the gates suits
 _DISTILL_FIELDS = ("logits", "hidden", "temperature", "labels", "dropout", "swap")
@@ -87,7 +87,7 @@ class FinetuneConfig:
 
     model: str
     task: str
-    target: RunTarget | None = Sparsity(0.8)  # noqa: RUF009  it is frozen
+    target: RunTarget | None = DEFAULT_TARGET
     max_length: int = 128
     stride: int | None = None
     pooling: Pooling = "first"

@@ -23,6 +23,7 @@ from fastgate.training.model import (
     model_source,
     new_weights,
 )
+from fastgate.training.progress import SCORE, Listener, Progress
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -36,10 +37,18 @@ def collator_of(task: Task, tokenizer: Any) -> Any:
     return kind(tokenizer)
 
 
-def score(model: Any, task: Task, rows: Dataset, collator: Any, batch_size: int = 64) -> dict[str, float]:
+def score(
+    model: Any,
+    task: Task,
+    rows: Dataset,
+    collator: Any,
+    batch_size: int = 64,
+    listener: Listener | None = None,
+) -> dict[str, float]:
     """All metrics of `task` for tokenised `rows` with `labels`; the model is left in eval mode.
 
-    Windows of one `document` (Task.tokenize) count as one row, whose logits are the mean of theirs. Raises
+    Windows of one `document` (Task.tokenize) count as one row, whose logits are the mean of theirs.
+    `listener` is called with a Progress after every batch. Raises
     DataError for no rows and for a model whose outputs are not the task's, ArgumentError for rows longer than
     the model takes and for outputs that are NaN.
     """
@@ -54,10 +63,13 @@ def score(model: Any, task: Task, rows: Dataset, collator: Any, batch_size: int 
     labels: list[np.ndarray] = []
     documents: list[int] = []
     with torch.inference_mode():
-        for batch in DataLoader(rows, batch_size=batch_size, collate_fn=collator):  # type: ignore[arg-type, unused-ignore]
+        batches = DataLoader(rows, batch_size=batch_size, collate_fn=collator)  # type: ignore[arg-type, unused-ignore]
+        for number, batch in enumerate(batches, 1):
             labels.append(batch.pop("labels").numpy())
             documents += batch.pop("document").tolist() if "document" in batch else []
             logits.append(_logits(model, task, batch))
+            if listener is not None:
+                listener(Progress(SCORE, number, len(batches)))
     if task.kind == "tokens":
         longest = max(part.shape[1] for part in labels)
         logits = [_pad_columns(part, longest, 0.0) for part in logits]

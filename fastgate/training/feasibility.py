@@ -20,7 +20,7 @@ from fastgate.pruning import Sparsity, Speedup
 from fastgate.pruning.objective import costs_of
 from fastgate.runtime.costs import Sizes
 from fastgate.training.model import longest_row
-from fastgate.training.targets import RunTarget
+from fastgate.training.targets import RunTarget, removed_of
 
 MIN_STEPS = 3  # of a pruning phase: one to measure in, one to search in, one to recover in
 
@@ -68,7 +68,7 @@ def check_target(
     model: patched and not pruned. train: tokenised rows with `labels`, like those of the training.
     """
     layers = get_encoder(model).num_layers
-    if isinstance(target, Sparsity) and math.floor(target.share * layers + 0.5) == 0:
+    if isinstance(target, Sparsity) and removed_of(target, layers) == 0:
         got = f"{target.share:g}, which is 0 of {layers} attention sublayers"
         remedy = f"ask for {0.5 / layers:.2g} or more"
         raise ArgumentError(format_error(where, argument, got, "a share that removes at least one", remedy))

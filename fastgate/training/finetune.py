@@ -20,7 +20,7 @@ from fastgate.training.preparation import Prepared, Wording, check_pruning, prep
 from fastgate.training.progress import Listener
 from fastgate.training.run_folder import HISTORY, WHERE, check_free, check_same, claim, pruning_has_begun
 from fastgate.training.setting_ranges import option_of
-from fastgate.training.targets import RunTarget
+from fastgate.training.targets import RunTarget, describe_target
 
 _WORDING = Wording(WHERE, option_of)
 
@@ -38,6 +38,7 @@ def finetune(
     resume: bool = False,
     listener: Listener | None = None,
     tell: Callable[[str], None] | None = None,
+    announce: Callable[[str], None] | None = None,
     save_every: float | None = 0.1,
 ) -> dict[str, Any]:
     """Do a run in the folder `out` and return what `result.json` then holds.
@@ -51,8 +52,10 @@ def finetune(
         task: its checked rows.
         out: folder that does not exist yet, or with `resume` that of the same run.
         resume: whether to continue the run in `out`.
-        listener: is called with a Progress after every optimizer step.
+        listener: is called with a Progress after every optimizer step, and after every batch of a scoring.
         tell: is called before training with a sentence about everything that was left out of the rows.
+        announce: is called with the target in layers before training, and with the dense score as soon as it
+            is known.
         save_every: share of a phase between two checkpoints, None for no checkpoints.
 
     Raises ArgumentError for a folder in other use and for settings that cannot work, DataError for bad data.
@@ -62,7 +65,7 @@ def finetune(
     target = config.target
     if target is None:
         raise ArgumentError(
-            format_error(WHERE, "target", None, "a target", "pass e.g. fastgate.Sparsity(0.8)")
+            format_error(WHERE, "target", None, "a target", "pass e.g. fastgate.Sparsity(0.67)")
         )
     settings = json.loads(json.dumps(config.to_settings()))
     check_free(out, resume)
@@ -75,8 +78,12 @@ def finetune(
     if tell is not None:
         for note in task.notes:
             tell(note)
+    if announce is not None:
+        announce(f"target: {describe_target(target, int(prepared.model.config.num_hidden_layers))}")
     task_trainer = TaskTrainer(task, out, prepared.tokenizer, prepared.rows, listener, save_every)
     dense = task_trainer.dense(prepared.model, config.dense_fit)
+    if announce is not None:
+        announce(f"dense {task.metric} {dense['score']:.4f} on {len(task.evaluation)} rows")
     pruned = _prune(config, target, task_trainer, dense, prepared)
     with full_disk_as_oserror(out):
         write_json(out / HISTORY, {"kept": pruned["kept"], "steps": pruned.pop("steps")})

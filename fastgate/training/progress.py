@@ -1,18 +1,23 @@
-"""How far a training is, and who is told so after every optimizer step."""
+"""How far a run is, and who is told so after every step."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
-DENSE, PRUNE = "dense", "prune"  # the phases
+DENSE, PRUNE, SCORE = "dense", "prune", "score"  # the phases
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a training is: phase DENSE or PRUNE, optimizer steps, the last loss, P(open) of each gate.
+    """How far a run is.
 
-    stage: of a pruning, the Pruner's phase; empty in the dense phase.
+    Args:
+        phase: DENSE, PRUNE or SCORE.
+        step, total: optimizer steps of the phase; of SCORE, batches.
+        loss: the last training loss.
+        gates: the probability that each gate is open, in a pruning.
+        stage: the Pruner's phase, in a pruning.
     """
 
     phase: str

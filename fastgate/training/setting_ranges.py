@@ -79,6 +79,8 @@ RANGES: dict[str, Range] = {
     "harden": _PART,
 }
 
+DEFAULT_SPARSITY = 0.67  # of `fastgate finetune`
+
 _OPTIONS = {  # that are not spelled as their field
     "sparsity": "--target-sparsity",
     "speedup": "--target-speedup",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fastgate.errors import ArgumentError, format_error
 from fastgate.pruning import Fixed, Sparsity, Speedup
+from fastgate.training.setting_ranges import DEFAULT_SPARSITY
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class MaxDrop:
 
 
 RunTarget = Sparsity | Speedup | MaxDrop | Fixed
+DEFAULT_TARGET = Sparsity(DEFAULT_SPARSITY)
 
 # A number under one of these keys, in a file of settings, is that target.
 TARGET_KEYS: dict[str, type[Sparsity] | type[Speedup] | type[MaxDrop]] = {
@@ -35,6 +38,24 @@ TARGET_KEYS: dict[str, type[Sparsity] | type[Speedup] | type[MaxDrop]] = {
     "speedup": Speedup,
     "max_drop": MaxDrop,
 }
+
+
+def removed_of(target: Sparsity, layers: int) -> int:
+    """How many of `layers` attention sublayers a sparsity removes."""
+    return math.floor(target.share * layers + 0.5)
+
+
+def describe_target(target: RunTarget, layers: int) -> str:
+    """What a run removes from a model of so many layers, as a phrase."""
+    if isinstance(target, Sparsity):
+        removed = removed_of(target, layers)
+        return f"remove {removed} of {layers} attention sublayers, {removed / layers:.0%}"
+    if isinstance(target, Speedup):
+        return f"divide the FLOPs of the encoder by {target.factor:g}"
+    if isinstance(target, MaxDrop):
+        allowed = f"a loss of {100 * target.share:g}% of the score"
+        return f"remove as many of {layers} attention sublayers as {allowed} allows"
+    return f"keep the attention of layers {', '.join(map(str, target.keep))} of {layers}"
 
 
 def key_of(target: RunTarget) -> str:

@@ -60,6 +60,20 @@ def test_finetune_leaves_a_dense_and_a_pruned_model_and_their_scores(world):
     assert config["id2label"] == {"0": "negative", "1": "positive"}
 
 
+def test_the_target_and_the_dense_score_are_printed_before_pruning(world, tmp_path):
+    shown = run("finetune", *options(world), "--out", tmp_path / "out").stdout
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    in_order = (
+        "target: remove 2 of 3 attention sublayers, 67%\n",
+        "dense fine-tune: step ",
+        f"dense accuracy {result['dense']['score']:.4f} on 64 rows\n",
+        "self-prune",
+        f"pruned accuracy {result['pruned']['score']:.4f}, attention kept in ",
+    )
+    places = [shown.find(text) for text in in_order]
+    assert -1 not in places and places == sorted(places), shown
+
+
 def test_evaluate_gives_the_scores_of_the_run(world):
     result = json.loads((world / "out" / "result.json").read_text())
     data = ["--task", "sst2", "--data-dir", world / "data", "--max-length", 24]

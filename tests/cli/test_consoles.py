@@ -127,4 +127,4 @@ def test_a_fault_of_fastgate_keeps_its_traceback_and_says_whose_it_is(world, mon
     monkeypatch.setattr("fastgate.training.evaluate.read_model", fail)
     result = CliRunner().invoke(app, ["explain", str(world / "out" / "pruned")])
     assert isinstance(result.exception, KeyError) and result.exit_code == 1
-    assert "error: KeyError: a fault of fastgate's own; please report it" in result.stderr
+    assert "error: KeyError: a bug in fastgate; please report it" in result.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import signal
 
@@ -108,7 +109,7 @@ def test_a_target_stays_once_pruning_has_begun(world, tmp_path, monkeypatch):
         Interrupting(patch, "prune", 5, KeyboardInterrupt())
         call(*options(world), "--out", out, code=130)
     message = refused(*options(world, "--target-sparsity", 0.4), "--out", out, "--resume")
-    assert "got --target-sparsity 0.4, wanted --target-sparsity 0.8; its pruning has begun" in message
+    assert "got --target-sparsity 0.4, wanted --target-sparsity 0.67; its pruning has begun" in message
     call(*options(world), "--out", out, "--resume")
     assert "--target-sparsity 0.4" in refused(
         *options(world, "--target-sparsity", 0.4), "--out", out, "--resume"
@@ -123,6 +124,22 @@ def test_a_target_found_out_of_reach_while_pruning_leaves_the_dense_model(world,
     assert "--resume with another target" in message and (out / "dense" / "result.json").is_file()
     call(*options(world, "--target-speedup", 1.5), "--out", out, "--resume")
     assert len(json.loads((out / "result.json").read_text())["pruned"]["kept"]) < 3
+
+
+def test_ctrl_c_prints_the_command_that_resumes(world, tmp_path, monkeypatch):
+    """Quoted for a shell, also for the second time, when --resume is there already."""
+    out = tmp_path / "two  blanks and 'quotes'"
+    command = [*options(world), "--out", out]
+    for phase in ("dense", "prune"):
+        with monkeypatch.context() as patch:
+            Interrupting(patch, phase, 3, KeyboardInterrupt())
+            message = call(*command, code=130).stderr
+        program, *command = shlex.split(message.rpartition(" checkpoint with: ")[2])
+        assert program == "fastgate" and command.count("--resume") == 1
+        assert command[: len(options(world))] == [str(argument) for argument in options(world)]
+    call(*command)
+    result = json.loads((out / "result.json").read_text())
+    assert result["settings"]["sparsity"] == 0.67 and len(result["pruned"]["kept"]) == 1
 
 
 @pytest.mark.parametrize("moment", ["load", "tokenize", "dense", "prune", "score"])
@@ -166,9 +183,8 @@ def test_a_signal_ends_a_process_with_130(world, tmp_path):
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130 and "Traceback" not in errors
-    assert (
-        errors.strip().splitlines()[-1].startswith("error: interrupted; run the same command with --resume")
-    )
+    last = errors.strip().splitlines()[-1]
+    assert last.startswith("error: interrupted; continue from the last checkpoint with: fastgate finetune ")
 
 
 def test_a_folder_that_a_kill_left_before_its_first_file_is_taken(world, tmp_path):

@@ -8,9 +8,18 @@ import pytest
 
 from fastgate.errors import ArgumentError
 from fastgate.pruning import Distill, Fixed, PruningConfig, Sparsity, Speedup
+from fastgate.pruning.objective import Objective
 from fastgate.training.config import FinetuneConfig, PruningOptions
 from fastgate.training.phases import Fit
-from fastgate.training.targets import MaxDrop, key_of, number_of, target_settings, targets_in
+from fastgate.training.targets import (
+    MaxDrop,
+    describe_target,
+    key_of,
+    number_of,
+    removed_of,
+    target_settings,
+    targets_in,
+)
 
 TARGETS = [
     (Sparsity(0.5), "sparsity", 0.5),
@@ -27,6 +36,28 @@ def test_a_target_has_one_key_and_number_in_files(target, key, number):
     assert list(settings) == ["sparsity", "speedup", "max_drop"]
     assert {name for name, value in settings.items() if value is not None} == {key} - {"keep"}
     assert targets_in(settings) == ([target] if key != "keep" else [])
+
+
+@pytest.mark.parametrize(
+    "target, layers, text",
+    [
+        (Sparsity(0.67), 6, "remove 4 of 6 attention sublayers, 67%"),
+        (Sparsity(0.67), 12, "remove 8 of 12 attention sublayers, 67%"),
+        (Sparsity(0.5), 3, "remove 2 of 3 attention sublayers, 67%"),
+        (Speedup(2.5), 6, "divide the FLOPs of the encoder by 2.5"),
+        (MaxDrop(0.01), 6, "remove as many of 6 attention sublayers as a loss of 1% of the score allows"),
+        (Fixed((0, 2)), 6, "keep the attention of layers 0, 2 of 6"),
+    ],
+)
+def test_a_target_in_words_has_whole_layers(target, layers, text):
+    assert describe_target(target, layers) == text
+
+
+@pytest.mark.parametrize("layers", [1, 3, 6, 12, 24])
+def test_the_layers_that_are_announced_are_those_that_the_objective_removes(layers):
+    for percent in range(50, 100, 5):
+        target = Sparsity(percent / 100)
+        assert Objective(target, layers).removed == removed_of(target, layers)
 
 
 def test_a_number_that_a_target_cannot_have_is_refused():
@@ -57,7 +88,7 @@ def test_the_settings_of_a_run_are_flat_json():
     settings = config.to_settings()
     assert json.loads(json.dumps(settings)) == settings
     assert settings == {
-        "model": "m", "task": "sst2", "sparsity": 0.8, "speedup": None, "max_drop": None, "max_length": 128,
+        "model": "m", "task": "sst2", "sparsity": 0.67, "speedup": None, "max_drop": None, "max_length": 128,
         "stride": None, "pooling": "first", "batch_size": 32, "lr": 5e-5, "bf16": False, "seed": 0,
         "epochs": 2.0, "prune_epochs": 3.0, "warmup": 0.06, "data": {"data_dir": "d"},
     }  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import sys
 import time
@@ -133,6 +134,6 @@ def test_ctrl_c_in_a_sweep_says_how_to_continue(world, tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(sweeps, place, stop)
             message = call(*command, code=130).stderr
-        assert "run the same command again to continue" in message
+        assert message.endswith(f"continue with: {shlex.join(['fastgate', *map(str, command)])}\n")
     call(*command)
     assert len(read_lines(tmp_path / "tasks.jsonl")) == 2
