@@ -51,7 +51,7 @@ from fastgate.kernels.sums import add_up
 from fastgate.ops.linear_gelu import DBIAS, DWEIGHT, DX
 
 # The fused form up to so many rows, where a launch counts, and up to so many inputs, where a product is short
-# beside its output; see bench/PREDICTIONS.md. Predicted, not measured.
+# beside its output; see docs/predictions.md. Predicted, not measured.
 FUSED_ROWS, FUSED_DEPTH = 2048, 512
 # The device for which tiles are chosen: an H200's.
 MULTIPROCESSORS = 132
