@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fastgate.ops import backends
+from fastgate.text_table import paragraph
 
 PACKAGES = ("fastgate", "torch", "triton", "transformers", "accelerate", "datasets", "safetensors", "numpy")
 
@@ -44,25 +46,38 @@ def environment() -> dict[str, Any]:
 
 
 def render(report: dict[str, Any]) -> str:
-    """The text form of what `collect` returns."""
+    """The text form of what `collect` returns, in lines of at most 80 columns where no path is longer."""
     build, threads = report["build"], report["threads"]
     built = "compiled CPU kernels" if build["cpu"] else f"no compiled kernels: {build['reason']}"
     built += " and CUDA kernels" if build.get("cuda") else ""
-    lines = ["versions"]
-    lines += [f"  {name:<13} {version or 'not installed'}" for name, version in report["versions"].items()]
-    lines += ["build", f"  {built}" + (f" (FASTGATE_BUILD={build['mode']})" if build["mode"] else "")]
-    lines += [f"  in {report['package']}", "ops"]
-    for op in report["ops"]:
-        runs = "runs" if op["chosen"] else "does not run"
-        lines.append(f"  {op['op']} on {op['device']}: {op['backend']} {runs}: {op['reason']}")
-    lines.append("devices")
-    lines += [f"  {device['type']}: {device['name']}" for device in report["devices"]]
+    built += f" (FASTGATE_BUILD={build['mode']})" if build["mode"] else ""
+    versions = [f"{name:<13} {version or 'not installed'}" for name, version in report["versions"].items()]
+    runs = {True: "runs", False: "does not run"}
+    ops = [
+        f"{op['op']} on {op['device']}: {op['backend']} {runs[op['chosen']]}: {op['reason']}"
+        for op in report["ops"]
+    ]
     omp = threads["OMP_NUM_THREADS"]
-    lines.append("threads")
-    lines.append(
-        f"  {threads['torch']} of {threads['cores']} cores" + (f" (OMP_NUM_THREADS={omp})" if omp else "")
-    )
+    used = f"{threads['torch']} of {threads['cores']} cores" + (f" (OMP_NUM_THREADS={omp})" if omp else "")
+    parts = {
+        "versions": versions,
+        "build": [built, f"in {report['package']}"],
+        "ops": ops,
+        "devices": [f"{device['type']}: {device['name']}" for device in report["devices"]],
+        "threads": [used],
+    }
+    lines = []
+    for title, items in parts.items():
+        lines += [title, *(paragraph(f"  {item}", indent=" " * 6) for item in items)]
     return "\n".join(lines)
+
+
+def print_facts() -> None:
+    """Print what runs here. If the reader of a pipe has gone (`| head -1`), the rest is dropped."""
+    try:
+        print(render(collect()), flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
 
 
 def _version(name: str) -> str | None:
@@ -94,4 +109,4 @@ def _devices() -> list[dict[str, str]]:
 
 
 if __name__ == "__main__":
-    print(render(collect()))
+    print_facts()

