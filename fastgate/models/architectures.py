@@ -8,7 +8,7 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from fastgate.errors import Unsupported, format_error
 from fastgate.models import compat
@@ -63,6 +63,17 @@ FAMILIES = (
     Family("xlm_roberta", "roberta"),
     Family("camembert", "roberta"),
 )
+
+
+_COUNT_FROM_PADDING = ("roberta", "xlm_roberta", "camembert")
+
+
+def longest_row(config: PreTrainedConfig) -> int:
+    """The most tokens that a row may have. RoBERTa counts positions from the one after its padding id."""
+    positions = int(config.max_position_embeddings)
+    if str(config.model_type).removeprefix("fastgate_").replace("-", "_") not in _COUNT_FROM_PADDING:
+        return positions
+    return positions - int(config.pad_token_id) - 1
 
 
 @dataclass

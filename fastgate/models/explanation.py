@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgate.errors import ArgumentError, format_error
+from fastgate.models.architectures import longest_row
 from fastgate.models.encoder_forward import halo_of, output_row_mask, plan_of_encoder
 from fastgate.models.handle import EncoderHandle, get_encoder
 from fastgate.nn.protocols import BertLikeConfig
@@ -21,12 +22,24 @@ from fastgate.runtime.plan import flops_of
 from fastgate.runtime.steps.absorbed_attention import ProjectQuery
 from fastgate.runtime.steps.base import Step
 from fastgate.runtime.unpadding import UnpaddedBatch, unpad
+from fastgate.text_table import paragraph, text_table
+
+_LISTED = 8  # sequences whose lengths are listed one by one
 
 
 @dataclass(frozen=True)
 class Row:
-    """One layer: its gate, how many of the rows it computes, its steps, its FLOPs and their share of the
-    unpruned model's, and notes."""
+    """One layer of an Explanation.
+
+    layer: its index.
+    attention: `kept`, `gated`, `skipped` (its gate is 0) or `removed`.
+    gate: the value of its gate.
+    live_rows: tokens that its last step computes.
+    steps: names of the steps that run.
+    flops: their floating-point operations on the batch.
+    flops_share: of the FLOPs of the whole unpruned model on the tokens of the batch.
+    notes: what is not as usual, for example a replacement.
+    """
 
     layer: int
     attention: str
@@ -40,11 +53,17 @@ class Row:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What a patched model runs for sequences of `lengths` tokens.
+    """What a patched model runs for one batch. `print` shows it as a table.
 
-    unpadded_rows: tokens of the batch. output_rows: those that the head reads. kept: layers whose attention
-    runs. flops_share: of the unpruned model's FLOPs on an unpadded batch. graphs: what CUDA graphs have done
-    so far. None on a device without them.
+    demand: which rows the head reads.
+    lengths: tokens of each sequence of the batch. All numbers below refer to them.
+    unpadded_rows: tokens of the batch.
+    output_rows: those that the head reads.
+    kept: layers whose attention runs.
+    flops: floating-point operations of all layers.
+    flops_share: of the unpruned model's FLOPs on the tokens of the batch.
+    layers: a Row for each layer.
+    graphs: what CUDA graphs have done so far. None on a device without them.
     """
 
     demand: str
@@ -62,24 +81,65 @@ class Explanation:
         return asdict(self)
 
     def __str__(self) -> str:
-        lines = [
-            f"demand {self.demand}: {self.output_rows} output rows of {self.unpadded_rows}; attention "
-            f"kept in {list(self.kept)} of {len(self.layers)} layers; {self.flops_share:.1%} of dense FLOPs",
-            "layer  attention  gate  live rows  steps   FLOPs  notes",
+        table = text_table(
+            ["layer", "attention", "gate", "live rows", "steps", "share of FLOPs", "notes"],
+            [
+                [
+                    str(row.layer),
+                    row.attention,
+                    f"{row.gate:.2f}",
+                    str(row.live_rows),
+                    str(len(row.steps)),
+                    f"{row.flops_share:.1%}",
+                    ", ".join(row.notes),
+                ]
+                for row in self.layers
+            ],
+            (1, 6),
+        )
+        parts = [
+            f"batch: {describe_lengths(self.lengths)}",
+            f"demand {self.demand}: {self.output_rows} output rows of {self.unpadded_rows}",
+            f"attention kept in {list(self.kept)} of {len(self.layers)} layers",
+            f"FLOPs: {self.flops_share:.1%} of the unpruned model's on the tokens of this batch",
+            *([_ABOVE_ALL] if self.flops_share > 1 else []),
+            *([] if self.graphs is None else [f"CUDA graphs: {self.graphs}"]),
         ]
-        for row in self.layers:
-            lines.append(
-                f"{row.layer:>5}  {row.attention:<9} {row.gate:>5.2f}  {row.live_rows:>9}  "
-                f"{len(row.steps):>5}  {row.flops_share:>6.1%}  {', '.join(row.notes)}".rstrip()
-            )
-        return "\n".join(lines if self.graphs is None else [*lines, f"CUDA graphs: {self.graphs}"])
+        return "\n".join([*(paragraph(part, indent="  ") for part in parts), "", table])
+
+
+_ABOVE_ALL = (
+    "The share is above 100% because this head reads every row. fastgate then computes the padding too. The "
+    "FLOPs of the unpruned model are of the tokens alone."
+)
+
+
+def describe_lengths(lengths: Sequence[int]) -> str:
+    """In words: `3 sequences of 8, 16, 32 tokens`, or the range and the mean if there are many lengths."""
+    count, tokens = len(lengths), sum(lengths)
+    sequences = "1 sequence" if count == 1 else f"{count} sequences"
+    if len(set(lengths)) == 1:
+        return f"{sequences} of {lengths[0]} tokens"
+    if count <= _LISTED:
+        return f"{sequences} of {', '.join(map(str, lengths))} tokens"
+    return f"{sequences} of {min(lengths)} to {max(lengths)} tokens, {tokens / count:.1f} on average"
 
 
 def explain(model: nn.Module, lengths: Sequence[int] = (32,) * 8) -> Explanation:
-    """What the patched `model` runs for a batch of sequences of these lengths (tokens each).
+    """What the patched `model` runs, layer by layer, for a batch of sequences of these lengths.
 
-    Raises NothingPatched if the model is not patched, ArgumentError for what is no model and for lengths that
-    are no batch, Unsupported where a forward would be refused.
+    The live rows and the FLOPs depend on the lengths. Pass those of your own data, for example
+    `[len(ids) for ids in batch["input_ids"]]` without padding. No forward runs.
+
+    Args:
+        model: what fastgate.patch or fastgate.load returned.
+        lengths: tokens of each sequence, [CLS] and [SEP] included. The default is 8 sequences of 32 tokens.
+
+    Raises:
+        NothingPatched: the model is not patched.
+        ArgumentError: `model` is no model, `lengths` are no batch, or a sequence is longer than the model's
+            position table.
+        Unsupported: a forward would be refused.
     """
     if not isinstance(model, nn.Module):
         remedy = "pass what fastgate.patch or fastgate.load returned"
@@ -88,6 +148,8 @@ def explain(model: nn.Module, lengths: Sequence[int] = (32,) * 8) -> Explanation
     handle = get_encoder(model, "explain")
     handle.check_layers("explain")
     encoder, runtime = handle.encoder, handle.runtime
+    config: Any = encoder.config
+    _check_positions(lengths, longest_row(config))
     unpadded = _unpadded(handle, lengths)
     inspection = runtime.inspections.of(encoder)
     plan = plan_of_encoder(encoder, inspection, unpadded, capture=False)
@@ -150,6 +212,13 @@ def _checked(lengths: Any) -> list[int]:
             format_error("explain", "lengths", repr(lengths), "one number of tokens a sequence", remedy)
         )
     return numbers
+
+
+def _check_positions(lengths: Sequence[int], limit: int) -> None:
+    """Raises ArgumentError for a sequence that is longer than the position table."""
+    if max(lengths) > limit:
+        got, wanted = f"a sequence of {max(lengths)} tokens", f"at most {limit}, the model's position table"
+        raise ArgumentError(format_error("explain", "lengths", got, wanted, "pass shorter sequences"))
 
 
 def layer_sizes(config: BertLikeConfig, layer: Layer, unpadded: UnpaddedBatch) -> Sizes:

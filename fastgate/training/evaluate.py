@@ -12,6 +12,7 @@ from fastgate.data.catalog import check_kind
 from fastgate.data.metrics import IGNORED
 from fastgate.data.task import Predictions, Task
 from fastgate.errors import ArgumentError, DataError, format_error
+from fastgate.models.architectures import longest_row
 from fastgate.models.checkpoint import load
 from fastgate.models.checkpoint_files import META
 from fastgate.models.patching import patch
@@ -19,7 +20,6 @@ from fastgate.training.model import (
     check_weights,
     is_pruned,
     load_quietly,
-    longest_row,
     model_source,
     new_weights,
 )

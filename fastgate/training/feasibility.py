@@ -14,12 +14,12 @@ import torch
 
 from fastgate.data.metrics import IGNORED
 from fastgate.errors import ArgumentError, format_error
+from fastgate.models.architectures import longest_row
 from fastgate.models.handle import get_encoder
 from fastgate.nn.choices import ReplacementKind
 from fastgate.pruning import Sparsity, Speedup
 from fastgate.pruning.objective import costs_of
 from fastgate.runtime.costs import Sizes
-from fastgate.training.model import longest_row
 from fastgate.training.targets import RunTarget, removed_of
 
 MIN_STEPS = 3  # of a pruning phase: one to measure in, one to search in, one to recover in

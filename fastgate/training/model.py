@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_COUNT_FROM_PADDING = ("roberta", "xlm_roberta", "camembert")
 
 
 @contextmanager
@@ -153,14 +152,6 @@ def model_source(name: str | Path, option: str, inside: Sequence[str]) -> str:
     else:
         return str(path) if is_folder else str(name)
     raise ArgumentError(format_error("fastgate", option, got, wanted, remedy))
-
-
-def longest_row(config: PreTrainedConfig) -> int:
-    """The most tokens that a row may have. RoBERTa counts positions from the one after its padding id."""
-    positions = int(config.max_position_embeddings)
-    if str(config.model_type).removeprefix("fastgate_").replace("-", "_") not in _COUNT_FROM_PADDING:
-        return positions
-    return positions - int(config.pad_token_id) - 1
 
 
 def load_tokenizer(model_name: str | Path, task: Task | None = None) -> Any:

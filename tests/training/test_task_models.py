@@ -23,9 +23,9 @@ from transformers import (
 import fastgate
 from fastgate.data import load_files, metrics
 from fastgate.errors import ArgumentError, CheckpointError, DataError, FastgateError
+from fastgate.models.architectures import longest_row
 from fastgate.training import dense_model, load_tokenizer
 from fastgate.training.evaluate import check_fits, class_names, collator_of, read_model, score
-from fastgate.training.model import longest_row
 
 pytestmark = pytest.mark.slow
 
