@@ -10,31 +10,40 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
 from fastgate.benchmark.baselines import BASELINES, Baseline, Batch, build_baselines
 from fastgate.benchmark.batches import check_order, real_batches
 from fastgate.benchmark.equivalence import check_baselines, check_outputs
 from fastgate.benchmark.matmul_bound import MatmulLowerBound
-from fastgate.benchmark.model_variants import DTYPES, load_models
+from fastgate.benchmark.model_variants import DTYPES, load_models, pruned
 from fastgate.benchmark.timing import Timing, interleave
 from fastgate.data.load import load_task
 from fastgate.env import environment
 from fastgate.errors import ArgumentError, format_error
 from fastgate.models.handle import get_encoder
+from fastgate.text_table import paragraph, text_table
 from fastgate.training.feasibility import check_rows
 
 SECONDS = 0.2  # of a model on a batch, at least: small batches are run more often for steady medians
-LOWER_BOUND = "lower bound"  # the name of the matmul lower bound among the timings
+FASTGATE, UNPRUNED = "fastgate", "fastgate unpruned"  # names among the timings
+LOWER_BOUND, UNPRUNED_LOWER_BOUND = "lower bound", "lower bound unpruned"  # of the two
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Timings of one run, by name: `fastgate`, the baselines, and the matmul lower bound.
+    """Timings of one run.
 
-    tokens: attended tokens in all batches. rows: sequences in all batches. padded: tokens with the padding.
-    max_difference: largest difference of any logit of fastgate's from Hugging Face's. kept: the layers that
-    keep their attention. baselines: in which form each baseline ran. absent: why a baseline did not run.
+    timings: by name. `fastgate`, the baselines, and `lower bound`, the matmul lower bound of `fastgate`. With
+        a pruned model `compare` adds `fastgate unpruned` and `lower bound unpruned`. Baselines always run the
+        unpruned model.
+    tokens: attended tokens in all batches.
+    rows: sequences in all batches.
+    padded: tokens with the padding.
+    max_difference: largest difference of any logit of fastgate's from Hugging Face's.
+    kept: the layers that keep their attention.
+    layers: number of layers.
+    baselines: in which form each baseline ran.
+    absent: why a baseline did not run.
     """
 
     timings: dict[str, Timing]
@@ -43,13 +52,14 @@ class Comparison:
     padded: int
     max_difference: float
     kept: list[int]
+    layers: int
     baselines: dict[str, str] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
 
-    def speedup(self, baseline: str) -> float:
-        """The time of `baseline` over that of fastgate, of all batches."""
-        return self.timings[baseline].total / self.timings["fastgate"].total
+    def speedup(self, other: str, of: str = FASTGATE) -> float:
+        """The time of `other` over that of `of`, both in all batches."""
+        return self.timings[other].total / self.timings[of].total
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data: medians in milliseconds, tokens/s, speed-ups, share of the matmul lower bound."""
@@ -66,6 +76,7 @@ class Comparison:
         return {
             "settings": self.settings,
             "kept": self.kept,
+            "layers": self.layers,
             "rows": self.rows,
             "tokens": self.tokens,
             "filled": self.tokens / self.padded,
@@ -74,9 +85,11 @@ class Comparison:
             "absent": self.absent,
             "models": models,
             "speedup": {
-                name: self.speedup(name) for name in self.timings if name not in ("fastgate", LOWER_BOUND)
+                name: self.speedup(name)
+                for name in self.timings
+                if name not in (FASTGATE, LOWER_BOUND, UNPRUNED_LOWER_BOUND)
             },
-            "lower_bound_share": self.timings[LOWER_BOUND].total / self.timings["fastgate"].total,
+            "lower_bound_share": self.speedup(LOWER_BOUND),
         }
 
 
@@ -85,6 +98,7 @@ def compare(
     reference: Any,
     batches: Sequence[Batch],
     *,
+    unpruned: Any = None,
     against: Sequence[str] = ("sdpa", "eager"),
     repeats: int = 3,
     progress: Callable[[], None] | None = None,
@@ -92,17 +106,29 @@ def compare(
     """Check that `ours` computes what `reference` does, then time both, and the matmul lower bound, on every
     batch.
 
-    against: names of baselines.BASELINES; one that cannot run here, or is not right, is left out with the
-    reason. Raises OutputsDiffer and times nothing if a logit of `ours` differs by more than TOLERANCES,
-    ArgumentError if no baseline is left.
+    Args:
+        unpruned: fastgate's model with all attention, if `ours` is pruned. It is checked and timed as well,
+            so that the effects of pruning and of the runtime can be told apart.
+        against: names of baselines.BASELINES. One that cannot run here, or is not right, is left out with the
+            reason.
+
+    Raises:
+        OutputsDiffer: a logit differs by more than TOLERANCES. Nothing is timed.
+        ArgumentError: no baseline is left.
     """
     _check_names(against)
     device = next(ours.parameters()).device
     batches = [{key: value.to(device) for key, value in batch.items()} for batch in batches]
     baselines, absent = build_baselines(against, reference, batches[0])
-    (comparison,) = compare_all(
-        {"": ours}, reference, batches, baselines, absent, repeats=repeats, progress=progress
+    models = {"": ours} if unpruned is None else {"": ours, "unpruned": unpruned}
+    comparison, *others = compare_all(
+        models, reference, batches, baselines, absent, repeats=repeats, progress=progress
     )
+    for other in others:
+        timings = {FASTGATE: comparison.timings[FASTGATE], UNPRUNED: other.timings[FASTGATE]}
+        timings |= comparison.timings | {UNPRUNED_LOWER_BOUND: other.timings[LOWER_BOUND]}
+        worst = max(comparison.max_difference, other.max_difference)
+        comparison = replace(comparison, timings=timings, max_difference=worst)
     return comparison
 
 
@@ -139,7 +165,7 @@ def compare_all(
     return [
         Comparison(
             {
-                "fastgate": timings[f"fastgate {name}"],
+                FASTGATE: timings[f"fastgate {name}"],
                 **{baseline: timings[baseline] for baseline in baselines},
                 LOWER_BOUND: timings[f"{LOWER_BOUND} {name}"],
             },
@@ -147,12 +173,18 @@ def compare_all(
             rows=sum(batch["attention_mask"].shape[0] for batch in batches),
             padded=sum(batch["attention_mask"].numel() for batch in batches),
             max_difference=worst[name],
-            kept=[i for i, gate in enumerate(get_encoder(model).gates) if gate != 0.0],
+            kept=_kept(model),
+            layers=get_encoder(model).num_layers,
             baselines={name: baseline.form for name, baseline in baselines.items()},
             absent=absent,
         )
         for name, model in models.items()
     ]
+
+
+def _kept(model: Any) -> list[int]:
+    """The layers whose attention runs."""
+    return [i for i, gate in enumerate(get_encoder(model).gates) if gate != 0.0]
 
 
 def _check_names(against: Sequence[str]) -> None:
@@ -204,9 +236,19 @@ def bench(
         task, tokenizer, max_length=max_length, batch_size=batch_size, count=batches, order=order
     )
     check_rows("bench", "--max-length", [batch["input_ids"][0] for batch in chosen], ours)
+    handle = get_encoder(ours)
+    is_pruned = len(_kept(ours)) < handle.num_layers
+    unpruned = pruned(reference, None, handle.runtime.pooling) if is_pruned else None
     with Progress(console=console, transient=True) as bar:
         job = bar.add_task("timing", total=len(chosen))
-        comparison = compare(ours, reference, chosen, against=against, progress=lambda: bar.advance(job))
+        comparison = compare(
+            ours,
+            reference,
+            chosen,
+            unpruned=unpruned,
+            against=against,
+            progress=lambda: bar.advance(job),
+        )
     settings = {
         "model": model,
         "task": task_name,
@@ -220,29 +262,72 @@ def bench(
     return replace(comparison, settings=settings)
 
 
-def bench_table(comparison: Comparison) -> Table:
+def bench_table(comparison: Comparison) -> str:
     """What `to_dict` says, for the screen."""
     data = comparison.to_dict()
-    settings = data["settings"]
-    threads = settings["environment"]["threads"]
+    settings, timings, layers = data["settings"], comparison.timings, comparison.layers
+    is_pruned = UNPRUNED in timings
     title = (
-        f"{settings['model']}, {settings['dtype']}, {settings['task']}, "
-        f"batches of {settings['batch_size']} in {settings['order']} order, {data['filled']:.0%} filled, "
-        f"{threads} threads, kept {data['kept']}"
+        f"{settings['model']}, {settings['dtype']}, {settings['task']}, batches of {settings['batch_size']} "
+        f"in {settings['order']} order, {data['filled']:.0%} filled, "
+        f"{settings['environment']['threads']} threads"
     )
-    caption = "\n".join(
-        [
-            f"logits within {data['max_difference']:.0e} of Hugging Face's; lower bound: the matmuls alone",
-            *data["baselines"].values(),
-            *(f"{name} was not timed: {why}" for name, why in data["absent"].items()),
+    header = [
+        "",
+        "attention kept",
+        "ms per batch",
+        "tokens/s",
+        "speed-up of fastgate",
+        "share of lower bound",
+    ]
+    if is_pruned:
+        header[4:5] = [f"speed-up of {UNPRUNED}", "speed-up of fastgate pruned"]
+    bounds = {FASTGATE: LOWER_BOUND, UNPRUNED: UNPRUNED_LOWER_BOUND}
+    rows = []
+    for name in (FASTGATE, *data["speedup"]):
+        numbers = data["models"][name]
+        kept = len(comparison.kept) if name == FASTGATE else layers
+        share = f"{comparison.speedup(bounds[name], name):.0%}" if name in bounds else ""
+        speedups = [
+            f"{comparison.speedup(name, of):.2f}x" if name not in (FASTGATE, of) else ""
+            for of in ([UNPRUNED] if is_pruned else []) + [FASTGATE]
         ]
-    )
-    table = Table(title=title, caption=caption)
-    for name in ("", "median ms a batch", "tokens/s", "speed-up of fastgate", "share of the lower bound"):
-        table.add_column(name, justify="left" if not name else "right")
-    total = comparison.timings["fastgate"].total
-    for name, numbers in data["models"].items():
-        speedup = f"{1e-3 * numbers['total_ms'] / total:.2f}x" if name in data["speedup"] else ""
-        share = f"{comparison.timings[LOWER_BOUND].total / comparison.timings[name].total:.0%}"
-        table.add_row(name, f"{numbers['median_ms']:.1f}", f"{numbers['tokens_per_s']:,.0f}", speedup, share)
-    return table
+        shown = "fastgate pruned" if name == FASTGATE and is_pruned else name
+        times = [f"{numbers['median_ms']:.1f}", f"{numbers['tokens_per_s']:,.0f}"]
+        rows.append([shown, f"{kept} of {layers}", *times, *speedups, share])
+    notes = [paragraph(note) for note in _notes(comparison, data)]
+    return "\n".join([paragraph(title), "", text_table(header, rows), "", *notes])
+
+
+def _notes(comparison: Comparison, data: dict[str, Any]) -> list[str]:
+    """The sentences below the table."""
+    baselines = ", ".join(comparison.baselines)
+    layers = f"attention in layers {', '.join(map(str, comparison.kept)) or 'none'}"
+    shares = [comparison.speedup(LOWER_BOUND)]
+    if UNPRUNED in comparison.timings:
+        first = next(iter(comparison.baselines))
+        runtime, pruning = comparison.speedup(first, UNPRUNED), comparison.speedup(UNPRUNED)
+        shares.append(comparison.speedup(UNPRUNED_LOWER_BOUND, UNPRUNED))
+        notes = [
+            f"{UNPRUNED}, {baselines} run the unpruned model. fastgate pruned runs {layers}.",
+            f"The runtime alone gives {runtime:.2f}x over {first}, pruning another {pruning:.2f}x, both "
+            f"together {comparison.speedup(first):.2f}x.",
+        ]
+    else:
+        notes = [
+            "All rows run the unpruned model. The speed-ups are of the runtime alone: nothing is pruned."
+        ]
+    notes += [
+        f"Logits: within {data['max_difference']:.0e} of Hugging Face's.",
+        "Lower bound: the time of the needed matrix products alone.",
+    ]
+    if max(shares) > 1:
+        notes.append(ABOVE_LOWER_BOUND)
+    notes += [f"{name}: {form}." for name, form in comparison.baselines.items()]
+    return notes + [f"{name} was not timed: {why}" for name, why in comparison.absent.items()]
+
+
+ABOVE_LOWER_BOUND = (
+    "A share above 100% is possible because the lower bound is measured too. The speed of the machine may "
+    "have changed, or fastgate's attention kernel was faster than two separate products."
+)

@@ -62,7 +62,10 @@ def bench(
     dtype: Dtype = "float32",
     as_json: AsJson = False,
 ) -> None:
-    """Time fastgate and baselines in turn on the same batches, after a check that their outputs are equal."""
+    """Time fastgate and baselines in turn on the same batches, after a check that their outputs are equal.
+
+    With a pruned model fastgate's unpruned model is timed as well. Baselines run the unpruned model.
+    """
     baselines, layers = split_names("--against", against), _layers(keep)
     need("bench", "train", "datasets")
     from fastgate.benchmark.compare import bench as run_bench
@@ -76,7 +79,7 @@ def bench(
     if as_json:
         typer.echo(json.dumps(result.to_dict()))
     else:
-        console().print(bench_table(result))
+        typer.echo(bench_table(result))
 
 
 def _layers(keep: str | None) -> list[int] | None:
