@@ -17,8 +17,8 @@ def test_a_table_that_fits_is_not_wrapped():
 def test_long_text_wraps_at_spaces_before_numbers_do():
     rows = [["one two three", "1,234.5"], ["four", "6.7"]]
     assert text_table(["name", "tokens a second"], rows, width=18) == (
-        "name        tokens\n"
-        "          a second\n"
+        "name      tokens a\n"
+        "            second\n"
         "--------  --------\n"
         "one two    1,234.5\n"
         "three\n"

@@ -265,23 +265,24 @@ def bench(
 def bench_table(comparison: Comparison) -> str:
     """What `to_dict` says, for the screen."""
     data = comparison.to_dict()
-    settings, timings, layers = data["settings"], comparison.timings, comparison.layers
-    is_pruned = UNPRUNED in timings
+    settings, layers = data["settings"], comparison.layers
+    is_pruned = UNPRUNED in comparison.timings
     title = (
         f"{settings['model']}, {settings['dtype']}, {settings['task']}, batches of {settings['batch_size']} "
         f"in {settings['order']} order, {data['filled']:.0%} filled, "
         f"{settings['environment']['threads']} threads"
     )
+    speedup_columns = {UNPRUNED: "speed-up unpruned", FASTGATE: "speed-up pruned"}
+    if not is_pruned:
+        speedup_columns = {FASTGATE: "speed-up"}
     header = [
         "",
         "attention kept",
         "ms per batch",
         "tokens/s",
-        "speed-up of fastgate",
+        *speedup_columns.values(),
         "share of lower bound",
     ]
-    if is_pruned:
-        header[4:5] = [f"speed-up of {UNPRUNED}", "speed-up of fastgate pruned"]
     bounds = {FASTGATE: LOWER_BOUND, UNPRUNED: UNPRUNED_LOWER_BOUND}
     rows = []
     for name in (FASTGATE, *data["speedup"]):
@@ -290,7 +291,7 @@ def bench_table(comparison: Comparison) -> str:
         share = f"{comparison.speedup(bounds[name], name):.0%}" if name in bounds else ""
         speedups = [
             f"{comparison.speedup(name, of):.2f}x" if name not in (FASTGATE, of) else ""
-            for of in ([UNPRUNED] if is_pruned else []) + [FASTGATE]
+            for of in speedup_columns
         ]
         shown = "fastgate pruned" if name == FASTGATE and is_pruned else name
         times = [f"{numbers['median_ms']:.1f}", f"{numbers['tokens_per_s']:,.0f}"]
@@ -302,7 +303,8 @@ def bench_table(comparison: Comparison) -> str:
 def _notes(comparison: Comparison, data: dict[str, Any]) -> list[str]:
     """The sentences below the table."""
     baselines = ", ".join(comparison.baselines)
-    layers = f"attention in layers {', '.join(map(str, comparison.kept)) or 'none'}"
+    kept = ", ".join(map(str, comparison.kept))
+    layers = f"attention in layers {kept}" if kept else "no attention"
     shares = [comparison.speedup(LOWER_BOUND)]
     if UNPRUNED in comparison.timings:
         first = next(iter(comparison.baselines))
@@ -310,18 +312,20 @@ def _notes(comparison: Comparison, data: dict[str, Any]) -> list[str]:
         shares.append(comparison.speedup(UNPRUNED_LOWER_BOUND, UNPRUNED))
         notes = [
             f"{UNPRUNED}, {baselines} run the unpruned model. fastgate pruned runs {layers}.",
+            "The columns of speed-ups are of unpruned and of pruned fastgate over the model in the row.",
             f"The runtime alone gives {runtime:.2f}x over {first}, pruning another {pruning:.2f}x, both "
             f"together {comparison.speedup(first):.2f}x.",
         ]
     else:
         notes = [
-            "All rows run the unpruned model. The speed-ups are of the runtime alone: nothing is pruned."
+            "All rows run the unpruned model. The speed-ups of fastgate over the model in the row are of the "
+            "runtime alone."
         ]
     notes += [
         f"Logits: within {data['max_difference']:.0e} of Hugging Face's.",
         "Lower bound: the time of the needed matrix products alone.",
     ]
-    if max(shares) > 1:
+    if round(100 * max(shares)) > 100:
         notes.append(ABOVE_LOWER_BOUND)
     notes += [f"{name}: {form}." for name, form in comparison.baselines.items()]
     return notes + [f"{name} was not timed: {why}" for name, why in comparison.absent.items()]

@@ -22,7 +22,7 @@ from fastgate.data.docstrings import docstring_task
 from fastgate.models.checkpoint import load
 from fastgate.models.patching import patch
 from fastgate.pruning import Sparsity
-from fastgate.report.demo_report import ModelResult, gate_picture, how_chosen, table, write_demo_report
+from fastgate.report.demo_report import ModelResult, demo_section, gate_picture, how_chosen, write_demo_report
 from fastgate.training import dense_model, load_tokenizer
 from fastgate.training.config import FinetuneConfig, PruningOptions
 from fastgate.training.finetune import finetune
@@ -60,8 +60,9 @@ def run_demo(
 ) -> dict[str, Any]:
     """Run the demo in the folder `out`, which replaces an earlier demo there. Returns what it measured.
 
-    Writes `out`/pruned (the checkpoint), report.md, gates.png, result.json. The corpus is the docstrings of
-    the installed packages, or the task `task_name` of the catalogue, from `data_dir` or the hub.
+    Writes `out`/pruned (the checkpoint), report.md, gates.png, gates.svg, result.json. The corpus is the
+    docstrings of the installed packages, or the task `task_name` of the catalogue, from `data_dir` or the
+    hub.
     """
     started = time.perf_counter()
     model_path = demo_model_path()
@@ -94,7 +95,7 @@ def run_demo(
     ]
     title = f"fastgate demo: {task.name}, MiniLM-L6"
     write_demo_report(out / "report.md", title, results, result, notes)
-    console.print(table(results, task.metric, title))
+    console.print(demo_section(results, task.metric, title).text(), soft_wrap=True)
     kept = result["pruned"]["kept"]
     console.print(
         f"attention kept in layers {kept}; {seconds:.0f} s in all; see {out}/report.md, {out}/gates.png"

@@ -28,6 +28,7 @@ from fastgate.cli.options import (
 )
 from fastgate.cli.progress import Display, console
 from fastgate.extras import need
+from fastgate.text_table import text_table
 
 
 def evaluate(
@@ -79,5 +80,8 @@ def evaluate(
     screen = console()
     windows = f" in {len(rows)} windows" if len(rows) != count else ""
     screen.print(f"{loaded.name}: {count} rows{windows} of {', '.join(loaded.evaluate_on)}", soft_wrap=True)
-    for name, value in scores.items():
-        screen.print(f"  {name} {value:.4f}" + ("  (main metric)" if name == loaded.metric else ""))
+    rows_of_table = [
+        [name, f"{value:.4f}", "main metric" if name == loaded.metric else ""]
+        for name, value in scores.items()
+    ]
+    screen.print(text_table(["metric", "score", ""], rows_of_table, (0, 2)), soft_wrap=True)

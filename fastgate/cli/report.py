@@ -17,7 +17,7 @@ def report(
         Path, typer.Argument(help="File of results from `fastgate sweep`.", callback=expand_path)
     ],
     out: Annotated[
-        Path, typer.Option(help="Folder to write tables.md and the plots to.", callback=expand_path)
+        Path, typer.Option(help="Folder to write report.md and its plots (PNG and SVG) to.", callback=expand_path)
     ] = Path("report"),
     data_dir: DataDir = None,
     measure: Annotated[
@@ -27,7 +27,7 @@ def report(
     recipe: Annotated[
         Path | None,
         typer.Option(
-            help="Sweep file (YAML). Print only one table, with the tasks and targets of that file.",
+            help="Sweep file (YAML). Report only its tasks and targets, in fewer columns.",
             callback=expand_path,
         ),
     ] = None,
@@ -41,5 +41,5 @@ def report(
 
     check_results(lines)
     check_makeable("report", "--out", out)
-    write_sweep_report(lines, out, data_dir, measure, console(stderr=True), recipe, dtype)
-    console().print((out / "tables.md").read_text(encoding="utf-8"), soft_wrap=True)
+    typer.echo(write_sweep_report(lines, out, data_dir, measure, console(stderr=True), recipe, dtype))
+    typer.echo(f"Tables and plots: {out / 'report.md'}")

@@ -1,4 +1,4 @@
-"""The end of a demo: one table of its models, report.md, and a picture of the gates over the steps."""
+"""The end of a demo: one table of its models, report.md, and a plot of the gates over the steps."""
 
 from __future__ import annotations
 
@@ -8,19 +8,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import rich.box
-from rich.table import Table
-
-from fastgate.report.markdown import markdown_table
+from fastgate.report.figures import COLOURS, legend_below, plot_style, save_figure
+from fastgate.report.sections import Section
+from fastgate.report.sweep_plots import plot_gates
 
 
 @dataclass(frozen=True)
 class ModelResult:
-    """A model of the demo: one line of the table.
+    """A model of the demo: one row of the table.
 
-    score: the task's main metric. kept, layers: attention sublayers that run, of all. parameters: their
-    number. checkpoint_bytes: size of the weights on disk. latency_ms: median milliseconds of one row by
-    itself. rows_per_s, tokens_per_s: over the same batches for every model.
+    name: as the table shows it.
+    score: the task's main metric.
+    kept: attention sublayers that run.
+    layers: attention sublayers of the unpruned model.
+    parameters: their number.
+    checkpoint_bytes: size of the weights on disk.
+    latency_ms: median milliseconds of one row by itself.
+    rows_per_s: rows a second, over the same batches for every model.
+    tokens_per_s: tokens a second, over the same batches.
     """
 
     name: str
@@ -34,9 +39,8 @@ class ModelResult:
     tokens_per_s: float
 
 
-def _cells(results: Sequence[ModelResult], metric: str) -> tuple[list[str], list[list[str]]]:
-    """Header and rows as text; the first model is what the others are compared with."""
-    header = ["", metric, "kept", "params", "on disk", "one row", "", "rows/s", ""]
+def demo_section(results: Sequence[ModelResult], metric: str, title: str) -> Section:
+    """The table of a demo. The first model is the one that the speed-ups are over."""
     base = results[0]
     rows = [
         [
@@ -52,23 +56,13 @@ def _cells(results: Sequence[ModelResult], metric: str) -> tuple[list[str], list
         ]
         for c in results
     ]
-    return header, rows
-
-
-def table(results: Sequence[ModelResult], metric: str, title: str) -> Table:
-    """The table for the screen."""
-    header, rows = _cells(results, metric)
-    screen_table = Table(title=title, box=rich.box.SIMPLE_HEAD, padding=0, pad_edge=False)
-    for i, name in enumerate(header):
-        screen_table.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
-    for row in rows:
-        screen_table.add_row(*row)
-    return screen_table
-
-
-def as_markdown(results: Sequence[ModelResult], metric: str) -> str:
-    """The same table in Markdown."""
-    return markdown_table(*_cells(results, metric))
+    header = ["", metric.replace("_", " "), "kept", "params", "on disk", "one row", "", "rows/s", ""]
+    notes = [
+        "kept: attention sublayers that run. one row: median latency of a batch of one. The columns after "
+        f"one row and rows/s are speed-ups over {base.name}. Where all attention is kept, they are of the "
+        "runtime alone."
+    ]
+    return Section(title, header, rows, (0,), notes)
 
 
 def standard_error(metric: str, score: float, rows: int) -> float | None:
@@ -83,14 +77,10 @@ def write_demo_report(
     metric, rows = result["metric"], result["rows"]["evaluation"]
     error = standard_error(metric, result["dense"]["score"], rows)
     spread = "" if error is None else f"; one standard error of the dense score is {error:.4f}"
-    lines = [f"# {title}", "", as_markdown(results, metric), ""]
-    lines += ["kept: attention sublayers that run. one row: median latency of a batch of one.", ""]
-    lines += [
-        f"Scores on {rows} rows that were not trained on{spread}. Speed is against {results[0].name}.",
-        "",
-    ]
+    lines = [f"# {title}", "", demo_section(results, metric, "").markdown()]
+    lines += [f"Scores on {rows} rows that were not trained on{spread}.", ""]
     lines += [f"Attention kept in layers {result['pruned']['kept']}. {how_chosen(result['pruned'])}", ""]
-    lines += ["![gates](gates.png)", ""]
+    lines += ["![gates](gates.png)", "", f"{GATES_CAPTION} [As SVG](gates.svg).", ""]
     lines += [f"- {note}" for note in notes]
     lines += [f"- {key}: {value}" for key, value in result["settings"].items() if value not in (None, {})]
     lines += [f"- {key}: {value}" for key, value in result["environment"].items()]
@@ -111,26 +101,29 @@ def how_chosen(pruned: Mapping[str, Any]) -> str:
     )
 
 
+GATES_CAPTION = (
+    "Above: the probability that each layer's gate is open. Solid: the layer's attention was kept. Dashed: "
+    "it was removed. Below: the share of the attention that is expected to be removed, and the target."
+)
+
+
 def gate_picture(history: Sequence[Mapping[str, Any]], kept: Sequence[int], path: Path) -> None:
-    """PNG of P(open) of every layer's gate over the optimizer steps, and the reduction beside its target."""
+    """PNG and SVG of P(open) of every layer's gate over the optimizer steps, and the reduction beside its
+    target."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    FigureCanvasAgg(figure)
-    above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
-    steps = [entry["step"] for entry in history]
-    layers = len(history[0]["open"])
-    for layer in range(layers):
-        style = "-" if layer in kept else "--"
-        gate = [entry["open"][layer] for entry in history]
-        above.plot(steps, gate, style, label=f"layer {layer}" + (" (kept)" if layer in kept else ""))
-    above.set_ylabel("probability that the gate is open")
-    above.set_ylim(-0.03, 1.03)
-    above.legend(fontsize="small", ncols=max(1, layers // 6))
-    below.plot(steps, [entry["reduction"] for entry in history], label="expected")
-    below.plot(steps, [entry["target"] for entry in history], ":", label="target")
-    below.set_ylabel("reduction")
-    below.set_xlabel("optimizer step")
-    below.legend(fontsize="small")
-    figure.savefig(path, dpi=120)
+    with plot_style():
+        figure = Figure(figsize=(9.6, 6), layout="constrained")
+        FigureCanvasAgg(figure)
+        above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+        plot_gates(above, history, kept)
+        above.set_ylabel("P(gate open)")
+        steps = [entry["step"] for entry in history]
+        below.plot(steps, [entry["reduction"] for entry in history], color=COLOURS[-1], label="expected")
+        below.plot(steps, [entry["target"] for entry in history], ":", color=COLOURS[1], label="target")
+        below.set_ylabel("removed")
+        below.set_xlabel("optimizer step")
+        below.legend()
+        legend_below(figure, [above], "layer (solid: kept, dashed: removed)", columns=12)
+        save_figure(figure, path)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import statistics
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from fastgate.report.figures import COLOURS, label_edges, legend_below, panels, plot_style, save_figure
 from fastgate.report.speedups import Speedups
 from fastgate.training.sweep_results import Line
 
@@ -14,125 +18,226 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#444444")
+_MARKERS = "osD^vPX"
+_DODGE = 1.2  # percentage points between methods that removed the same share
+_ONE_LINE = ("seed", "sparsity", "keep")  # settings that may differ between points of one line
 
 
 class Group(Protocol):
     """What the plots read of a sweep_report.RunGroup."""
 
     task: str
+    metric: str
     method: str
     removed: float
+    seeds: int
     score: float
     spread: float | None
     dense: float
     speedups: tuple[float | None, ...]
+    settings: Line
 
 
-def write_plots(lines: Sequence[Line], groups: Sequence[Any], speedups: Speedups, folder: Path) -> list[Path]:
-    """Writes score.svg, speed.svg (of the first processor with speed-ups), survivors.svg and gates.svg.
+@dataclass(frozen=True)
+class Plot:
+    """A plot of the report.
 
-    groups: of the lines, by sweep_report.group_runs. Returns the paths of the files.
+    name: of its files, without .png and .svg.
+    title: its heading in the report.
+    caption: the sentences below it.
+    """
+
+    name: str
+    title: str
+    caption: str
+
+
+def write_plots(lines: Sequence[Line], groups: Sequence[Any], speedups: Speedups, folder: Path) -> list[Plot]:
+    """Write the plots `score`, `speed` (of the first processor with speed-ups), `survivors` and `gates`.
+
+    groups: of the lines, by sweep_report.group_runs.
     """
     tasks = list(dict.fromkeys(group.task for group in groups))
-    figures = {
-        "score": _scores(groups, tasks, lambda group: 100 * group.removed, "% of the attention removed")
-    }
-    if any(first_speedup(group) is not None for group in groups):
-        figures["speed"] = _scores(groups, tasks, first_speedup, "speed-up over SDPA")
-        figures["speed"].suptitle(next(iter(speedups)), fontsize=7)
     learned = [line for line in lines if line["method"] == "learned"]
-    if learned:
-        figures["survivors"] = _survivors(learned, tasks)
-        figures["gates"] = _gates(learned, tasks)
-    paths = []
-    for name, figure in figures.items():
-        paths.append(folder / f"{name}.svg")
-        figure.savefig(paths[-1], metadata={"Date": None})
-    return paths
+    points = (
+        "Markers are means over seeds, bars one standard deviation. Hollow markers are runs with other "
+        "settings. The dotted line is the dense model."
+    )
+    joined = (
+        "A line joins runs that differ in their target alone. Markers of one share stand side by side, so "
+        "that none hides another."
+    )
+    plots: list[tuple[Plot, Figure]] = []
+    with plot_style():
+        if any(group.removed for group in groups):
+            about = Plot("score", "Score against the share of the attention removed", f"{points} {joined}")
+            plots.append((about, _scores(groups, tasks, removed_percent, "% of attention removed", _DODGE)))
+        if any(first_speedup(group) is not None for group in groups if group.removed):
+            processor = next(iter(speedups))
+            about = Plot("speed", "Score against the speed-up", f"{points} Speed-ups are of {processor}.")
+            plots.append((about, _scores(groups, tasks, first_speedup, "speed-up over SDPA")))
+            plots[-1][1].suptitle(processor, fontsize=10)
+        if learned:
+            caption = "Shares are over all learned runs of a task that kept so many layers."
+            about = Plot("survivors", "Layers whose attention learned gates kept", caption)
+            plots.append((about, _survivors(learned, tasks)))
+        if any(line["gates"] for line in learned):
+            caption = (
+                "The learned run that removed most, for each task. Solid: the layer's attention was kept. "
+                "Dashed: it was removed."
+            )
+            about = Plot("gates", "Gates over the optimizer steps", caption)
+            plots.append((about, _gates(learned, tasks)))
+        for plot, figure in plots:
+            save_figure(figure, folder / plot.name)
+    return [plot for plot, _ in plots]
+
+
+def removed_percent(group: Group) -> float:
+    return 100 * group.removed
 
 
 def first_speedup(group: Group) -> float | None:
     return next(iter(group.speedups), None)
 
 
-def _panels(count: int) -> tuple[Figure, Sequence[Axes]]:
-    """A figure with so many axes side by side."""
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(2.6 * count, 2.8), layout="constrained")
-    FigureCanvasSVG(figure)
-    return figure, figure.subplots(1, count, squeeze=False)[0]
-
-
 def _scores(
-    groups: Sequence[Group], tasks: Sequence[str], x_of: Callable[[Group], float | None], label: str
+    groups: Sequence[Group],
+    tasks: Sequence[str],
+    x_of: Callable[[Group], float | None],
+    label: str,
+    dodge: float = 0.0,
 ) -> Figure:
-    """A panel a task: the scores against what `x_of` gives, a line a method."""
-    methods = dict.fromkeys(group.method for group in groups if group.removed)
-    figure, axes = _panels(len(tasks))
+    """A panel a task: the scores against what `x_of` gives, a colour a method.
+
+    dodge: between the methods along x, where they would lie on one another. With it lines join points.
+    """
+    methods = [m for m, _ in Counter(group.method for group in groups if group.removed).most_common()]
+    figure, axes = panels(len(tasks))
     for axis, task in zip(axes, tasks, strict=True):
         of_task = [group for group in groups if group.task == task]
-        for method, colour in zip(methods, COLOURS * 3, strict=False):
-            points = [
-                (x, group.score, group.spread or 0.0)
-                for group in of_task
-                if group.method == method and (x := x_of(group)) is not None
-            ]
-            if points:
-                xs, scores, spreads = zip(*sorted(points, key=lambda point: point[0]), strict=True)
-                axis.errorbar(xs, scores, spreads, fmt="o-", ms=3, lw=1, color=colour, label=method)
-        axis.axhline(statistics.mean(group.dense for group in of_task), color="#999999", lw=0.8, ls=":")
-        _finish(axis, task, label)
-    axes[0].set_ylabel("score (dotted: dense)", fontsize=7)
-    axes[-1].legend(fontsize=6)
+        for i, method in enumerate(methods):
+            of_method = [g for g in of_task if g.method == method and g.removed and x_of(g) is not None]
+            look = {"color": COLOURS[i % len(COLOURS)], "marker": _MARKERS[i % len(_MARKERS)]}
+            _series(axis, method, of_method, x_of, (dodge * i, dodge * (i or -1)), look)
+        dense = statistics.mean(group.dense for group in of_task)
+        axis.axhline(dense, color="#777777", lw=1.2, ls=":", label="dense")
+        axis.set_title(f"{task}, {of_task[0].metric.replace('_', ' ')}")
+        if dodge:
+            shares = sorted({round(100 * g.removed) for g in of_task if g.removed})
+            if len(shares) <= 4:
+                axis.set_xticks(shares)
+            axis.margins(x=0.12)
+    label_edges(axes, label, "score")
+    legend_below(figure, axes)
     return figure
+
+
+def _series(
+    axis: Axes,
+    method: str,
+    groups: Sequence[Group],
+    x_of: Callable[[Group], float | None],
+    shifts: tuple[float, float],
+    look: Mapping[str, Any],
+) -> None:
+    """The points of a method: those of its most frequent settings joined by a line, the others hollow.
+
+    shifts: of the two along x. Without them no line is drawn.
+    """
+    runs: Counter[str] = Counter()
+    for group in groups:
+        runs[_settings_of_line(group)] += group.seeds
+    joined = runs.most_common(1)[0][0] if runs else ""
+    for is_joined, shift in zip((True, False), shifts, strict=True):
+        points = sorted(
+            ((x_of(g) or 0.0) + shift, g.score, g.spread or 0.0)
+            for g in groups
+            if (_settings_of_line(g) == joined) == is_joined
+        )
+        if not points:
+            continue
+        xs, scores, spreads = zip(*points, strict=True)
+        has_line = is_joined and any(shifts) and len(set(xs)) == len(xs)
+        axis.errorbar(
+            xs,
+            scores,
+            spreads,
+            ms=5,
+            lw=1.2,
+            ls="-" if has_line else "",
+            elinewidth=1,
+            mfc=look["color"] if is_joined else "white",
+            label=method if is_joined else f"{method}, other settings",
+            **look,
+        )
+
+
+def _settings_of_line(group: Group) -> str:
+    """Equal for groups whose points may be joined."""
+    alike = {name: value for name, value in group.settings.items() if name not in _ONE_LINE}
+    return json.dumps(alike, sort_keys=True)
 
 
 def _survivors(learned: Sequence[Line], tasks: Sequence[str]) -> Figure:
     """A panel a task: how often each layer is kept, a row for each number of layers kept."""
-    figure, axes = _panels(len(tasks))
+    tasks = [task for task in tasks if any(line["task"] == task for line in learned)]
+    most = max(len({len(line["kept"]) for line in learned if line["task"] == task}) for task in tasks)
+    figure, axes = panels(len(tasks), height=0.7 + 0.45 * most)
     for axis, task in zip(axes, tasks, strict=True):
         of_task = [line for line in learned if line["task"] == task]
-        counts = sorted({len(line["kept"]) for line in of_task})
-        layers = of_task[0]["layers"] if of_task else 1
+        runs = Counter(len(line["kept"]) for line in of_task)
+        counts, layers = sorted(runs), of_task[0]["layers"]
         shares = [
             [
-                statistics.mean(layer in line["kept"] for line in of_task if len(line["kept"]) == count)
+                100 * statistics.mean(layer in line["kept"] for line in of_task if len(line["kept"]) == count)
                 for layer in range(layers)
             ]
             for count in counts
         ]
-        if shares:
-            axis.imshow(shares, vmin=0, vmax=1, cmap="Blues", aspect="auto")
-        axis.set_yticks(range(len(counts)), [f"{count} kept" for count in counts], fontsize=7)
-        axis.set_xticks(range(layers))
-        _finish(axis, task, "layer")
+        image = axis.imshow(shares, vmin=0, vmax=100, cmap="Blues", aspect="auto")
+        axis.set_yticks(
+            range(len(counts)), [f"{count} kept\n{runs[count]} runs" for count in counts], fontsize=10
+        )
+        axis.set_xticks(range(0, layers, 1 if layers <= 12 else 4))
+        axis.grid(False)
+        axis.set_title(task)
+    label_edges(axes, "layer", None)
+    figure.colorbar(
+        image, ax=axes, location="bottom", shrink=0.6, aspect=40, label="% of the runs that kept the layer"
+    )
     return figure
 
 
 def _gates(learned: Sequence[Line], tasks: Sequence[str]) -> Figure:
     """A panel a task: P(open) of every gate over the steps of the run that prunes most."""
-    figure, axes = _panels(len(tasks))
-    for axis, task in zip(axes, tasks, strict=True):
-        runs = [line for line in learned if line["task"] == task and line["gates"]]
-        title = ""
-        if runs:
-            run = max(runs, key=lambda line: line["layers"] - len(line["kept"]))
-            steps = [entry["step"] for entry in run["gates"]]
-            for layer in range(run["layers"]):
-                style = "-" if layer in run["kept"] else "--"
-                opened = [entry["open"][layer] for entry in run["gates"]]
-                axis.plot(steps, opened, style, lw=1, label=str(layer))
-            title = f"{task}, {len(run['kept'])} kept, seed {run['seed']}"
-        _finish(axis, title, "optimizer step")
-    axes[0].set_ylabel("P(gate open)", fontsize=7)
-    axes[-1].legend(fontsize=6, title="layer", title_fontsize=6)
+    runs = {}
+    for task in tasks:
+        of_task = [line for line in learned if line["task"] == task and line["gates"]]
+        if of_task:
+            runs[task] = max(of_task, key=lambda line: line["layers"] - len(line["kept"]))
+    figure, axes = panels(len(runs), share_y=True)
+    for axis, (task, run) in zip(axes, runs.items(), strict=True):
+        plot_gates(axis, run["gates"], run["kept"])
+        axis.set_title(f"{task}, {len(run['kept'])} kept, seed {run['seed']}")
+    label_edges(axes, "optimizer step", "P(gate open)")
+    legend_below(figure, axes, "layer (solid: kept, dashed: removed)", columns=12)
     return figure
 
 
-def _finish(axis: Axes, title: str, label: str) -> None:
-    axis.set_title(title, fontsize=8)
-    axis.set_xlabel(label, fontsize=7)
-    axis.tick_params(labelsize=7)
+def plot_gates(axis: Axes, history: Sequence[Mapping[str, Any]], kept: Sequence[int]) -> None:
+    """P(open) of every layer's gate over the optimizer steps, a colour a layer, dashed where it was removed.
+
+    history: entries with `step` and `open`.
+    """
+    import matplotlib
+
+    steps, layers = [entry["step"] for entry in history], len(history[0]["open"])
+    colours = matplotlib.colormaps["turbo"]
+    for layer in range(layers):
+        opened = [entry["open"][layer] for entry in history]
+        colour = colours(0.08 + 0.84 * layer / max(layers - 1, 1))
+        # A proxy without a style in the legend: whether a layer is kept differs from panel to panel.
+        axis.plot(steps, opened, "-" if layer in kept else "--", lw=1.5, color=colour)
+        axis.plot([], [], "-", lw=3, color=colour, label=str(layer))
+    axis.set_ylim(-0.04, 1.04)

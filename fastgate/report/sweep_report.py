@@ -1,4 +1,4 @@
-"""Tables of a sweep's lines: scores, paired differences to dense, speed-ups, which layers are kept."""
+"""The report of a sweep: scores, paired differences to dense, speed-ups, which layers are kept, plots."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rich.console import Console
 
 from fastgate.errors import DataError, format_error
 from fastgate.pruning.gate_search import SEPARATED
-from fastgate.report.markdown import markdown_table
+from fastgate.report.sections import Section
 from fastgate.report.speedups import (
     BFLOAT16,
     FLOAT32,
@@ -24,7 +24,7 @@ from fastgate.report.speedups import (
     pooling_of,
     read_speedups,
 )
-from fastgate.report.sweep_plots import write_plots
+from fastgate.report.sweep_plots import Plot, write_plots
 from fastgate.training.sweep_config import read_sweep_config
 from fastgate.training.sweep_results import Line, read_lines
 
@@ -93,7 +93,7 @@ def group_runs(lines: Sequence[Line], speedups: Speedups | None = None) -> list[
                 statistics.mean(gaps),
                 interval(gaps),
                 tuple(tuple(r["kept"]) for r in group),
-                tuple(" ".join(map(str, r["kept"])) + doubt_mark(r) for r in group),
+                tuple(",".join(map(str, r["kept"])) + doubt_mark(r) for r in group),
                 tuple(mean_speedup(group, known) for known in (speedups or {}).values()),
                 pooling_of(first),
                 first["settings"],
@@ -167,43 +167,54 @@ def margin_of(line: Line) -> float | None:
 
 
 def doubt_note(lines: Sequence[Line]) -> list[str]:
-    """The line under a table that says what a star stands for; without a star, no line."""
+    """The sentence below a table that says what a star stands for; none without a star."""
     known = [line for line in lines if margin_of(line) is not None]
     marked = [line for line in known if doubt_mark(line)]
     text = (
-        f"* In {len(marked)} of {len(known)} learned runs the search did not tell these layers from the next "
-        "best choice: they are not a learned choice."
+        f"A star: in {len(marked)} of {len(known)} learned runs the search did not tell these layers from "
+        "the next best choice: they are not a learned choice."
     )
     if any(line.get("margin") is None for line in marked):
         text += " Where a run did not record it, the last gates it recorded before it fixed them say so."
-    return ["", text] if marked else []
+    return [text] if marked else []
 
 
 def processor_legend(speedups: Speedups) -> list[str]:
-    """The line under a table that says which processor a number in its header stands for; none, no line."""
+    """The sentence below a table that says which processor a number in its header stands for."""
     named = "; ".join(f"[{i}] {name}" for i, name in enumerate(speedups, 1))
-    return ["", f"Speed-ups over SDPA on {named}."] if speedups else []
+    return [f"Speed-ups over SDPA on {named}."] if speedups else []
 
 
-def tables(lines: Sequence[Line], speedups: Speedups) -> str:
-    """Markdown: a table a task, and learned gates against the controls."""
+def above_dense(shares: Sequence[float]) -> list[str]:
+    """The sentence below a table with a share of the dense score above 100%."""
+    text = "A share above 100% means that the pruned models scored higher than the dense ones they began as."
+    return [text] if any(share > 1 for share in shares) else []
+
+
+def task_sections(lines: Sequence[Line], speedups: Speedups) -> list[Section]:
+    """A section with a table for each task, and one of learned gates against the controls."""
     groups = group_runs(lines, speedups)
-    parts = []
+    sections = []
     for task in dict.fromkeys(group.task for group in groups):
         of_task = [group for group in groups if group.task == task]
         seeds = max(group.seeds for group in of_task)
-        header = ["method", "removed", "kept", "score", "spread", "of dense", "gap to dense"]
-        header += [f"speed-up [{i}]" for i, _ in enumerate(speedups, 1)]
+        notes = [
+            "score: mean ± standard deviation over the seeds. gap to dense: mean difference to the dense "
+            "model of the same seed ± half its 95% confidence interval.",
+            *above_dense([group.share for group in of_task]),
+            *processor_legend(speedups),
+            *doubt_note([line for line in lines if line["task"] == task]),
+        ]
+        header = ["method", "removed", "kept", "score", "of dense", "gap to dense"]
+        header += [f"[{i}]" for i, _ in enumerate(speedups, 1)]
         cells = [_cells(group, of_task) for group in of_task]
-        parts += [f"## {task}, {of_task[0].metric}, up to {seeds} seeds", ""]
-        parts += [markdown_table(header, cells, (0, 2))]
-        lines_of_task = [line for line in lines if line["task"] == task]
-        parts += [*processor_legend(speedups), *doubt_note(lines_of_task), ""]
+        title = f"{task}, {of_task[0].metric}, up to {seeds} seeds"
+        sections.append(Section(title, header, cells, (0, 2), notes))
     differences = _differences_to_controls(lines)
     if differences:
-        title = "## learned gates against the controls, same task, seed and number of layers"
-        parts += [title, "", *differences, ""]
-    return "\n".join(parts)
+        title = "learned gates against the controls, same task, seed and number of layers"
+        sections.append(Section(title, notes=differences))
+    return sections
 
 
 def _cells(group: RunGroup, of_task: Sequence[RunGroup]) -> list[str]:
@@ -215,8 +226,7 @@ def _cells(group: RunGroup, of_task: Sequence[RunGroup]) -> list[str]:
         method if group.pooling == "first" else f"{method}, pooling {group.pooling}",
         f"{group.removed:.0%}",
         kept or "none",
-        f"{group.score:.4f}",
-        "" if group.spread is None else f"{group.spread:.4f}",
+        f"{group.score:.4f}" + ("" if group.spread is None else f" ± {group.spread:.4f}"),
         f"{group.share:.1%}",
         f"{group.gap:+.4f}" + ("" if group.interval is None else f" ± {group.interval:.4f}"),
         *map(format_speedup, group.speedups),
@@ -235,20 +245,19 @@ def _differences_to_controls(lines: Sequence[Line]) -> list[str]:
     return items
 
 
-def recipe_table(lines: Sequence[Line], speedups: Speedups) -> str:
-    """Markdown, of a recipe's lines: a row a task and share of the attention that learned gates removed.
+def recipe_sections(lines: Sequence[Line], speedups: Speedups) -> list[Section]:
+    """A table of the scores of a recipe's lines and one of their speed-ups.
 
-    It says the mean over seeds of the share of the same seed's dense score, the least and the greatest, the
-    number of seeds if it is not the dense model's, the choices of layers, and the mean of the speed-ups over
-    SDPA in float32 and in bfloat16 on each processor, where those of all choices are known.
+    Each has a row for every task and share of the attention that learned gates removed. The scores are means
+    over the seeds, in shares of the same seed's dense score. The speed-ups are means over the seeds, where
+    those of all choices of layers are known.
     """
-    timed = [
+    precisions = [
         (f"{dtype} [{i}]", known, dtype)
         for i, known in enumerate(speedups.values(), 1)
         for dtype in (FLOAT32, BFLOAT16)
     ]
-    header = ["task", "metric", "dense", "removed", "of dense", "kept", *(name for name, _, _ in timed)]
-    rows = []
+    scores, speeds, shares = [], [], []
     for task in dict.fromkeys(line["task"] for line in lines):
         of_task = [line for line in lines if line["task"] == task]
         dense = [line["score"] for line in of_task if line["method"] == "dense"]
@@ -257,14 +266,26 @@ def recipe_table(lines: Sequence[Line], speedups: Speedups) -> str:
             if line["method"] == "learned":
                 cuts[1 - len(line["kept"]) / line["layers"]].append(line)
         for removed, cut in sorted(cuts.items() if dense else ()):
-            speedup_cells = [format_speedup(mean_speedup(cut, known, dtype)) for _, known, dtype in timed]
-            rows.append([*_recipe_cells(dense, removed, cut), *speedup_cells])
-    table = markdown_table(header, rows, (0, 1, 4, 5))
-    return "\n".join([table, *processor_legend(speedups), *doubt_note(lines)]) + "\n"
+            scores.append(_recipe_cells(dense, removed, cut))
+            timed = [format_speedup(mean_speedup(cut, known, dtype)) for _, known, dtype in precisions]
+            speeds.append([task, f"{removed:.0%}", *timed])
+            shares += [line["score"] / line["dense_score"] for line in cut]
+    header = ["task", "metric", "dense", "removed", "of dense", "kept"]
+    notes = [
+        "of dense: share of the dense score of the same seed, mean and range over the seeds. kept: layers "
+        "whose attention was kept, each choice once.",
+        *above_dense(shares),
+        *doubt_note(lines),
+    ]
+    sections = [Section("Scores", header, scores, (0, 1, 4, 5), notes)]
+    if speedups:
+        header = ["task", "removed", *(name for name, _, _ in precisions)]
+        sections.append(Section("Speed-ups", header, speeds, (0,), processor_legend(speedups)))
+    return sections
 
 
 def _recipe_cells(dense: Sequence[float], removed: float, cut: Sequence[Line]) -> list[str]:
-    """A row of a recipe's table without its speed-ups, of the runs with one share removed."""
+    """A row of a recipe's scores, of the runs with one share removed."""
     shares = [line["score"] / line["dense_score"] for line in cut]
     around = f" ({min(shares):.1%} to {max(shares):.1%})" if shares[1:] else ""
     some = f", {len(cut)} of {len(dense)} seeds" if len(cut) != len(dense) else ""
@@ -287,19 +308,30 @@ def write_sweep_report(
     console: Console,
     recipe: Path | None = None,
     dtype: str = FLOAT32,
-) -> None:
-    """tables.md and the plots of a sweep's lines; with `measure`, speeds.json beside the lines first, in
-    `dtype`. recipe: only its lines, and one table of them in place of the others."""
-    lines = read_lines(lines_path)
+) -> str:
+    """Write report.md and the plots of a sweep's lines. Returns its tables as text for a terminal.
+
+    measure: first time what speeds.json beside the lines does not have, in `dtype`. recipe: report only its
+    lines, in one table of scores and one of speed-ups.
+    """
+    lines = read_lines(lines_path, "report")
     if recipe is not None:
         wanted = [settings.identity for settings in read_sweep_config(recipe)]
         lines = [line for line in lines if line["settings"] in wanted]
     if not lines:
         got, remedy = f"{lines_path} without a line", "run `fastgate sweep` first, or mend the path"
-        raise DataError(format_error("report", "lines", got, "results of a sweep", remedy))
+        raise DataError(format_error("report", "LINES", got, "results of a sweep", remedy))
     path = lines_path.with_name("speeds.json")
     speedups = measure_speedups(lines, path, data_dir, console, dtype) if measure else read_speedups(path)
     out.mkdir(parents=True, exist_ok=True)
-    text = tables(lines, speedups) if recipe is None else recipe_table(lines, speedups)
-    (out / "tables.md").write_text(text, encoding="utf-8")
-    write_plots(lines, group_runs(lines, speedups), speedups, out)
+    sections = (task_sections if recipe is None else recipe_sections)(lines, speedups)
+    plots = write_plots(lines, group_runs(lines, speedups), speedups, out)
+    parts = [f"# Report of {lines_path.name}\n", *(section.markdown() for section in sections)]
+    (out / "report.md").write_text("\n".join([*parts, *map(_plot_markdown, plots)]), encoding="utf-8")
+    return "\n".join(section.text() for section in sections)
+
+
+def _plot_markdown(plot: Plot) -> str:
+    """The part of report.md that shows a plot."""
+    name = plot.name
+    return f"## {plot.title}\n\n![{plot.title}]({name}.png)\n\n{plot.caption} [As SVG]({name}.svg).\n"

@@ -28,7 +28,7 @@ WHERE = "finetune"
 RUN, HISTORY = "run.json", "history.json"
 PRUNING_KEYS = (*TARGET_KEYS, "keep", "prune_epochs", "prune_lr", *(f.name for f in fields(PruningOptions)))
 _WORK, _PRUNED, _ROWS = "work", "pruned", "rows_sha256"
-_OWN = (DENSE, _PRUNED, _WORK, RUN, RESULT, HISTORY, "report.md", "gates.png")
+_OWN = (DENSE, _PRUNED, _WORK, RUN, RESULT, HISTORY, "report.md", "gates.png", "gates.svg")
 _UNFINISHED = f".{RUN}.writing"  # what a kill leaves of a folder's first file
 
 

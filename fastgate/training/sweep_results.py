@@ -16,37 +16,44 @@ from fastgate.training.disk import full_disk_as_oserror
 Line = dict[str, Any]  # a run's result
 
 
-def read_lines(path: Path) -> list[Line]:
+def read_lines(path: Path, command: str = "sweep") -> list[Line]:
     """The results in a file, without a line that a kill left incomplete.
 
-    Raises DataError for a file that holds anything else.
+    Raises DataError for a file that holds anything else. command: which one the error names.
     """
     try:
         if not path.is_file():
             return []
         text = path.read_text(encoding="utf-8", errors="strict")
     except (OSError, UnicodeDecodeError) as error:
-        _refuse_file(path, str(error)[:120], error)
+        _refuse_file(command, path, str(error)[:120], error)
     lines = []
     for number, line in enumerate(text.split("\n"), 1):
         try:
             result = json.loads(line) if line.strip() else None
         except (ValueError, RecursionError) as error:
             if not line.startswith("{"):
-                _refuse_file(path, f"line {number} is no JSON", error)
+                _refuse_file(command, path, f"line {number} is no JSON", error)
             continue  # incomplete
         if result is None:
             continue
         if not (isinstance(result, dict) and isinstance(result.get("settings"), dict)):
-            _refuse_file(path, f"line {number} is no result of a run", None)
+            _refuse_file(command, path, f"line {number} is no result of a run", None)
         lines.append(result)
     return lines
 
 
-def _refuse_file(path: Path, why: str, error: Exception | None) -> NoReturn:
-    remedy = "check the path, or choose another file"
+# What each command calls the file, and what to do about a wrong one.
+_ARGUMENTS = {
+    "sweep": ("--out", "choose another file"),
+    "report": ("LINES", "pass the file that `fastgate sweep` wrote"),
+}
+
+
+def _refuse_file(command: str, path: Path, why: str, error: Exception | None) -> NoReturn:
+    argument, remedy = _ARGUMENTS[command]
     raise DataError(
-        format_error("sweep", "results", f"{path}: {why}", "lines that a sweep wrote", remedy)
+        format_error(command, argument, f"{path}: {why}", "results of `fastgate sweep`", remedy)
     ) from error
 
 
@@ -85,10 +92,10 @@ _RESULT_KEYS: dict[str, type | tuple[type, ...]] = {
 
 
 def check_results(path: Path) -> None:
-    """Raises DataError unless `path` is a file of results that tables can be made of."""
+    """Raises DataError unless `fastgate report` can make tables of the file."""
     if not path.is_file():
-        _refuse_file(path, "a folder" if path.is_dir() else "no such file", None)
-    for line in read_lines(path):
+        _refuse_file("report", path, "a folder" if path.is_dir() else "no such file", None)
+    for line in read_lines(path, "report"):
         wrong = [key for key, kind in _RESULT_KEYS.items() if not isinstance(line.get(key), kind)]
         if wrong or line["layers"] < 1 or "max_length" not in line["settings"]:
-            _refuse_file(path, f"a line without {', '.join(wrong) or 'its settings'}", None)
+            _refuse_file("report", path, f"a line without {', '.join(wrong) or 'its settings'}", None)

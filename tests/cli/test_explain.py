@@ -41,16 +41,15 @@ def test_lengths_are_chosen(world):
 
 def test_lengths_of_a_task(world):
     """Each is that of a row with its two special tokens."""
-    rows = [
-        json.loads(line) for line in (world / "data" / "sst2" / "validation.jsonl").read_text().splitlines()
-    ]
+    splits = [world / "data" / "sst2" / f"{name}.jsonl" for name in ("validation", "test")]
+    rows = [json.loads(line) for path in splits for line in path.read_text().splitlines()]
     data = ["--task", "sst2", "--data-dir", world / "data"]
     found = explained(world / "model", *data, "--max-length", 64)["lengths"]
     assert sorted(found) == sorted(len(row["sentence"].split()) + 2 for row in rows)
     cut = explained(world / "model", *data, "--max-length", 6)["lengths"]
     assert sorted(cut) == sorted(min(length, 6) for length in found)
     shown = run("explain", world / "model", *data, "--max-length", 64).stdout
-    assert shown.startswith("sst2: 48 evaluation rows, cut to 64 tokens\nbatch: 48 sequences of ")
+    assert shown.startswith("sst2: 96 evaluation rows, cut to 64 tokens\nbatch: 96 sequences of ")
     assert max(map(len, shown.splitlines())) <= 80
 
 

@@ -11,11 +11,10 @@ from rich.console import Console
 from fastgate.cli.progress import Display
 from fastgate.report.demo_report import (
     ModelResult,
-    as_markdown,
+    demo_section,
     gate_picture,
     how_chosen,
     standard_error,
-    table,
     write_demo_report,
 )
 from fastgate.training.progress import Progress
@@ -35,15 +34,14 @@ RESULT = {
 
 
 def test_the_table_measures_against_its_first_line():
-    lines = as_markdown(RESULTS, "accuracy").splitlines()
+    lines = demo_section(RESULTS, "accuracy", "").markdown().split("\n\n")[0].splitlines()
     assert [cell.strip() for cell in lines[-1].strip("|").split("|")] == [
         "fastgate pruned", "0.8900", "2 of 6", "20.0M", "80.0MB", "2.5ms", "4.0x", "500", "5.0x",
     ]  # fmt: skip
     assert len(lines) == 4 and lines[2].count("1.0x") == 2
-    console = Console(width=80, record=True, file=io.StringIO())
-    console.print(table(RESULTS, "accuracy", "a title"))
-    text = console.export_text()
-    assert "2.5ms" in text and "4.0x" in text and "a title" in text and "…" not in text
+    text = demo_section(RESULTS, "accuracy", "a title").text()
+    assert "2.5ms" in text and "4.0x" in text and text.startswith("a title\n") and "…" not in text
+    assert "speed-ups over Hugging Face" in " ".join(text.split())
 
 
 def test_the_report_says_what_was_measured_and_how_sure_it_is(tmp_path):
@@ -79,6 +77,7 @@ def test_the_picture_shows_one_line_a_layer(tmp_path):
     pixels = matplotlib.image.imread(tmp_path / "gates.png")
     assert pixels.shape[0] == 600 and pixels.shape[1] == 960
     assert pixels[..., :3].std() > 0.05  # not a blank page
+    assert "layer (solid: kept, dashed: removed)" in (tmp_path / "gates.svg").read_text()
 
 
 def test_plain_lines_without_a_terminal_and_bars_with_one(tmp_path):

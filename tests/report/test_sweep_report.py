@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from helpers import tiny_models
-from helpers.commands import run
+from helpers.commands import refused, run
 from scipy.stats import ttest_rel
 
 from fastgate.benchmark import model_variants
@@ -80,7 +80,11 @@ def test_rows_that_a_setting_tells_apart_say_which():
     found = sweep_report.group_runs([plain, labelled, line("dense", 0, (0, 1, 2))])
     told = [sweep_report.distinguishing_settings(row, found) for row in found]
     assert sorted(told) == ["", "", ", dropout 0.1, labels 1.0"]
-    assert "| learned, mean, dropout 0.1, labels 1.0 |" in sweep_report.tables([plain, labelled], {})
+    assert "| learned, mean, dropout 0.1, labels 1.0 |" in markdown([plain, labelled])
+
+
+def markdown(lines, sections=sweep_report.task_sections):
+    return "\n".join(section.markdown() for section in sections(lines, {}))
 
 
 @pytest.mark.slow
@@ -91,18 +95,19 @@ def test_the_tables_and_plots(tmp_path):
     other = {key: 2 * value for key, value in known.items()}
     (tmp_path / "speeds.json").write_text(json.dumps({"slow one": known, "fast one": other}))
     shown = run("report", path, "--out", tmp_path / "report").output
-    assert "## sst2, accuracy, up to 3 seeds" in shown
-    assert (
-        "| learned, mean | 67% | 0; 1; 2 | 0.8233 | 0.0208 | 90.8% | -0.0833 ±" in shown
-        and "| 5.0x | 10.0x |" in shown
-    )
-    assert "| speed-up [1] | speed-up [2] |" in shown and "on [1] slow one; [2] fast one." in shown
-    assert "| dense | 0% | all | 0.9067 |" in shown
-    assert "- learned - random: +1" in shown and "3 pairs" in shown
-    assert (tmp_path / "report" / "tables.md").read_text() in shown
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "## sst2, accuracy, up to 3 seeds" in text and "sst2, accuracy, up to 3 seeds" in shown
+    assert "| learned, mean | 67% | 0; 1; 2 | 0.8233 ± 0.0208 | 90.8% | -0.0833 ±" in text
+    assert "| 5.0x | 10.0x |" in text
+    assert "| gap to dense | [1] | [2] |" in text and "on [1] slow one; [2] fast one." in text
+    assert "| dense | 0% | all | 0.9067 ± " in text
+    assert "- learned - random: +1" in shown and "3 pairs" in shown and "0.8233 ±" in shown
     for name in ("score", "speed", "survivors", "gates"):
+        assert f"]({name}.png)" in text and f"]({name}.svg)" in text
+        assert (tmp_path / "report" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert "</svg>" in (tmp_path / "report" / f"{name}.svg").read_text()
     assert "slow one" in (tmp_path / "report" / "speed.svg").read_text()
+    assert shown.rstrip().endswith(str(tmp_path / "report" / "report.md"))
 
 
 def test_one_table_of_a_recipe(tmp_path):
@@ -121,27 +126,37 @@ def test_one_table_of_a_recipe(tmp_path):
     sst2 = {speedup_key(one): 3.0 + one["seed"] for one in lines if one["task"] == "sst2"}
     cola = {speedup_key(one, "bfloat16"): 5.0 for one in lines if one["task"] == "cola"}
     (tmp_path / "speeds.json").write_text(json.dumps({"slow one": sst2 | cola, "fast one": {}}))
-    shown = run("report", path, "--recipe", tmp_path / "recipe.yaml", "--out", tmp_path / "report").output
-    assert shown.splitlines()[:6] == [
-        "| task | metric | dense | removed | of dense | kept |"
-        " float32 [1] | bfloat16 [1] | float32 [2] | bfloat16 [2] |",
-        "| --- | --- | ---: | ---: | --- | --- | ---: | ---: | ---: | ---: |",
-        "| sst2 | accuracy | 0.8000 ± 0.0000 | 67% | 92.5% (90.0% to 95.0%) | {0} {1} | 3.5x |  |  |  |",
-        "| cola | accuracy | 0.8000 ± 0.0000 | 67% | 90.0%, 1 of 2 seeds | {0} |  | 5.0x |  |  |",
-        "",
-        "Speed-ups over SDPA on [1] slow one; [2] fast one.",
+    run("report", path, "--recipe", tmp_path / "recipe.yaml", "--out", tmp_path / "report")
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert [line for line in text.splitlines() if line.startswith("|")] == [
+        "| task | metric | dense | removed | of dense | kept |",
+        "| --- | --- | ---: | ---: | --- | --- |",
+        "| sst2 | accuracy | 0.8000 ± 0.0000 | 67% | 92.5% (90.0% to 95.0%) | {0} {1} |",
+        "| cola | accuracy | 0.8000 ± 0.0000 | 67% | 90.0%, 1 of 2 seeds | {0} |",
+        "| task | removed | float32 [1] | bfloat16 [1] | float32 [2] | bfloat16 [2] |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+        "| sst2 | 67% | 3.5x |  |  |  |",
+        "| cola | 67% |  | 5.0x |  |  |",
     ]
+    assert "Speed-ups over SDPA on [1] slow one; [2] fast one." in text and "above 100%" not in text
+
+
+def test_a_share_above_the_dense_score_is_explained():
+    better = [line(score=0.95), line("dense", 0, (0, 1, 2), 0.9)]
+    for sections in (sweep_report.task_sections, sweep_report.recipe_sections):
+        assert "A share above 100% means" in markdown(better, sections)
+        assert "above 100%" not in markdown(LINES, sections)
 
 
 def test_a_choice_that_was_not_learned_has_a_star():
     unsure = [line(seed=0, kept=(0,)) | {"margin": 0.01}, line(seed=1, kept=(1,)) | {"margin": 0.5}]
     dense = [line("dense", seed, (0, 1, 2), 0.9) for seed in (0, 1)]
     for shown, kept in (
-        (sweep_report.tables([*unsure, *dense], {}), "| 0*; 1 |"),
-        (sweep_report.recipe_table([*unsure, *dense], {}), "| {0}* {1} |"),
+        (markdown([*unsure, *dense]), "| 0*; 1 |"),
+        (markdown([*unsure, *dense], sweep_report.recipe_sections), "| {0}* {1} |"),
     ):
-        assert kept in shown and "* In 1 of 2 learned runs the search did not tell these layers" in shown
-    assert "*" not in sweep_report.tables([*LINES, unsure[1]], {})
+        assert kept in shown and "A star: in 1 of 2 learned runs the search did not tell these" in shown
+    assert "*" not in markdown([*LINES, unsure[1]])
 
 
 def test_lines_of_earlier_versions_are_judged_by_their_last_soft_gates():
@@ -154,8 +169,8 @@ def test_lines_of_earlier_versions_are_judged_by_their_last_soft_gates():
     assert sweep_report.margin_of(tie) == pytest.approx(0.01) and sweep_report.doubt_mark(tie) == "*"
     told = of((0.06, 0.05, 0.05), (0.9, 0.2, 0.1), (1.0, 0.0, 0.0))
     assert sweep_report.margin_of(told) == pytest.approx(0.7) and sweep_report.doubt_mark(told) == ""
-    assert "the last gates it recorded" in sweep_report.tables([tie], {})
-    assert "the last gates it recorded" not in sweep_report.tables([tie | {"margin": 0.02}], {})
+    assert "the last gates it recorded" in markdown([tie])
+    assert "the last gates it recorded" not in markdown([tie | {"margin": 0.02}])
     unknown = of((0.06, 0.05, 0.05), (1, 0, 0), sparsity=None, speedup=3.0), of((1, 0, 0)), line("random")
     assert [sweep_report.margin_of(one) for one in unknown] == [None, None, None]
 
@@ -164,7 +179,7 @@ def test_another_pooling_is_another_row_and_another_speed():
     lines = [*LINES[:3], *(line(seed=s, kept=(s,), score=0.5, pooling="mean") for s in range(3))]
     first, mean = sweep_report.group_runs(lines)
     assert (first.pooling, mean.pooling) == ("first", "mean") and (first.seeds, mean.seeds) == (3, 3)
-    assert "| learned, mean, pooling mean | 67% |" in sweep_report.tables(lines, {})
+    assert "| learned, mean, pooling mean | 67% |" in markdown(lines)
     keys = {speedup_key(one) for one in lines}
     assert len(keys) == 6 and speedup_key(LINES[0]) == '["minilm", "sst2", [0], 32]'
     assert sweep_report.learned_against([*LINES[:3], line("random", pooling="mean")], "random")[2] == 0
@@ -208,5 +223,13 @@ def test_speeds_are_measured_once(tmp_path, monkeypatch):
 
 
 def test_no_lines_no_report(tmp_path):
-    with pytest.raises(DataError, match="without a line"):
+    with pytest.raises(DataError, match=r"report: LINES: got .* without a line"):
         sweep_report.write_sweep_report(tmp_path / "none.jsonl", tmp_path / "out", None, False, None)
+
+
+def test_a_wrong_path_is_told_in_the_terms_of_the_command(tmp_path):
+    message = refused("report", tmp_path / "nolines", "--out", tmp_path / "report")
+    assert message == (
+        f"error: report: LINES: got {tmp_path / 'nolines'}: no such file, wanted results of "
+        "`fastgate sweep`; pass the file that `fastgate sweep` wrote\n"
+    )

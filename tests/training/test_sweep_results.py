@@ -90,7 +90,7 @@ def test_report_checks_its_options_first(world, tmp_path):
     assert "speeds.json" in refused("report", lines, "--out", tmp_path / "report")
     (tmp_path / "speeds.json").unlink()
     call("report", lines, "--out", tmp_path / "report[x]")
-    assert (tmp_path / "report[x]" / "tables.md").is_file()
+    assert (tmp_path / "report[x]" / "report.md").is_file()
 
 
 @pytest.mark.parametrize(
