@@ -1,23 +1,31 @@
-"""The results of bench/models/scenarios.py as Markdown.
+"""Tables of the results of bench/models/scenarios.py.
 
-python bench/models/scenario_table.py [FILE]          all tables
-python bench/models/scenario_table.py [FILE] --worst  a line each: what is behind a baseline, or below 85%
-                                                      of the matmul lower bound
+    python bench/models/scenario_table.py [FILE] [--markdown | --worst]
+
+prints them for a terminal of 80 columns, or as Markdown.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from fastgate.report.markdown import markdown_table
+from fastgate.benchmark.compare import ABOVE_LOWER_BOUND
+from fastgate.report.sections import Section
 
 RESULTS = Path(__file__).parents[1] / "results" / "scenarios_cpu.jsonl"
 LOWER_BOUND_AIM = 0.85
 ORDERS = {"data": "data order", "length": "sorted"}
-
+TITLES = {
+    "sdpa": "SDPA",
+    "eager": "eager",
+    "compile": "compile",
+    "onnxruntime": "ONNX Runtime",
+    "openvino": "OpenVINO",
+}
 
 # Names of earlier result files, and what they are called now.
 EARLIER_NAMES = {
@@ -67,45 +75,59 @@ def closest_baseline(run: dict[str, Any], variant: dict[str, Any]) -> str:
     return min(run["baselines"], key=lambda name: variant["speedup"][name])
 
 
-def unpruned(runs: list[dict[str, Any]]) -> str:
+def unpruned(runs: list[dict[str, Any]]) -> Section:
     """A row a run: the median batch of fastgate with all attention, and its speed-up over each baseline."""
     names = list(dict.fromkeys(name for run in runs for name in run["baselines"]))
-    header = ["task, order, batch", "filled", "fastgate", "share of the lower bound", *names]
+    header = ["task, order, batch", "filled", "fastgate", *(TITLES[name] for name in names), "lower bound"]
     rows = []
     for run in runs:
         ours = run["fastgate"][0]
-        ratios = [f"{ours['speedup'][name]:.2f}x" if name in run["baselines"] else "" for name in names]
+        speedups = [f"{ours['speedup'][name]:.2f}x" if name in run["baselines"] else "" for name in names]
         time = milliseconds(ours["median_ms"])
-        rows.append(
-            [scenario(run), f"{run['filled']:.0%}", time, f"{ours['lower_bound_share']:.0%}", *ratios]
-        )
-    return markdown_table(header, rows)
+        share = f"{ours['lower_bound_share']:.0%}"
+        rows.append([scenario(run), f"{run['filled']:.0%}", time, *speedups, share])
+    notes = [
+        "All rows run the unpruned model: the speed-ups over each baseline are of the runtime alone. "
+        "fastgate: median of a batch. lower bound: time of the matmul lower bound as a share of fastgate's.",
+        *above_lower_bound(ours["lower_bound_share"] for ours in (run["fastgate"][0] for run in runs)),
+    ]
+    return Section("Unpruned", header, rows, (0,), notes)
 
 
-def pruned(runs: list[dict[str, Any]], against: str) -> str:
-    """A row a run, a column a choice of layers: speed-up over a baseline, share of the lower bound.
-
-    against: a baseline, or `best` for the fastest of each run.
-    """
-    widest = max(runs, key=lambda run: len(run["fastgate"]))
-    variants = {v["name"]: v["kept"] for v in widest["fastgate"]}
-    header = ["task, order, batch", *(f"{name}: {spans(kept)}" for name, kept in variants.items())]
-    rows = []
+def pruned(runs: list[dict[str, Any]]) -> Section:
+    """A row a run and choice of layers: speed-ups of pruning and runtime, share of the lower bound."""
+    header = ["task, order, batch", "attention kept", "pruning alone", "over SDPA"]
+    header += ["over the fastest baseline", "lower bound"]
+    rows, shares = [], []
     for run in runs:
-        by_name = {variant["name"]: variant for variant in run["fastgate"]}
-        cells = []
-        for name in variants:
-            if name not in by_name:
-                cells.append("")
-                continue
-            ours = by_name[name]
-            baseline = closest_baseline(run, ours) if against == "best" else against
-            cells.append(f"{ours['speedup'][baseline]:.2f}x, {ours['lower_bound_share']:.0%}")
-        rows.append([scenario(run), *cells])
-    return markdown_table(header, rows)
+        whole = run["fastgate"][0]
+        for ours in run["fastgate"][1:]:
+            best = closest_baseline(run, ours)
+            rows.append(
+                [
+                    scenario(run) if ours is run["fastgate"][1] else "",
+                    spans(ours["kept"]),
+                    f"{whole['total_ms'] / ours['total_ms']:.2f}x",
+                    f"{ours['speedup']['sdpa']:.2f}x",
+                    f"{ours['speedup'][best]:.2f}x {best}",
+                    f"{ours['lower_bound_share']:.0%}",
+                ]
+            )
+            shares.append(ours["lower_bound_share"])
+    notes = [
+        "Baselines run the unpruned model, fastgate the pruned one. pruning alone: speed-up over unpruned "
+        "fastgate. The other speed-ups are of pruning and runtime together.",
+        *above_lower_bound(shares),
+    ]
+    return Section("Pruned", header, rows, (0, 1), notes)
 
 
-def tables(runs: list[dict[str, Any]]) -> str:
+def above_lower_bound(shares: Iterable[float]) -> list[str]:
+    """The sentences that a share above 100% needs."""
+    return [ABOVE_LOWER_BOUND] if any(round(100 * share) > 100 for share in shares) else []
+
+
+def sections(runs: list[dict[str, Any]]) -> list[Section]:
     """For each size, precision and processor: who ran, unpruned and pruned speed-ups."""
     parts = []
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
@@ -113,24 +135,15 @@ def tables(runs: list[dict[str, Any]]) -> str:
         settings = run["settings"]
         key = (settings["model"], settings["dtype"], settings["environment"]["processor"])
         groups.setdefault(key, []).append(run)
-    for (model, dtype, _), chosen in groups.items():
+    for (model, dtype, processor), chosen in groups.items():
         settings = chosen[0]["settings"]
-        where = settings["environment"]
-        parts.append(f"## {model}, {dtype}\n")
-        parts.append(f"{settings['threads']} threads, {where['processor']}, torch {where['torch']}.\n")
         forms = {name: baseline["form"] for run in chosen for name, baseline in run["baselines"].items()}
         absent = {name: why for run in chosen for name, why in run["absent"].items()}
-        parts += [f"- {name}: {form}" for name, form in forms.items()]
-        parts += [f"- {name} was not timed: {why}" for name, why in absent.items()]
-        parts.append("\nAll attention kept; speed-ups over each baseline:\n")
-        parts.append(unpruned(chosen))
-        for against, title in (("sdpa", "SDPA"), ("best", "the fastest baseline of each run")):
-            parts.append(
-                f"\nPruned; speed-ups over {title}, unpruned, and shares of the matmul lower bound:\n"
-            )
-            parts.append(pruned(chosen, against))
-        parts.append("")
-    return "\n".join(parts)
+        notes = [f"{settings['threads']} threads, {processor}, torch {settings['environment']['torch']}."]
+        notes += [f"- {name}: {form}" for name, form in forms.items()]
+        notes += [f"- {name} was not timed: {why}" for name, why in absent.items()]
+        parts += [Section(f"{model}, {dtype}", notes=notes), unpruned(chosen), pruned(chosen)]
+    return parts
 
 
 def worst(runs: list[dict[str, Any]]) -> list[str]:
@@ -147,7 +160,24 @@ def worst(runs: list[dict[str, Any]]) -> list[str]:
     return missed
 
 
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("file", type=Path, nargs="?", default=RESULTS, help="results; default: %(default)s")
+    form = p.add_mutually_exclusive_group()
+    form.add_argument("--markdown", action="store_true", help="print Markdown")
+    aim = f"{LOWER_BOUND_AIM:.0%}".replace("%", "%%")
+    form.add_argument(
+        "--worst",
+        action="store_true",
+        help=f"list what is behind a baseline, or below {aim} of the lower bound",
+    )
+    args = p.parse_args()
+    runs = read(args.file)
+    if args.worst:
+        print("\n".join(worst(runs)))
+    else:
+        print("\n".join(part.markdown() if args.markdown else part.text() for part in sections(runs)))
+
+
 if __name__ == "__main__":
-    paths = [Path(argument) for argument in sys.argv[1:] if not argument.startswith("--")]
-    lines = read(paths[0] if paths else RESULTS)
-    print("\n".join(worst(lines)) if "--worst" in sys.argv else tables(lines))
+    main()
