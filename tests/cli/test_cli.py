@@ -269,7 +269,10 @@ def test_bench_of_a_pruned_checkpoint_sorted_by_length(world, monkeypatch):
     monkeypatch.setenv("HOME", str(world))
     shown = run("bench", "--model", "~/out/pruned", *data, *arguments).stdout
     assert "speed-up" in shown and "lower bound" in shown
-    assert "fastgate unpruned, sdpa run the unpruned model. fastgate pruned runs attention in" in shown
+    assert "fastgate unpruned, sdpa run the unpruned model. fastgate pruned runs attention in" in " ".join(
+        shown.split()
+    )
+    assert max(map(len, shown.splitlines())) <= 80
 
 
 @NEEDS_BFLOAT16
