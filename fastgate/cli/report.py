@@ -17,7 +17,8 @@ def report(
         Path, typer.Argument(help="File of results from `fastgate sweep`.", callback=expand_path)
     ],
     out: Annotated[
-        Path, typer.Option(help="Folder to write report.md and its plots (PNG and SVG) to.", callback=expand_path)
+        Path,
+        typer.Option(help="Folder to write report.md and its plots (PNG and SVG) to.", callback=expand_path),
     ] = Path("report"),
     data_dir: DataDir = None,
     measure: Annotated[
