@@ -270,7 +270,7 @@ def bench_table(comparison: Comparison) -> str:
     title = (
         f"{settings['model']}, {settings['dtype']}, {settings['task']}, batches of {settings['batch_size']} "
         f"in {settings['order']} order, {data['filled']:.0%} filled, "
-        f"{settings['environment']['threads']} threads"
+        f"threads: {settings['environment']['threads']}"
     )
     speedup_columns = {UNPRUNED: "speed-up unpruned", FASTGATE: "speed-up pruned"}
     if not is_pruned:

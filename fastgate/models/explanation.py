@@ -103,9 +103,9 @@ class Explanation:
             f"attention kept in {list(self.kept)} of {len(self.layers)} layers",
             f"FLOPs: {self.flops_share:.1%} of the unpruned model's on the tokens of this batch",
             *([_ABOVE_ALL] if self.flops_share > 1 else []),
-            *([] if self.graphs is None else [f"CUDA graphs: {self.graphs}"]),
         ]
-        return "\n".join([*(paragraph(part, indent="  ") for part in parts), "", table])
+        graphs = [] if self.graphs is None else ["", paragraph(f"CUDA graphs: {self.graphs}", indent="  ")]
+        return "\n".join([*(paragraph(part, indent="  ") for part in parts), "", table, *graphs])
 
 
 _ABOVE_ALL = (
