@@ -47,7 +47,7 @@ def test_tasks_travel_and_run_where_no_hub_is(minilm_path, tmp_path):
     assert json.loads(packed.splitlines()[-1])["rows"] == {"sst2": {"train": 12, "validation": 12}}
     weights = safetensors.torch.load_file(next((carried / "model").glob("*.safetensors")))
     assert {value.dtype for value in weights.values()} == {torch.bfloat16}
-    assert "## sst2, accuracy" in run("bash", BENCH / "gpu_tasks.sh", carried, recipe)
+    assert "\nsst2, accuracy" in run("bash", BENCH / "gpu_tasks.sh", carried, recipe)
     (line,) = (tmp_path / "tasks.jsonl").read_text().splitlines()
     result = json.loads(line)
     assert (result["task"], result["model"], result["layers"]) == ("sst2", "model", 6) and len(
