@@ -53,12 +53,12 @@ def models(monkeypatch):
 
 def test_kernels_of_a_pruned_attention_are_counted(models):
     """12 layers of 3 steps over 5 kernels of embeddings and unpadding; and one more a layer would show."""
-    import gpu_models
+    import gpu_tables
 
     for extra in (0, 1):
         counts = {"none": 5 + 12 * (3 + extra), "none, half the layers": 5 + 6 * (3 + extra)}
         found = {"layers": 12, "feed_forward": 3, "kernels": counts}
-        assert gpu_models.pruned_attention_kernels(found) == extra
+        assert gpu_tables.pruned_attention_kernels(found) == extra
 
 
 def test_the_flattened_model_is_the_padded_one(models):
